@@ -1,0 +1,29 @@
+// The compute backends of this build, listed in backends.def.
+#ifndef KEEPSET_KERNELS_BACKEND_REGISTRY_H_
+#define KEEPSET_KERNELS_BACKEND_REGISTRY_H_
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "kernels/compute_backend.h"
+
+namespace keepset::kernels {
+
+struct BackendOptions {
+  int num_threads = 0;  // CPU worker threads of one op; 0 = all cores this process may use
+};
+
+// Names as listed in backends.def, in that order.
+std::vector<std::string> ListBackends();
+
+// NotFound for a name that is not listed (the message lists them); FailedPrecondition when the
+// backend is built but its device is absent.
+absl::StatusOr<std::unique_ptr<ComputeBackend>> NewBackend(absl::string_view name,
+                                                           const BackendOptions& options);
+
+}  // namespace keepset::kernels
+
+#endif  // KEEPSET_KERNELS_BACKEND_REGISTRY_H_

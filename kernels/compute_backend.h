@@ -1,0 +1,180 @@
+// The numeric operations of Keepset behind one interface. Each op exists once per backend; the CPU
+// backend is the oracle of the others.
+//
+// Memory: operands that policies compute on ("scores") live in ScoreBuffers of the backend (host
+// memory on the CPU, device memory on a GPU). Engine and policies never dereference them;
+// CopyToHost does. Threads: one backend serves many operations at the same time. An OpContext
+// belongs to one operation and is used by one thread at a time. Order: ops of one context run in
+// order. On a GPU they are queued on the context's stream; Wait and every function that returns
+// values to the host wait for it. Errors found on the device (a NaN in K) are reported by the next
+// Wait. The CPU backend works synchronously and reports at once. Determinism: same inputs, same
+// bits, for any number of threads. Errors: InvalidArgument for non-finite values of valid
+// positions, naming `what` and position.
+#ifndef KEEPSET_KERNELS_COMPUTE_BACKEND_H_
+#define KEEPSET_KERNELS_COMPUTE_BACKEND_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/types/span.h"
+#include "kernels/views.h"
+
+namespace keepset::kernels {
+
+// fp32 values owned by a backend, row-major [rows, cols].
+class ScoreBuffer {
+ public:
+  virtual ~ScoreBuffer() = default;
+  virtual float* data() = 0;  // Host pointer on the CPU, device pointer on a GPU.
+  virtual const float* data() const = 0;
+  virtual int64_t rows() const = 0;
+  virtual int64_t cols() const = 0;
+};
+
+// Per-operation execution state: a stream and its workspace on a GPU, a thread arena on the CPU.
+class OpContext {
+ public:
+  virtual ~OpContext() = default;
+};
+
+// How the observed rows of one query head become one value per position.
+enum class RowReduction { kMean, kSum, kMax, kLast };
+// How query heads of a group, KV heads or layers are merged.
+enum class Merge { kMean, kMax, kSum };
+enum class PoolKind { kAverage, kMax };
+
+struct WindowArgs {
+  QueryView q;                              // [H, W, d]
+  KvView k;                                 // [Hkv, T, d]
+  absl::Span<const int64_t> row_positions;  // [W] ascending; row i sees t <= row_positions[i]
+  LseView window_lse;                       // Optional: [H, W]; halves the work.
+  float softmax_scale = 0.0f;
+  RowReduction reduction = RowReduction::kMean;
+  absl::string_view what;  // Prefix of error messages, for example "layer 3".
+};
+
+struct TileArgs {
+  TileView tile;                            // [H, W, T]
+  absl::Span<const int64_t> row_positions;  // [W]; entries at t > row_positions[i] are ignored
+  RowReduction reduction = RowReduction::kMean;
+  absl::string_view what;
+};
+
+// Which positions of a row of scores are chosen.
+struct SelectArgs {
+  // Positions that are always kept and count against budget; ascending, disjoint [begin, end).
+  struct Range {
+    int64_t begin = 0;
+    int64_t end = 0;
+  };
+  absl::Span<const Range> protected_ranges;
+  int64_t budget = 0;                                         // positions to keep at most
+  float threshold = -std::numeric_limits<float>::infinity();  // candidates have score >= threshold
+  // At least min(min_kept, budget) positions stay, below the threshold when need be.
+  int64_t min_kept = 0;
+};
+
+struct Selection {
+  std::vector<int32_t> keep_indices;  // ascending
+  int64_t candidates = 0;             // positions with score >= threshold, protected or not
+  int64_t filled = 0;                 // kept although below the threshold and not protected
+};
+
+class ComputeBackend {
+ public:
+  virtual ~ComputeBackend() = default;
+
+  // "cpu/avx512", "cpu/avx2", "cuda/sm_90a" ...: what results report as the backend.
+  virtual std::string name() const = 0;
+
+  virtual absl::StatusOr<std::unique_ptr<OpContext>> NewContext() = 0;
+  // Zero-filled.
+  virtual absl::StatusOr<std::unique_ptr<ScoreBuffer>> NewBuffer(int64_t rows, int64_t cols) = 0;
+
+  // out[h, t] = reduction over rows i of softmax_t(scale * q[h,i].k[h/G,t]) masked to
+  // t <= row_positions[i]; rows that do not see t contribute 0 (and are counted in the mean's W).
+  // methods.md 0.1. out: [H, T].
+  virtual absl::Status WindowColumns(OpContext& context, const WindowArgs& args,
+                                     ScoreBuffer& out) = 0;
+  // The same from a given tile. Values must be finite and >= 0.
+  virtual absl::Status TileColumns(OpContext& context, const TileArgs& args, ScoreBuffer& out) = 0;
+
+  // out[g, t] = || x[g, t, :] ||_2 in fp32. out: [Hkv, T].
+  virtual absl::Status RowNorms(OpContext& context, const KvView& x, absl::string_view what,
+                                ScoreBuffer& out) = 0;
+
+  // x[r, t] /= max(eps, mean_t x[r, t]) for every row (methods.md 1.1 step 2).
+  virtual absl::Status DivideByRowMean(OpContext& context, float eps, ScoreBuffer& x) = 0;
+
+  // out[r, t] = merge over the `in.rows()/out.rows()` consecutive rows of in, each multiplied by
+  // weights[row] when weights is not empty ([in.rows()]).
+  virtual absl::Status MergeRows(OpContext& context, const ScoreBuffer& in, Merge merge,
+                                 absl::Span<const float> weights, ScoreBuffer& out) = 0;
+
+  // acc[r, t] = op(acc[r, t], weight * x[r, t]); kMean and kSum add, kMax takes the maximum.
+  virtual absl::Status Accumulate(OpContext& context, const ScoreBuffer& x, Merge merge,
+                                  float weight, ScoreBuffer& acc) = 0;
+
+  // x[r, t] *= y[r or 0, t] * factor. y has x.rows() rows or one row.
+  virtual absl::Status Multiply(OpContext& context, const ScoreBuffer& y, float factor,
+                                ScoreBuffer& x) = 0;
+
+  // 1-D pooling along t of positions [0, length): stride 1, kernel odd, zero padding counted in the
+  // average (methods.md 4.1 step 7). Positions >= length are left alone. In place.
+  virtual absl::Status Pool(OpContext& context, PoolKind kind, int64_t kernel, int64_t length,
+                            ScoreBuffer& x) = 0;
+
+  // x[r, t] = max_{0 <= j <= dilate} x[r, t - j]: a hit also keeps the positions after it. In
+  // place.
+  virtual absl::Status DilateForward(OpContext& context, int64_t dilate, ScoreBuffer& x) = 0;
+
+  // x[r, t] = value for t in [begin, end), all rows.
+  virtual absl::Status Fill(OpContext& context, int64_t begin, int64_t end, float value,
+                            ScoreBuffer& x) = 0;
+
+  // Entropy in nats of row 0 of x normalised by its sum: -sum p ln max(p, 1e-8); and the sum
+  // itself. Waits. InvalidArgument when the sum is not finite or not positive. methods.md 1.1
+  // step 5.
+  struct Mass {
+    double entropy = 0.0;
+    double sum = 0.0;
+  };
+  virtual absl::StatusOr<Mass> MassAndEntropy(OpContext& context, const ScoreBuffer& x,
+                                              int64_t row) = 0;
+
+  // One Selection per row of scores: protected positions first, then the highest scores among the
+  // candidates (score >= threshold), ties to the lower position, until `budget`. Waits.
+  // `args` has one entry per row, or one for all. Exact, no sort. Scores must not be NaN.
+  virtual absl::StatusOr<std::vector<Selection>> Select(OpContext& context,
+                                                        const ScoreBuffer& scores,
+                                                        absl::Span<const SelectArgs> args) = 0;
+
+  // out[g, i, :] = in[g, keep_indices[i], :], bit for bit. One shared set for all heads, or one set
+  // per KV head (`keep_indices.size() == num_kv_heads`; rows beyond a head's own count stay
+  // untouched). `out.seq_len` is the capacity; too small is InvalidArgument. in and out must not
+  // overlap. Waits.
+  virtual absl::Status GatherRows(OpContext& context, const KvView& in,
+                                  absl::Span<const absl::Span<const int32_t>> keep_indices,
+                                  const MutableKvView& out) = 0;
+
+  // Copies rows x cols floats to host memory; waits.
+  virtual absl::Status CopyToHost(OpContext& context, const ScoreBuffer& x,
+                                  absl::Span<float> out) = 0;
+  // Copies host floats into the buffer.
+  virtual absl::Status CopyFromHost(OpContext& context, absl::Span<const float> in,
+                                    ScoreBuffer& out) = 0;
+
+  // Waits for the context's queued ops and reports what they found.
+  virtual absl::Status Wait(OpContext& context) = 0;
+};
+
+}  // namespace keepset::kernels
+
+#endif  // KEEPSET_KERNELS_COMPUTE_BACKEND_H_

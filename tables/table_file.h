@@ -1,0 +1,72 @@
+// Reading, validating and writing table files, and importing a CompilerKV reference directory.
+#ifndef KEEPSET_TABLES_TABLE_FILE_H_
+#define KEEPSET_TABLES_TABLE_FILE_H_
+
+#include <cstddef>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/types/span.h"
+#include "tables/decision_table.h"
+
+namespace keepset::tables {
+
+// Reads and validates completely: schema, shapes, ranges, finiteness, edges, provenance. The bytes
+// are copied before they are checked, so a later write to the file cannot change the table.
+// NotFound: no such file. InvalidArgument: damaged or out of range, naming file, field, value and
+// what would be right. FailedPrecondition: simulated or synthetic provenance, unknown kind or newer
+// version.
+absl::StatusOr<std::shared_ptr<const DecisionTable>> ReadTable(const std::string& path);
+absl::StatusOr<std::shared_ptr<const DecisionTable>> ParseTable(absl::Span<const std::byte> bytes,
+                                                                absl::string_view label);
+
+// Everything a compilerkv table file states; what Write and the compiler fill in.
+struct CompilerKvTableContent {
+  std::string name;
+  std::string version;
+  ModelFingerprint model;
+  std::vector<int64_t> budgets;  // empty: any budget, tensors without the N_B axis
+  std::optional<int64_t> default_budget;
+  std::vector<float> entropy_edges;    // [E - 1]
+  std::vector<float> ppl_edges;        // [P - 1]
+  std::vector<float> head_weights;     // [N_B, L, H]
+  std::vector<float> gate_thresholds;  // [N_B, L, E, P]
+  std::string algorithm_json = "{}";
+  std::string provenance_json = "{}";  // must hold "source"
+  std::string evaluation_json = "{}";
+  std::optional<std::pair<float, float>> head_grid;  // default 0.8..1.5
+  std::optional<std::pair<float, float>> gate_grid;  // default 0.8..1.0
+};
+
+// The file's bytes; validated by parsing them back.
+absl::StatusOr<std::string> SerializeTable(const CompilerKvTableContent& content);
+
+// Neutral table for `model`: every head weight and every gate the same; provenance source
+// "uniform".
+CompilerKvTableContent UniformTable(const ModelFingerprint& model, float head_weight, float gate);
+
+struct ImportOptions {
+  std::string name;
+  std::string version;
+  // The reference manifest names no architecture, KV heads or head_dim; the caller states them.
+  ModelFingerprint model;
+  // Needed when the reference arrays have no budget axis and the manifest no budget_values.
+  std::optional<int64_t> budget;
+};
+
+// Reads manifest.json + W_head.npy + T_gate.npy (methods.md 1.2). NPY v1/v2/v3, little-endian f4 or
+// f8, C or Fortran order; object arrays are refused. Simulated or synthetic sources are refused.
+absl::StatusOr<CompilerKvTableContent> ImportReferenceDirectory(const std::string& directory,
+                                                                const ImportOptions& options);
+
+// What differs between two tables, a line each; empty when the content is the same.
+std::vector<std::string> DiffTables(const DecisionTable& a, const DecisionTable& b);
+
+}  // namespace keepset::tables
+
+#endif  // KEEPSET_TABLES_TABLE_FILE_H_
