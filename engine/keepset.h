@@ -1,0 +1,275 @@
+/* libkeepset: KV-cache retention in process, as a C ABI.
+ *
+ *   keepset_engine -> keepset_operation_begin -> observe(0..L-1) -> finish -> result, gather
+ *
+ * Conventions
+ *  - Functions return a keepset_status; 0 is success. keepset_last_error() gives this thread's
+ * message of the last failed call: where, the value, what would be right.
+ *  - Structs start with struct_size, set by the caller to sizeof; later versions append fields
+ * only.
+ *  - Strides are in elements; the innermost dimension has stride 1. Shapes stand beside each field.
+ *  - Pointers inside structs are borrowed for the duration of the call; returned strings and arrays
+ *    belong to the object they came from and live as long as it does.
+ *  - A keepset_engine and a keepset_table may be used from many threads; an operation from one at a
+ * time.
+ *  - JSON in and out follows the project's file formats.
+ */
+#ifndef KEEPSET_ENGINE_KEEPSET_H_
+#define KEEPSET_ENGINE_KEEPSET_H_
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define KEEPSET_ABI_VERSION 1
+
+/* Canonical codes, the numbers of gRPC. */
+typedef enum keepset_status {
+  KEEPSET_OK = 0,
+  KEEPSET_CANCELLED = 1,
+  KEEPSET_UNKNOWN = 2,
+  KEEPSET_INVALID_ARGUMENT = 3,
+  KEEPSET_DEADLINE_EXCEEDED = 4,
+  KEEPSET_NOT_FOUND = 5,
+  KEEPSET_ALREADY_EXISTS = 6,
+  KEEPSET_PERMISSION_DENIED = 7,
+  KEEPSET_RESOURCE_EXHAUSTED = 8,
+  KEEPSET_FAILED_PRECONDITION = 9,
+  KEEPSET_ABORTED = 10,
+  KEEPSET_OUT_OF_RANGE = 11,
+  KEEPSET_UNIMPLEMENTED = 12,
+  KEEPSET_INTERNAL = 13,
+  KEEPSET_UNAVAILABLE = 14
+} keepset_status;
+
+typedef enum keepset_dtype { KEEPSET_F32 = 1, KEEPSET_F16 = 2, KEEPSET_BF16 = 3 } keepset_dtype;
+
+typedef enum keepset_budget_kind {
+  KEEPSET_BUDGET_TABLE_DEFAULT = 0,
+  KEEPSET_BUDGET_TOKENS = 1,        /* positions per layer */
+  KEEPSET_BUDGET_KEPT_FRACTION = 2, /* floor(T * fraction), at least 1 */
+  KEEPSET_BUDGET_BYTES = 3          /* bytes per layer */
+} keepset_budget_kind;
+
+typedef struct keepset_engine keepset_engine;
+typedef struct keepset_table keepset_table;
+typedef struct keepset_operation keepset_operation;
+typedef struct keepset_result keepset_result;
+typedef struct keepset_capture keepset_capture;
+
+int keepset_abi_version(void);
+const char* keepset_version(void);
+/* Never NULL; empty after a success. Valid until this thread's next call. */
+const char* keepset_last_error(void);
+
+/* ---- Engine -------------------------------------------------------------------------------------
+ */
+
+typedef struct keepset_engine_options {
+  size_t struct_size;
+  const char* backend; /* NULL: "cpu" */
+  int32_t num_threads; /* 0: all cores this process may use */
+} keepset_engine_options;
+
+keepset_status keepset_engine_create(const keepset_engine_options* options, keepset_engine** out);
+void keepset_engine_destroy(keepset_engine* engine);
+/* "cpu/avx512". */
+const char* keepset_engine_backend(const keepset_engine* engine);
+/* Newline-separated policy names. */
+const char* keepset_engine_policies(const keepset_engine* engine);
+/* Multiply-add peak of the backend in GFLOP/s, measured now (about 0.2 s). */
+keepset_status keepset_engine_measure_peak(keepset_engine* engine, double* out_gflops);
+
+/* ---- Tables -------------------------------------------------------------------------------------
+ */
+
+keepset_status keepset_table_load(const char* path, keepset_table** out);
+void keepset_table_destroy(keepset_table* table);
+const char* keepset_table_name(const keepset_table* table);
+const char* keepset_table_version(const keepset_table* table);
+const char* keepset_table_digest(const keepset_table* table); /* "sha256:<hex>" */
+const char* keepset_table_kind(const keepset_table* table);
+/* One JSON document: identity, kind, fingerprint, provenance, tensors with shape and range,
+ * budgets, bins, ignored keys. */
+const char* keepset_table_inspect(const keepset_table* table);
+/* Newline-separated differences, empty when equal. The text belongs to `a` until its next diff. */
+keepset_status keepset_table_diff(keepset_table* a, const keepset_table* b, const char** out);
+
+/* Writes a table file with one head weight and one gate everywhere, provenance "uniform".
+ * model_json: a model fingerprint; budgets may be NULL (any budget). */
+keepset_status keepset_table_write_uniform(const char* path, const char* name, const char* version,
+                                           const char* model_json, float head_weight, float gate,
+                                           const int64_t* budgets, size_t num_budgets);
+
+/* Imports a reference directory (manifest.json, W_head.npy, T_gate.npy) into a table file.
+ * budget: 0 when the directory states its budgets. */
+keepset_status keepset_table_import(const char* directory, const char* model_json, const char* name,
+                                    const char* version, int64_t budget, const char* out_path);
+
+/* ---- Views of the caller's tensors
+ * --------------------------------------------------------------- */
+
+/* K or V of one layer: logical [num_kv_heads, seq_len, head_dim]. Paged when block_size > 0:
+ * element (g, t, c) = data[block_table[t / block_size] * block_stride + (t % block_size) *
+ * token_stride
+ * + g * head_stride + c]. */
+typedef struct keepset_kv_view {
+  void* data;         /* read only, except as a destination */
+  int64_t size_bytes; /* readable (writable) bytes from data */
+  int32_t dtype;      /* keepset_dtype */
+  int32_t reserved;
+  int64_t num_kv_heads;
+  int64_t seq_len; /* capacity in tokens for a destination */
+  int64_t head_dim;
+  int64_t head_stride;
+  int64_t token_stride;
+  int64_t block_size;
+  int64_t block_stride;
+  const int32_t* block_table; /* [num_blocks] */
+  int64_t num_blocks;
+} keepset_kv_view;
+
+/* Queries [num_qo_heads, num_rows, head_dim], attention tile [num_qo_heads, num_rows, seq_len] or
+ * log-sum-exp [num_qo_heads, num_rows] (natural log, last_dim 1). data NULL: absent. */
+typedef struct keepset_rows_view {
+  const void* data;
+  int64_t size_bytes;
+  int32_t dtype;
+  int32_t reserved;
+  int64_t num_qo_heads;
+  int64_t num_rows;
+  int64_t last_dim;
+  int64_t head_stride;
+  int64_t row_stride;
+} keepset_rows_view;
+
+typedef struct keepset_layer_observation {
+  size_t struct_size;
+  keepset_rows_view q_window;
+  keepset_rows_view window_lse;
+  keepset_rows_view attn_tile;
+  keepset_kv_view k;
+  keepset_kv_view v;
+} keepset_layer_observation;
+
+/* ---- Operations
+ * ---------------------------------------------------------------------------------- */
+
+typedef struct keepset_parameter {
+  const char* name;
+  const char* value;
+} keepset_parameter;
+
+typedef struct keepset_span {
+  const char* name; /* may be NULL */
+  int64_t begin;
+  int64_t end; /* exclusive */
+} keepset_span;
+
+typedef struct keepset_operation_spec {
+  size_t struct_size;
+  const char* model_json; /* model fingerprint */
+  int64_t seq_len;
+  int64_t num_rows;             /* observed rows W */
+  const int64_t* row_positions; /* [num_rows] or NULL: the last W */
+  float softmax_scale;
+  int32_t kv_dtype;       /* keepset_dtype */
+  int64_t value_head_dim; /* 0: head_dim */
+  const char* policy;
+  const keepset_parameter* parameters;
+  size_t num_parameters;
+  int32_t budget_kind; /* keepset_budget_kind */
+  int64_t budget;      /* tokens or bytes */
+  double kept_fraction;
+  const char* scope; /* NULL: the policy's native scope */
+  int64_t protect_sink;
+  int64_t protect_window;
+  const keepset_span* protect_spans;
+  size_t num_protect_spans;
+  double ppl;                   /* NaN: not given */
+  const float* window_logprobs; /* [num_window_logprobs] or NULL */
+  size_t num_window_logprobs;
+  const keepset_table* table; /* NULL: none; kept by reference until the operation is destroyed */
+  int32_t shadow;             /* 1: decide and report, never apply */
+} keepset_operation_spec;
+
+keepset_status keepset_operation_begin(keepset_engine* engine, const keepset_operation_spec* spec,
+                                       keepset_operation** out);
+keepset_status keepset_operation_observe(keepset_operation* operation, int64_t layer,
+                                         const keepset_layer_observation* observation);
+/* The result belongs to the operation. */
+keepset_status keepset_operation_finish(keepset_operation* operation, const keepset_result** out);
+/* Moves the kept rows of one layer, bit for bit. */
+keepset_status keepset_operation_gather(keepset_operation* operation, int64_t layer,
+                                        const keepset_kv_view* k, const keepset_kv_view* v,
+                                        const keepset_kv_view* out_k, const keepset_kv_view* out_v);
+void keepset_operation_destroy(keepset_operation* operation);
+
+/* "compressed", "kept_full", "shadow". */
+const char* keepset_result_outcome(const keepset_result* result);
+const char* keepset_result_reason(const keepset_result* result);
+/* The JSON document of a result file. */
+const char* keepset_result_json(const keepset_result* result);
+int64_t keepset_result_num_layers(const keepset_result* result);
+/* 1 for a shared set, the number of KV heads in scope kv_head. */
+int64_t keepset_result_num_sets(const keepset_result* result);
+/* Ascending positions of one set; borrowed from the result. */
+keepset_status keepset_result_keep_indices(const keepset_result* result, int64_t layer, int64_t set,
+                                           const int32_t** out, int64_t* out_count);
+/* Seconds spent in one stage of this operation: "score", "select", "gather". */
+double keepset_result_stage_seconds(const keepset_result* result, const char* stage);
+
+/* ---- Captures and result files
+ * ------------------------------------------------------------------- */
+
+keepset_status keepset_capture_open(const char* path, keepset_capture** out);
+void keepset_capture_close(keepset_capture* capture);
+/* The capture's JSON document. */
+const char* keepset_capture_json(const keepset_capture* capture);
+/* Fills what the capture states: model, seq_len, rows, softmax_scale, dtypes, ppl,
+ * log-probabilities. Policy, budget, scope and protection stay as they are; pointers belong to the
+ * capture. */
+keepset_status keepset_capture_fill_spec(const keepset_capture* capture,
+                                         keepset_operation_spec* spec);
+/* Span `name` of the capture; NOT_FOUND lists the names. */
+keepset_status keepset_capture_span(const keepset_capture* capture, const char* name,
+                                    keepset_span* out);
+keepset_status keepset_capture_layer(const keepset_capture* capture, int64_t layer,
+                                     keepset_layer_observation* out);
+
+/* Compacted K and V of one layer for a result file: shared sets [num_kv_heads, n, head_dim] (set =
+ * -1), or one KV head's [n, head_dim] (set = head). Bytes in the capture's dtype, contiguous. */
+typedef struct keepset_gathered_layer {
+  int64_t layer;
+  int64_t set;
+  int32_t dtype;
+  int32_t reserved;
+  int64_t num_kv_heads; /* 1 with set >= 0 */
+  int64_t num_tokens;
+  int64_t k_head_dim;
+  int64_t v_head_dim;
+  const void* k;
+  const void* v;
+} keepset_gathered_layer;
+
+/* One set of keep indices of a result that was computed elsewhere (a server). */
+typedef struct keepset_index_set {
+  int64_t layer;
+  int64_t set; /* -1 for a shared set */
+  const int32_t* indices;
+  int64_t count;
+} keepset_index_set;
+
+/* Writes a result file (temporary name, sync, rename); a failure leaves no file. */
+keepset_status keepset_result_write(const char* path, const char* result_json,
+                                    const keepset_index_set* sets, size_t num_sets,
+                                    const keepset_gathered_layer* gathered, size_t num_gathered);
+
+#ifdef __cplusplus
+} /* extern "C" */
+#endif
+
+#endif /* KEEPSET_ENGINE_KEEPSET_H_ */

@@ -1,0 +1,65 @@
+// One compression, from first layer to keep sets:
+//
+//   Begin(spec) -> Observe(0) ... Observe(L-1) -> Finish -> Gather(layer) ...
+//
+// An operation is used by one thread at a time; many operations run side by side on one backend.
+// It holds scores (at most L x Hkv x T floats), never K or V: views are read during the call only.
+#ifndef KEEPSET_ENGINE_OPERATION_H_
+#define KEEPSET_ENGINE_OPERATION_H_
+
+#include <cstdint>
+#include <memory>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "base/clock.h"
+#include "engine/operation_types.h"
+#include "engine/policies/policy_registry.h"
+#include "kernels/compute_backend.h"
+
+namespace keepset::engine {
+
+class Operation {
+ public:
+  // Checks the whole spec: shapes, budget, scope, parameters, protected ranges, table, signals.
+  // InvalidArgument: shape, value, unknown parameter or scope, missing signal.
+  // NotFound: unknown policy, or a table is needed and none given. FailedPrecondition: table does
+  // not fit. `policies`, `backend` and `clock` must outlive the operation.
+  static absl::StatusOr<std::unique_ptr<Operation>> Begin(OperationSpec spec,
+                                                          const PolicyRegistry& policies,
+                                                          kernels::ComputeBackend& backend,
+                                                          const Clock& clock);
+  virtual ~Operation() = default;
+
+  virtual const OperationSpec& spec() const = 0;
+
+  // Layers come once each, in ascending order from 0; anything else is InvalidArgument naming the
+  // layer that was expected. A refused observation leaves the operation as it was, so the caller
+  // may repeat it.
+  virtual absl::Status Observe(int64_t layer, const LayerObservation& observation) = 0;
+
+  // The keep set of an observed layer when it is final before Finish (layer-local policies), else
+  // nullptr. Valid until Finish.
+  virtual const LayerResult* EarlyResult(int64_t layer) const = 0;
+
+  // FailedPrecondition when layers are missing. Idempotent: later calls return the same result.
+  virtual absl::StatusOr<const OperationResult*> Finish() = 0;
+
+  // Rows a destination must hold for `layer`: the largest kept count over its KV heads. After
+  // Finish.
+  virtual absl::StatusOr<int64_t> GatherRows(int64_t layer) const = 0;
+
+  // Moves the kept rows of K and V, bit for bit. k/v out may have more capacity than rows.
+  // FailedPrecondition before Finish and in shadow mode.
+  virtual absl::Status Gather(int64_t layer, const kernels::KvView& k, const kernels::KvView& v,
+                              const kernels::MutableKvView& out_k,
+                              const kernels::MutableKvView& out_v) = 0;
+
+  // The answer when somebody else decides not to compress (load shedding, a device fault): every
+  // position of every layer. Ends the operation.
+  virtual const OperationResult& FinishKeptFull(Reason reason) = 0;
+};
+
+}  // namespace keepset::engine
+
+#endif  // KEEPSET_ENGINE_OPERATION_H_

@@ -1,0 +1,149 @@
+// Plain data of one operation: what a caller asks (OperationSpec), what a layer brings
+// (LayerObservation), what comes back (OperationResult). No behaviour, no ownership of tensors.
+#ifndef KEEPSET_ENGINE_OPERATION_TYPES_H_
+#define KEEPSET_ENGINE_OPERATION_TYPES_H_
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/time/time.h"
+#include "kernels/views.h"
+#include "tables/decision_table.h"
+#include "tables/model_fingerprint.h"
+
+namespace keepset::engine {
+
+// Which positions may differ from which (design.md 3).
+enum class Scope {
+  kLayerElastic,  // each layer its own count
+  kLayerEqual,    // same count in every layer, own positions
+  kSequence,      // one set for all layers
+  kKvHead,        // one set per KV head
+};
+
+enum class Mode {
+  kDecide,
+  kShadow,  // decided and reported, never applied: Gather is refused
+};
+
+enum class Outcome { kCompressed, kKeptFull, kShadow };
+
+// Why an outcome is what it is; kNone for an ordinary compression and for policy `full`.
+enum class Reason { kNone, kBelowBudget, kNoSaving, kShed, kDeadline, kDeviceFault };
+
+struct Budget {
+  enum class Kind {
+    kTableDefault,
+    kTokens,        // positions per layer (per KV head in scope kv_head)
+    kKeptFraction,  // floor(T * fraction) in double, at least 1
+    kBytes,         // bytes per layer, divided by the bytes of one token over all KV heads
+  };
+  Kind kind = Kind::kTableDefault;
+  int64_t tokens = 0;
+  double kept_fraction = 0.0;
+  int64_t bytes = 0;
+};
+
+struct ProtectedSpan {
+  std::string name;
+  int64_t begin = 0;
+  int64_t end = 0;  // exclusive
+};
+
+struct OperationSpec {
+  tables::ModelFingerprint model;  // Layer and head counts and head_dim of every observation.
+  int64_t seq_len = 0;             // T
+  // Observed rows W of every layer. Empty row_positions: the last W positions.
+  int64_t num_rows = 0;
+  std::vector<int64_t> row_positions;  // [W] ascending, < T
+  float softmax_scale = 0.0f;          // > 0 when queries are observed
+  kernels::DType kv_dtype = kernels::DType::kF32;
+  int64_t value_head_dim = 0;  // 0: head_dim
+
+  std::string policy;
+  std::map<std::string, std::string> parameters;
+  Budget budget;
+  std::optional<Scope> scope;  // absent: the policy's native scope
+
+  int64_t protect_sink = 0;    // first positions
+  int64_t protect_window = 0;  // last positions
+  std::vector<ProtectedSpan> protect_spans;
+
+  // Perplexity of the last W tokens; wins over window_logprobs (natural log, one per token).
+  std::optional<double> ppl;
+  std::vector<float> window_logprobs;
+
+  // The table of this operation, already resolved; held until the operation ends.
+  std::shared_ptr<const tables::DecisionTable> table;
+
+  Mode mode = Mode::kDecide;
+  // Monotonic time (Clock::Monotonic) after which the operation answers kept_full, reason deadline.
+  absl::Duration deadline = absl::InfiniteDuration();
+};
+
+// What one layer brings. Views stay valid until Observe returns.
+struct LayerObservation {
+  kernels::QueryView q_window;  // [H, W, d]
+  kernels::LseView window_lse;  // [H, W], optional beside q_window
+  kernels::TileView attn_tile;  // [H, W, T]; wins over q_window
+  kernels::KvView k;            // [Hkv, T, d]
+  kernels::KvView v;            // [Hkv, T, dv]
+};
+
+struct LayerResult {
+  // One ascending set, or one per KV head in scope kv_head.
+  std::vector<std::vector<int32_t>> keep_indices;
+  // Parallel to keep_indices; candidates counts every position with score >= tau, protected or not.
+  std::vector<int64_t> candidates;
+  std::vector<int64_t> filled;
+  std::optional<double> tau;
+  // alpha_scope layer or head only.
+  std::optional<double> entropy;
+  std::optional<int64_t> entropy_bin;
+};
+
+struct StageTimes {
+  absl::Duration score;
+  absl::Duration select;
+  absl::Duration gather;
+};
+
+struct OperationResult {
+  Outcome outcome = Outcome::kCompressed;
+  Reason reason = Reason::kNone;
+  std::string policy;
+  Scope scope = Scope::kLayerEqual;
+  int64_t seq_len = 0;
+  int64_t budget_tokens = 0;  // as requested, before the clamp to T
+  std::optional<tables::TableIdentity> table;
+  std::string table_source;  // provenance of the table, empty without one
+  std::optional<double> entropy;
+  std::optional<double> ppl;
+  std::optional<int64_t> entropy_bin;
+  std::optional<int64_t> ppl_bin;
+  bool has_candidates = false;  // the policy has a threshold, so candidates and tau mean something
+  std::vector<LayerResult> layers;  // [L]; kept_full lists all positions
+  std::vector<std::string> defaulted_inputs;
+  std::vector<std::string> relaxed;
+  std::string backend;
+  int64_t bytes_before = 0;  // K and V of all layers
+  int64_t bytes_after = 0;
+  StageTimes times;
+};
+
+// Names of formats.md: "layer_elastic", "kept_full", "below_budget" ...
+absl::string_view ScopeName(Scope scope);
+absl::string_view OutcomeName(Outcome outcome);
+absl::string_view ReasonName(Reason reason);
+// InvalidArgument lists the known scopes.
+absl::StatusOr<Scope> ParseScope(absl::string_view name);
+
+}  // namespace keepset::engine
+
+#endif  // KEEPSET_ENGINE_OPERATION_TYPES_H_
