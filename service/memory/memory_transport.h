@@ -1,0 +1,84 @@
+// How memory of a worker becomes readable here: one transport per kind of handle, listed in
+// transports.def.
+//
+// A transport turns a descriptor into a mapping and nothing else; sessions, quotas and leases are
+// the SessionManager's. Transports are thread-safe and stateless unless they say otherwise.
+#ifndef KEEPSET_SERVICE_MEMORY_MEMORY_TRANSPORT_H_
+#define KEEPSET_SERVICE_MEMORY_MEMORY_TRANSPORT_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+
+namespace keepset::service {
+
+// Owns one file descriptor.
+class UniqueFd {
+ public:
+  UniqueFd() = default;
+  explicit UniqueFd(int fd) : fd_(fd) {}
+  UniqueFd(UniqueFd&& other) noexcept : fd_(other.Release()) {}
+  UniqueFd& operator=(UniqueFd&& other) noexcept {
+    if (this != &other) Reset(other.Release());
+    return *this;
+  }
+  UniqueFd(const UniqueFd&) = delete;
+  UniqueFd& operator=(const UniqueFd&) = delete;
+  ~UniqueFd() { Reset(); }
+
+  int get() const { return fd_; }
+  bool valid() const { return fd_ >= 0; }
+  int Release() { return std::exchange(fd_, -1); }
+  void Reset(int fd = -1);
+
+ private:
+  int fd_ = -1;
+};
+
+enum class RegionAccess { kReadOnly, kReadWrite };
+
+struct RegionDescriptor {
+  std::string kind;  // "memfd"
+  UniqueFd fd;       // descriptor transports
+  std::string name;  // named transports
+  uint64_t allocation_bytes = 0;
+  uint64_t offset = 0;  // page-aligned
+  uint64_t length = 0;
+  std::string device_uuid;  // empty: host
+  uint64_t generation = 0;
+  RegionAccess access = RegionAccess::kReadOnly;
+};
+
+// RAII: unmaps at destruction. Immutable after creation; thread-safe.
+class MappedRegion {
+ public:
+  virtual ~MappedRegion() = default;
+  virtual std::byte* data() const = 0;  // `length` bytes; writable only with kReadWrite
+  virtual int64_t size_bytes() const = 0;
+  virtual RegionAccess access() const = 0;
+  // Called before an operation reads the region: the memory object still has its announced size.
+  virtual absl::Status Verify() const = 0;
+};
+
+class MemoryTransport {
+ public:
+  virtual ~MemoryTransport() = default;
+
+  virtual absl::string_view kind() const = 0;
+  virtual bool needs_fd() const = 0;
+
+  // InvalidArgument: sizes that overflow or exceed the object, offset not page-aligned, a memfd
+  // that is not sealed against shrinking, not a memfd at all. Messages never tell names or
+  // addresses of others.
+  virtual absl::StatusOr<std::unique_ptr<MappedRegion>> Open(RegionDescriptor descriptor) = 0;
+};
+
+}  // namespace keepset::service
+
+#endif  // KEEPSET_SERVICE_MEMORY_MEMORY_TRANSPORT_H_

@@ -1,0 +1,39 @@
+// The AF_UNIX socket that passes file descriptors into sessions (proto/side_socket_wire.h).
+//
+// One thread serves all connections with poll; a connection that does not send its token in time,
+// sends a malformed frame, or belongs to another user than `allowed_uid` (and is not root) is
+// closed.
+#ifndef KEEPSET_SERVICE_MEMORY_SIDE_SOCKET_H_
+#define KEEPSET_SERVICE_MEMORY_SIDE_SOCKET_H_
+
+#include <sys/types.h>
+
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "absl/status/statusor.h"
+#include "service/memory/session_manager.h"
+
+namespace keepset::service {
+
+struct SideSocketOptions {
+  std::string path;
+  mode_t mode = 0600;
+  std::optional<uid_t> allowed_uid;  // absent: whoever the socket's mode lets in
+  absl::Duration hello_timeout = absl::Seconds(10);
+};
+
+class SideSocketServer {
+ public:
+  // Binds, listens and starts the thread. A stale socket file is replaced, a live one is
+  // AlreadyExists. `sessions` must outlive the server.
+  static absl::StatusOr<std::unique_ptr<SideSocketServer>> Start(const SideSocketOptions& options,
+                                                                 SessionManager& sessions);
+  // Closes every connection, joins the thread, removes the socket file.
+  virtual ~SideSocketServer() = default;
+};
+
+}  // namespace keepset::service
+
+#endif  // KEEPSET_SERVICE_MEMORY_SIDE_SOCKET_H_

@@ -1,0 +1,90 @@
+// Every series keepsetd exports, created at start, with bounded labels. metric_names.h is the one
+// list of names; docs/metrics.md is generated from it.
+//
+// Thread-safe; recording takes no lookup (references are cached). Owns the Prometheus registry.
+#ifndef KEEPSET_SERVICE_METRICS_METRICS_H_
+#define KEEPSET_SERVICE_METRICS_METRICS_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/time/time.h"
+
+namespace keepset::service {
+
+// Names of the stages an operation passes, in order.
+enum class Stage { kQueue, kLease, kScore, kSelect, kGather, kReply };
+inline constexpr int kNumStages = 6;
+
+// What one ended operation adds. Names are those of formats.md.
+struct OperationSample {
+  std::string policy;   // a known policy, else "unknown"
+  std::string outcome;  // "compressed", "kept_full", "shadow", "error", "cancelled"
+  std::string reason;   // "none", "below_budget" ..., or the canonical code of an error
+  absl::Duration stages[kNumStages] = {};
+  int64_t input_tokens = 0;  // T x layers
+  int64_t kept_tokens = 0;   // sum over layers (mean over KV heads in scope kv_head)
+  int64_t bytes_before = 0;
+  int64_t bytes_after = 0;
+  std::vector<std::string> defaulted_inputs;
+};
+
+struct TableInfoSample {
+  std::string model;  // architecture
+  std::string name;
+  std::string version;
+  std::string digest;
+};
+
+enum class Reject {
+  kQueueFull,
+  kInlineTooLarge,
+  kDraining,
+  kInvalid,
+  kNotFound,
+  kPrecondition,
+  kFence
+};
+
+class Metrics {
+ public:
+  struct BuildInfo {
+    std::string version;
+    std::string backend;
+  };
+  // `policies` and `region_kinds` bound the labels.
+  static std::unique_ptr<Metrics> New(const BuildInfo& build,
+                                      const std::vector<std::string>& policies,
+                                      const std::vector<std::string>& region_kinds);
+  virtual ~Metrics() = default;
+
+  virtual void RecordOperation(const OperationSample& sample) = 0;
+  virtual void RecordReject(Reject why) = 0;
+  virtual void SetQueueDepth(int64_t waiting) = 0;
+  virtual void SetOperationsInFlight(int64_t running) = 0;
+
+  // Replaces the table_info series.
+  virtual void SetTables(const std::vector<TableInfoSample>& tables, absl::Time now) = 0;
+  enum class Reload { kSuccess, kRefused };
+  virtual void RecordReload(Reload result) = 0;
+
+  virtual void SetSessions(int64_t sessions) = 0;
+  virtual void SetRegions(absl::string_view kind, int64_t regions, uint64_t bytes) = 0;
+  virtual void RecordSessionEnd(absl::string_view why) = 0;  // "closed", "replaced", "hang_up", ...
+  virtual void RecordImportFailure(absl::string_view kind) = 0;
+
+  // The page in Prometheus text format.
+  virtual std::string Render() const = 0;
+
+  // Serves the page on "host:port" (port 0: free one); returns the bound "host:port".
+  // AlreadyExists when the port is taken.
+  virtual absl::StatusOr<std::string> Serve(const std::string& address) = 0;
+};
+
+}  // namespace keepset::service
+
+#endif  // KEEPSET_SERVICE_METRICS_METRICS_H_
