@@ -2,6 +2,7 @@
 #ifndef KEEPSET_TABLES_MODEL_FINGERPRINT_H_
 #define KEEPSET_TABLES_MODEL_FINGERPRINT_H_
 
+#include <cstdint>
 #include <optional>
 #include <string>
 

@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <string>
@@ -33,6 +34,8 @@ enum class TensorDType {
   kU32,
   kU16,
   kU8,
+  kF8E4M3,  // named so that a file may carry them beside the tensors we read
+  kF8E5M2,
   kBool
 };
 
@@ -55,7 +58,8 @@ enum class ReadMode { kMap, kCopy };
 class SafetensorsFile {
  public:
   // NotFound when the file is missing, InvalidArgument for every damage (message: path, field,
-  // value, what would be right).
+  // value, what would be right). kCopy takes files up to 1 GiB and returns Aborted when the file
+  // changed while it was read.
   static absl::StatusOr<std::unique_ptr<SafetensorsFile>> Open(const std::string& path,
                                                                ReadMode mode);
 
@@ -68,6 +72,7 @@ class SafetensorsFile {
   virtual const std::string& label() const = 0;
   // Value of `__metadata__` under `key`, or nullptr.
   virtual const std::string* metadata(absl::string_view key) const = 0;
+  virtual const std::map<std::string, std::string, std::less<>>& all_metadata() const = 0;
   virtual const std::vector<TensorInfo>& tensors() const = 0;
   // nullptr when absent.
   virtual const TensorInfo* Find(absl::string_view name) const = 0;

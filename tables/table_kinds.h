@@ -1,0 +1,46 @@
+// The kinds of table this version can read. A new kind is one parser and one line in
+// table_kinds.cc; reading, registry, inspect and diff know no kind by name.
+#ifndef KEEPSET_TABLES_TABLE_KINDS_H_
+#define KEEPSET_TABLES_TABLE_KINDS_H_
+
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/types/span.h"
+#include "nlohmann/json.hpp"
+#include "tables/decision_table.h"
+#include "tables/safetensors.h"
+
+namespace keepset::tables {
+
+// The part of a table file that all kinds share, checked.
+struct TableHeader {
+  TableIdentity identity;
+  ModelFingerprint model;
+  std::string provenance_source;
+  std::string metadata_json;
+  nlohmann::json document;
+  std::vector<std::string> ignored;
+};
+
+struct TableKind {
+  absl::string_view name;
+  // JSON keys and tensors of this kind; others are listed as ignored.
+  std::vector<absl::string_view> keys;
+  std::vector<absl::string_view> tensors;
+  absl::StatusOr<std::shared_ptr<const DecisionTable>> (*parse)(const SafetensorsFile& file,
+                                                                TableHeader header);
+};
+
+std::vector<TableKind> TableKinds();
+
+absl::StatusOr<std::shared_ptr<const DecisionTable>> ParseCompilerKvTable(
+    const SafetensorsFile& file, TableHeader header);
+
+}  // namespace keepset::tables
+
+#endif  // KEEPSET_TABLES_TABLE_KINDS_H_

@@ -1,0 +1,160 @@
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/ascii.h"
+#include "absl/strings/escaping.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "base/status_macros.h"
+#include "tables/strict_json.h"
+#include "tables/table_file.h"
+#include "tables/table_kinds.h"
+
+namespace keepset::tables {
+namespace {
+
+using Json = nlohmann::json;
+
+constexpr int64_t kNewestVersion = 1;
+constexpr std::size_t kMaxNameBytes = 128;
+constexpr absl::string_view kMetadataKey = "keepset";
+constexpr absl::string_view kCommonKeys[] = {"format",    "format_version", "kind",
+                                             "name",      "version",        "model",
+                                             "algorithm", "provenance",     "evaluation"};
+constexpr absl::string_view kSources[] = {"offline-calibration", "offline-independent-ablation",
+                                          "uniform", "hand-written"};
+
+// Names and versions become metric labels, log fields and file names.
+absl::StatusOr<std::string> LabelField(const Json& document, absl::string_view key,
+                                       absl::string_view where) {
+  KEEPSET_ASSIGN_OR_RETURN(std::string value, StringField(document, key, where));
+  const bool known = std::all_of(value.begin(), value.end(), [](char c) {
+    return absl::ascii_isalnum(c) || absl::string_view("._-+:@/=").find(c) != std::string::npos;
+  });
+  if (value.empty() || value.size() > kMaxNameBytes || !known ||
+      !absl::ascii_isalnum(value.front())) {
+    return FieldError(where, key, PreviewJson(document[std::string(key)]),
+                      absl::StrCat("1..", kMaxNameBytes,
+                                   " characters of A-Z a-z 0-9 . _ - + : @ / = with a letter or "
+                                   "digit first"));
+  }
+  return value;
+}
+
+absl::StatusOr<std::string> ProvenanceSource(const Json& document, absl::string_view where) {
+  KEEPSET_ASSIGN_OR_RETURN(const Json provenance, ObjectField(document, "provenance", where));
+  KEEPSET_ASSIGN_OR_RETURN(std::string source,
+                           StringField(provenance, "source", absl::StrCat(where, ": provenance")));
+  if (std::find(std::begin(kSources), std::end(kSources), source) == std::end(kSources)) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(where, ": provenance.source=", PreviewJson(source), ", want one of ",
+                     absl::StrJoin(kSources, ", "), "; simulated or synthetic tables are refused"));
+  }
+  return source;
+}
+
+absl::Status CheckFormat(const Json& document, absl::string_view where) {
+  KEEPSET_ASSIGN_OR_RETURN(const std::string format, StringField(document, "format", where));
+  if (format != "keepset.table") {
+    return FieldError(where, "format", PreviewJson(format), "keepset.table");
+  }
+  KEEPSET_ASSIGN_OR_RETURN(const int64_t version,
+                           IntField(document, "format_version", 1, INT64_MAX, where));
+  if (version > kNewestVersion) {
+    return absl::FailedPreconditionError(absl::StrCat(where, ": format_version=", version,
+                                                      ", want at most ", kNewestVersion,
+                                                      "; written by a newer version"));
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<TableKind> FindKind(const Json& document, absl::string_view where) {
+  KEEPSET_ASSIGN_OR_RETURN(const std::optional<std::string> stated,
+                           OptionalStringField(document, "kind", where));
+  const std::string name = stated.value_or("compilerkv");
+  std::vector<absl::string_view> names;
+  for (const TableKind& kind : TableKinds()) {
+    if (kind.name == name) return kind;
+    names.push_back(kind.name);
+  }
+  return absl::FailedPreconditionError(absl::StrCat(where, ": kind=", PreviewJson(name),
+                                                    ", want one of ", absl::StrJoin(names, ", ")));
+}
+
+// Objects that are free in form but must be objects where present.
+absl::Status CheckFreeObjects(const Json& document, absl::string_view where) {
+  for (const char* key : {"algorithm", "evaluation"}) {
+    if (document.contains(key)) KEEPSET_RETURN_IF_ERROR(ObjectField(document, key, where).status());
+  }
+  return absl::OkStatus();
+}
+
+template <typename Names>
+bool Contains(const Names& names, absl::string_view name) {
+  return std::find(std::begin(names), std::end(names), name) != std::end(names);
+}
+
+std::vector<std::string> ListIgnored(const SafetensorsFile& file, const Json& document,
+                                     const TableKind& kind) {
+  std::vector<std::string> ignored;
+  for (const auto& [key, value] : document.items()) {
+    if (!Contains(kCommonKeys, key) && !Contains(kind.keys, key)) {
+      ignored.push_back(absl::StrCat("key ", absl::CHexEscape(key)));
+    }
+  }
+  for (const auto& [key, value] : file.all_metadata()) {
+    if (key != kMetadataKey) ignored.push_back(absl::StrCat("metadata ", absl::CHexEscape(key)));
+  }
+  for (const TensorInfo& tensor : file.tensors()) {
+    if (!Contains(kind.tensors, tensor.name)) {
+      ignored.push_back(absl::StrCat("tensor ", absl::CHexEscape(tensor.name)));
+    }
+  }
+  return ignored;
+}
+
+absl::StatusOr<std::shared_ptr<const DecisionTable>> TableOf(const SafetensorsFile& file) {
+  const std::string& where = file.label();
+  const std::string* metadata = file.metadata(kMetadataKey);
+  if (metadata == nullptr) {
+    return FieldError(where, "__metadata__.keepset", "(missing)", "the table's JSON document");
+  }
+  TableHeader header;
+  header.metadata_json = *metadata;
+  KEEPSET_ASSIGN_OR_RETURN(header.document,
+                           ParseStrictJsonObject(*metadata, absl::StrCat(where, ": keepset")));
+  const Json& document = header.document;
+  KEEPSET_RETURN_IF_ERROR(CheckFormat(document, where));
+  KEEPSET_ASSIGN_OR_RETURN(const TableKind kind, FindKind(document, where));
+  KEEPSET_ASSIGN_OR_RETURN(header.identity.name, LabelField(document, "name", where));
+  KEEPSET_ASSIGN_OR_RETURN(header.identity.version, LabelField(document, "version", where));
+  KEEPSET_ASSIGN_OR_RETURN(header.provenance_source, ProvenanceSource(document, where));
+  KEEPSET_ASSIGN_OR_RETURN(const Json model, ObjectField(document, "model", where));
+  KEEPSET_ASSIGN_OR_RETURN(header.model,
+                           ParseModelFingerprint(model.dump(), absl::StrCat(where, ": model")));
+  if (header.model.architecture.empty()) {
+    return FieldError(absl::StrCat(where, ": model"), "architecture", "(missing)",
+                      "the architecture's name");
+  }
+  KEEPSET_RETURN_IF_ERROR(CheckFreeObjects(document, where));
+  header.ignored = ListIgnored(file, document, kind);
+  header.identity.digest = file.Digest();
+  return kind.parse(file, std::move(header));
+}
+
+}  // namespace
+
+absl::StatusOr<std::shared_ptr<const DecisionTable>> ReadTable(const std::string& path) {
+  KEEPSET_ASSIGN_OR_RETURN(const std::unique_ptr<SafetensorsFile> file,
+                           SafetensorsFile::Open(path, ReadMode::kCopy));
+  return TableOf(*file);
+}
+
+absl::StatusOr<std::shared_ptr<const DecisionTable>> ParseTable(absl::Span<const std::byte> bytes,
+                                                                absl::string_view label) {
+  KEEPSET_ASSIGN_OR_RETURN(const std::unique_ptr<SafetensorsFile> file,
+                           SafetensorsFile::Parse(bytes, label));
+  return TableOf(*file);
+}
+
+}  // namespace keepset::tables
