@@ -1,0 +1,128 @@
+#include "kernels/cpu/cpu_context.h"
+
+#include <algorithm>
+#include <cstring>
+#include <new>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
+#include "base/status_macros.h"
+#include "tbb/blocked_range.h"
+#include "tbb/info.h"
+#include "tbb/parallel_for.h"
+#include "tbb/partitioner.h"
+#include "tbb/task_arena.h"
+#include "tbb/task_group.h"
+
+namespace keepset::kernels::cpu {
+namespace {
+
+constexpr std::align_val_t kAlignment{64};
+
+class SerialArena : public ThreadArena {
+ public:
+  int num_threads() const override { return 1; }
+  void ParallelFor(int64_t num_tasks, absl::FunctionRef<void(int64_t task, int slot)> fn) override {
+    for (int64_t task = 0; task < num_tasks; ++task) fn(task, 0);
+  }
+};
+
+class TbbArena : public ThreadArena {
+ public:
+  explicit TbbArena(int num_threads) : num_threads_(num_threads), arena_(num_threads) {}
+
+  int num_threads() const override { return num_threads_; }
+  void ParallelFor(int64_t num_tasks, absl::FunctionRef<void(int64_t task, int slot)> fn) override {
+    arena_.execute([&] {
+      // Isolated: a cancelled group of the caller must not leave results half computed.
+      tbb::task_group_context context(tbb::task_group_context::isolated);
+      tbb::parallel_for(
+          tbb::blocked_range<int64_t>(0, num_tasks, 1),
+          [&](const tbb::blocked_range<int64_t>& range) {
+            const int slot = tbb::this_task_arena::current_thread_index();
+            for (int64_t task = range.begin(); task < range.end(); ++task) fn(task, slot);
+          },
+          tbb::simple_partitioner(), context);
+    });
+  }
+
+ private:
+  const int num_threads_;
+  tbb::task_arena arena_;
+};
+
+}  // namespace
+
+void AlignedBuffer::Free::operator()(std::byte* data) const { ::operator delete(data, kAlignment); }
+
+absl::Status AlignedBuffer::Reserve(int64_t bytes) {
+  if (bytes <= capacity_) return absl::OkStatus();
+  data_.reset();
+  capacity_ = 0;
+  void* memory = ::operator new(static_cast<size_t>(bytes), kAlignment, std::nothrow);
+  if (memory == nullptr) {
+    return absl::ResourceExhaustedError(absl::StrCat("cannot allocate ", bytes, " bytes"));
+  }
+  data_.reset(static_cast<std::byte*>(memory));
+  capacity_ = bytes;
+  return absl::OkStatus();
+}
+
+std::unique_ptr<ThreadArena> NewThreadArena(int num_threads) {
+  if (num_threads <= 1) return std::make_unique<SerialArena>();
+  return std::make_unique<TbbArena>(num_threads);
+}
+
+int NumUsableCores() { return std::max(1, tbb::info::default_concurrency()); }
+
+CpuContext::CpuContext(ThreadArena* arena)
+    : arena_(arena),
+      shared_(static_cast<size_t>(SharedScratch::kCount)),
+      slots_(static_cast<size_t>(SlotScratch::kCount) * arena->num_threads()) {}
+
+absl::Status CpuContext::TryParallelFor(
+    int64_t num_tasks, absl::FunctionRef<absl::Status(int64_t task, int slot)> fn) {
+  absl::Mutex mutex;
+  absl::Status first;
+  int64_t first_task = num_tasks;
+  arena_->ParallelFor(num_tasks, [&](int64_t task, int slot) {
+    absl::Status status = fn(task, slot);
+    if (status.ok()) return;
+    absl::MutexLock lock(&mutex);
+    if (task < first_task) {
+      first_task = task;
+      first = std::move(status);
+    }
+  });
+  return first;
+}
+
+absl::Status CpuContext::ReserveSlots(SlotScratch use, int64_t bytes) {
+  for (int i = 0; i < num_slots(); ++i) KEEPSET_RETURN_IF_ERROR(slot(i, use).Reserve(bytes));
+  return absl::OkStatus();
+}
+
+CpuScoreBuffer::CpuScoreBuffer(AlignedBuffer memory, int64_t rows, int64_t cols)
+    : memory_(std::move(memory)), rows_(rows), cols_(cols) {}
+
+absl::StatusOr<std::unique_ptr<ScoreBuffer>> CpuScoreBuffer::New(int64_t rows, int64_t cols) {
+  int64_t bytes = 0;
+  if (rows < 1 || cols < 1 || __builtin_mul_overflow(rows, cols, &bytes) ||
+      __builtin_mul_overflow(bytes, int64_t{sizeof(float)}, &bytes)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("score buffer [", rows, ", ", cols, "], want positive sizes within 64 bits"));
+  }
+  AlignedBuffer memory;
+  KEEPSET_RETURN_IF_ERROR(memory.Reserve(bytes));
+  std::memset(memory.as<std::byte>(), 0, static_cast<size_t>(bytes));
+  return std::unique_ptr<ScoreBuffer>(new CpuScoreBuffer(std::move(memory), rows, cols));
+}
+
+absl::Status CheckShape(const ScoreBuffer& x, int64_t rows, int64_t cols, absl::string_view name) {
+  if (x.rows() == rows && x.cols() == cols) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(name, ": shape [", x.rows(), ", ", x.cols(),
+                                                 "], want [", rows, ", ", cols, "]"));
+}
+
+}  // namespace keepset::kernels::cpu

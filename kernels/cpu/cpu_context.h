@@ -1,0 +1,112 @@
+// Execution state of the CPU backend: score buffers in host memory, the scratch memory of one
+// operation and its way into the backend's threads.
+//
+// Thread-safety: a CpuContext is used by one operation at a time; contexts share the arena.
+#ifndef KEEPSET_KERNELS_CPU_CPU_CONTEXT_H_
+#define KEEPSET_KERNELS_CPU_CPU_CONTEXT_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "absl/functional/function_ref.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/compute_backend.h"
+
+namespace keepset::kernels::cpu {
+
+// Grow-only memory aligned to a cache line.
+class AlignedBuffer {
+ public:
+  AlignedBuffer() = default;
+
+  // At least `bytes`; the content is lost when it grows. ResourceExhausted when memory is refused.
+  absl::Status Reserve(int64_t bytes);
+
+  template <typename T>
+  T* as() {
+    return reinterpret_cast<T*>(data_.get());
+  }
+  template <typename T>
+  const T* as() const {
+    return reinterpret_cast<const T*>(data_.get());
+  }
+
+ private:
+  struct Free {
+    void operator()(std::byte* data) const;
+  };
+  std::unique_ptr<std::byte, Free> data_;
+  int64_t capacity_ = 0;
+};
+
+// What the ops use scratch memory for; each purpose grows to the largest use.
+enum class SharedScratch { kExponentials, kQueries, kRowStats, kTasks, kCount };
+enum class SlotScratch { kPanels, kStaging, kLogits, kPointers, kExponentials, kCount };
+
+class ThreadArena {
+ public:
+  virtual ~ThreadArena() = default;
+  virtual int num_threads() const = 0;
+  // Calls fn(task, slot) once for each task of [0, num_tasks). Two calls that run at the same time
+  // have different slots in [0, num_threads).
+  virtual void ParallelFor(int64_t num_tasks,
+                           absl::FunctionRef<void(int64_t task, int slot)> fn) = 0;
+};
+
+// num_threads >= 1.
+std::unique_ptr<ThreadArena> NewThreadArena(int num_threads);
+
+// Cores that this process may use.
+int NumUsableCores();
+
+class CpuContext : public OpContext {
+ public:
+  explicit CpuContext(ThreadArena* arena);
+
+  int num_slots() const { return arena_->num_threads(); }
+  void ParallelFor(int64_t num_tasks, absl::FunctionRef<void(int64_t task, int slot)> fn) {
+    arena_->ParallelFor(num_tasks, fn);
+  }
+  // Runs the tasks, and returns the error of the lowest failed task.
+  absl::Status TryParallelFor(int64_t num_tasks,
+                              absl::FunctionRef<absl::Status(int64_t task, int slot)> fn);
+
+  AlignedBuffer& shared(SharedScratch use) { return shared_[static_cast<size_t>(use)]; }
+  AlignedBuffer& slot(int slot, SlotScratch use) {
+    return slots_[slot * static_cast<size_t>(SlotScratch::kCount) + static_cast<size_t>(use)];
+  }
+  // Reserves `bytes` for `use` in every slot.
+  absl::Status ReserveSlots(SlotScratch use, int64_t bytes);
+
+ private:
+  ThreadArena* arena_;
+  std::vector<AlignedBuffer> shared_;
+  std::vector<AlignedBuffer> slots_;
+};
+
+class CpuScoreBuffer : public ScoreBuffer {
+ public:
+  static absl::StatusOr<std::unique_ptr<ScoreBuffer>> New(int64_t rows, int64_t cols);
+
+  float* data() override { return memory_.as<float>(); }
+  const float* data() const override { return memory_.as<float>(); }
+  int64_t rows() const override { return rows_; }
+  int64_t cols() const override { return cols_; }
+
+ private:
+  CpuScoreBuffer(AlignedBuffer memory, int64_t rows, int64_t cols);
+
+  AlignedBuffer memory_;
+  int64_t rows_;
+  int64_t cols_;
+};
+
+// InvalidArgument unless `x` is [rows, cols].
+absl::Status CheckShape(const ScoreBuffer& x, int64_t rows, int64_t cols, absl::string_view name);
+
+}  // namespace keepset::kernels::cpu
+
+#endif  // KEEPSET_KERNELS_CPU_CPU_CONTEXT_H_

@@ -1,0 +1,580 @@
+#include "kernels/cpu/simd_kernels.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/cpu/simd_kernels.cc"
+#include "hwy/foreach_target.h"
+// foreach_target.h comes first.
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace keepset::kernels::cpu {
+namespace HWY_NAMESPACE {
+
+namespace hn = hwy::HWY_NAMESPACE;
+
+using FloatTag = hn::ScalableTag<float>;
+using IntTag = hn::Rebind<int32_t, FloatTag>;
+using FloatVec = hn::Vec<FloatTag>;
+
+// Three vectors of tokens share one broadcast of a query element; with 32 registers eight rows of
+// accumulators fit beside them, with 16 registers four.
+constexpr int kPanelVectors = 3;
+#if HWY_TARGET <= HWY_AVX3 || HWY_TARGET == HWY_NEON
+constexpr int kTileRows = 8;
+#else
+constexpr int kTileRows = 4;
+#endif
+
+template <DType kType, class D>
+HWY_INLINE hn::Vec<D> LoadWide(D d, const std::byte* data) {
+  if constexpr (kType == DType::kF32) {
+    return hn::LoadU(d, reinterpret_cast<const float*>(data));
+  } else {
+    const hn::Rebind<uint16_t, D> narrow;
+    const hn::Rebind<uint32_t, D> wide;
+    const auto bits =
+        hn::PromoteTo(wide, hn::LoadU(narrow, reinterpret_cast<const uint16_t*>(data)));
+    if constexpr (kType == DType::kBF16) {
+      return hn::BitCast(d, hn::ShiftLeft<16>(bits));
+    } else {
+      // As HalfToFloat in element.cc.
+      const auto magnitude =
+          hn::Mul(hn::BitCast(d, hn::ShiftLeft<13>(hn::And(bits, hn::Set(wide, 0x7fffu)))),
+                  hn::Set(d, 0x1p112f));
+      const auto special = hn::IfThenElseZero(hn::Ge(magnitude, hn::Set(d, 65536.0f)),
+                                              hn::BitCast(d, hn::Set(wide, 0x7f800000u)));
+      const auto sign = hn::BitCast(d, hn::ShiftLeft<16>(hn::And(bits, hn::Set(wide, 0x8000u))));
+      return hn::Or(hn::Or(magnitude, special), sign);
+    }
+  }
+}
+
+template <DType kType>
+HWY_INLINE float LoadOne(const std::byte* data) {
+  const hn::CappedTag<float, 1> one;
+  return hn::GetLane(LoadWide<kType>(one, data));
+}
+
+// 2^x for x in [-inf, 128), relative error below 2^-23; results below 2^-125 are 0. The polynomial
+// is a minimax fit of 2^f on [-1/2, 1/2] with the constant term fixed to 1.
+HWY_INLINE FloatVec Exp2(FloatTag d, FloatVec x) {
+  const IntTag di;
+  const FloatVec clamped = hn::Max(x, hn::Set(d, -126.0f));
+  const auto whole = hn::NearestInt(clamped);
+  const FloatVec f = hn::Sub(clamped, hn::ConvertTo(d, whole));
+  FloatVec p = hn::Set(d, 1.535336196e-04f);
+  p = hn::MulAdd(p, f, hn::Set(d, 1.339887502e-03f));
+  p = hn::MulAdd(p, f, hn::Set(d, 9.618436918e-03f));
+  p = hn::MulAdd(p, f, hn::Set(d, 5.550332367e-02f));
+  p = hn::MulAdd(p, f, hn::Set(d, 2.402264774e-01f));
+  p = hn::MulAdd(p, f, hn::Set(d, 6.931471825e-01f));
+  p = hn::MulAdd(p, f, hn::Set(d, 1.0f));
+  const auto scaled = hn::Add(hn::BitCast(di, p), hn::ShiftLeft<23>(whole));
+  return hn::IfThenElseZero(hn::Ge(x, hn::Set(d, -125.0f)), hn::BitCast(d, scaled));
+}
+
+HWY_INLINE float SumLanes(FloatTag d, FloatVec v) { return hn::GetLane(hn::SumOfLanes(d, v)); }
+HWY_INLINE float MaxLanes(FloatTag d, FloatVec v) { return hn::GetLane(hn::MaxOfLanes(d, v)); }
+
+int64_t TargetId() { return HWY_TARGET; }
+
+#if HWY_TARGET == HWY_SCALAR
+
+template <DType kType>
+bool PackTyped(const std::byte* const* rows, int64_t count, int64_t head_dim, float* /*staging*/,
+               float* panels) {
+  float check = 0.0f;
+  const int64_t padded = (count + kPanelVectors - 1) / kPanelVectors * kPanelVectors;
+  for (int64_t t = 0; t < padded; ++t) {
+    float* column = panels + t / kPanelVectors * kPanelVectors * head_dim + t % kPanelVectors;
+    for (int64_t c = 0; c < head_dim; ++c) {
+      const float value = t < count ? LoadOne<kType>(rows[t] + c * DTypeBytes(kType)) : 0.0f;
+      column[c * kPanelVectors] = value;
+      check += value * 0.0f;
+    }
+  }
+  return check == 0.0f;
+}
+
+#else
+
+// Blocks of 128 bits: block b of staging vector (4 * (c / 4) + k) holds channels c..c+3 of token
+// 4 * b + k, so that a 4x4 transpose inside each block yields one vector of tokens per channel.
+template <DType kType>
+bool PackTyped(const std::byte* const* rows, int64_t count, int64_t head_dim, float* staging,
+               float* panels) {
+  const FloatTag d;
+  const hn::Repartition<uint64_t, FloatTag> d64;
+  const hn::FixedTag<float, 4> d4;
+  const int64_t lanes = hn::Lanes(d);
+  const int64_t panel_width = kPanelVectors * lanes;
+  const int64_t whole_channels = head_dim / 4 * 4;
+  const int64_t bytes = DTypeBytes(kType);
+  FloatVec check0 = hn::Zero(d), check1 = hn::Zero(d), check2 = hn::Zero(d), check3 = hn::Zero(d);
+
+  for (int64_t begin = 0; begin < count; begin += lanes) {
+    for (int64_t t = 0; t < lanes; ++t) {
+      float* to = staging + t % 4 * lanes + t / 4 * 4;
+      if (begin + t >= count) {
+        for (int64_t c = 0; c < head_dim; c += 4) hn::StoreU(hn::Zero(d4), d4, to + c * lanes);
+        continue;
+      }
+      const std::byte* row = rows[begin + t];
+      for (int64_t c = 0; c < whole_channels; c += 4) {
+        hn::StoreU(LoadWide<kType>(d4, row + c * bytes), d4, to + c * lanes);
+      }
+      if (whole_channels < head_dim) {
+        float* last = to + whole_channels * lanes;
+        for (int64_t c = 0; c < 4; ++c) {
+          last[c] = whole_channels + c < head_dim
+                        ? LoadOne<kType>(row + (whole_channels + c) * bytes)
+                        : 0.0f;
+        }
+      }
+    }
+    float* panel = panels + begin / panel_width * panel_width * head_dim + begin % panel_width;
+    for (int64_t c = 0; c < head_dim; c += 4) {
+      const float* from = staging + c * lanes;
+      const FloatVec a0 = hn::LoadU(d, from);
+      const FloatVec a1 = hn::LoadU(d, from + lanes);
+      const FloatVec a2 = hn::LoadU(d, from + 2 * lanes);
+      const FloatVec a3 = hn::LoadU(d, from + 3 * lanes);
+      const FloatVec zero = hn::Zero(d);
+      check0 = hn::MulAdd(a0, zero, check0);
+      check1 = hn::MulAdd(a1, zero, check1);
+      check2 = hn::MulAdd(a2, zero, check2);
+      check3 = hn::MulAdd(a3, zero, check3);
+      const auto low01 = hn::BitCast(d64, hn::InterleaveLower(d, a0, a1));
+      const auto low23 = hn::BitCast(d64, hn::InterleaveLower(d, a2, a3));
+      const auto high01 = hn::BitCast(d64, hn::InterleaveUpper(d, a0, a1));
+      const auto high23 = hn::BitCast(d64, hn::InterleaveUpper(d, a2, a3));
+      float* to = panel + c * panel_width;
+      hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d64, low01, low23)), d, to);
+      if (c + 1 >= head_dim) break;
+      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d64, low01, low23)), d, to + panel_width);
+      if (c + 2 >= head_dim) break;
+      hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d64, high01, high23)), d, to + 2 * panel_width);
+      if (c + 3 >= head_dim) break;
+      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d64, high01, high23)), d, to + 3 * panel_width);
+    }
+  }
+  return SumLanes(d, hn::Add(hn::Add(check0, check1), hn::Add(check2, check3))) == 0.0f;
+}
+
+#endif  // HWY_TARGET == HWY_SCALAR
+
+bool PackTokensImpl(const std::byte* const* rows, int64_t count, int64_t head_dim, DType dtype,
+                    float* staging, float* panels) {
+  switch (dtype) {
+    case DType::kF32:
+      return PackTyped<DType::kF32>(rows, count, head_dim, staging, panels);
+    case DType::kF16:
+      return PackTyped<DType::kF16>(rows, count, head_dim, staging, panels);
+    case DType::kBF16:
+      return PackTyped<DType::kBF16>(rows, count, head_dim, staging, panels);
+  }
+  return false;
+}
+
+// One register tile: kRows query rows by kVectors vectors of tokens.
+template <int kRows, int kVectors>
+HWY_INLINE void LogitsTile(const float* HWY_RESTRICT queries, const float* HWY_RESTRICT panel,
+                           int64_t panel_width, int64_t head_dim, float* HWY_RESTRICT logits) {
+  const FloatTag d;
+  const int64_t lanes = hn::Lanes(d);
+  FloatVec sums[kRows][kVectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = hn::Zero(d);
+  }
+  for (int64_t c = 0; c < head_dim; ++c) {
+    FloatVec tokens[kVectors];
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) tokens[v] = hn::LoadU(d, panel + v * lanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const FloatVec query = hn::Set(d, queries[r]);
+#pragma GCC unroll 3
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = hn::MulAdd(query, tokens[v], sums[r][v]);
+    }
+    panel += panel_width;
+    queries += kRowBlock;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 3
+    for (int v = 0; v < kVectors; ++v) {
+      hn::StoreU(sums[r][v], d, logits + r * kChunkTokens + v * lanes);
+    }
+  }
+}
+
+template <int kRows>
+void TileRowLogits(const float* queries, const float* panels, int64_t count, int64_t head_dim,
+                   float* logits) {
+  const int64_t lanes = hn::Lanes(FloatTag());
+  const int64_t panel_width = kPanelVectors * lanes;
+  for (int64_t begin = 0; begin < count; begin += panel_width) {
+    const float* panel = panels + begin * head_dim;
+    const int64_t left = count - begin;
+    if (left > 2 * lanes) {
+      LogitsTile<kRows, 3>(queries, panel, panel_width, head_dim, logits + begin);
+    } else if (left > lanes) {
+      LogitsTile<kRows, 2>(queries, panel, panel_width, head_dim, logits + begin);
+    } else {
+      LogitsTile<kRows, 1>(queries, panel, panel_width, head_dim, logits + begin);
+    }
+  }
+}
+
+void BlockLogitsImpl(const float* queries, int64_t num_rows, const float* panels, int64_t count,
+                     int64_t head_dim, float* logits) {
+  if constexpr (kTileRows == 8) {
+    if (num_rows > 4) {
+      TileRowLogits<8>(queries, panels, count, head_dim, logits);
+      return;
+    }
+    TileRowLogits<4>(queries, panels, count, head_dim, logits);
+  } else {
+    TileRowLogits<4>(queries, panels, count, head_dim, logits);
+    if (num_rows > 4) {
+      TileRowLogits<4>(queries + 4, panels, count, head_dim, logits + 4 * kChunkTokens);
+    }
+  }
+}
+
+// The vectors of a row up to `visible`, the partial one with lanes beyond it replaced by `fill`.
+template <class Fn>
+HWY_INLINE void ForVisible(FloatTag d, const float* logits, int64_t visible, FloatVec fill, Fn fn) {
+  const int64_t lanes = hn::Lanes(d);
+  int64_t t = 0;
+  for (; t + lanes <= visible; t += lanes) fn(t, hn::LoadU(d, logits + t));
+  if (t < visible) {
+    fn(t, hn::IfThenElse(hn::FirstN(d, visible - t), hn::LoadU(d, logits + t), fill));
+  }
+}
+
+HWY_INLINE void ZeroAfter(FloatTag d, int64_t visible, int64_t count, float* out) {
+  const int64_t lanes = hn::Lanes(d);
+  for (int64_t t = (visible + lanes - 1) / lanes * lanes; t < count; t += lanes) {
+    hn::StoreU(hn::Zero(d), d, out + t);
+  }
+}
+
+bool ExpBelowMaxImpl(const float* logits, int64_t visible, int64_t count, float* exponentials,
+                     float* max, float* sum) {
+  const FloatTag d;
+  const FloatVec first = hn::Set(d, logits[0]);
+  FloatVec maxes = first;
+  FloatVec check = hn::Zero(d);
+  ForVisible(d, logits, visible, first, [&](int64_t, FloatVec x) {
+    maxes = hn::Max(maxes, x);
+    check = hn::MulAdd(x, hn::Zero(d), check);
+  });
+  *max = MaxLanes(d, maxes);
+  if (!(SumLanes(d, check) == 0.0f)) return false;
+  const FloatVec reference = hn::Set(d, *max);
+  const FloatVec nothing = hn::Set(d, -std::numeric_limits<float>::infinity());
+  FloatVec sums = hn::Zero(d);
+  ForVisible(d, logits, visible, nothing, [&](int64_t t, FloatVec x) {
+    const FloatVec e = Exp2(d, hn::Sub(x, reference));
+    sums = hn::Add(sums, e);
+    hn::StoreU(e, d, exponentials + t);
+  });
+  *sum = SumLanes(d, sums);
+  ZeroAfter(d, visible, count, exponentials);
+  return true;
+}
+
+bool ExpBelowImpl(const float* logits, float reference, int64_t visible, int64_t count,
+                  float* exponentials) {
+  const FloatTag d;
+  const FloatVec below = hn::Set(d, reference);
+  const FloatVec nothing = hn::Set(d, -std::numeric_limits<float>::infinity());
+  FloatVec check = hn::Zero(d);
+  ForVisible(d, logits, visible, below, [&](int64_t, FloatVec x) {
+    const FloatVec exponent = hn::Sub(x, below);
+    const FloatVec overflow =
+        hn::IfThenElse(hn::Ge(exponent, hn::Set(d, 127.0f)), nothing, hn::Zero(d));
+    check = hn::MulAdd(hn::Add(x, overflow), hn::Zero(d), check);
+  });
+  if (!(SumLanes(d, check) == 0.0f)) return false;
+  ForVisible(d, logits, visible, nothing, [&](int64_t t, FloatVec x) {
+    hn::StoreU(Exp2(d, hn::Sub(x, below)), d, exponentials + t);
+  });
+  ZeroAfter(d, visible, count, exponentials);
+  return true;
+}
+
+// Lanes are rows here; one lane's arithmetic is that of any other.
+void ChunkFactorsImpl(const float* maxes, const float* sums, int64_t num_chunks, int64_t num_rows,
+                      float* factors) {
+  const FloatTag d;
+  const FloatVec nothing = hn::Set(d, -std::numeric_limits<float>::infinity());
+  const int64_t lanes = hn::Lanes(d);
+  for (int64_t r = 0; r < num_rows; r += lanes) {
+    FloatVec max = nothing;
+    for (int64_t c = 0; c < num_chunks; ++c) {
+      const FloatVec m = hn::LoadU(d, maxes + c * num_rows + r);
+      const FloatVec s = hn::LoadU(d, sums + c * num_rows + r);
+      max = hn::Max(max, hn::IfThenElse(hn::Gt(s, hn::Zero(d)), m, nothing));
+    }
+    // Compensated summation: a prompt of a million tokens has thousands of chunks.
+    FloatVec sum = hn::Zero(d);
+    FloatVec lost = hn::Zero(d);
+    for (int64_t c = 0; c < num_chunks; ++c) {
+      const FloatVec m = hn::LoadU(d, maxes + c * num_rows + r);
+      const FloatVec s = hn::LoadU(d, sums + c * num_rows + r);
+      const FloatVec seen = hn::IfThenElse(hn::Gt(s, hn::Zero(d)), m, nothing);
+      const FloatVec weight = Exp2(d, hn::Sub(seen, max));
+      hn::StoreU(weight, d, factors + c * num_rows + r);
+      const FloatVec term = hn::Sub(hn::Mul(s, weight), lost);
+      const FloatVec next = hn::Add(sum, term);
+      lost = hn::Sub(hn::Sub(next, sum), term);
+      sum = next;
+    }
+    for (int64_t c = 0; c < num_chunks; ++c) {
+      float* factor = factors + c * num_rows + r;
+      hn::StoreU(hn::Div(hn::LoadU(d, factor), sum), d, factor);
+    }
+  }
+}
+
+template <bool kIsMax, bool kHasFactors>
+HWY_INLINE void ReduceColumns(const float* HWY_RESTRICT values, int64_t row_stride,
+                              const float* HWY_RESTRICT factors, int64_t num_rows, float divisor,
+                              int64_t count, float* HWY_RESTRICT out) {
+  const FloatTag d;
+  const int64_t lanes = hn::Lanes(d);
+  const FloatVec divide = hn::Set(d, divisor);
+  const auto fold = [&](FloatVec acc, FloatVec x, FloatVec factor) HWY_ATTR {
+    if constexpr (kIsMax) {
+      return hn::Max(acc, kHasFactors ? hn::Mul(x, factor) : x);
+    } else {
+      return kHasFactors ? hn::MulAdd(x, factor, acc) : hn::Add(acc, x);
+    }
+  };
+  int64_t t = 0;
+  for (; t + 4 * lanes <= count; t += 4 * lanes) {
+    FloatVec a0 = hn::Zero(d), a1 = hn::Zero(d), a2 = hn::Zero(d), a3 = hn::Zero(d);
+    for (int64_t i = 0; i < num_rows; ++i) {
+      const FloatVec factor = hn::Set(d, kHasFactors ? factors[i] : 1.0f);
+      const float* x = values + i * row_stride + t;
+      a0 = fold(a0, hn::LoadU(d, x), factor);
+      a1 = fold(a1, hn::LoadU(d, x + lanes), factor);
+      a2 = fold(a2, hn::LoadU(d, x + 2 * lanes), factor);
+      a3 = fold(a3, hn::LoadU(d, x + 3 * lanes), factor);
+    }
+    hn::StoreU(hn::Div(a0, divide), d, out + t);
+    hn::StoreU(hn::Div(a1, divide), d, out + t + lanes);
+    hn::StoreU(hn::Div(a2, divide), d, out + t + 2 * lanes);
+    hn::StoreU(hn::Div(a3, divide), d, out + t + 3 * lanes);
+  }
+  const hn::CappedTag<float, 1> one;
+  for (; t < count; ++t) {
+    auto acc = hn::Zero(one);
+    for (int64_t i = 0; i < num_rows; ++i) {
+      const auto x = hn::Set(one, values[i * row_stride + t]);
+      const auto factor = hn::Set(one, kHasFactors ? factors[i] : 1.0f);
+      if constexpr (kIsMax) {
+        acc = hn::Max(acc, kHasFactors ? hn::Mul(x, factor) : x);
+      } else {
+        acc = kHasFactors ? hn::MulAdd(x, factor, acc) : hn::Add(acc, x);
+      }
+    }
+    out[t] = hn::GetLane(acc) / divisor;
+  }
+}
+
+void ReduceRowsImpl(const float* values, int64_t row_stride, const float* factors, int64_t num_rows,
+                    RowReduction reduction, int64_t num_divisor, int64_t count, float* out) {
+  const float divisor = reduction == RowReduction::kMean ? static_cast<float>(num_divisor) : 1.0f;
+  if (reduction == RowReduction::kLast && num_rows > 1) {
+    values += (num_rows - 1) * row_stride;
+    if (factors != nullptr) factors += num_rows - 1;
+    num_rows = 1;
+  }
+  const bool is_max = reduction == RowReduction::kMax;
+  if (factors != nullptr) {
+    if (is_max) {
+      ReduceColumns<true, true>(values, row_stride, factors, num_rows, divisor, count, out);
+    } else {
+      ReduceColumns<false, true>(values, row_stride, factors, num_rows, divisor, count, out);
+    }
+  } else if (is_max) {
+    ReduceColumns<true, false>(values, row_stride, factors, num_rows, divisor, count, out);
+  } else {
+    ReduceColumns<false, false>(values, row_stride, factors, num_rows, divisor, count, out);
+  }
+}
+
+template <DType kType>
+void WidenTyped(const std::byte* data, int64_t count, float* out) {
+  const FloatTag d;
+  const int64_t lanes = hn::Lanes(d);
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) {
+    hn::StoreU(LoadWide<kType>(d, data + i * DTypeBytes(kType)), d, out + i);
+  }
+  for (; i < count; ++i) out[i] = LoadOne<kType>(data + i * DTypeBytes(kType));
+}
+
+void WidenImpl(const std::byte* data, int64_t count, DType dtype, float* out) {
+  switch (dtype) {
+    case DType::kF32:
+      return WidenTyped<DType::kF32>(data, count, out);
+    case DType::kF16:
+      return WidenTyped<DType::kF16>(data, count, out);
+    case DType::kBF16:
+      return WidenTyped<DType::kBF16>(data, count, out);
+  }
+}
+
+template <DType kType>
+void FastNormsTyped(const std::byte* const* rows, int64_t count, int64_t head_dim, float* norms) {
+  const FloatTag d;
+  const int64_t lanes = hn::Lanes(d);
+  const int64_t bytes = DTypeBytes(kType);
+  for (int64_t i = 0; i < count; ++i) {
+    const std::byte* row = rows[i];
+    FloatVec sum0 = hn::Zero(d), sum1 = hn::Zero(d);
+    int64_t c = 0;
+    for (; c + 2 * lanes <= head_dim; c += 2 * lanes) {
+      const FloatVec x0 = LoadWide<kType>(d, row + c * bytes);
+      const FloatVec x1 = LoadWide<kType>(d, row + (c + lanes) * bytes);
+      sum0 = hn::MulAdd(x0, x0, sum0);
+      sum1 = hn::MulAdd(x1, x1, sum1);
+    }
+    float sum = SumLanes(d, hn::Add(sum0, sum1));
+    for (; c < head_dim; ++c) {
+      const float x = LoadOne<kType>(row + c * bytes);
+      sum += x * x;
+    }
+    // The upper bound is false for NaN and for infinity.
+    const bool is_normal = sum >= 0x1p-90f && sum <= 0x1p120f;
+    norms[i] = is_normal ? std::sqrt(sum) : std::numeric_limits<float>::quiet_NaN();
+  }
+}
+
+void FastNormsImpl(const std::byte* const* rows, int64_t count, int64_t head_dim, DType dtype,
+                   float* norms) {
+  switch (dtype) {
+    case DType::kF32:
+      return FastNormsTyped<DType::kF32>(rows, count, head_dim, norms);
+    case DType::kF16:
+      return FastNormsTyped<DType::kF16>(rows, count, head_dim, norms);
+    case DType::kBF16:
+      return FastNormsTyped<DType::kBF16>(rows, count, head_dim, norms);
+  }
+}
+
+double RunFmaChainsImpl(int64_t iterations, float* sink) {
+  const FloatTag d;
+  constexpr int kChains = 12;
+  constexpr int kSteps = 84;
+  FloatVec chains[kChains];
+#pragma GCC unroll 12
+  for (int i = 0; i < kChains; ++i) chains[i] = hn::Set(d, static_cast<float>(i) + *sink);
+  const FloatVec factor = hn::Set(d, 0.5f + *sink);
+  for (int64_t n = 0; n < iterations * kSteps; ++n) {
+#pragma GCC unroll 12
+    for (int i = 0; i < kChains; ++i) chains[i] = hn::MulAdd(chains[i], factor, factor);
+  }
+  FloatVec sum = hn::Zero(d);
+#pragma GCC unroll 12
+  for (int i = 0; i < kChains; ++i) sum = hn::Add(sum, chains[i]);
+  *sink = SumLanes(d, sum);
+  return 2.0 * kChains * kSteps * static_cast<double>(iterations) *
+         static_cast<double>(hn::Lanes(d));
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace keepset::kernels::cpu
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace keepset::kernels::cpu {
+namespace {
+
+HWY_EXPORT(TargetId);
+HWY_EXPORT(PackTokensImpl);
+HWY_EXPORT(BlockLogitsImpl);
+HWY_EXPORT(ExpBelowMaxImpl);
+HWY_EXPORT(ExpBelowImpl);
+HWY_EXPORT(ChunkFactorsImpl);
+HWY_EXPORT(ReduceRowsImpl);
+HWY_EXPORT(WidenImpl);
+HWY_EXPORT(FastNormsImpl);
+HWY_EXPORT(RunFmaChainsImpl);
+
+}  // namespace
+
+const char* SimdTargetName() {
+  switch (HWY_DYNAMIC_DISPATCH(TargetId)()) {
+    case HWY_AVX3:
+    case HWY_AVX3_DL:
+      return "avx512";
+    case HWY_AVX2:
+      return "avx2";
+    case HWY_SSE4:
+      return "sse4";
+    case HWY_SSSE3:
+      return "ssse3";
+    case HWY_NEON:
+      return "neon";
+    default:
+      return "portable";
+  }
+}
+
+bool PackTokens(const std::byte* const* rows, int64_t count, int64_t head_dim, DType dtype,
+                float* staging, float* panels) {
+  return HWY_DYNAMIC_DISPATCH(PackTokensImpl)(rows, count, head_dim, dtype, staging, panels);
+}
+
+void BlockLogits(const float* queries, int64_t num_rows, const float* panels, int64_t count,
+                 int64_t head_dim, float* logits) {
+  HWY_DYNAMIC_DISPATCH(BlockLogitsImpl)(queries, num_rows, panels, count, head_dim, logits);
+}
+
+bool ExpBelowMax(const float* logits, int64_t visible, int64_t count, float* exponentials,
+                 float* max, float* sum) {
+  return HWY_DYNAMIC_DISPATCH(ExpBelowMaxImpl)(logits, visible, count, exponentials, max, sum);
+}
+
+bool ExpBelow(const float* logits, float reference, int64_t visible, int64_t count,
+              float* exponentials) {
+  return HWY_DYNAMIC_DISPATCH(ExpBelowImpl)(logits, reference, visible, count, exponentials);
+}
+
+void ChunkFactors(const float* maxes, const float* sums, int64_t num_chunks, int64_t num_rows,
+                  float* factors) {
+  HWY_DYNAMIC_DISPATCH(ChunkFactorsImpl)(maxes, sums, num_chunks, num_rows, factors);
+}
+
+void ReduceRows(const float* values, int64_t row_stride, const float* factors, int64_t num_rows,
+                RowReduction reduction, int64_t num_divisor, int64_t count, float* out) {
+  HWY_DYNAMIC_DISPATCH(ReduceRowsImpl)
+  (values, row_stride, factors, num_rows, reduction, num_divisor, count, out);
+}
+
+void Widen(const std::byte* data, int64_t count, DType dtype, float* out) {
+  HWY_DYNAMIC_DISPATCH(WidenImpl)(data, count, dtype, out);
+}
+
+void FastNorms(const std::byte* const* rows, int64_t count, int64_t head_dim, DType dtype,
+               float* norms) {
+  HWY_DYNAMIC_DISPATCH(FastNormsImpl)(rows, count, head_dim, dtype, norms);
+}
+
+double RunFmaChains(int64_t iterations, float* sink) {
+  return HWY_DYNAMIC_DISPATCH(RunFmaChainsImpl)(iterations, sink);
+}
+
+}  // namespace keepset::kernels::cpu
+#endif  // HWY_ONCE

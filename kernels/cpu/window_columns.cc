@@ -1,0 +1,369 @@
+// Window scores in two sweeps with one exponential per logit. The first sweep takes K in chunks of
+// kChunkTokens: all query rows that share the KV head meet one widened, transposed copy of the
+// chunk, and the exponentials relative to the chunk's row maximum are stored. Once every chunk is
+// known, each (row, chunk) has one factor, and the second sweep reduces the stored values over the
+// rows. With a given log-sum-exp the factor is known beforehand and one sweep does both.
+//
+// Chunks and the order of every sum are fixed, so neither the number of threads nor their schedule
+// shows in the bits.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "kernels/cpu/element.h"
+#include "kernels/cpu/ops.h"
+#include "kernels/cpu/row_pointers.h"
+#include "kernels/cpu/simd_kernels.h"
+
+namespace keepset::kernels::cpu {
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634;
+// Exponentials of KV heads processed together: a share of a third-level cache.
+constexpr int64_t kGroupBytes = int64_t{16} << 20;
+// Above this the query heads of one KV head are taken in turns, each with its own pass over K.
+constexpr int64_t kUnitBytes = int64_t{256} << 20;
+
+int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Query heads that meet one packed chunk of K together.
+struct Unit {
+  int64_t kv_head = 0;
+  int64_t first_head = 0;
+  int64_t num_heads = 0;
+};
+
+class WindowOp {
+ public:
+  WindowOp(CpuContext& context, const WindowArgs& args, float* out)
+      : context_(context),
+        args_(args),
+        out_(out),
+        seq_len_(args.k.seq_len),
+        head_dim_(args.k.head_dim),
+        group_(args.q.num_qo_heads / args.k.num_kv_heads),
+        num_chunks_(CeilDiv(seq_len_, kChunkTokens)),
+        first_row_(args.reduction == RowReduction::kLast ? args.q.num_rows - 1 : 0),
+        num_rows_(args.q.num_rows - first_row_) {
+    const int64_t chunks_kept = has_lse() ? 1 : num_chunks_;
+    const int64_t head_bytes = num_rows_ * kChunkTokens * chunks_kept * int64_t{sizeof(float)};
+    unit_heads_ = std::clamp<int64_t>(kUnitBytes / head_bytes, 1, group_);
+    unit_bytes_ = unit_heads_ * head_bytes;
+    unit_rows_ = unit_heads_ * num_rows_;
+    unit_blocks_ = CeilDiv(unit_rows_, kRowBlock);
+    stat_rows_ = CeilDiv(unit_rows_, kMaxLanes) * kMaxLanes;
+    units_per_kv_head_ = CeilDiv(group_, unit_heads_);
+    num_units_ = units_per_kv_head_ * args.k.num_kv_heads;
+    group_units_ = std::clamp<int64_t>(kGroupBytes / unit_bytes_, 1, num_units_);
+  }
+
+  absl::Status Run() {
+    KEEPSET_RETURN_IF_ERROR(Reserve());
+    KEEPSET_RETURN_IF_ERROR(
+        context_.TryParallelFor(num_units_, [&](int64_t unit, int) { return PackQueries(unit); }));
+    if (has_lse()) {
+      return context_.TryParallelFor(num_units_ * num_chunks_, [&](int64_t task, int slot) {
+        return GivenLseChunk(task / num_chunks_, task % num_chunks_, slot);
+      });
+    }
+    for (int64_t begin = 0; begin < num_units_; begin += group_units_) {
+      const int64_t count = std::min(group_units_, num_units_ - begin);
+      KEEPSET_RETURN_IF_ERROR(context_.TryParallelFor(count * num_chunks_, [&](int64_t task,
+                                                                               int slot) {
+        return FirstSweep(begin + task / num_chunks_, task / num_chunks_, task % num_chunks_, slot);
+      }));
+      context_.ParallelFor(count, [&](int64_t place, int) {
+        ChunkFactors(maxes(place, 0), sums(place, 0), num_chunks_, stat_rows_, factors(place, 0));
+      });
+      context_.ParallelFor(count * num_chunks_, [&](int64_t task, int) {
+        const int64_t place = task / num_chunks_;
+        const int64_t chunk = task % num_chunks_;
+        ReduceChunk(UnitAt(begin + place), chunk, exponentials(place, chunk),
+                    factors(place, chunk));
+      });
+    }
+    return absl::OkStatus();
+  }
+
+ private:
+  bool has_lse() const { return args_.window_lse.present(); }
+  int64_t ChunkBegin(int64_t chunk) const { return chunk * kChunkTokens; }
+  int64_t ChunkCount(int64_t chunk) const {
+    return std::min(kChunkTokens, seq_len_ - ChunkBegin(chunk));
+  }
+  // Tokens of the chunk that used row `row` sees.
+  int64_t Visible(int64_t row, int64_t chunk) const {
+    const int64_t seen = args_.row_positions[first_row_ + row] + 1 - ChunkBegin(chunk);
+    return std::clamp<int64_t>(seen, 0, ChunkCount(chunk));
+  }
+
+  Unit UnitAt(int64_t index) const {
+    Unit unit;
+    unit.kv_head = index / units_per_kv_head_;
+    const int64_t first = index % units_per_kv_head_ * unit_heads_;
+    unit.first_head = unit.kv_head * group_ + first;
+    unit.num_heads = std::min(unit_heads_, group_ - first);
+    return unit;
+  }
+
+  float* queries(int64_t unit, int64_t block) {
+    return context_.shared(SharedScratch::kQueries).as<float>() +
+           (unit * unit_blocks_ + block) * head_dim_ * kRowBlock;
+  }
+  // [num_rows of the unit, kChunkTokens]
+  float* exponentials(int64_t place, int64_t chunk) {
+    return context_.shared(SharedScratch::kExponentials).as<float>() +
+           (place * num_chunks_ + chunk) * unit_rows_ * kChunkTokens;
+  }
+  // Per (unit, chunk): [stat_rows_]
+  float* stats(int kind, int64_t place, int64_t chunk) {
+    return context_.shared(SharedScratch::kRowStats).as<float>() +
+           ((kind * group_units_ + place) * num_chunks_ + chunk) * stat_rows_;
+  }
+  float* maxes(int64_t place, int64_t chunk) { return stats(0, place, chunk); }
+  float* sums(int64_t place, int64_t chunk) { return stats(1, place, chunk); }
+  float* factors(int64_t place, int64_t chunk) { return stats(2, place, chunk); }
+  // log2-sum-exp2 of a query row, at the place of the statistics: [num_qo_heads, num_rows_]
+  float* references() { return context_.shared(SharedScratch::kRowStats).as<float>(); }
+
+  absl::Status Reserve() {
+    constexpr int64_t kFloat = sizeof(float);
+    KEEPSET_RETURN_IF_ERROR(
+        context_.shared(SharedScratch::kQueries)
+            .Reserve(num_units_ * unit_blocks_ * head_dim_ * kRowBlock * kFloat));
+    if (has_lse()) {
+      KEEPSET_RETURN_IF_ERROR(context_.shared(SharedScratch::kRowStats)
+                                  .Reserve(args_.q.num_qo_heads * num_rows_ * kFloat));
+      KEEPSET_RETURN_IF_ERROR(context_.ReserveSlots(SlotScratch::kExponentials, unit_bytes_));
+    } else {
+      KEEPSET_RETURN_IF_ERROR(
+          context_.shared(SharedScratch::kExponentials).Reserve(group_units_ * unit_bytes_));
+      KEEPSET_RETURN_IF_ERROR(context_.shared(SharedScratch::kRowStats)
+                                  .Reserve(3 * group_units_ * num_chunks_ * stat_rows_ * kFloat));
+    }
+    KEEPSET_RETURN_IF_ERROR(
+        context_.ReserveSlots(SlotScratch::kPanels, kChunkTokens * head_dim_ * kFloat));
+    KEEPSET_RETURN_IF_ERROR(
+        context_.ReserveSlots(SlotScratch::kStaging, StagingFloats(head_dim_) * kFloat));
+    KEEPSET_RETURN_IF_ERROR(
+        context_.ReserveSlots(SlotScratch::kLogits, kRowBlock * kChunkTokens * kFloat));
+    return context_.ReserveSlots(SlotScratch::kPointers, kChunkTokens * int64_t{sizeof(void*)});
+  }
+
+  absl::Status PackQueries(int64_t unit_index) {
+    const Unit unit = UnitAt(unit_index);
+    const int64_t rows = unit.num_heads * num_rows_;
+    // Folding log2(e) into the scale turns every exponential into a power of two.
+    const float scale = static_cast<float>(args_.softmax_scale * kLog2E);
+    for (int64_t row = 0; row < unit_blocks_ * kRowBlock; ++row) {
+      float* to = queries(unit_index, row / kRowBlock) + row % kRowBlock;
+      if (row >= rows) {
+        for (int64_t c = 0; c < head_dim_; ++c) to[c * kRowBlock] = 0.0f;
+        continue;
+      }
+      const int64_t head = unit.first_head + row / num_rows_;
+      const int64_t i = first_row_ + row % num_rows_;
+      const std::byte* from = args_.q.data + (head * args_.q.head_stride + i * args_.q.row_stride) *
+                                                 DTypeBytes(args_.q.dtype);
+      float check = 0.0f;
+      for (int64_t c = 0; c < head_dim_; ++c) {
+        const float value = LoadElement(from, c, args_.q.dtype);
+        check += value * 0.0f;
+        to[c * kRowBlock] = value * scale;
+      }
+      if (!(check == 0.0f)) {
+        return absl::InvalidArgumentError(
+            absl::StrCat(args_.what, ": q: head ", head, " row ", i, " is not finite"));
+      }
+      if (has_lse()) KEEPSET_RETURN_IF_ERROR(ReadLse(head, i));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status ReadLse(int64_t head, int64_t i) {
+    const LseView& view = args_.window_lse;
+    const float lse = LoadElement(view.data, head * view.head_stride + i, view.dtype);
+    const float reference = static_cast<float>(lse * kLog2E);
+    if (!IsFinite(reference)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(args_.what, ": window_lse: head ", head, " row ", i, " is not finite"));
+    }
+    references()[head * num_rows_ + i - first_row_] = reference;
+    return absl::OkStatus();
+  }
+
+  // Fills the slot's panels with the unit's keys of the chunk.
+  absl::Status PackKeys(const Unit& unit, int64_t chunk, int slot) {
+    const std::byte** rows = context_.slot(slot, SlotScratch::kPointers).as<const std::byte*>();
+    const int64_t count = ChunkCount(chunk);
+    RowPointers(args_.k, unit.kv_head, ChunkBegin(chunk), count, rows);
+    if (PackTokens(rows, count, head_dim_, args_.k.dtype,
+                   context_.slot(slot, SlotScratch::kStaging).as<float>(),
+                   context_.slot(slot, SlotScratch::kPanels).as<float>())) {
+      return absl::OkStatus();
+    }
+    int64_t t = 0;
+    while (t + 1 < count && FindNonFinite(rows[t], head_dim_, args_.k.dtype) < 0) ++t;
+    return absl::InvalidArgumentError(absl::StrCat(args_.what, ": k: head ", unit.kv_head,
+                                                   " position ", ChunkBegin(chunk) + t,
+                                                   " is not finite"));
+  }
+
+  // Calls fn(row of the unit, its logits, tokens it sees) for every row that sees any.
+  template <typename Fn>
+  absl::Status ForLogits(int64_t unit_index, const Unit& unit, int64_t chunk, int slot, Fn fn) {
+    const float* panels = context_.slot(slot, SlotScratch::kPanels).as<float>();
+    float* logits = context_.slot(slot, SlotScratch::kLogits).as<float>();
+    const int64_t rows = unit.num_heads * num_rows_;
+    for (int64_t begin = 0; begin < rows; begin += kRowBlock) {
+      const int64_t count = std::min(kRowBlock, rows - begin);
+      int64_t most = 0;
+      for (int64_t r = begin; r < begin + count; ++r) {
+        most = std::max(most, Visible(r % num_rows_, chunk));
+      }
+      if (most == 0) continue;
+      BlockLogits(queries(unit_index, begin / kRowBlock), count, panels, most, head_dim_, logits);
+      for (int64_t r = begin; r < begin + count; ++r) {
+        const int64_t visible = Visible(r % num_rows_, chunk);
+        if (visible == 0) continue;
+        const float* row_logits = logits + (r - begin) * kChunkTokens;
+        if (!fn(r, row_logits, visible)) return LogitError(unit, r, chunk, row_logits, visible);
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status LogitError(const Unit& unit, int64_t row, int64_t chunk, const float* logits,
+                          int64_t visible) const {
+    const int64_t head = unit.first_head + row / num_rows_;
+    const int64_t i = first_row_ + row % num_rows_;
+    for (int64_t t = 0; t < visible; ++t) {
+      if (!IsFinite(logits[t])) {
+        return absl::InvalidArgumentError(
+            absl::StrCat(args_.what, ": logits: head ", head, " row ", i, " position ",
+                         ChunkBegin(chunk) + t, " is not finite: q.k * softmax_scale overflows"));
+      }
+    }
+    return absl::InvalidArgumentError(
+        absl::StrCat(args_.what, ": window_lse: head ", head, " row ", i,
+                     " lies far below the row's logits, want the natural log-sum-exp"));
+  }
+
+  absl::Status FirstSweep(int64_t unit_index, int64_t place, int64_t chunk, int slot) {
+    const Unit unit = UnitAt(unit_index);
+    KEEPSET_RETURN_IF_ERROR(PackKeys(unit, chunk, slot));
+    float* max = maxes(place, chunk);
+    float* sum = sums(place, chunk);
+    std::fill(max, max + stat_rows_, 0.0f);
+    std::fill(sum, sum + stat_rows_, 0.0f);
+    float* exps = exponentials(place, chunk);
+    return ForLogits(unit_index, unit, chunk, slot,
+                     [&](int64_t r, const float* logits, int64_t visible) {
+                       return ExpBelowMax(logits, visible, ChunkCount(chunk),
+                                          exps + r * kChunkTokens, &max[r], &sum[r]);
+                     });
+  }
+
+  absl::Status GivenLseChunk(int64_t unit_index, int64_t chunk, int slot) {
+    const Unit unit = UnitAt(unit_index);
+    KEEPSET_RETURN_IF_ERROR(PackKeys(unit, chunk, slot));
+    float* exps = context_.slot(slot, SlotScratch::kExponentials).as<float>();
+    const float* reference = references() + unit.first_head * num_rows_;
+    KEEPSET_RETURN_IF_ERROR(ForLogits(unit_index, unit, chunk, slot,
+                                      [&](int64_t r, const float* logits, int64_t visible) {
+                                        return ExpBelow(logits, reference[r], visible,
+                                                        ChunkCount(chunk), exps + r * kChunkTokens);
+                                      }));
+    ReduceChunk(unit, chunk, exps, nullptr);
+    return absl::OkStatus();
+  }
+
+  // exps: [unit rows, kChunkTokens], rows that see nothing of the chunk are not filled in.
+  void ReduceChunk(const Unit& unit, int64_t chunk, const float* exps, const float* row_factors) {
+    // Positions ascend, so the rows that see nothing come first.
+    int64_t first = 0;
+    while (first < num_rows_ && Visible(first, chunk) == 0) ++first;
+    for (int64_t j = 0; j < unit.num_heads; ++j) {
+      float* to = out_ + (unit.first_head + j) * seq_len_ + ChunkBegin(chunk);
+      const int64_t row = j * num_rows_ + first;
+      ReduceRows(exps + row * kChunkTokens, kChunkTokens,
+                 row_factors == nullptr ? nullptr : row_factors + row, num_rows_ - first,
+                 args_.reduction, num_rows_, ChunkCount(chunk), to);
+    }
+  }
+
+  CpuContext& context_;
+  const WindowArgs& args_;
+  float* const out_;
+  const int64_t seq_len_;
+  const int64_t head_dim_;
+  const int64_t group_;  // query heads per KV head
+  const int64_t num_chunks_;
+  const int64_t first_row_;  // kLast needs the last row only
+  const int64_t num_rows_;   // rows used of each query head
+  int64_t unit_heads_ = 0;
+  int64_t unit_bytes_ = 0;
+  int64_t unit_rows_ = 0;
+  int64_t unit_blocks_ = 0;
+  int64_t stat_rows_ = 0;
+  int64_t units_per_kv_head_ = 0;
+  int64_t num_units_ = 0;
+  int64_t group_units_ = 0;  // units whose exponentials are held at the same time
+};
+
+}  // namespace
+
+absl::Status CheckRowPositions(absl::Span<const int64_t> row_positions, int64_t num_rows,
+                               int64_t seq_len, absl::string_view what) {
+  if (static_cast<int64_t>(row_positions.size()) != num_rows) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        what, ": row_positions has ", row_positions.size(), " entries, want ", num_rows));
+  }
+  int64_t least = 0;
+  for (int64_t i = 0; i < num_rows; ++i) {
+    if (row_positions[i] < least || row_positions[i] >= seq_len) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(what, ": row_positions[", i, "]=", row_positions[i], ", want ", least, "..",
+                       seq_len - 1, " (ascending, within the prompt)"));
+    }
+    least = row_positions[i] + 1;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status WindowColumns(CpuContext& context, const WindowArgs& args, ScoreBuffer& out) {
+  KEEPSET_RETURN_IF_ERROR(ValidateView(args.q, absl::StrCat(args.what, ": q")));
+  KEEPSET_RETURN_IF_ERROR(ValidateView(args.k, absl::StrCat(args.what, ": k")));
+  if (args.q.head_dim != args.k.head_dim) {
+    return absl::InvalidArgumentError(absl::StrCat(args.what, ": q: head_dim=", args.q.head_dim,
+                                                   ", want ", args.k.head_dim, " as k has"));
+  }
+  if (args.q.num_qo_heads % args.k.num_kv_heads != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(args.what, ": q: num_qo_heads=", args.q.num_qo_heads,
+                     ", want a multiple of num_kv_heads=", args.k.num_kv_heads));
+  }
+  KEEPSET_RETURN_IF_ERROR(
+      CheckRowPositions(args.row_positions, args.q.num_rows, args.k.seq_len, args.what));
+  if (!(args.softmax_scale > 0.0f) || !IsFinite(args.softmax_scale)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(args.what, ": softmax_scale=", args.softmax_scale, ", want finite and > 0"));
+  }
+  if (args.window_lse.present()) {
+    const LseView& lse = args.window_lse;
+    KEEPSET_RETURN_IF_ERROR(ValidateView(lse, absl::StrCat(args.what, ": window_lse")));
+    if (lse.num_qo_heads != args.q.num_qo_heads || lse.num_rows != args.q.num_rows) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(args.what, ": window_lse: shape [", lse.num_qo_heads, ", ", lse.num_rows,
+                       "], want [", args.q.num_qo_heads, ", ", args.q.num_rows, "] as q has"));
+    }
+  }
+  KEEPSET_RETURN_IF_ERROR(
+      CheckShape(out, args.q.num_qo_heads, args.k.seq_len, absl::StrCat(args.what, ": out")));
+  return WindowOp(context, args, out.data()).Run();
+}
+
+}  // namespace keepset::kernels::cpu
