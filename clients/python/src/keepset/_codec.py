@@ -1,0 +1,169 @@
+"""Python data to wire messages and back. Shapes are checked by the server, which names what is wrong."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from keepset import types
+from keepset.v1 import common_pb2, compression_pb2
+
+_DTYPES = {
+    np.dtype(np.float32): common_pb2.DTYPE_F32,
+    np.dtype(np.float16): common_pb2.DTYPE_F16,
+}
+_SCOPES = {
+    None: compression_pb2.SCOPE_UNSPECIFIED,
+    "layer_elastic": compression_pb2.SCOPE_LAYER_ELASTIC,
+    "layer_equal": compression_pb2.SCOPE_LAYER_EQUAL,
+    "sequence": compression_pb2.SCOPE_SEQUENCE,
+    "kv_head": compression_pb2.SCOPE_KV_HEAD,
+}
+_SCOPE_NAMES = {value: name for name, value in _SCOPES.items() if name}
+
+
+def dtype_of(array: np.ndarray, name: str | None) -> int:
+    """Wire dtype of an array; bfloat16 travels as uint16 with `name` saying so."""
+    if name == types.BFLOAT16:
+        if array.dtype != np.uint16:
+            raise TypeError(f"bfloat16 is passed as uint16 bits, got {array.dtype}")
+        return common_pb2.DTYPE_BF16
+    if array.dtype not in _DTYPES:
+        raise TypeError(f"dtype {array.dtype}, want float32, float16 or uint16 bits named 'bfloat16'")
+    return _DTYPES[array.dtype]
+
+
+def strides_of(array: np.ndarray, what: str) -> list[int]:
+    """Element strides; the innermost must be 1."""
+    strides = [stride // array.itemsize for stride in array.strides]
+    if array.size and (array.shape[-1] > 1 and strides[-1] != 1):
+        raise ValueError(f"{what}: innermost stride is {strides[-1]}, want 1")
+    if any(stride < 0 for stride in strides):
+        raise ValueError(f"{what}: negative strides {strides}")
+    return strides
+
+
+def span_bytes(array: np.ndarray) -> int:
+    """Bytes from the first to the last element, gaps included."""
+    if array.size == 0:
+        return 0
+    return sum((n - 1) * s for n, s in zip(array.shape, array.strides)) + array.itemsize
+
+
+def rows_tensor(data: common_pb2.TensorData, array: np.ndarray, dtype: str | None, what: str):
+    """[H, W, x] or [H, W]."""
+    strides = strides_of(array, what)
+    return common_pb2.RowsTensor(
+        data=data,
+        dtype=dtype_of(array, dtype),
+        head_stride=strides[0],
+        row_stride=strides[1] if array.ndim == 3 else 0,
+    )
+
+
+def kv_tensor(data, kv, dtype: str | None, what: str):
+    """[Hkv, T, d], or blocks [num_blocks, block_size, Hkv, d]."""
+    if isinstance(kv, types.PagedKv):
+        if kv.data.ndim != 4:
+            raise ValueError(f"{what}: paged data has {kv.data.ndim} dimensions, want 4")
+        strides = strides_of(kv.data, what)
+        return common_pb2.KvTensor(
+            data=data,
+            dtype=dtype_of(kv.data, kv.dtype or dtype),
+            block_stride=strides[0],
+            token_stride=strides[1],
+            head_stride=strides[2],
+            block_size=kv.data.shape[1],
+            block_table=[int(block) for block in kv.block_table],
+        )
+    if kv.ndim != 3:
+        raise ValueError(f"{what}: {kv.ndim} dimensions, want 3 [num_kv_heads, seq_len, head_dim]")
+    strides = strides_of(kv, what)
+    return common_pb2.KvTensor(
+        data=data, dtype=dtype_of(kv, dtype), head_stride=strides[0], token_stride=strides[1]
+    )
+
+
+def budget_message(budget: types.Budget) -> compression_pb2.Budget:
+    if budget.num_tokens is not None:
+        return compression_pb2.Budget(tokens=budget.num_tokens)
+    if budget.kept_fraction is not None:
+        return compression_pb2.Budget(kept_fraction=budget.kept_fraction)
+    if budget.num_bytes is not None:
+        return compression_pb2.Budget(bytes=budget.num_bytes)
+    return compression_pb2.Budget()
+
+
+def scope_value(scope: str | None) -> int:
+    if scope not in _SCOPES:
+        known = ", ".join(name for name in _SCOPES if name)
+        raise ValueError(f"scope {scope!r}, want one of {known}")
+    return _SCOPES[scope]
+
+
+def fingerprint_message(model: types.ModelFingerprint) -> common_pb2.ModelFingerprint:
+    return common_pb2.ModelFingerprint(
+        architecture=model.architecture,
+        num_layers=model.num_layers,
+        num_qo_heads=model.num_qo_heads,
+        num_kv_heads=model.num_kv_heads,
+        head_dim=model.head_dim,
+        rope_json=model.rope_json(),
+        revision=model.revision,
+    )
+
+
+def _optional(message, field: str):
+    return getattr(message, field) if message.HasField(field) else None
+
+
+def layer_kept(message: compression_pb2.LayerResult, seq_len: int) -> types.LayerKept:
+    sets = []
+    for one in message.sets:
+        if one.all:
+            indices = np.arange(seq_len, dtype=np.int32)
+        else:
+            indices = np.frombuffer(one.indices, dtype="<i4")
+        sets.append(types.KeepSet(indices, int(one.candidates), int(one.filled)))
+    return types.LayerKept(
+        sets=sets,
+        tau=_optional(message, "tau"),
+        entropy=_optional(message, "entropy"),
+        entropy_bin=_optional(message, "entropy_bin"),
+    )
+
+
+def result_of(message: compression_pb2.OperationResult) -> types.Result:
+    table = None
+    if message.HasField("table"):
+        table = types.TableIdentity(
+            message.table.name, message.table.version, message.table.digest, message.table.source
+        )
+    stages = message.stages
+    return types.Result(
+        outcome=compression_pb2.Outcome.Name(message.outcome).removeprefix("OUTCOME_").lower(),
+        reason=compression_pb2.Reason.Name(message.reason).removeprefix("REASON_").lower(),
+        policy=message.policy,
+        scope=_SCOPE_NAMES.get(message.scope, ""),
+        seq_len=message.seq_len,
+        budget_tokens=message.budget_tokens,
+        layers=[layer_kept(layer, message.seq_len) for layer in message.layers],
+        table=table,
+        entropy=_optional(message, "entropy"),
+        ppl=_optional(message, "ppl"),
+        entropy_bin=_optional(message, "entropy_bin"),
+        ppl_bin=_optional(message, "ppl_bin"),
+        has_candidates=message.has_candidates,
+        defaulted_inputs=list(message.defaulted_inputs),
+        relaxed=list(message.relaxed),
+        backend=message.backend,
+        transport=message.transport,
+        bytes_before=message.bytes_before,
+        bytes_after=message.bytes_after,
+        stage_seconds={
+            "queue": stages.queue,
+            "lease": stages.lease,
+            "score": stages.score,
+            "select": stages.select,
+            "gather": stages.gather,
+        },
+    )

@@ -1,0 +1,204 @@
+"""Plain data of a request and its result."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Literal, Sequence
+
+import numpy as np
+
+#: Marks arrays of bfloat16 bits, which numpy has no type for: pass uint16 arrays and this dtype.
+BFLOAT16 = "bfloat16"
+
+ScopeName = Literal["layer_elastic", "layer_equal", "sequence", "kv_head"]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFingerprint:
+    """Which model a request comes from; tables are matched on it."""
+
+    architecture: str
+    num_layers: int
+    num_qo_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope: dict | None = None
+    revision: str = ""
+
+    def to_json(self) -> dict:
+        out = dataclasses.asdict(self)
+        if self.rope is None:
+            del out["rope"]
+        if not self.revision:
+            del out["revision"]
+        return out
+
+    def rope_json(self) -> str:
+        return "" if self.rope is None else json.dumps(self.rope, sort_keys=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """How much may stay: one of tokens per layer, kept fraction, bytes per layer, or the table's default."""
+
+    num_tokens: int | None = None
+    kept_fraction: float | None = None
+    num_bytes: int | None = None
+
+    @staticmethod
+    def tokens(count: int) -> Budget:
+        return Budget(num_tokens=count)
+
+    @staticmethod
+    def fraction(kept_fraction: float) -> Budget:
+        return Budget(kept_fraction=kept_fraction)
+
+    @staticmethod
+    def bytes(count: int) -> Budget:
+        return Budget(num_bytes=count)
+
+    @staticmethod
+    def table_default() -> Budget:
+        return Budget()
+
+    @staticmethod
+    def compression_ratio(ratio: float, seq_len: int) -> Budget:
+        """kvpress' fraction *removed*, converted exactly as there."""
+        return Budget.tokens(kept_tokens_of_compression_ratio(ratio, seq_len))
+
+    def capacity(self, seq_len: int, bytes_per_token: int) -> int:
+        """Rows a destination must offer: never more than seq_len."""
+        if self.num_tokens is not None:
+            return max(0, min(seq_len, self.num_tokens))
+        if self.kept_fraction is not None:
+            return max(1, min(seq_len, int(seq_len * self.kept_fraction)))
+        if self.num_bytes is not None and bytes_per_token > 0:
+            return max(0, min(seq_len, self.num_bytes // bytes_per_token))
+        return seq_len
+
+
+def kept_tokens_of_compression_ratio(ratio: float, seq_len: int) -> int:
+    """int(T * (1 - r)) in double: T = 1000, r = 0.9 gives 99."""
+    return int(seq_len * (1 - ratio))
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """Positions [begin, end) that must stay."""
+
+    begin: int
+    end: int
+    name: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class TablePin:
+    """Pins the table; every field that is set must match."""
+
+    name: str = ""
+    version: str = ""
+    digest: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class TableIdentity:
+    """The table that decided; `source` is its provenance ("uniform", "offline-calibration" ...)."""
+
+    name: str
+    version: str
+    digest: str
+    source: str
+
+
+@dataclasses.dataclass
+class PagedKv:
+    """K or V of one layer in blocks: data [num_blocks, block_size, num_kv_heads, head_dim]."""
+
+    data: np.ndarray
+    block_table: Sequence[int] | np.ndarray
+    dtype: str | None = None
+
+
+@dataclasses.dataclass
+class Layer:
+    """What one layer brings. Arrays in a SharedRegion are passed by reference.
+
+    q_window [H, W, d]; window_lse [H, W] natural log; attn_tile [H, W, T]; k and v [Hkv, T, d], any
+    strides with the last one contiguous, or PagedKv. dtype names the type of uint16 arrays ("bfloat16").
+    """
+
+    q_window: np.ndarray | None = None
+    k: np.ndarray | PagedKv | None = None
+    v: np.ndarray | PagedKv | None = None
+    window_lse: np.ndarray | None = None
+    attn_tile: np.ndarray | None = None
+    dtype: str | None = None
+
+
+@dataclasses.dataclass
+class KeepSet:
+    """Ascending positions of one set and how they came about."""
+
+    indices: np.ndarray  # int32 [kept]
+    candidates: int
+    filled: int
+
+
+@dataclasses.dataclass
+class LayerKept:
+    """One layer's answer. `k` and `v` only when gathered: [Hkv, n, d] of a shared set, or one [n, d] per
+    KV head. They are views of shared memory where the transport allows; valid until the client is closed
+    or `Result.release` was called."""
+
+    sets: list[KeepSet]
+    tau: float | None = None
+    entropy: float | None = None
+    entropy_bin: int | None = None
+    k: np.ndarray | list[np.ndarray] | None = None
+    v: np.ndarray | list[np.ndarray] | None = None
+
+    @property
+    def keep_indices(self) -> np.ndarray:
+        """The shared set; use `sets` in scope kv_head."""
+        if len(self.sets) != 1:
+            raise ValueError(f"{len(self.sets)} sets, one per KV head: read `sets`")
+        return self.sets[0].indices
+
+
+@dataclasses.dataclass
+class Result:
+    """The answer of one operation. `outcome` is "compressed", "kept_full" or "shadow"."""
+
+    outcome: str
+    reason: str
+    policy: str
+    scope: str
+    seq_len: int
+    budget_tokens: int
+    layers: list[LayerKept]
+    table: TableIdentity | None
+    entropy: float | None
+    ppl: float | None
+    entropy_bin: int | None
+    ppl_bin: int | None
+    has_candidates: bool
+    defaulted_inputs: list[str]
+    relaxed: list[str]
+    backend: str
+    transport: str
+    bytes_before: int
+    bytes_after: int
+    stage_seconds: dict[str, float]
+    _release: object = None
+
+    @property
+    def service_seconds(self) -> float:
+        """Time of all stages inside the service."""
+        return sum(self.stage_seconds.values())
+
+    def release(self) -> None:
+        """Gives the gathered memory back for the next operation; `k` and `v` become invalid."""
+        if callable(self._release):
+            self._release()
+            self._release = None
