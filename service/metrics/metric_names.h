@@ -1,0 +1,162 @@
+// The one list of series keepsetd exports. metrics.cc creates every one of them at start and
+// nothing else; docs/metrics.md is written from it. Base units (seconds, bytes), `_total` for
+// counters, no request, session or tenant in a label.
+#ifndef KEEPSET_SERVICE_METRICS_METRIC_NAMES_H_
+#define KEEPSET_SERVICE_METRICS_METRIC_NAMES_H_
+
+#include "absl/strings/string_view.h"
+
+namespace keepset::service {
+
+enum class MetricType { kCounter, kGauge, kHistogram };
+
+struct MetricInfo {
+  absl::string_view name;
+  MetricType type = MetricType::kCounter;
+  absl::string_view labels;  // comma-separated, "" for none
+  absl::string_view help;
+};
+
+inline constexpr MetricInfo kCompressOperationsTotal = {
+    "keepset_compress_operations_total", MetricType::kCounter, "outcome,reason",
+    "Ended operations; the reason of an error is its canonical code."};
+inline constexpr MetricInfo kPolicyOperationsTotal = {"keepset_policy_operations_total",
+                                                      MetricType::kCounter, "policy,outcome",
+                                                      "Ended operations by retention policy."};
+inline constexpr MetricInfo kCompressStageDurationSeconds = {
+    "keepset_compress_stage_duration_seconds", MetricType::kHistogram, "stage",
+    "Time an operation spent in one stage; a stage it did not pass is not observed."};
+inline constexpr MetricInfo kInputTokensTotal = {"keepset_input_tokens_total", MetricType::kCounter,
+                                                 "",
+                                                 "Tokens times layers that operations looked at."};
+inline constexpr MetricInfo kRetainedTokensTotal = {"keepset_retained_tokens_total",
+                                                    MetricType::kCounter, "",
+                                                    "Tokens times layers that operations kept."};
+inline constexpr MetricInfo kKvInputBytesTotal = {
+    "keepset_kv_input_bytes_total", MetricType::kCounter, "", "K and V bytes before compression."};
+inline constexpr MetricInfo kKvRetainedBytesTotal = {"keepset_kv_retained_bytes_total",
+                                                     MetricType::kCounter, "",
+                                                     "K and V bytes after compression."};
+inline constexpr MetricInfo kKeptFraction = {
+    "keepset_kept_fraction", MetricType::kHistogram, "",
+    "Share of its tokens an operation kept, over all layers; 1 is the full cache."};
+inline constexpr MetricInfo kDefaultedInputsTotal = {
+    "keepset_defaulted_inputs_total", MetricType::kCounter, "input",
+    "Operations that went on with a default for an input the request did not carry."};
+inline constexpr MetricInfo kTableInfo = {
+    "keepset_table_info", MetricType::kGauge, "model,name,version,digest",
+    "1 for each active table; one series with empty labels and value 0 while there is none."};
+inline constexpr MetricInfo kTableReloadsTotal = {
+    "keepset_table_reloads_total", MetricType::kCounter, "result",
+    "Table sets published (success) and table files refused (refused)."};
+inline constexpr MetricInfo kTableLastSuccessTimestampSeconds = {
+    "keepset_table_last_success_timestamp_seconds", MetricType::kGauge, "",
+    "Unix time of the last published table set; 0 before the first."};
+inline constexpr MetricInfo kSessions = {"keepset_sessions", MetricType::kGauge, "",
+                                         "Open sessions."};
+inline constexpr MetricInfo kSessionsEndedTotal = {"keepset_sessions_ended_total",
+                                                   MetricType::kCounter, "reason",
+                                                   "Ended sessions by why they ended."};
+inline constexpr MetricInfo kRegions = {"keepset_regions", MetricType::kGauge, "kind",
+                                        "Registered memory regions."};
+inline constexpr MetricInfo kRegionBytes = {"keepset_region_bytes", MetricType::kGauge, "kind",
+                                            "Bytes of registered memory regions."};
+inline constexpr MetricInfo kRegionImportFailuresTotal = {
+    "keepset_region_import_failures_total", MetricType::kCounter, "kind",
+    "Region registrations that were refused."};
+inline constexpr MetricInfo kQueueDepth = {"keepset_queue_depth", MetricType::kGauge, "",
+                                           "Operations waiting for a worker thread."};
+inline constexpr MetricInfo kOperationsInFlight = {
+    "keepset_operations_in_flight", MetricType::kGauge, "", "Operations begun and not yet ended."};
+inline constexpr MetricInfo kRejectedTotal = {"keepset_rejected_total", MetricType::kCounter,
+                                              "reason",
+                                              "Requests refused before an operation began."};
+inline constexpr MetricInfo kBuildInfo = {"keepset_build_info", MetricType::kGauge,
+                                          "version,backend", "Always 1; states what is running."};
+
+inline constexpr MetricInfo kAllMetrics[] = {kCompressOperationsTotal,
+                                             kPolicyOperationsTotal,
+                                             kCompressStageDurationSeconds,
+                                             kInputTokensTotal,
+                                             kRetainedTokensTotal,
+                                             kKvInputBytesTotal,
+                                             kKvRetainedBytesTotal,
+                                             kKeptFraction,
+                                             kDefaultedInputsTotal,
+                                             kTableInfo,
+                                             kTableReloadsTotal,
+                                             kTableLastSuccessTimestampSeconds,
+                                             kSessions,
+                                             kSessionsEndedTotal,
+                                             kRegions,
+                                             kRegionBytes,
+                                             kRegionImportFailuresTotal,
+                                             kQueueDepth,
+                                             kOperationsInFlight,
+                                             kRejectedTotal,
+                                             kBuildInfo};
+
+// The closed sets of label values. A value outside its set counts as kOtherValue, so a label never
+// grows with traffic. The values of `policy` and `kind` are handed to Metrics::New.
+inline constexpr absl::string_view kOtherValue = "other";
+
+struct OutcomeReason {
+  absl::string_view outcome;
+  absl::string_view reason;
+};
+inline constexpr OutcomeReason kOutcomeReasons[] = {
+    {"compressed", "none"},
+    {"kept_full", "none"},
+    {"kept_full", "below_budget"},
+    {"kept_full", "no_saving"},
+    {"kept_full", "shed"},
+    {"kept_full", "deadline"},
+    {"kept_full", "device_fault"},
+    {"shadow", "none"},
+    {"shadow", "below_budget"},
+    {"shadow", "no_saving"},
+    {"shadow", "shed"},
+    {"shadow", "deadline"},
+    {"shadow", "device_fault"},
+    {"error", "invalid_argument"},
+    {"error", "not_found"},
+    {"error", "already_exists"},
+    {"error", "failed_precondition"},
+    {"error", "aborted"},
+    {"error", "resource_exhausted"},
+    {"error", "unavailable"},
+    {"error", "permission_denied"},
+    {"error", "unauthenticated"},
+    {"error", "deadline_exceeded"},
+    {"error", "cancelled"},
+    {"error", "unimplemented"},
+    {"error", "out_of_range"},
+    {"error", "data_loss"},
+    {"error", "internal"},
+    {"error", "unknown"},
+    {"cancelled", "none"},
+    {"cancelled", "cancelled"},
+};
+inline constexpr absl::string_view kOutcomes[] = {"compressed", "kept_full", "shadow", "error",
+                                                  "cancelled"};
+inline constexpr absl::string_view kStageValues[] = {"queue",  "lease",  "score",
+                                                     "select", "gather", "reply"};
+inline constexpr absl::string_view kDefaultedInputValues[] = {
+    "ppl", "window_logprobs", "window_lse", "value_norms", "row_positions", "budget"};
+inline constexpr absl::string_view kReloadValues[] = {"success", "refused"};
+inline constexpr absl::string_view kSessionEndValues[] = {"closed", "replaced", "hang_up",
+                                                          "lease_expired", "shutdown"};
+inline constexpr absl::string_view kRejectValues[] = {
+    "queue_full", "inline_too_large", "draining", "invalid", "not_found", "precondition", "fence"};
+
+// Upper bounds of the histogram buckets. Stages: 10 us is a decode of a small request, 10 s a
+// prompt of millions of tokens on a slow host.
+inline constexpr double kStageBucketsSeconds[] = {1e-5,   2.5e-5, 5e-5, 1e-4,   2.5e-4, 5e-4, 1e-3,
+                                                  2.5e-3, 5e-3,   1e-2, 2.5e-2, 5e-2,   0.1,  0.25,
+                                                  0.5,    1,      2.5,  5,      10};
+inline constexpr double kKeptFractionBuckets[] = {0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3,
+                                                  0.4,  0.5,  0.6,  0.7, 0.8,  0.9, 1};
+
+}  // namespace keepset::service
+
+#endif  // KEEPSET_SERVICE_METRICS_METRIC_NAMES_H_

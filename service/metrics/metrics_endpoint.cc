@@ -1,0 +1,123 @@
+#include "service/metrics/metrics_endpoint.h"
+
+#include <netdb.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdint>
+#include <exception>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
+#include "absl/strings/strip.h"
+#include "base/status_macros.h"
+#include "prometheus/exposer.h"
+
+namespace keepset::service {
+namespace {
+
+struct HostPort {
+  std::string host;  // as written, brackets included
+  uint32_t port = 0;
+};
+
+// The web server's own syntax would also accept lists, "s" and "r" suffixes and bare ports; only
+// host:port gets through here.
+absl::StatusOr<HostPort> ParseAddress(const std::string& address) {
+  const absl::Status bad = absl::InvalidArgumentError(absl::StrCat(
+      "metrics address \"", address, "\", want host:port, for example 127.0.0.1:9464"));
+  const size_t colon = address.rfind(':');
+  if (colon == std::string::npos || colon == 0) return bad;
+  HostPort result;
+  result.host = address.substr(0, colon);
+  const std::string port = address.substr(colon + 1);
+  if (port.empty() || port.find_first_not_of("0123456789") != std::string::npos) return bad;
+  if (!absl::SimpleAtoi(port, &result.port) || result.port > 65535) return bad;
+  if (result.host.find_first_of(", \t\n") != std::string::npos) return bad;
+  const bool bracketed = result.host.front() == '[' && result.host.back() == ']';
+  if (!bracketed && result.host.find(':') != std::string::npos) return bad;
+  return result;
+}
+
+// The web server says only that it could not start; binding once more tells why.
+absl::Status WhyNotBound(const std::string& address, const HostPort& where,
+                         absl::string_view library_says) {
+  const std::string host(absl::StripSuffix(absl::StripPrefix(where.host, "["), "]"));
+  addrinfo hints = {};
+  hints.ai_family = AF_UNSPEC;
+  hints.ai_socktype = SOCK_STREAM;
+  hints.ai_flags = AI_NUMERICSERV | AI_PASSIVE;
+  addrinfo* found = nullptr;
+  if (int rc = getaddrinfo(host.c_str(), absl::StrCat(where.port).c_str(), &hints, &found);
+      rc != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("metrics address ", address, ": host: ", gai_strerror(rc)));
+  }
+  int error = 0;
+  const int fd = socket(found->ai_family, found->ai_socktype | SOCK_CLOEXEC, found->ai_protocol);
+  if (fd < 0) {
+    error = errno;
+  } else {
+    const int on = 1;
+    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
+    if (bind(fd, found->ai_addr, found->ai_addrlen) != 0 || listen(fd, 1) != 0) error = errno;
+    close(fd);
+  }
+  freeaddrinfo(found);
+  const std::string where_text = absl::StrCat("metrics address ", address);
+  switch (error) {
+    case EADDRINUSE:
+      return absl::AlreadyExistsError(absl::StrCat(where_text, ": port is taken, want a free one"));
+    case EACCES:
+      return absl::PermissionDeniedError(
+          absl::StrCat(where_text, ": this user may not bind it, want a port above 1023"));
+    case EADDRNOTAVAIL:
+      return absl::InvalidArgumentError(
+          absl::StrCat(where_text, ": not an address of this machine"));
+    default:
+      return absl::InternalError(
+          absl::StrCat(where_text, ": listener did not start: ", library_says));
+  }
+}
+
+class ExposerEndpoint : public MetricsEndpoint {
+ public:
+  ExposerEndpoint(std::unique_ptr<prometheus::Exposer> exposer, std::string address)
+      : exposer_(std::move(exposer)), address_(std::move(address)) {}
+
+  const std::string& address() const override { return address_; }
+
+ private:
+  const std::unique_ptr<prometheus::Exposer> exposer_;
+  const std::string address_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<MetricsEndpoint>> MetricsEndpoint::Start(
+    const std::string& address, const std::weak_ptr<prometheus::Collectable>& page) {
+  KEEPSET_ASSIGN_OR_RETURN(const HostPort where, ParseAddress(address));
+  std::unique_ptr<prometheus::Exposer> exposer;
+  std::vector<int> ports;
+  try {
+    exposer = std::make_unique<prometheus::Exposer>(std::vector<std::string>{
+        "listening_ports", absl::StrCat(where.host, ":", where.port), "num_threads", "2"});
+    exposer->RegisterCollectable(page);
+    ports = exposer->GetListeningPorts();
+  } catch (const std::exception& e) {
+    return WhyNotBound(address, where, e.what());
+  }
+  if (ports.size() != 1) {
+    return absl::InternalError(
+        absl::StrCat("metrics address ", address, ": ", ports.size(), " ports bound, want 1"));
+  }
+  return std::make_unique<ExposerEndpoint>(std::move(exposer),
+                                           absl::StrCat(where.host, ":", ports[0]));
+}
+
+}  // namespace keepset::service
