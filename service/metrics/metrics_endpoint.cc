@@ -7,6 +7,7 @@
 #include <cerrno>
 #include <cstdint>
 #include <exception>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -15,6 +16,8 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
 #include "absl/strings/strip.h"
+#include "absl/synchronization/notification.h"
+#include "absl/time/time.h"
 #include "base/status_macros.h"
 #include "prometheus/exposer.h"
 
@@ -44,20 +47,30 @@ absl::StatusOr<HostPort> ParseAddress(const std::string& address) {
   return result;
 }
 
-// The web server says only that it could not start; binding once more tells why.
-absl::Status WhyNotBound(const std::string& address, const HostPort& where,
-                         absl::string_view library_says) {
+// Where a client of `where` connects or a server binds; the caller frees it.
+absl::StatusOr<addrinfo*> Resolve(const HostPort& where, int flags) {
   const std::string host(absl::StripSuffix(absl::StripPrefix(where.host, "["), "]"));
   addrinfo hints = {};
   hints.ai_family = AF_UNSPEC;
   hints.ai_socktype = SOCK_STREAM;
-  hints.ai_flags = AI_NUMERICSERV | AI_PASSIVE;
+  hints.ai_flags = AI_NUMERICSERV | flags;
   addrinfo* found = nullptr;
-  if (int rc = getaddrinfo(host.c_str(), absl::StrCat(where.port).c_str(), &hints, &found);
+  if (const int rc = getaddrinfo(host.c_str(), absl::StrCat(where.port).c_str(), &hints, &found);
       rc != 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("metrics address ", address, ": host: ", gai_strerror(rc)));
+    return absl::InvalidArgumentError(absl::StrCat("host ", host, ": ", gai_strerror(rc)));
   }
+  return found;
+}
+
+// The web server says only that it could not start; binding once more tells why.
+absl::Status WhyNotBound(const std::string& address, const HostPort& where,
+                         absl::string_view library_says) {
+  const absl::StatusOr<addrinfo*> resolved = Resolve(where, AI_PASSIVE);
+  if (!resolved.ok()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("metrics address ", address, ": ", resolved.status().message()));
+  }
+  addrinfo* const found = *resolved;
   int error = 0;
   const int fd = socket(found->ai_family, found->ai_socktype | SOCK_CLOEXEC, found->ai_protocol);
   if (fd < 0) {
@@ -87,13 +100,39 @@ absl::Status WhyNotBound(const std::string& address, const HostPort& where,
 
 class ExposerEndpoint : public MetricsEndpoint {
  public:
-  ExposerEndpoint(std::unique_ptr<prometheus::Exposer> exposer, std::string address)
-      : exposer_(std::move(exposer)), address_(std::move(address)) {}
+  ExposerEndpoint(std::unique_ptr<prometheus::Exposer> exposer, HostPort bound)
+      : exposer_(std::move(exposer)),
+        bound_(std::move(bound)),
+        address_(absl::StrCat(bound_.host, ":", bound_.port)) {}
+
+  // The web server looks at its stop flag only when a connection arrives or two seconds have
+  // passed; connections of our own keep the process from ending that much later.
+  ~ExposerEndpoint() override {
+    absl::Notification stopped;
+    std::thread stopper([this, &stopped] {
+      exposer_.reset();
+      stopped.Notify();
+    });
+    while (!stopped.WaitForNotificationWithTimeout(absl::Milliseconds(10))) Knock();
+    stopper.join();
+  }
 
   const std::string& address() const override { return address_; }
 
  private:
-  const std::unique_ptr<prometheus::Exposer> exposer_;
+  void Knock() const {
+    const absl::StatusOr<addrinfo*> peer = Resolve(bound_, 0);
+    if (!peer.ok()) return;
+    const int fd = socket((*peer)->ai_family, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
+    if (fd >= 0) {
+      (void)connect(fd, (*peer)->ai_addr, (*peer)->ai_addrlen);
+      close(fd);
+    }
+    freeaddrinfo(*peer);
+  }
+
+  std::unique_ptr<prometheus::Exposer> exposer_;
+  const HostPort bound_;
   const std::string address_;
 };
 
@@ -117,7 +156,7 @@ absl::StatusOr<std::unique_ptr<MetricsEndpoint>> MetricsEndpoint::Start(
         absl::StrCat("metrics address ", address, ": ", ports.size(), " ports bound, want 1"));
   }
   return std::make_unique<ExposerEndpoint>(std::move(exposer),
-                                           absl::StrCat(where.host, ":", ports[0]));
+                                           HostPort{where.host, static_cast<uint32_t>(ports[0])});
 }
 
 }  // namespace keepset::service

@@ -67,7 +67,8 @@ std::string WantedPage() {
     absl::StrAppend(&page, ValueRow(absl::StrCat("reason` of outcome `", outcome), of_outcome));
   }
   absl::StrAppend(
-      &page, ValueRow("outcome", kOutcomes), ValueRow("stage", kStageValues),
+      &page, ValueRow("outcome", kOutcomes),
+      absl::StrCat("| `stage` | `", absl::StrJoin(kStageValues, "`, `"), "` |\n"),
       ValueRow("input", kDefaultedInputValues),
       ValueRow("result` of `keepset_table_reloads_total", kReloadValues),
       ValueRow("reason` of `keepset_sessions_ended_total", kSessionEndValues),
