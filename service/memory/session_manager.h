@@ -1,8 +1,9 @@
 // Sessions, their regions and the leases operations hold on them.
 //
-// A session ends by CloseSession, by hang-up of its side-socket connection, or when its lease runs
-// out. All three run the same code: no new leases, wait for the leases that operations hold, unmap.
-// A region in use is retired, never pulled. Region and session ids are random and mean nothing
+// A session with a side-socket connection lives as long as that; one without ends when its lease
+// runs out. CloseSession, hang-up, expiry, replacement and Shutdown run the same code: no new
+// leases, and a region is unmapped with the last lease that operations hold on it (none: at once).
+// None of them blocks; RetireRegion does. Region and session ids are random and mean nothing
 // outside their session. Thread-safe.
 #ifndef KEEPSET_SERVICE_MEMORY_SESSION_MANAGER_H_
 #define KEEPSET_SERVICE_MEMORY_SESSION_MANAGER_H_
@@ -12,6 +13,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -32,6 +34,8 @@ class RegionLease {
  public:
   RegionLease() = default;
   explicit RegionLease(std::shared_ptr<const MappedRegion> region) : region_(std::move(region)) {}
+  RegionLease(RegionLease&&) = default;
+  RegionLease& operator=(RegionLease&&) = default;
 
   const MappedRegion& region() const { return *region_; }
   bool valid() const { return region_ != nullptr; }
@@ -91,10 +95,13 @@ enum class SessionEnd { kClosed, kReplaced, kHangUp, kLeaseExpired, kShutdown };
 class SessionObserver {
  public:
   virtual ~SessionObserver() = default;
-  virtual void OnSessionOpened(const OpenSessionArgs& args, const SessionInfo& info) {}
-  virtual void OnSessionEnded(absl::string_view session_id, SessionEnd why, int64_t regions) {}
-  virtual void OnRegionRegistered(absl::string_view session_id, const RegionInfo& region) {}
-  virtual void OnRegionRefused(absl::string_view kind, const absl::Status& why) {}
+  virtual void OnSessionOpened(const OpenSessionArgs& /*args*/, const SessionInfo& /*info*/) {}
+  virtual void OnSideSocketBound(absl::string_view /*session_id*/, int64_t /*peer_uid*/,
+                                 int64_t /*peer_pid*/) {}
+  virtual void OnSessionEnded(absl::string_view /*session_id*/, SessionEnd /*why*/,
+                              int64_t /*regions*/) {}
+  virtual void OnRegionRegistered(absl::string_view /*session_id*/, const RegionInfo& /*region*/) {}
+  virtual void OnRegionRefused(absl::string_view /*kind*/, const absl::Status& /*why*/) {}
 };
 
 class SessionManager {
@@ -122,7 +129,7 @@ class SessionManager {
   virtual void OnHangUp(absl::string_view session_id) = 0;
 
   // `fd_token` 0: named transport. NotFound: session, kind or token. InvalidArgument: sizes.
-  // AlreadyExists: name taken. ResourceExhausted: quota.
+  // AlreadyExists: name taken. ResourceExhausted: quota. The token is spent whatever the answer.
   virtual absl::StatusOr<RegionInfo> RegisterRegion(absl::string_view session_id,
                                                     absl::string_view name, uint64_t fd_token,
                                                     RegionDescriptor descriptor) = 0;

@@ -2,7 +2,8 @@
 //
 // One thread serves all connections with poll; a connection that does not send its token in time,
 // sends a malformed frame, or belongs to another user than `allowed_uid` (and is not root) is
-// closed.
+// closed. A connection that redeemed its token is its session's life: when the peer hangs up, sends
+// a malformed frame or its process dies, the session ends.
 #ifndef KEEPSET_SERVICE_MEMORY_SIDE_SOCKET_H_
 #define KEEPSET_SERVICE_MEMORY_SIDE_SOCKET_H_
 
@@ -13,6 +14,7 @@
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 #include "service/memory/session_manager.h"
 
 namespace keepset::service {
@@ -22,12 +24,13 @@ struct SideSocketOptions {
   mode_t mode = 0600;
   std::optional<uid_t> allowed_uid;  // absent: whoever the socket's mode lets in
   absl::Duration hello_timeout = absl::Seconds(10);
+  int max_connections = 1024;  // more are closed at once
 };
 
 class SideSocketServer {
  public:
-  // Binds, listens and starts the thread. A stale socket file is replaced, a live one is
-  // AlreadyExists. `sessions` must outlive the server.
+  // Binds, listens and starts the thread. A stale socket file is replaced; a live one, or a file
+  // that is no socket, is AlreadyExists. `sessions` must outlive the server.
   static absl::StatusOr<std::unique_ptr<SideSocketServer>> Start(const SideSocketOptions& options,
                                                                  SessionManager& sessions);
   // Closes every connection, joins the thread, removes the socket file.
