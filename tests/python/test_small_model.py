@@ -129,6 +129,11 @@ def test_checkpoint_matches_the_digest_beside_it() -> None:
     assert hashlib.sha256(small_model.CHECKPOINT.read_bytes()).hexdigest() == digest
 
 
+def test_readme_states_the_digest() -> None:
+    readme = pathlib.Path(small_model.__file__).parent / "README.md"
+    assert small_model.CHECKPOINT_DIGEST.read_text().split()[0] in readme.read_text()
+
+
 def test_checkpoint_is_small_enough_to_ship() -> None:
     assert small_model.CHECKPOINT.stat().st_size <= 3_000_000
 
