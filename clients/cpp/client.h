@@ -1,0 +1,141 @@
+// Typed client of keepsetd.
+//
+//   auto client = Client::Connect({.address = "unix:/run/keepset/keepset.sock"});
+//   auto region = SharedRegion::Create("kv", bytes);             // write K, V and queries into it
+//   (*client)->RegisterRegion(**region, "kv", RegionAccess::kReadOnly);
+//   auto result = (*client)->CompressUnary(spec, layers);        // result->layers[l].sets[0]...
+//
+// A client is one session of the server: it owns the gRPC channel, the side-socket connection and
+// the thread that renews the lease, and ends the session when it is destroyed. Regions stay the
+// caller's and must outlive their registration. Thread-safe.
+#ifndef KEEPSET_CLIENTS_CPP_CLIENT_H_
+#define KEEPSET_CLIENTS_CPP_CLIENT_H_
+
+#include <array>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/time/time.h"
+#include "absl/types/span.h"
+#include "clients/cpp/operation.h"
+#include "clients/cpp/shared_region.h"
+
+namespace keepset::client {
+
+enum class Transport {
+  kAuto,    // memfd where the server and the address allow it, else inline
+  kMemfd,   // shared memory, or an error
+  kInline,  // every tensor inside the message
+};
+absl::string_view TransportName(Transport transport);
+
+enum class RegionAccess { kReadOnly, kReadWrite };
+
+struct ClientOptions {
+  std::string address;  // "unix:/path" or "host:port"
+  Transport transport = Transport::kAuto;
+  std::string engine = "keepset-cpp";  // free text for the server's log
+  std::string tenant;
+  // Names this client over restarts of the server; absent: random.
+  std::optional<std::array<uint8_t, 16>> client_uuid;
+  absl::Duration lease;  // zero: the server's default
+  absl::Duration connect_timeout = absl::Seconds(5);
+  absl::Duration call_timeout = absl::Seconds(60);  // of every later call, queueing included
+};
+
+struct ServerInfo {
+  std::string version;
+  std::string build;
+  std::vector<std::string> extensions;
+  std::vector<std::string> policies;
+  std::vector<std::string> transports;
+  std::string backend;
+  struct Device {
+    std::string uuid;
+    std::string name;
+    std::string driver_version;
+  };
+  std::vector<Device> devices;
+  std::string device_status;
+  struct Limits {
+    uint64_t max_inline_bytes = 0;
+    uint64_t max_seq_len = 0;
+    uint64_t max_layers = 0;
+    uint64_t max_regions_per_session = 0;
+    uint64_t max_region_bytes_per_session = 0;
+    uint64_t max_sessions = 0;
+    uint64_t queue_capacity = 0;
+    uint64_t stream_credits = 0;
+  };
+  Limits limits;
+  int64_t default_lease_seconds = 0;
+  std::vector<TableIdentity> tables;
+  bool draining = false;
+};
+
+// Many operations over one long-lived stream, each: Begin, SendLayer in ascending order, Finish.
+// Thread-safe; an operation is sent by one thread at a time. Every wait is bounded by the client's
+// call_timeout. The client must outlive the stream.
+class CompressStream {
+ public:
+  virtual ~CompressStream() = default;
+
+  // The id of the new operation.
+  virtual absl::StatusOr<uint64_t> Begin(const OperationSpec& spec) = 0;
+  // Waits until the server grants a layer input. When the operation was refused meanwhile, answers
+  // why; the operation is over then.
+  virtual absl::Status SendLayer(uint64_t operation, const LayerInput& layer) = 0;
+  // Keep sets of layers that came before the end of the operation (layer-local policies).
+  virtual std::vector<LayerResult> TakeEarlyResults(uint64_t operation) = 0;
+  // Ends the operation and waits for its result. Layer inputs must outlive this call when they lie
+  // in regions.
+  virtual absl::StatusOr<OperationResult> Finish(uint64_t operation) = 0;
+  // Gives the operation up; nothing happens for one that is over.
+  virtual absl::Status Cancel(uint64_t operation) = 0;
+};
+
+class Client {
+ public:
+  // Unavailable: nobody answers at the address. FailedPrecondition: memfd was asked for and this
+  // server or address cannot do it. InvalidArgument: address of another form.
+  static absl::StatusOr<std::unique_ptr<Client>> Connect(const ClientOptions& options);
+  virtual ~Client() = default;
+
+  // kMemfd or kInline, and for kAuto the reason of the choice.
+  virtual Transport transport() const = 0;
+  virtual std::string transport_reason() const = 0;
+
+  virtual absl::StatusOr<ServerInfo> GetServerInfo() = 0;
+
+  // Makes `region` known to the server under `name`; from then on tensors inside it travel as
+  // slices. With inline transport nothing is sent. AlreadyExists: name taken.
+  virtual absl::Status RegisterRegion(const SharedRegion& region, const std::string& name,
+                                      RegionAccess access) = 0;
+  // Answers when no operation uses the region any more. NotFound: no such name.
+  virtual absl::Status RetireRegion(const std::string& name) = 0;
+
+  // All layers in one call. Gathered rows are viewed where they lie: in the destination regions or
+  // in bytes the result owns.
+  virtual absl::StatusOr<OperationResult> CompressUnary(const OperationSpec& spec,
+                                                        absl::Span<const LayerInput> layers) = 0;
+  // The same over a stream of its own.
+  absl::StatusOr<OperationResult> CompressStreamed(const OperationSpec& spec,
+                                                   absl::Span<const LayerInput> layers);
+  virtual absl::StatusOr<std::unique_ptr<CompressStream>> OpenStream() = 0;
+
+  // OK while the session lives. NotFound or Unavailable after a restart of the server: Reopen.
+  virtual absl::Status SessionStatus() const = 0;
+  // Opens the session again under the same client uuid and registers every region again. Harmless
+  // when the session still lives: it is replaced. Not while operations are running.
+  virtual absl::Status Reopen() = 0;
+};
+
+}  // namespace keepset::client
+
+#endif  // KEEPSET_CLIENTS_CPP_CLIENT_H_

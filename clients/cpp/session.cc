@@ -1,0 +1,125 @@
+#include "clients/cpp/session.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "clients/cpp/rpc_status.h"
+
+namespace keepset::client {
+namespace {
+
+// A goodbye that does not go through costs nothing: the hang-up ends the session as well.
+constexpr absl::Duration kCloseTimeout = absl::Seconds(2);
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Session>> Session::Open(v1::SessionService::Stub* stub,
+                                                       const ClientOptions& options,
+                                                       const std::string& client_uuid) {
+  v1::OpenSessionRequest request;
+  request.set_client_uuid(client_uuid);
+  request.set_engine(options.engine);
+  request.set_tenant(options.tenant);
+  request.set_pid_hint(getpid());
+  request.set_lease_seconds(absl::ToInt64Seconds(options.lease));
+  v1::OpenSessionResponse response;
+  grpc::ClientContext context;
+  context.set_deadline(absl::ToChronoTime(absl::Now() + options.connect_timeout));
+  KEEPSET_RETURN_IF_ERROR(FromRpcStatus(stub->OpenSession(&context, request, &response)));
+  if (response.side_socket_path().empty()) {
+    grpc::ClientContext close_context;
+    close_context.set_deadline(absl::ToChronoTime(absl::Now() + kCloseTimeout));
+    v1::CloseSessionRequest close_request;
+    close_request.set_session_id(response.session_id());
+    v1::CloseSessionResponse closed;
+    (void)stub->CloseSession(&close_context, close_request, &closed);
+    return absl::FailedPreconditionError("the server has no side socket to pass memory over");
+  }
+  std::unique_ptr<Session> session(new Session(stub, options));
+  session->id_ = response.session_id();
+  KEEPSET_ASSIGN_OR_RETURN(session->side_socket_, SideSocket::Connect(response.side_socket_path(),
+                                                                      response.side_socket_token(),
+                                                                      options.connect_timeout));
+  session->lease_ = std::make_unique<LeaseKeeper>(
+      stub, session->id_, absl::Seconds(std::max<int64_t>(1, response.heartbeat_seconds())));
+  return session;
+}
+
+Session::~Session() {
+  lease_.reset();
+  grpc::ClientContext context;
+  context.set_deadline(absl::ToChronoTime(absl::Now() + kCloseTimeout));
+  v1::CloseSessionRequest request;
+  request.set_session_id(id_);
+  v1::CloseSessionResponse response;
+  (void)stub_->CloseSession(&context, request, &response);
+}
+
+absl::Status Session::RegisterRegion(const SharedRegion& region, const std::string& name,
+                                     RegionAccess access) {
+  KEEPSET_ASSIGN_OR_RETURN(const uint64_t fd_token, side_socket_->PassFd(region.fd()));
+  v1::RegisterRegionRequest request;
+  request.set_session_id(id_);
+  request.set_name(name);
+  request.set_kind("memfd");
+  request.set_fd_token(fd_token);
+  request.set_allocation_bytes(region.size_bytes());
+  request.set_length(region.size_bytes());
+  request.set_access(access == RegionAccess::kReadWrite ? v1::REGION_ACCESS_READ_WRITE
+                                                        : v1::REGION_ACCESS_READ_ONLY);
+  v1::RegisterRegionResponse response;
+  grpc::ClientContext context;
+  context.set_deadline(absl::ToChronoTime(absl::Now() + call_timeout_));
+  KEEPSET_RETURN_IF_ERROR(FromRpcStatus(stub_->RegisterRegion(&context, request, &response)));
+  absl::MutexLock lock(&mutex_);
+  regions_[name] = {&region, access, response.region_id()};
+  return absl::OkStatus();
+}
+
+absl::Status Session::RetireRegion(const std::string& name) {
+  v1::RetireRegionRequest request;
+  {
+    absl::MutexLock lock(&mutex_);
+    const auto found = regions_.find(name);
+    if (found == regions_.end()) {
+      return absl::NotFoundError(absl::StrCat("region \"", name, "\" is not registered"));
+    }
+    request.set_region_id(found->second.region_id);
+    regions_.erase(found);
+  }
+  request.set_session_id(id_);
+  v1::RetireRegionResponse response;
+  grpc::ClientContext context;
+  context.set_deadline(absl::ToChronoTime(absl::Now() + call_timeout_));
+  return FromRpcStatus(stub_->RetireRegion(&context, request, &response));
+}
+
+absl::Status Session::AdoptRegions(const Session& other) {
+  std::map<std::string, Region> regions;
+  {
+    absl::MutexLock lock(&other.mutex_);
+    regions = other.regions_;
+  }
+  for (const auto& [name, region] : regions) {
+    KEEPSET_RETURN_IF_ERROR(RegisterRegion(*region.memory, name, region.access));
+  }
+  return absl::OkStatus();
+}
+
+bool Session::Resolve(const void* data, int64_t size_bytes, v1::RegionSlice* slice) const {
+  absl::MutexLock lock(&mutex_);
+  for (const auto& [name, region] : regions_) {
+    if (!region.memory->Contains(data, size_bytes)) continue;
+    slice->set_region_id(region.region_id);
+    slice->set_offset(static_cast<const std::byte*>(data) - region.memory->data());
+    slice->set_length(size_bytes);
+    return true;
+  }
+  return false;
+}
+
+}  // namespace keepset::client

@@ -1,0 +1,65 @@
+// One open session: id, side-socket connection, lease thread, and the regions registered in it.
+// Destruction ends the session on the server. Thread-safe.
+#ifndef KEEPSET_CLIENTS_CPP_SESSION_H_
+#define KEEPSET_CLIENTS_CPP_SESSION_H_
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "clients/cpp/client.h"
+#include "clients/cpp/lease_keeper.h"
+#include "clients/cpp/side_socket.h"
+#include "keepset/v1/common.pb.h"
+#include "keepset/v1/session.grpc.pb.h"
+
+namespace keepset::client {
+
+class Session {
+ public:
+  // `stub` must outlive the session. FailedPrecondition: the server passes no descriptors, so
+  // memfd regions are impossible.
+  static absl::StatusOr<std::unique_ptr<Session>> Open(v1::SessionService::Stub* stub,
+                                                       const ClientOptions& options,
+                                                       const std::string& client_uuid);
+  ~Session();
+
+  const std::string& id() const { return id_; }
+  absl::Status status() const { return lease_->status(); }
+
+  absl::Status RegisterRegion(const SharedRegion& region, const std::string& name,
+                              RegionAccess access);
+  absl::Status RetireRegion(const std::string& name);
+  // Registers in this session whatever `other` had.
+  absl::Status AdoptRegions(const Session& other);
+
+  // The slice of the registered region that holds [data, data + size_bytes), if any does.
+  bool Resolve(const void* data, int64_t size_bytes, v1::RegionSlice* slice) const;
+
+ private:
+  struct Region {
+    const SharedRegion* memory;
+    RegionAccess access;
+    std::string region_id;
+  };
+
+  Session(v1::SessionService::Stub* stub, const ClientOptions& options)
+      : stub_(stub), call_timeout_(options.call_timeout) {}
+
+  v1::SessionService::Stub* const stub_;
+  const absl::Duration call_timeout_;
+  std::string id_;
+  std::unique_ptr<SideSocket> side_socket_;
+  std::unique_ptr<LeaseKeeper> lease_;
+  mutable absl::Mutex mutex_;
+  std::map<std::string, Region> regions_ ABSL_GUARDED_BY(mutex_);
+};
+
+}  // namespace keepset::client
+
+#endif  // KEEPSET_CLIENTS_CPP_SESSION_H_

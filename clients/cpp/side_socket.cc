@@ -1,0 +1,111 @@
+#include "clients/cpp/side_socket.h"
+
+#include <sys/socket.h>
+#include <sys/time.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "proto/side_socket_wire.h"
+
+namespace keepset::client {
+namespace {
+
+constexpr int kNoDescriptor = -1;
+
+absl::Status SocketError(absl::string_view where, int error) {
+  const std::string message = absl::StrCat("side socket: ", where, ": ", std::strerror(error));
+  if (error == EAGAIN || error == EWOULDBLOCK) return absl::DeadlineExceededError(message);
+  if (error == EACCES || error == EPERM) return absl::PermissionDeniedError(message);
+  return absl::UnavailableError(message);
+}
+
+// One frame, with `fd` attached unless it is kNoDescriptor, and its reply.
+absl::StatusOr<uint64_t> Exchange(int socket, const wire::SideSocketRequest& request, int fd) {
+  iovec bytes = {const_cast<wire::SideSocketRequest*>(&request), sizeof(request)};
+  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
+  msghdr message = {};
+  message.msg_iov = &bytes;
+  message.msg_iovlen = 1;
+  if (fd != kNoDescriptor) {
+    message.msg_control = control;
+    message.msg_controllen = sizeof(control);
+    cmsghdr* header = CMSG_FIRSTHDR(&message);
+    header->cmsg_level = SOL_SOCKET;
+    header->cmsg_type = SCM_RIGHTS;
+    header->cmsg_len = CMSG_LEN(sizeof(int));
+    std::memcpy(CMSG_DATA(header), &fd, sizeof(int));
+  }
+  ssize_t sent;
+  do {
+    sent = sendmsg(socket, &message, MSG_NOSIGNAL);
+  } while (sent < 0 && errno == EINTR);
+  if (sent < 0) return SocketError("send", errno);
+
+  wire::SideSocketReply reply;
+  ssize_t received;
+  do {
+    received = recv(socket, &reply, sizeof(reply), 0);
+  } while (received < 0 && errno == EINTR);
+  if (received < 0) return SocketError("receive", errno);
+  if (received == 0) return absl::UnavailableError("side socket: closed by the server");
+  if (received != sizeof(reply) || reply.magic != wire::kSideSocketMagic) {
+    return absl::InternalError(absl::StrCat("side socket: reply of ", received,
+                                            " bytes is not of this protocol, want ", sizeof(reply),
+                                            " bytes"));
+  }
+  if (reply.code != 0) {
+    return absl::Status(static_cast<absl::StatusCode>(reply.code),
+                        request.type == wire::SideSocketFrameType::kHello
+                            ? "side socket: the server refused the session token"
+                            : "side socket: the server refused the descriptor");
+  }
+  return reply.fd_token;
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<SideSocket>> SideSocket::Connect(const std::string& path,
+                                                                absl::string_view token,
+                                                                absl::Duration timeout) {
+  sockaddr_un address = {};
+  address.sun_family = AF_UNIX;
+  if (path.empty() || path.size() >= sizeof(address.sun_path)) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "side socket: path of ", path.size(), " bytes, want 1..", sizeof(address.sun_path) - 1));
+  }
+  if (token.size() != wire::kSideSocketTokenBytes) {
+    return absl::InvalidArgumentError(absl::StrCat("side socket: token of ", token.size(),
+                                                   " bytes, want ", wire::kSideSocketTokenBytes));
+  }
+  std::memcpy(address.sun_path, path.data(), path.size());
+  const int socket_fd = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0);
+  if (socket_fd < 0) return SocketError("socket", errno);
+  std::unique_ptr<SideSocket> out(new SideSocket(socket_fd));
+  const timeval limit = absl::ToTimeval(timeout);
+  setsockopt(socket_fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof(limit));
+  setsockopt(socket_fd, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
+  if (connect(socket_fd, reinterpret_cast<const sockaddr*>(&address), sizeof(address)) != 0) {
+    return SocketError(path, errno);
+  }
+  wire::SideSocketRequest hello;
+  hello.type = wire::SideSocketFrameType::kHello;
+  std::memcpy(hello.token, token.data(), token.size());
+  if (auto reply = Exchange(socket_fd, hello, kNoDescriptor); !reply.ok()) return reply.status();
+  return out;
+}
+
+SideSocket::~SideSocket() { close(socket_); }
+
+absl::StatusOr<uint64_t> SideSocket::PassFd(int fd) {
+  wire::SideSocketRequest request;
+  request.type = wire::SideSocketFrameType::kPassFd;
+  absl::MutexLock lock(&exchange_mutex_);
+  return Exchange(socket_, request, fd);
+}
+
+}  // namespace keepset::client
