@@ -27,11 +27,11 @@ namespace keepset::engine {
 
 // What a policy needs; a missing input is refused before any work.
 struct Requirements {
-  bool observation = false;      // q_window with k, or attn_tile
-  bool keys = false;             // k even when a tile is given
-  bool values = false;           // v
-  bool ppl = false;              // perplexity or window_logprobs
-  absl::string_view table_kind;  // empty: no table
+  bool observation = false;           // q_window with k, or attn_tile
+  bool keys = false;                  // k even when a tile is given
+  bool values = false;                // v
+  bool ppl = false;                   // perplexity or window_logprobs
+  absl::string_view table_kind = {};  // empty: no table
 };
 
 // How scores are to be read.
@@ -96,17 +96,18 @@ class RetentionPolicy {
                              const LayerObservation& observation, kernels::ScoreBuffer& scores) = 0;
 
   // kGlobal only: completes every layer's scores in place after the last layer.
-  virtual absl::Status FinishScores(PolicyContext& context,
-                                    absl::Span<kernels::ScoreBuffer* const> scores) {
+  virtual absl::Status FinishScores(PolicyContext& /*context*/,
+                                    absl::Span<kernels::ScoreBuffer* const> /*scores*/) {
     return absl::OkStatus();
   }
 
   // Threshold and per-layer diagnostics; final scores are known.
-  virtual LayerVerdict Verdict(int64_t layer) const { return {}; }
+  virtual LayerVerdict Verdict(int64_t /*layer*/) const { return {}; }
 
   // Positions the definition keeps whatever their score, ascending and disjoint; when the budget
   // does not hold them all, the most recent ones stay.
-  virtual std::vector<kernels::SelectArgs::Range> ForcedRanges(const PolicyContext& context) const {
+  virtual std::vector<kernels::SelectArgs::Range> ForcedRanges(
+      const PolicyContext& /*context*/) const {
     return {};
   }
   virtual int64_t min_kept() const { return 1; }

@@ -1,0 +1,427 @@
+#include "engine/operation.h"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "base/check.h"
+#include "base/status_macros.h"
+#include "engine/budget.h"
+#include "engine/cut.h"
+#include "engine/protection.h"
+#include "engine/spec_check.h"
+
+namespace keepset::engine {
+namespace {
+
+// What Begin found out about a spec; the operation is made from it.
+struct Plan {
+  OperationSpec spec;
+  std::unique_ptr<RetentionPolicy> policy;
+  std::unique_ptr<kernels::OpContext> op_context;
+  Requirements needs;
+  Scope scope = Scope::kLayerEqual;
+  int64_t budget_tokens = 0;
+  std::vector<int64_t> row_positions;
+  std::optional<double> ppl;
+  CutOptions cut_options;
+  PositionRanges protected_ranges;
+};
+
+absl::Status CheckTable(const OperationSpec& spec, const Requirements& needs) {
+  if (needs.table_kind.empty()) return absl::OkStatus();
+  if (spec.table == nullptr) {
+    return absl::NotFoundError(absl::StrCat("policy ", spec.policy, " needs a table of kind ",
+                                            needs.table_kind, ", none given"));
+  }
+  if (spec.table->kind() != needs.table_kind) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("policy ", spec.policy, ": table ", spec.table->identity().name,
+                     " is of kind ", spec.table->kind(), ", want ", needs.table_kind));
+  }
+  return absl::OkStatus();
+}
+
+class OperationImpl final : public Operation {
+ public:
+  OperationImpl(Plan plan, kernels::ComputeBackend& backend, const Clock& clock)
+      : plan_(std::move(plan)), backend_(backend), clock_(clock), context_{plan_.spec,
+                                                                           backend_,
+                                                                           *plan_.op_context,
+                                                                           plan_.scope,
+                                                                           plan_.budget_tokens,
+                                                                           plan_.row_positions,
+                                                                           plan_.ppl} {}
+
+  absl::Status BeginPolicy() {
+    KEEPSET_RETURN_IF_ERROR(policy().Begin(context_));
+    Cutter::Settings settings;
+    settings.scope = plan_.scope;
+    settings.options = plan_.cut_options;
+    settings.score_kind = policy().score_kind();
+    settings.seq_len = seq_len();
+    settings.num_layers = num_layers();
+    settings.num_kv_heads = spec().model.num_kv_heads;
+    settings.limit = std::min(plan_.budget_tokens, seq_len());
+    settings.min_kept = policy().min_kept();
+    settings.protected_ranges = plan_.protected_ranges;
+    settings.forced_ranges = JoinRanges(policy().ForcedRanges(context_));
+    cutter_.emplace(std::move(settings), backend_, *plan_.op_context);
+    keeps_all_ = policy().keeps_everything() ||
+                 (plan_.budget_tokens >= seq_len() && !policy().applies_below_budget());
+    layer_results_.resize(num_layers());
+    layer_scores_.resize(num_layers());
+    return absl::OkStatus();
+  }
+
+  const OperationSpec& spec() const override { return plan_.spec; }
+
+  absl::Status Observe(int64_t layer, const LayerObservation& observation) override {
+    if (finished_) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("layer ", layer, ": the operation is finished"));
+    }
+    if (layer != next_layer_) {
+      return absl::InvalidArgumentError(
+          next_layer_ == num_layers()
+              ? absl::StrCat("layer ", layer, ": all ", num_layers(),
+                             " layers were observed, want Finish")
+              : absl::StrCat("layer ", layer, ": out of order, want layer ", next_layer_));
+    }
+    KEEPSET_RETURN_IF_ERROR(CheckObservation(spec(), plan_.needs, layer, observation));
+    if (!keeps_all_ && !DeadlinePassed()) {
+      KEEPSET_RETURN_IF_ERROR(ScoreLayer(layer, observation));
+    }
+    ++next_layer_;
+    return absl::OkStatus();
+  }
+
+  const LayerResult* EarlyResult(int64_t layer) const override {
+    if (finished_ || layer < 0 || layer >= next_layer_) return nullptr;
+    const std::optional<LayerResult>& result = layer_results_[layer];
+    return result.has_value() ? &*result : nullptr;
+  }
+
+  absl::StatusOr<const OperationResult*> Finish() override {
+    if (finished_) return &result_;
+    if (next_layer_ < num_layers()) {
+      return absl::FailedPreconditionError(absl::StrCat("layer ", next_layer_,
+                                                        ": not observed, want layers ", next_layer_,
+                                                        "..", num_layers() - 1, " before Finish"));
+    }
+    KEEPSET_RETURN_IF_ERROR(finish_status_);
+    if (keeps_all_) {
+      return &FinishKeptFull(policy().keeps_everything() ? Reason::kNone : Reason::kBelowBudget);
+    }
+    if (DeadlinePassed()) return &FinishKeptFull(Reason::kDeadline);
+    // FinishScores works in place: a failed attempt cannot be repeated.
+    finish_status_ = CutAll();
+    KEEPSET_RETURN_IF_ERROR(finish_status_);
+    FillResult();
+    return &result_;
+  }
+
+  const OperationResult& FinishKeptFull(Reason reason) override {
+    if (finished_) return result_;
+    std::vector<int32_t> everything(seq_len());
+    std::iota(everything.begin(), everything.end(), 0);
+    const int64_t sets = plan_.scope == Scope::kKvHead ? spec().model.num_kv_heads : 1;
+    LayerResult full;
+    full.keep_indices.assign(sets, everything);
+    full.candidates.assign(sets, 0);
+    full.filled.assign(sets, 0);
+    result_.layers.assign(num_layers(), full);
+    result_.outcome = spec().mode == Mode::kShadow ? Outcome::kShadow : Outcome::kKeptFull;
+    result_.reason = reason;
+    Describe();
+    return result_;
+  }
+
+  absl::StatusOr<int64_t> GatherRows(int64_t layer) const override {
+    KEEPSET_RETURN_IF_ERROR(CheckGatherLayer(layer));
+    size_t rows = 0;
+    for (const std::vector<int32_t>& set : result_.layers[layer].keep_indices) {
+      rows = std::max(rows, set.size());
+    }
+    return static_cast<int64_t>(rows);
+  }
+
+  absl::Status Gather(int64_t layer, const kernels::KvView& k, const kernels::KvView& v,
+                      const kernels::MutableKvView& out_k,
+                      const kernels::MutableKvView& out_v) override {
+    KEEPSET_RETURN_IF_ERROR(CheckGatherLayer(layer));
+    if (spec().mode == Mode::kShadow) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          "layer ", layer, ": a shadow operation is never applied, nothing to gather"));
+    }
+    const absl::Duration start = clock_.Monotonic();
+    KEEPSET_RETURN_IF_ERROR(GatherOne(layer, "k", spec().model.head_dim, k, out_k));
+    KEEPSET_RETURN_IF_ERROR(GatherOne(layer, "v", ValueHeadDim(spec()), v, out_v));
+    result_.times.gather += clock_.Monotonic() - start;
+    return absl::OkStatus();
+  }
+
+ private:
+  RetentionPolicy& policy() const { return *plan_.policy; }
+  int64_t num_layers() const { return plan_.spec.model.num_layers; }
+  int64_t seq_len() const { return plan_.spec.seq_len; }
+  bool is_sequence() const { return plan_.scope == Scope::kSequence; }
+
+  // Once passed, it stays passed: no later layer is scored and Finish keeps everything.
+  bool DeadlinePassed() {
+    deadline_passed_ = deadline_passed_ || clock_.Monotonic() >= spec().deadline;
+    return deadline_passed_;
+  }
+
+  absl::Status ScoreLayer(int64_t layer, const LayerObservation& observation) {
+    const absl::Duration start = clock_.Monotonic();
+    // Scores that are cut or merged at once pass through one buffer.
+    const bool keep_scores =
+        policy().locality() == Locality::kGlobal || (!cutter_->CutsLayersApart() && !is_sequence());
+    std::unique_ptr<kernels::ScoreBuffer> fresh = keep_scores ? nullptr : std::move(spare_scores_);
+    if (fresh == nullptr) {
+      KEEPSET_ASSIGN_OR_RETURN(fresh, backend_.NewBuffer(policy().score_rows(context_), seq_len()));
+    }
+    KEEPSET_RETURN_IF_ERROR(policy().Score(context_, layer, observation, *fresh));
+    // The views end with this call, and a refused layer must not leave traces below.
+    KEEPSET_RETURN_IF_ERROR(backend_.Wait(*plan_.op_context));
+    if (keep_scores) {
+      layer_scores_[layer] = std::move(fresh);
+    } else {
+      KEEPSET_RETURN_IF_ERROR(CutOrMerge(layer, *fresh));
+      spare_scores_ = std::move(fresh);
+    }
+    result_.times.score += clock_.Monotonic() - start;
+    return absl::OkStatus();
+  }
+
+  // One layer whose scores are final: into the scores of the sequence, or to its keep set.
+  absl::Status CutOrMerge(int64_t layer, kernels::ScoreBuffer& scores) {
+    KEEPSET_ASSIGN_OR_RETURN(kernels::ScoreBuffer* const merged,
+                             cutter_->MergeHeads(scores, merged_scores_));
+    if (is_sequence()) return cutter_->MergeLayer(*merged, sequence_scores_);
+    const absl::Duration start = clock_.Monotonic();
+    KEEPSET_ASSIGN_OR_RETURN(LayerResult result,
+                             cutter_->CutLayer(*merged, policy().Verdict(layer).tau));
+    Annotate(layer, result);
+    layer_results_[layer] = std::move(result);
+    const absl::Duration elapsed = clock_.Monotonic() - start;
+    result_.times.select += elapsed;
+    result_.times.score -= elapsed;
+    return absl::OkStatus();
+  }
+
+  absl::Status CutAll() {
+    const absl::Duration start = clock_.Monotonic();
+    if (policy().locality() == Locality::kGlobal) {
+      std::vector<kernels::ScoreBuffer*> scores;
+      for (const auto& buffer : layer_scores_) scores.push_back(buffer.get());
+      KEEPSET_RETURN_IF_ERROR(policy().FinishScores(context_, scores));
+      KEEPSET_RETURN_IF_ERROR(backend_.Wait(*plan_.op_context));
+      result_.times.score += clock_.Monotonic() - start;
+      if (cutter_->CutsLayersApart() || is_sequence()) {
+        const absl::Duration before_cut = clock_.Monotonic();
+        for (int64_t layer = 0; layer < num_layers(); ++layer) {
+          KEEPSET_RETURN_IF_ERROR(CutOrMerge(layer, *layer_scores_[layer]));
+          layer_scores_[layer].reset();
+        }
+        if (is_sequence()) result_.times.select += clock_.Monotonic() - before_cut;
+      }
+    }
+    if (is_sequence()) return CutSequence();
+    if (!cutter_->CutsLayersApart()) return CutEqual();
+    return absl::OkStatus();
+  }
+
+  absl::Status CutSequence() {
+    const absl::Duration start = clock_.Monotonic();
+    double tau_sum = 0.0;
+    for (int64_t layer = 0; layer < num_layers(); ++layer) tau_sum += policy().Verdict(layer).tau;
+    const float tau = static_cast<float>(tau_sum / static_cast<double>(num_layers()));
+    KEEPSET_ASSIGN_OR_RETURN(const LayerResult result, cutter_->CutLayer(*sequence_scores_, tau));
+    for (int64_t layer = 0; layer < num_layers(); ++layer) {
+      layer_results_[layer] = result;
+      Annotate(layer, *layer_results_[layer]);
+    }
+    result_.times.select += clock_.Monotonic() - start;
+    return absl::OkStatus();
+  }
+
+  absl::Status CutEqual() {
+    const absl::Duration start = clock_.Monotonic();
+    std::vector<kernels::ScoreBuffer*> scores;
+    std::vector<float> taus;
+    std::vector<std::unique_ptr<kernels::ScoreBuffer>> merged(num_layers());
+    for (int64_t layer = 0; layer < num_layers(); ++layer) {
+      KEEPSET_ASSIGN_OR_RETURN(kernels::ScoreBuffer* const buffer,
+                               cutter_->MergeHeads(*layer_scores_[layer], merged[layer]));
+      scores.push_back(buffer);
+      taus.push_back(policy().Verdict(layer).tau);
+    }
+    KEEPSET_ASSIGN_OR_RETURN(std::vector<LayerResult> results, cutter_->CutEqual(scores, taus));
+    for (int64_t layer = 0; layer < num_layers(); ++layer) {
+      Annotate(layer, results[layer]);
+      layer_results_[layer] = std::move(results[layer]);
+    }
+    result_.times.select += clock_.Monotonic() - start;
+    return absl::OkStatus();
+  }
+
+  void Annotate(int64_t layer, LayerResult& result) const {
+    const LayerVerdict verdict = policy().Verdict(layer);
+    result.entropy = verdict.entropy;
+    result.entropy_bin = verdict.entropy_bin;
+  }
+
+  void FillResult() {
+    bool everything = true;
+    for (std::optional<LayerResult>& layer : layer_results_) {
+      KEEPSET_CHECK(layer.has_value());
+      for (const std::vector<int32_t>& set : layer->keep_indices) {
+        everything = everything && static_cast<int64_t>(set.size()) == seq_len();
+      }
+      result_.layers.push_back(*std::move(layer));
+    }
+    result_.has_candidates = policy().score_kind() == ScoreKind::kThreshold;
+    result_.reason = everything ? Reason::kNoSaving : Reason::kNone;
+    if (spec().mode == Mode::kShadow) {
+      result_.outcome = Outcome::kShadow;
+    } else {
+      result_.outcome = everything ? Outcome::kKeptFull : Outcome::kCompressed;
+    }
+    Describe();
+  }
+
+  // What every result says, whatever its outcome; ends the operation and frees its scores.
+  void Describe() {
+    result_.policy = spec().policy;
+    result_.scope = plan_.scope;
+    result_.seq_len = seq_len();
+    result_.budget_tokens = plan_.budget_tokens;
+    if (!plan_.needs.table_kind.empty()) {
+      result_.table = spec().table->identity();
+      result_.table_source = std::string(spec().table->provenance_source());
+    }
+    PolicyDiagnostics diagnostics = policy().diagnostics();
+    result_.entropy = diagnostics.entropy;
+    result_.ppl = diagnostics.ppl;
+    result_.entropy_bin = diagnostics.entropy_bin;
+    result_.ppl_bin = diagnostics.ppl_bin;
+    result_.defaulted_inputs = std::move(diagnostics.defaulted_inputs);
+    result_.relaxed = std::move(diagnostics.relaxed);
+    result_.backend = backend_.name();
+    const int64_t num_kv_heads = spec().model.num_kv_heads;
+    const int64_t head_bytes = TokenBytes(spec()) / num_kv_heads;
+    result_.bytes_before = num_layers() * num_kv_heads * seq_len() * head_bytes;
+    int64_t head_rows = 0;
+    for (const LayerResult& layer : result_.layers) {
+      const int64_t heads_per_set = num_kv_heads / static_cast<int64_t>(layer.keep_indices.size());
+      for (const std::vector<int32_t>& set : layer.keep_indices) {
+        head_rows += heads_per_set * static_cast<int64_t>(set.size());
+      }
+    }
+    result_.bytes_after = head_rows * head_bytes;
+    finished_ = true;
+    layer_results_.clear();
+    layer_scores_.clear();
+    spare_scores_.reset();
+    merged_scores_.reset();
+    sequence_scores_.reset();
+  }
+
+  absl::Status CheckGatherLayer(int64_t layer) const {
+    if (!finished_) return absl::FailedPreconditionError("gather: the operation is not finished");
+    if (layer < 0 || layer >= num_layers()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("gather: layer ", layer, ", want 0..", num_layers() - 1));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status GatherOne(int64_t layer, absl::string_view name, int64_t head_dim,
+                         const kernels::KvView& in, const kernels::MutableKvView& out) {
+    const std::string what = absl::StrCat("layer ", layer, ": gather of ", name);
+    if (!in.present() || !out.present()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(what, ": missing ", in.present() ? "destination" : "source"));
+    }
+    KEEPSET_RETURN_IF_ERROR(CheckKv(spec(), in, head_dim, what));
+    KEEPSET_RETURN_IF_ERROR(kernels::ValidateView(out, absl::StrCat(what, ": destination")));
+    std::vector<absl::Span<const int32_t>> sets;
+    for (const std::vector<int32_t>& set : result_.layers[layer].keep_indices) {
+      sets.emplace_back(set);
+    }
+    const absl::Status status = backend_.GatherRows(*plan_.op_context, in, sets, out);
+    if (status.ok()) return status;
+    return absl::Status(status.code(), absl::StrCat(what, ": ", status.message()));
+  }
+
+  Plan plan_;
+  kernels::ComputeBackend& backend_;
+  const Clock& clock_;
+  PolicyContext context_;
+  std::optional<Cutter> cutter_;
+  bool keeps_all_ = false;
+  bool deadline_passed_ = false;
+  bool finished_ = false;
+  absl::Status finish_status_;
+  int64_t next_layer_ = 0;
+  std::vector<std::optional<LayerResult>> layer_results_;            // [L]
+  std::vector<std::unique_ptr<kernels::ScoreBuffer>> layer_scores_;  // [L], null when not kept
+  std::unique_ptr<kernels::ScoreBuffer> spare_scores_;               // [score_rows, T]
+  std::unique_ptr<kernels::ScoreBuffer> merged_scores_;              // [1, T]
+  std::unique_ptr<kernels::ScoreBuffer> sequence_scores_;            // [1, T]
+  OperationResult result_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Operation>> Operation::Begin(OperationSpec spec,
+                                                            const PolicyRegistry& policies,
+                                                            kernels::ComputeBackend& backend,
+                                                            const Clock& clock) {
+  Plan plan;
+  plan.spec = std::move(spec);
+  KEEPSET_ASSIGN_OR_RETURN(const Scope native_scope, policies.NativeScope(plan.spec.policy));
+  plan.scope = plan.spec.scope.value_or(native_scope);
+  PolicyParameters parameters(plan.spec.policy, plan.spec.parameters);
+  KEEPSET_ASSIGN_OR_RETURN(plan.policy, policies.New(plan.spec.policy, parameters));
+  KEEPSET_ASSIGN_OR_RETURN(plan.cut_options,
+                           ReadCutOptions(parameters, native_scope, *plan.policy));
+  KEEPSET_RETURN_IF_ERROR(parameters.RefuseUnknown());
+  plan.needs = plan.policy->requirements();
+  KEEPSET_RETURN_IF_ERROR(CheckShape(plan.spec, plan.needs));
+  KEEPSET_ASSIGN_OR_RETURN(plan.row_positions, ResolveRowPositions(plan.spec));
+  KEEPSET_ASSIGN_OR_RETURN(plan.ppl, ResolvePerplexity(plan.spec));
+  if (plan.needs.ppl && !plan.ppl.has_value()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("policy ", plan.spec.policy, ": missing ppl, want ppl or window_logprobs"));
+  }
+  KEEPSET_RETURN_IF_ERROR(CheckTable(plan.spec, plan.needs));
+  if (plan.policy->keeps_everything() && plan.spec.budget.kind == Budget::Kind::kTableDefault) {
+    plan.budget_tokens = plan.spec.seq_len;
+  } else {
+    KEEPSET_ASSIGN_OR_RETURN(
+        plan.budget_tokens,
+        ResolveBudget(plan.spec, plan.needs.table_kind.empty() ? nullptr : plan.spec.table.get()));
+  }
+  KEEPSET_ASSIGN_OR_RETURN(plan.protected_ranges, ProtectedRanges(plan.spec));
+  const int64_t protected_count = CountPositions(plan.protected_ranges);
+  if (!plan.policy->keeps_everything() && protected_count > plan.budget_tokens) {
+    return absl::InvalidArgumentError(absl::StrCat(protected_count,
+                                                   " protected positions, want at most the budget "
+                                                   "of ",
+                                                   plan.budget_tokens));
+  }
+  KEEPSET_ASSIGN_OR_RETURN(plan.op_context, backend.NewContext());
+  auto operation = std::make_unique<OperationImpl>(std::move(plan), backend, clock);
+  KEEPSET_RETURN_IF_ERROR(operation->BeginPolicy());
+  return operation;
+}
+
+}  // namespace keepset::engine

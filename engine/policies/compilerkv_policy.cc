@@ -1,0 +1,300 @@
+// compilerkv: utility = attention mass x value norm, weighted by a compiled head table and gated by
+// a compiled threshold (methods.md 1.1).
+//
+// alpha does not depend on the head, so s[l, t] = T * mean_attention[t] * m_l[t] with
+// m_l[t] = max_g(Wg[l, g] * rho[l, g, t]) and Wg the largest head weight of the group: one row per
+// layer is buffered until alpha is complete (methods.md 1.6 a).
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "engine/policies/retention_policy.h"
+#include "engine/policies/window_columns.h"
+#include "tables/decision_table.h"
+#include "tables/model_fingerprint.h"
+
+namespace keepset::engine {
+namespace {
+
+// The floor of a mean value norm (methods.md 1.1 step 2).
+constexpr float kEpsilon = 1e-8f;
+
+// Whose attention alpha is.
+enum class AlphaScope {
+  kGlobal,  // all layers and heads: the paper
+  kLayer,   // the layer's heads
+  kHead,    // the heads of one KV head; entropy and gate by the layer's mean
+};
+enum class MissingPpl { kError, kMedian };
+enum class BelowBudget { kKeepAll, kGate };
+
+struct Settings {
+  int64_t window = 64;
+  AlphaScope alpha_scope = AlphaScope::kGlobal;
+  MissingPpl missing_ppl = MissingPpl::kError;
+  tables::TableBudgetMatch budget_match = tables::TableBudgetMatch::kExact;
+  tables::LayerMatch layer_match = tables::LayerMatch::kExact;
+  tables::FingerprintMatch fingerprint_match = tables::FingerprintMatch::kFull;
+  BelowBudget below_budget = BelowBudget::kKeepAll;
+  int64_t pool_kernel = 1;
+  int64_t min_kept = 1;
+};
+
+// 1.0 without edges.
+double MedianEdge(absl::Span<const float> edges) {
+  if (edges.empty()) return 1.0;
+  const size_t middle = edges.size() / 2;
+  if (edges.size() % 2 == 1) return edges[middle];
+  return (static_cast<double>(edges[middle - 1]) + static_cast<double>(edges[middle])) / 2.0;
+}
+
+class CompilerKvPolicy final : public RetentionPolicy {
+ public:
+  explicit CompilerKvPolicy(const Settings& settings) : settings_(settings) {}
+
+  // Whether a perplexity is needed depends on the table; Begin asks for it.
+  Requirements requirements() const override {
+    return {.observation = true, .values = true, .table_kind = "compilerkv"};
+  }
+  ScoreKind score_kind() const override { return ScoreKind::kThreshold; }
+  Locality locality() const override {
+    return settings_.alpha_scope == AlphaScope::kGlobal ? Locality::kGlobal : Locality::kLayer;
+  }
+  bool applies_below_budget() const override {
+    return settings_.below_budget == BelowBudget::kGate;
+  }
+  int64_t min_kept() const override { return settings_.min_kept; }
+
+  int64_t score_rows(const PolicyContext& context) const override {
+    return context.scope == Scope::kKvHead ? context.spec.model.num_kv_heads : 1;
+  }
+
+  absl::Status Begin(PolicyContext& context) override {
+    const OperationSpec& spec = context.spec;
+    table_ = spec.table->AsCompilerKv();
+    if (table_ == nullptr) {
+      return absl::FailedPreconditionError(absl::StrCat("policy compilerkv: table ",
+                                                        spec.table->identity().name,
+                                                        " holds no head weights and gates"));
+    }
+    KEEPSET_RETURN_IF_ERROR(tables::MatchFingerprint(
+        table_->model(), spec.model, settings_.fingerprint_match, settings_.layer_match));
+    KEEPSET_ASSIGN_OR_RETURN(slice_, table_->Slice(context.budget_tokens, settings_.budget_match,
+                                                   spec.model.num_layers, settings_.layer_match));
+    diagnostics_.relaxed = slice_.relaxed;
+    if (settings_.fingerprint_match == tables::FingerprintMatch::kShape) {
+      const absl::Status full = tables::MatchFingerprint(
+          table_->model(), spec.model, tables::FingerprintMatch::kFull, settings_.layer_match);
+      if (!full.ok()) {
+        diagnostics_.relaxed.push_back(absl::StrCat("fingerprint_match: ", full.message()));
+      }
+    }
+    KEEPSET_RETURN_IF_ERROR(ChoosePplBin(context));
+
+    num_rows_ =
+        std::min<int64_t>(settings_.window, static_cast<int64_t>(context.row_positions.size()));
+    verdicts_.resize(spec.model.num_layers);
+    const int64_t num_kv_heads = spec.model.num_kv_heads;
+    const auto new_buffer = [&](int64_t rows) {
+      return context.backend.NewBuffer(rows, spec.seq_len);
+    };
+    KEEPSET_ASSIGN_OR_RETURN(columns_, new_buffer(spec.model.num_qo_heads));
+    KEEPSET_ASSIGN_OR_RETURN(layer_mean_, new_buffer(1));
+    KEEPSET_ASSIGN_OR_RETURN(rho_, new_buffer(num_kv_heads));
+    if (settings_.alpha_scope == AlphaScope::kGlobal) {
+      KEEPSET_ASSIGN_OR_RETURN(global_mean_, new_buffer(1));
+    }
+    if (settings_.alpha_scope == AlphaScope::kHead) {
+      KEEPSET_ASSIGN_OR_RETURN(head_means_, new_buffer(num_kv_heads));
+    }
+    return absl::OkStatus();
+  }
+
+  absl::Status Score(PolicyContext& context, int64_t layer, const LayerObservation& observation,
+                     kernels::ScoreBuffer& scores) override {
+    kernels::ComputeBackend& backend = context.backend;
+    kernels::OpContext& op = context.op_context;
+    KEEPSET_RETURN_IF_ERROR(WindowColumnMeans(context, layer, observation, num_rows_, *columns_));
+    KEEPSET_RETURN_IF_ERROR(
+        backend.MergeRows(op, *columns_, kernels::Merge::kMean, {}, *layer_mean_));
+    KEEPSET_RETURN_IF_ERROR(
+        backend.RowNorms(op, observation.v, absl::StrCat("layer ", layer, ": v"), *rho_));
+    KEEPSET_RETURN_IF_ERROR(backend.DivideByRowMean(op, kEpsilon, *rho_));
+    if (settings_.alpha_scope == AlphaScope::kHead) {
+      KEEPSET_RETURN_IF_ERROR(
+          backend.MergeRows(op, *columns_, kernels::Merge::kMean, {}, *head_means_));
+      KEEPSET_RETURN_IF_ERROR(backend.Multiply(op, *head_means_, SeqLen(context), *rho_));
+    }
+    KEEPSET_RETURN_IF_ERROR(
+        backend.MergeRows(op, *rho_, kernels::Merge::kMax, GroupWeights(context, layer), scores));
+    if (settings_.alpha_scope == AlphaScope::kGlobal) {
+      // A layer that is refused must not have been added: what is queued is checked first.
+      KEEPSET_RETURN_IF_ERROR(backend.Wait(op));
+      return backend.Accumulate(op, *layer_mean_, kernels::Merge::kMean,
+                                1.0f / static_cast<float>(context.spec.model.num_layers),
+                                *global_mean_);
+    }
+    if (settings_.alpha_scope == AlphaScope::kLayer) {
+      KEEPSET_RETURN_IF_ERROR(backend.Multiply(op, *layer_mean_, SeqLen(context), scores));
+    }
+    KEEPSET_RETURN_IF_ERROR(PoolScores(context, scores));
+    const absl::StatusOr<kernels::ComputeBackend::Mass> mass =
+        backend.MassAndEntropy(op, *layer_mean_, 0);
+    if (!mass.ok()) {
+      return absl::Status(
+          mass.status().code(),
+          absl::StrCat("layer ", layer, ": attention mass: ", mass.status().message()));
+    }
+    Gate(layer, mass->entropy);
+    verdicts_[layer].entropy = mass->entropy;
+    verdicts_[layer].entropy_bin = tables::BinOf(table_->entropy_edges(), mass->entropy);
+    return absl::OkStatus();
+  }
+
+  absl::Status FinishScores(PolicyContext& context,
+                            absl::Span<kernels::ScoreBuffer* const> scores) override {
+    const absl::StatusOr<kernels::ComputeBackend::Mass> mass =
+        context.backend.MassAndEntropy(context.op_context, *global_mean_, 0);
+    if (!mass.ok()) {
+      return absl::Status(mass.status().code(),
+                          absl::StrCat("attention mass of all layers: ", mass.status().message()));
+    }
+    diagnostics_.entropy = mass->entropy;
+    diagnostics_.entropy_bin = tables::BinOf(table_->entropy_edges(), mass->entropy);
+    for (size_t layer = 0; layer < scores.size(); ++layer) {
+      KEEPSET_RETURN_IF_ERROR(context.backend.Multiply(context.op_context, *global_mean_,
+                                                       SeqLen(context), *scores[layer]));
+      KEEPSET_RETURN_IF_ERROR(PoolScores(context, *scores[layer]));
+      Gate(static_cast<int64_t>(layer), mass->entropy);
+    }
+    return absl::OkStatus();
+  }
+
+  LayerVerdict Verdict(int64_t layer) const override { return verdicts_[layer]; }
+  PolicyDiagnostics diagnostics() const override { return diagnostics_; }
+
+ private:
+  static float SeqLen(const PolicyContext& context) {
+    return static_cast<float>(context.spec.seq_len);
+  }
+
+  absl::Status ChoosePplBin(const PolicyContext& context) {
+    diagnostics_.ppl = WindowPpl(context);
+    ppl_bin_ = 0;
+    // One bin: the table has no perplexity axis, and asks for none.
+    if (slice_.num_ppl_bins > 1) {
+      if (!diagnostics_.ppl.has_value()) {
+        if (settings_.missing_ppl == MissingPpl::kError) {
+          return absl::InvalidArgumentError(
+              "policy compilerkv: missing ppl, want ppl or window_logprobs, or parameter "
+              "missing_ppl=median");
+        }
+        diagnostics_.ppl = MedianEdge(table_->ppl_edges());
+        diagnostics_.defaulted_inputs.emplace_back("ppl");
+      }
+      ppl_bin_ = tables::BinOf(table_->ppl_edges(), *diagnostics_.ppl);
+    }
+    if (diagnostics_.ppl.has_value()) diagnostics_.ppl_bin = ppl_bin_;
+    return absl::OkStatus();
+  }
+
+  // Perplexity of the last `window` tokens when more log-probabilities were given.
+  std::optional<double> WindowPpl(const PolicyContext& context) const {
+    const std::vector<float>& logprobs = context.spec.window_logprobs;
+    const int64_t given = static_cast<int64_t>(logprobs.size());
+    if (context.spec.ppl.has_value() || given <= settings_.window) return context.ppl;
+    double sum = 0.0;
+    for (int64_t i = given - settings_.window; i < given; ++i) sum += logprobs[i];
+    return std::exp(-sum / static_cast<double>(settings_.window));
+  }
+
+  // Wg[g]: only the largest weight of a group can win the maximum over heads, attention mass and
+  // value norms being the group's own and not negative.
+  std::vector<float> GroupWeights(const PolicyContext& context, int64_t layer) const {
+    const int64_t num_kv_heads = context.spec.model.num_kv_heads;
+    const int64_t group = context.spec.model.num_qo_heads / num_kv_heads;
+    std::vector<float> weights(num_kv_heads, std::numeric_limits<float>::lowest());
+    for (int64_t head = 0; head < context.spec.model.num_qo_heads; ++head) {
+      weights[head / group] = std::max(weights[head / group], slice_.head_weight(layer, head));
+    }
+    return weights;
+  }
+
+  absl::Status PoolScores(PolicyContext& context, kernels::ScoreBuffer& scores) const {
+    if (settings_.pool_kernel == 1) return absl::OkStatus();
+    return context.backend.Pool(context.op_context, kernels::PoolKind::kAverage,
+                                settings_.pool_kernel, context.spec.seq_len, scores);
+  }
+
+  void Gate(int64_t layer, double entropy) {
+    verdicts_[layer].tau =
+        slice_.gate(layer, tables::BinOf(table_->entropy_edges(), entropy), ppl_bin_);
+  }
+
+  const Settings settings_;
+  const tables::CompilerKvTable* table_ = nullptr;  // held by the spec
+  tables::CompilerKvSlice slice_;
+  int64_t num_rows_ = 0;
+  int64_t ppl_bin_ = 0;
+  std::vector<LayerVerdict> verdicts_;                 // [L]
+  std::unique_ptr<kernels::ScoreBuffer> columns_;      // [H, T]
+  std::unique_ptr<kernels::ScoreBuffer> layer_mean_;   // [1, T]
+  std::unique_ptr<kernels::ScoreBuffer> global_mean_;  // [1, T], alpha_scope global
+  std::unique_ptr<kernels::ScoreBuffer> head_means_;   // [Hkv, T], alpha_scope head
+  std::unique_ptr<kernels::ScoreBuffer> rho_;          // [Hkv, T]
+  PolicyDiagnostics diagnostics_;
+};
+
+absl::StatusOr<Settings> ReadSettings(PolicyParameters& parameters) {
+  Settings settings;
+  constexpr int64_t kMaxCount = std::numeric_limits<int32_t>::max();
+  KEEPSET_ASSIGN_OR_RETURN(settings.window, parameters.Int("window", 64, 1, kMaxCount));
+  KEEPSET_ASSIGN_OR_RETURN(const std::string alpha_scope,
+                           parameters.Choice("alpha_scope", {"global", "layer", "head"}));
+  if (alpha_scope == "layer") settings.alpha_scope = AlphaScope::kLayer;
+  if (alpha_scope == "head") settings.alpha_scope = AlphaScope::kHead;
+  KEEPSET_ASSIGN_OR_RETURN(const std::string missing_ppl,
+                           parameters.Choice("missing_ppl", {"error", "median"}));
+  if (missing_ppl == "median") settings.missing_ppl = MissingPpl::kMedian;
+  KEEPSET_ASSIGN_OR_RETURN(const std::string table_budget,
+                           parameters.Choice("table_budget", {"exact", "nearest"}));
+  if (table_budget == "nearest") settings.budget_match = tables::TableBudgetMatch::kNearest;
+  KEEPSET_ASSIGN_OR_RETURN(const std::string layer_match,
+                           parameters.Choice("layer_match", {"exact", "interpolate_depth"}));
+  if (layer_match == "interpolate_depth") {
+    settings.layer_match = tables::LayerMatch::kInterpolateDepth;
+  }
+  KEEPSET_ASSIGN_OR_RETURN(const std::string fingerprint_match,
+                           parameters.Choice("fingerprint_match", {"full", "shape"}));
+  if (fingerprint_match == "shape") {
+    settings.fingerprint_match = tables::FingerprintMatch::kShape;
+  }
+  KEEPSET_ASSIGN_OR_RETURN(const int64_t gate_below_budget,
+                           parameters.Int("gate_below_budget", 0, 0, 1));
+  if (gate_below_budget == 1) settings.below_budget = BelowBudget::kGate;
+  KEEPSET_ASSIGN_OR_RETURN(settings.pool_kernel, parameters.Int("pool_kernel", 1, 1, kMaxCount));
+  if (settings.pool_kernel % 2 == 0) {
+    return absl::InvalidArgumentError(absl::StrCat("policy compilerkv: parameter pool_kernel=",
+                                                   settings.pool_kernel, ", want an odd integer"));
+  }
+  KEEPSET_ASSIGN_OR_RETURN(settings.min_kept, parameters.Int("min_kept", 1, 1, kMaxCount));
+  return settings;
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<RetentionPolicy>> NewCompilerKvPolicy(PolicyParameters& parameters) {
+  KEEPSET_ASSIGN_OR_RETURN(const Settings settings, ReadSettings(parameters));
+  return std::make_unique<CompilerKvPolicy>(settings);
+}
+
+}  // namespace keepset::engine

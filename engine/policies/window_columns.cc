@@ -1,0 +1,47 @@
+#include "engine/policies/window_columns.h"
+
+#include <string>
+
+#include "absl/strings/str_cat.h"
+
+namespace keepset::engine {
+namespace {
+
+// Moves the start of a view by `rows` rows of `row_stride` elements.
+template <typename View>
+View SkipRows(View view, int64_t rows, int64_t row_stride) {
+  const int64_t bytes = rows * row_stride * kernels::DTypeBytes(view.dtype);
+  view.data += bytes;
+  view.size_bytes -= bytes;
+  view.num_rows -= rows;
+  return view;
+}
+
+}  // namespace
+
+absl::Status WindowColumnMeans(PolicyContext& context, int64_t layer,
+                               const LayerObservation& observation, int64_t num_rows,
+                               kernels::ScoreBuffer& columns) {
+  const int64_t skipped = static_cast<int64_t>(context.row_positions.size()) - num_rows;
+  const absl::Span<const int64_t> row_positions = context.row_positions.subspan(skipped);
+  const std::string what = absl::StrCat("layer ", layer);
+  if (observation.attn_tile.present()) {
+    kernels::TileArgs args;
+    args.tile = SkipRows(observation.attn_tile, skipped, observation.attn_tile.row_stride);
+    args.row_positions = row_positions;
+    args.what = what;
+    return context.backend.TileColumns(context.op_context, args, columns);
+  }
+  kernels::WindowArgs args;
+  args.q = SkipRows(observation.q_window, skipped, observation.q_window.row_stride);
+  args.k = observation.k;
+  args.row_positions = row_positions;
+  if (observation.window_lse.present()) {
+    args.window_lse = SkipRows(observation.window_lse, skipped, 1);
+  }
+  args.softmax_scale = context.spec.softmax_scale;
+  args.what = what;
+  return context.backend.WindowColumns(context.op_context, args, columns);
+}
+
+}  // namespace keepset::engine

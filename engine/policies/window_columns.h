@@ -1,0 +1,22 @@
+// The observation stage of every policy that scores by attention: rows to column mass.
+#ifndef KEEPSET_ENGINE_POLICIES_WINDOW_COLUMNS_H_
+#define KEEPSET_ENGINE_POLICIES_WINDOW_COLUMNS_H_
+
+#include <cstdint>
+
+#include "absl/status/status.h"
+#include "engine/operation_types.h"
+#include "engine/policies/retention_policy.h"
+#include "kernels/compute_backend.h"
+
+namespace keepset::engine {
+
+// columns[h, t] = mean over the last `num_rows` observed rows of the attention on t; out: [H, T].
+// A tile wins over queries; a given log-sum-exp is used with queries. 1 <= num_rows <= W.
+absl::Status WindowColumnMeans(PolicyContext& context, int64_t layer,
+                               const LayerObservation& observation, int64_t num_rows,
+                               kernels::ScoreBuffer& columns);
+
+}  // namespace keepset::engine
+
+#endif  // KEEPSET_ENGINE_POLICIES_WINDOW_COLUMNS_H_
