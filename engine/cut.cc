@@ -30,7 +30,8 @@ absl::StatusOr<CutOptions> ReadCutOptions(PolicyParameters& parameters, Scope na
   if (policy.score_kind() == ScoreKind::kThreshold) {
     KEEPSET_ASSIGN_OR_RETURN(const std::string equal_count,
                              parameters.Choice("equal_count", {"max", "mean"}));
-    options.equal_count = equal_count == "mean" ? EqualCount::kMean : EqualCount::kMax;
+    options.equal_count =
+        absl::string_view(equal_count) == "mean" ? EqualCount::kMean : EqualCount::kMax;
   }
   return options;
 }
