@@ -131,6 +131,11 @@ class SideSocketServerImpl : public SideSocketServer {
   int PollTimeoutMs() const;
   void Accept();
   void Admit(UniqueFd socket);
+  bool IsFull() const {
+    return static_cast<int64_t>(connections_.size()) >= options_.max_connections;
+  }
+  // A session may end while its client keeps the connection open.
+  void DropConnectionsOfEndedSessions();
   // Serves what the connection has sent.
   Fate Read(Connection& connection);
   Fate Handle(Connection& connection, Received received);
@@ -223,7 +228,8 @@ void SideSocketServerImpl::Admit(UniqueFd socket) {
     Reply(connection, absl::StatusCode::kPermissionDenied, 0);
     return;
   }
-  if (static_cast<int>(connections_.size()) >= options_.max_connections) {
+  if (IsFull()) DropConnectionsOfEndedSessions();
+  if (IsFull()) {
     Reply(connection, absl::StatusCode::kResourceExhausted, 0);
     return;
   }
@@ -236,6 +242,15 @@ void SideSocketServerImpl::Admit(UniqueFd socket) {
 #endif
   connection.hello_deadline = SystemClock().Monotonic() + options_.hello_timeout;
   connections_.push_back(std::move(connection));
+}
+
+void SideSocketServerImpl::DropConnectionsOfEndedSessions() {
+  connections_.erase(std::remove_if(connections_.begin(), connections_.end(),
+                                    [this](const Connection& connection) {
+                                      return connection.phase == SideSocketPhase::kBound &&
+                                             !sessions_.CheckSession(connection.session_id).ok();
+                                    }),
+                     connections_.end());
 }
 
 Fate SideSocketServerImpl::Read(Connection& connection) {
