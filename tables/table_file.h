@@ -3,10 +3,11 @@
 #define KEEPSET_TABLES_TABLE_FILE_H_
 
 #include <cstddef>
-#include <map>
+#include <cstdint>
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -63,6 +64,11 @@ struct ImportOptions {
 // f8, C or Fortran order; object arrays are refused. Simulated or synthetic sources are refused.
 absl::StatusOr<CompilerKvTableContent> ImportReferenceDirectory(const std::string& directory,
                                                                 const ImportOptions& options);
+
+// One JSON document for people and tools: kind, identity, fingerprint, algorithm, provenance,
+// evaluation, ignored, and what the kind holds (compilerkv: tensors with shape and range, budgets,
+// bins, edges).
+std::string InspectTable(const DecisionTable& table);
 
 // What differs between two tables, a line each; empty when the content is the same.
 std::vector<std::string> DiffTables(const DecisionTable& a, const DecisionTable& b);

@@ -3,7 +3,6 @@
 #include <cmath>
 #include <limits>
 
-#include "absl/strings/str_replace.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tables/table_file.h"
@@ -415,6 +414,17 @@ TEST(InterpolateDepth, KeepsEndsAndCoincidingRowsExactly) {
 TEST(InterpolateDepth, OneOutputRowIsTheFirst) {
   const std::vector<float> rows = {0.8f, 1.5f};
   EXPECT_THAT(InterpolateDepth(rows, 2, 1, 1), ElementsAre(0.8f));
+}
+
+TEST(InspectTable, DescribesIdentityTensorsBudgetsAndBins) {
+  const auto document = nlohmann::json::parse(InspectTable(*Parsed(SmallTable())));
+  EXPECT_EQ(document["name"], "small");
+  EXPECT_EQ(document["provenance"]["source"], "hand-written");
+  EXPECT_EQ(document["budgets"], nlohmann::json::array({256, 128}));
+  EXPECT_EQ(document["entropy_bins"], 2);
+  EXPECT_EQ(document["tensors"]["head_weights"]["shape"], nlohmann::json::array({2, 2, 4}));
+  EXPECT_EQ(document["model"]["num_layers"], 2);
+  EXPECT_EQ(document["ignored"], nlohmann::json::array());
 }
 
 TEST(DiffTables, SameContentHasNoLines) {
