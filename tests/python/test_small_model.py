@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import math
 import pathlib
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -121,6 +123,12 @@ def short_ids(model: small_model.SmallModel) -> np.ndarray:
 @pytest.fixture(scope="module")
 def plain(model: small_model.SmallModel, short_ids: np.ndarray) -> dict[str, np.ndarray]:
     return PlainModel(model).run(short_ids)
+
+
+def test_the_model_is_importable_without_grpc() -> None:
+    code = ("import sys; sys.modules['grpc'] = None; "
+            "from keepset.eval import capture, measure_exactness, small_model")
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_checkpoint_matches_the_digest_beside_it() -> None:

@@ -1,14 +1,10 @@
 """Keepset: KV-cache retention as a service. See README.md beside the package."""
 
-from keepset.client import Client, Operation
-from keepset.errors import (
-    InvalidInput,
-    KeepsetError,
-    NotFound,
-    Overloaded,
-    Refused,
-    Unreachable,
-)
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
 from keepset.memory import SharedRegion
 from keepset.types import (
     BFLOAT16,
@@ -24,6 +20,29 @@ from keepset.types import (
     TablePin,
     kept_tokens_of_compression_ratio,
 )
+
+if TYPE_CHECKING:
+    from keepset.client import Client, Operation
+    from keepset.errors import (
+        InvalidInput,
+        KeepsetError,
+        NotFound,
+        Overloaded,
+        Refused,
+        Unreachable,
+    )
+
+# Loaded when first used: keepset.eval runs, and trains under the system's Python, without gRPC.
+_NEEDS_GRPC = {
+    "Client": "keepset.client",
+    "Operation": "keepset.client",
+    "InvalidInput": "keepset.errors",
+    "KeepsetError": "keepset.errors",
+    "NotFound": "keepset.errors",
+    "Overloaded": "keepset.errors",
+    "Refused": "keepset.errors",
+    "Unreachable": "keepset.errors",
+}
 
 __all__ = [
     "BFLOAT16",
@@ -48,3 +67,9 @@ __all__ = [
     "Unreachable",
     "kept_tokens_of_compression_ratio",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _NEEDS_GRPC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_NEEDS_GRPC[name]), name)
