@@ -1,0 +1,111 @@
+#include "service/server_config/server_config.h"
+
+#include <fstream>
+
+#include "absl/strings/str_cat.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+
+namespace keepset::service {
+namespace {
+
+using ::testing::HasSubstr;
+
+v1::ServerConfig Config(absl::string_view text) { return *ParseServerConfig(text, "test"); }
+
+TEST(ParseServerConfig, ReportsFileLineAndColumn) {
+  const auto config = ParseServerConfig("num_workers: 2\nwrokers: 3\n", "keepsetd.textproto");
+  EXPECT_EQ(config.status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(config.status().message(), HasSubstr("keepsetd.textproto:2:"));
+  EXPECT_THAT(config.status().message(), HasSubstr("wrokers"));
+}
+
+TEST(ReadServerConfig, NamesTheMissingFile) {
+  const auto config = ReadServerConfig("/nonexistent/keepsetd.textproto");
+  EXPECT_EQ(config.status().code(), absl::StatusCode::kNotFound);
+  EXPECT_THAT(config.status().message(), HasSubstr("/nonexistent/keepsetd.textproto"));
+}
+
+TEST(ResolveServerConfig, FillsDefaults) {
+  v1::ServerConfig config;
+  ASSERT_TRUE(ResolveServerConfig(config).ok());
+  EXPECT_EQ(config.listen(0), "unix:/run/keepset/keepset.sock");
+  EXPECT_EQ(config.side_socket(), "/run/keepset/keepset.sock.fd");
+  EXPECT_EQ(config.socket_mode(), 0600);
+  EXPECT_EQ(config.limits().max_inline_bytes(), uint64_t{64} << 20);
+  EXPECT_EQ(config.metrics_listen(), "127.0.0.1:9464");
+}
+
+TEST(ResolveServerConfig, RefusesPlainTcpUnlessAllowed) {
+  v1::ServerConfig config = Config("listen: '127.0.0.1:0'");
+  EXPECT_THAT(ResolveServerConfig(config).message(), HasSubstr("allow_insecure_tcp"));
+  config.set_allow_insecure_tcp(true);
+  EXPECT_TRUE(ResolveServerConfig(config).ok());
+  EXPECT_EQ(config.side_socket(), "");
+}
+
+TEST(ResolveServerConfig, NamesFieldValueAndRange) {
+  v1::ServerConfig config = Config("memory { lease_seconds: 1 }");
+  EXPECT_EQ(ResolveServerConfig(config).message(), "memory.lease_seconds=1, want 3..3600");
+}
+
+TEST(ResolveServerConfig, RefusesHalfATlsConfiguration) {
+  v1::ServerConfig config = Config("listen: 'localhost:1' tls { certificate_file: 'a.pem' }");
+  EXPECT_THAT(ResolveServerConfig(config).message(), HasSubstr("key_file"));
+}
+
+TEST(ResolveServerConfig, RefusesUnknownLogFormatAndBadAddresses) {
+  v1::ServerConfig config = Config("log_format: 'xml'");
+  EXPECT_THAT(ResolveServerConfig(config).message(), HasSubstr("want text or json"));
+  config = Config("metrics_listen: '127.0.0.1:99999'");
+  EXPECT_THAT(ResolveServerConfig(config).message(), HasSubstr("metrics_listen"));
+  config = Config(absl::StrCat("listen: 'unix:/", std::string(200, 'x'), "'"));
+  EXPECT_THAT(ResolveServerConfig(config).message(), HasSubstr("want at most 107"));
+}
+
+TEST(ParseCommandLine, FlagsWinOverTheFile) {
+  const std::string path = absl::StrCat(::testing::TempDir(), "/keepsetd_flags.textproto");
+  std::ofstream(path) << "listen: 'unix:/a'\nnum_workers: 7\n";
+  const std::string config = absl::StrCat("--config=", path);
+  const char* const arguments[] = {config.c_str(), "--listen", "unix:/b", "--threads=3"};
+  const auto line = ParseCommandLine(arguments);
+  ASSERT_TRUE(line.ok()) << line.status();
+  ASSERT_EQ(line->config.listen_size(), 1);
+  EXPECT_EQ(line->config.listen(0), "unix:/b");
+  EXPECT_EQ(line->config.num_workers(), 7);
+  EXPECT_EQ(line->config.num_threads(), 3);
+}
+
+TEST(ParseCommandLine, ReadsOctalModes) {
+  const char* const arguments[] = {"--socket-mode", "0660"};
+  EXPECT_EQ(ParseCommandLine(arguments)->config.socket_mode(), 0660);
+}
+
+struct UsageCase {
+  std::vector<const char*> arguments;
+  const char* says;
+};
+
+class UsageErrors : public ::testing::TestWithParam<UsageCase> {};
+
+TEST_P(UsageErrors, AreNamedAndMarked) {
+  const auto line = ParseCommandLine(GetParam().arguments);
+  EXPECT_TRUE(IsUsageError(line.status())) << line.status();
+  EXPECT_THAT(line.status().message(), HasSubstr(GetParam().says));
+}
+
+INSTANTIATE_TEST_SUITE_P(CommandLine, UsageErrors,
+                         ::testing::Values(UsageCase{{"--lisen", "x"}, "unknown flag --lisen"},
+                                           UsageCase{{"--listen"}, "wants a value: ADDRESS"},
+                                           UsageCase{{"--threads", "many"}, "--threads=\"many\""},
+                                           UsageCase{{"--socket-mode", "0999"}, "OCTAL"},
+                                           UsageCase{{"--enable-admin=1"}, "takes no value"},
+                                           UsageCase{{"serve"}, "unexpected argument"}));
+
+TEST(HelpText, ListsEveryFlagOnce) {
+  EXPECT_THAT(HelpText(), HasSubstr("--metrics-listen HOST:PORT"));
+  EXPECT_THAT(HelpText(), HasSubstr("Exit codes"));
+}
+
+}  // namespace
+}  // namespace keepset::service
