@@ -59,13 +59,15 @@ HWY_INLINE float LoadOne(const std::byte* data) {
   return hn::GetLane(LoadWide<kType>(one, data));
 }
 
-// 2^x for x in [-inf, 128), relative error below 2^-23; results below 2^-125 are 0. The polynomial
+// 2^x for x in [-inf, 127], relative error below 2^-22; results below 2^-125 are 0. The polynomial
 // is a minimax fit of 2^f on [-1/2, 1/2] with the constant term fixed to 1.
 HWY_INLINE FloatVec Exp2(FloatTag d, FloatVec x) {
   const IntTag di;
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the sum.
+  const FloatVec magic = hn::Set(d, 12582912.0f);
   const FloatVec clamped = hn::Max(x, hn::Set(d, -126.0f));
-  const auto whole = hn::NearestInt(clamped);
-  const FloatVec f = hn::Sub(clamped, hn::ConvertTo(d, whole));
+  const FloatVec shifted = hn::Add(clamped, magic);
+  const FloatVec f = hn::Sub(clamped, hn::Sub(shifted, magic));
   FloatVec p = hn::Set(d, 1.535336196e-04f);
   p = hn::MulAdd(p, f, hn::Set(d, 1.339887502e-03f));
   p = hn::MulAdd(p, f, hn::Set(d, 9.618436918e-03f));
@@ -73,7 +75,7 @@ HWY_INLINE FloatVec Exp2(FloatTag d, FloatVec x) {
   p = hn::MulAdd(p, f, hn::Set(d, 2.402264774e-01f));
   p = hn::MulAdd(p, f, hn::Set(d, 6.931471825e-01f));
   p = hn::MulAdd(p, f, hn::Set(d, 1.0f));
-  const auto scaled = hn::Add(hn::BitCast(di, p), hn::ShiftLeft<23>(whole));
+  const auto scaled = hn::Add(hn::BitCast(di, p), hn::ShiftLeft<23>(hn::BitCast(di, shifted)));
   return hn::IfThenElseZero(hn::Ge(x, hn::Set(d, -125.0f)), hn::BitCast(d, scaled));
 }
 
@@ -82,39 +84,45 @@ HWY_INLINE float MaxLanes(FloatTag d, FloatVec v) { return hn::GetLane(hn::MaxOf
 
 int64_t TargetId() { return HWY_TARGET; }
 
+// Rows to panels [ceil(count / panel_width)][head_dim][panel_width], each element times `scale`,
+// padded with zeros to a multiple of the vector length. False when an element is not finite.
 #if HWY_TARGET == HWY_SCALAR
 
-template <DType kType>
-bool PackTyped(const std::byte* const* rows, int64_t count, int64_t head_dim, float* /*staging*/,
-               float* panels) {
+template <DType kType, class D>
+bool PackTyped(D d, const std::byte* const* rows, int64_t count, int64_t head_dim,
+               int64_t panel_width, float scale, float* /*staging*/, float* panels) {
   float check = 0.0f;
-  const int64_t padded = (count + kPanelVectors - 1) / kPanelVectors * kPanelVectors;
+  const int64_t lanes = hn::Lanes(d);
+  const int64_t padded = (count + lanes - 1) / lanes * lanes;
   for (int64_t t = 0; t < padded; ++t) {
-    float* column = panels + t / kPanelVectors * kPanelVectors * head_dim + t % kPanelVectors;
+    float* column = panels + t / panel_width * panel_width * head_dim + t % panel_width;
     for (int64_t c = 0; c < head_dim; ++c) {
       const float value = t < count ? LoadOne<kType>(rows[t] + c * DTypeBytes(kType)) : 0.0f;
-      column[c * kPanelVectors] = value;
+      column[c * panel_width] = value * scale;
       check += value * 0.0f;
     }
   }
   return check == 0.0f;
 }
 
+using QueryTag = FloatTag;
+
 #else
 
 // Blocks of 128 bits: block b of staging vector (4 * (c / 4) + k) holds channels c..c+3 of token
 // 4 * b + k, so that a 4x4 transpose inside each block yields one vector of tokens per channel.
-template <DType kType>
-bool PackTyped(const std::byte* const* rows, int64_t count, int64_t head_dim, float* staging,
-               float* panels) {
-  const FloatTag d;
-  const hn::Repartition<uint64_t, FloatTag> d64;
+template <DType kType, class D>
+bool PackTyped(D d, const std::byte* const* rows, int64_t count, int64_t head_dim,
+               int64_t panel_width, float scale, float* staging, float* panels) {
+  using V = hn::Vec<D>;
+  const hn::Repartition<uint64_t, D> d64;
   const hn::FixedTag<float, 4> d4;
   const int64_t lanes = hn::Lanes(d);
-  const int64_t panel_width = kPanelVectors * lanes;
   const int64_t whole_channels = head_dim / 4 * 4;
   const int64_t bytes = DTypeBytes(kType);
-  FloatVec check0 = hn::Zero(d), check1 = hn::Zero(d), check2 = hn::Zero(d), check3 = hn::Zero(d);
+  const V zero = hn::Zero(d);
+  const V factor = hn::Set(d, scale);
+  V check0 = zero, check1 = zero, check2 = zero, check3 = zero;
 
   for (int64_t begin = 0; begin < count; begin += lanes) {
     for (int64_t t = 0; t < lanes; ++t) {
@@ -139,11 +147,10 @@ bool PackTyped(const std::byte* const* rows, int64_t count, int64_t head_dim, fl
     float* panel = panels + begin / panel_width * panel_width * head_dim + begin % panel_width;
     for (int64_t c = 0; c < head_dim; c += 4) {
       const float* from = staging + c * lanes;
-      const FloatVec a0 = hn::LoadU(d, from);
-      const FloatVec a1 = hn::LoadU(d, from + lanes);
-      const FloatVec a2 = hn::LoadU(d, from + 2 * lanes);
-      const FloatVec a3 = hn::LoadU(d, from + 3 * lanes);
-      const FloatVec zero = hn::Zero(d);
+      const V a0 = hn::LoadU(d, from);
+      const V a1 = hn::LoadU(d, from + lanes);
+      const V a2 = hn::LoadU(d, from + 2 * lanes);
+      const V a3 = hn::LoadU(d, from + 3 * lanes);
       check0 = hn::MulAdd(a0, zero, check0);
       check1 = hn::MulAdd(a1, zero, check1);
       check2 = hn::MulAdd(a2, zero, check2);
@@ -152,32 +159,54 @@ bool PackTyped(const std::byte* const* rows, int64_t count, int64_t head_dim, fl
       const auto low23 = hn::BitCast(d64, hn::InterleaveLower(d, a2, a3));
       const auto high01 = hn::BitCast(d64, hn::InterleaveUpper(d, a0, a1));
       const auto high23 = hn::BitCast(d64, hn::InterleaveUpper(d, a2, a3));
+      const V t0 = hn::BitCast(d, hn::InterleaveLower(d64, low01, low23));
+      const V t1 = hn::BitCast(d, hn::InterleaveUpper(d64, low01, low23));
+      const V t2 = hn::BitCast(d, hn::InterleaveLower(d64, high01, high23));
+      const V t3 = hn::BitCast(d, hn::InterleaveUpper(d64, high01, high23));
       float* to = panel + c * panel_width;
-      hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d64, low01, low23)), d, to);
+      hn::StoreU(hn::Mul(t0, factor), d, to);
       if (c + 1 >= head_dim) break;
-      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d64, low01, low23)), d, to + panel_width);
+      hn::StoreU(hn::Mul(t1, factor), d, to + panel_width);
       if (c + 2 >= head_dim) break;
-      hn::StoreU(hn::BitCast(d, hn::InterleaveLower(d64, high01, high23)), d, to + 2 * panel_width);
+      hn::StoreU(hn::Mul(t2, factor), d, to + 2 * panel_width);
       if (c + 3 >= head_dim) break;
-      hn::StoreU(hn::BitCast(d, hn::InterleaveUpper(d64, high01, high23)), d, to + 3 * panel_width);
+      hn::StoreU(hn::Mul(t3, factor), d, to + 3 * panel_width);
     }
   }
-  return SumLanes(d, hn::Add(hn::Add(check0, check1), hn::Add(check2, check3))) == 0.0f;
+  const V check = hn::Add(hn::Add(check0, check1), hn::Add(check2, check3));
+  return hn::GetLane(hn::SumOfLanes(d, check)) == 0.0f;
 }
+
+using QueryTag = hn::FixedTag<float, 4>;
 
 #endif  // HWY_TARGET == HWY_SCALAR
 
-bool PackTokensImpl(const std::byte* const* rows, int64_t count, int64_t head_dim, DType dtype,
-                    float* staging, float* panels) {
+template <class D>
+bool Pack(D d, const std::byte* const* rows, int64_t count, int64_t head_dim, DType dtype,
+          int64_t panel_width, float scale, float* staging, float* panels) {
   switch (dtype) {
     case DType::kF32:
-      return PackTyped<DType::kF32>(rows, count, head_dim, staging, panels);
+      return PackTyped<DType::kF32>(d, rows, count, head_dim, panel_width, scale, staging, panels);
     case DType::kF16:
-      return PackTyped<DType::kF16>(rows, count, head_dim, staging, panels);
+      return PackTyped<DType::kF16>(d, rows, count, head_dim, panel_width, scale, staging, panels);
     case DType::kBF16:
-      return PackTyped<DType::kBF16>(rows, count, head_dim, staging, panels);
+      return PackTyped<DType::kBF16>(d, rows, count, head_dim, panel_width, scale, staging, panels);
   }
   return false;
+}
+
+bool PackTokensImpl(const std::byte* const* rows, int64_t count, int64_t head_dim, DType dtype,
+                    float* staging, float* panels) {
+  const FloatTag d;
+  const int64_t panel_width = kPanelVectors * static_cast<int64_t>(hn::Lanes(d));
+  return Pack(d, rows, count, head_dim, dtype, panel_width, 1.0f, staging, panels);
+}
+
+bool PackQueriesImpl(const std::byte* const* rows, int64_t count, int64_t head_dim, DType dtype,
+                     float scale, float* staging, float* queries) {
+  // The last vector may not reach the end of the block.
+  if (count < kRowBlock) std::fill(queries, queries + head_dim * kRowBlock, 0.0f);
+  return Pack(QueryTag(), rows, count, head_dim, dtype, kRowBlock, scale, staging, queries);
 }
 
 // One register tile: kRows query rows by kVectors vectors of tokens.
@@ -248,74 +277,114 @@ void BlockLogitsImpl(const float* queries, int64_t num_rows, const float* panels
   }
 }
 
-// The vectors of a row up to `visible`, the partial one with lanes beyond it replaced by `fill`.
-template <class Fn>
-HWY_INLINE void ForVisible(FloatTag d, const float* logits, int64_t visible, FloatVec fill, Fn fn) {
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+// Maximum of `count` >= 1 logits; *is_finite is cleared when one of them is NaN or infinite.
+HWY_INLINE float MaxLogit(FloatTag d, const float* HWY_RESTRICT logits, int64_t count,
+                          bool* is_finite) {
   const int64_t lanes = hn::Lanes(d);
+  const FloatVec zero = hn::Zero(d);
+  FloatVec max0 = hn::Set(d, logits[0]);
+  FloatVec max1 = max0, max2 = max0, max3 = max0;
+  FloatVec check0 = zero, check1 = zero, check2 = zero, check3 = zero;
   int64_t t = 0;
-  for (; t + lanes <= visible; t += lanes) fn(t, hn::LoadU(d, logits + t));
-  if (t < visible) {
-    fn(t, hn::IfThenElse(hn::FirstN(d, visible - t), hn::LoadU(d, logits + t), fill));
+  for (; t + 4 * lanes <= count; t += 4 * lanes) {
+    const FloatVec x0 = hn::LoadU(d, logits + t);
+    const FloatVec x1 = hn::LoadU(d, logits + t + lanes);
+    const FloatVec x2 = hn::LoadU(d, logits + t + 2 * lanes);
+    const FloatVec x3 = hn::LoadU(d, logits + t + 3 * lanes);
+    max0 = hn::Max(max0, x0);
+    max1 = hn::Max(max1, x1);
+    max2 = hn::Max(max2, x2);
+    max3 = hn::Max(max3, x3);
+    check0 = hn::MulAdd(x0, zero, check0);
+    check1 = hn::MulAdd(x1, zero, check1);
+    check2 = hn::MulAdd(x2, zero, check2);
+    check3 = hn::MulAdd(x3, zero, check3);
   }
+  for (; t < count; t += lanes) {
+    const FloatVec first = hn::Set(d, logits[0]);
+    const FloatVec x =
+        hn::IfThenElse(hn::FirstN(d, std::min(lanes, count - t)), hn::LoadU(d, logits + t), first);
+    max0 = hn::Max(max0, x);
+    check0 = hn::MulAdd(x, zero, check0);
+  }
+  const FloatVec check = hn::Add(hn::Add(check0, check1), hn::Add(check2, check3));
+  *is_finite = hn::AllTrue(d, hn::Eq(check, zero));
+  return hn::GetLane(hn::MaxOfLanes(d, hn::Max(hn::Max(max0, max1), hn::Max(max2, max3))));
 }
 
-HWY_INLINE void ZeroAfter(FloatTag d, int64_t visible, int64_t count, float* out) {
+// exponentials[t] = 2^(logits[t] - reference) for t < visible, 0 up to the vector that holds
+// `count` - 1. Returns the vector of partial sums.
+HWY_INLINE FloatVec ExpRow(FloatTag d, const float* HWY_RESTRICT logits, float reference,
+                           int64_t visible, int64_t count, float* HWY_RESTRICT exponentials) {
   const int64_t lanes = hn::Lanes(d);
-  for (int64_t t = (visible + lanes - 1) / lanes * lanes; t < count; t += lanes) {
-    hn::StoreU(hn::Zero(d), d, out + t);
-  }
-}
-
-bool ExpBelowMaxImpl(const float* logits, int64_t visible, int64_t count, float* exponentials,
-                     float* max, float* sum) {
-  const FloatTag d;
-  const FloatVec first = hn::Set(d, logits[0]);
-  FloatVec maxes = first;
-  FloatVec check = hn::Zero(d);
-  ForVisible(d, logits, visible, first, [&](int64_t, FloatVec x) {
-    maxes = hn::Max(maxes, x);
-    check = hn::MulAdd(x, hn::Zero(d), check);
-  });
-  *max = MaxLanes(d, maxes);
-  if (!(SumLanes(d, check) == 0.0f)) return false;
-  const FloatVec reference = hn::Set(d, *max);
-  const FloatVec nothing = hn::Set(d, -std::numeric_limits<float>::infinity());
-  FloatVec sums = hn::Zero(d);
-  ForVisible(d, logits, visible, nothing, [&](int64_t t, FloatVec x) {
-    const FloatVec e = Exp2(d, hn::Sub(x, reference));
-    sums = hn::Add(sums, e);
-    hn::StoreU(e, d, exponentials + t);
-  });
-  *sum = SumLanes(d, sums);
-  ZeroAfter(d, visible, count, exponentials);
-  return true;
-}
-
-bool ExpBelowImpl(const float* logits, float reference, int64_t visible, int64_t count,
-                  float* exponentials) {
-  const FloatTag d;
   const FloatVec below = hn::Set(d, reference);
-  const FloatVec nothing = hn::Set(d, -std::numeric_limits<float>::infinity());
-  FloatVec check = hn::Zero(d);
-  ForVisible(d, logits, visible, below, [&](int64_t, FloatVec x) {
-    const FloatVec exponent = hn::Sub(x, below);
-    const FloatVec overflow =
-        hn::IfThenElse(hn::Ge(exponent, hn::Set(d, 127.0f)), nothing, hn::Zero(d));
-    check = hn::MulAdd(hn::Add(x, overflow), hn::Zero(d), check);
-  });
-  if (!(SumLanes(d, check) == 0.0f)) return false;
-  ForVisible(d, logits, visible, nothing, [&](int64_t t, FloatVec x) {
-    hn::StoreU(Exp2(d, hn::Sub(x, below)), d, exponentials + t);
-  });
-  ZeroAfter(d, visible, count, exponentials);
-  return true;
+  FloatVec sum0 = hn::Zero(d), sum1 = hn::Zero(d);
+  int64_t t = 0;
+  for (; t + 2 * lanes <= visible; t += 2 * lanes) {
+    const FloatVec e0 = Exp2(d, hn::Sub(hn::LoadU(d, logits + t), below));
+    const FloatVec e1 = Exp2(d, hn::Sub(hn::LoadU(d, logits + t + lanes), below));
+    hn::StoreU(e0, d, exponentials + t);
+    hn::StoreU(e1, d, exponentials + t + lanes);
+    sum0 = hn::Add(sum0, e0);
+    sum1 = hn::Add(sum1, e1);
+  }
+  for (; t < visible; t += lanes) {
+    const FloatVec e = hn::IfThenElseZero(hn::FirstN(d, std::min(lanes, visible - t)),
+                                          Exp2(d, hn::Sub(hn::LoadU(d, logits + t), below)));
+    hn::StoreU(e, d, exponentials + t);
+    sum0 = hn::Add(sum0, e);
+  }
+  for (; t < count; t += lanes) hn::StoreU(hn::Zero(d), d, exponentials + t);
+  return hn::Add(sum0, sum1);
+}
+
+int64_t ExpBelowMaxImpl(const float* logits, int64_t num_rows, const int64_t* visible,
+                        int64_t count, float* exponentials, float* maxes, float* sums) {
+  const FloatTag d;
+  // Row by row in three steps, so that the lane reductions of different rows overlap.
+  for (int64_t r = 0; r < num_rows; ++r) {
+    if (visible[r] == 0) continue;
+    bool is_finite = true;
+    maxes[r] = MaxLogit(d, logits + r * kChunkTokens, visible[r], &is_finite);
+    if (!is_finite) return r;
+  }
+  FloatVec partial[kRowBlock];
+  for (int64_t r = 0; r < num_rows; ++r) {
+    if (visible[r] == 0) continue;
+    partial[r] = ExpRow(d, logits + r * kChunkTokens, maxes[r], visible[r], count,
+                        exponentials + r * kChunkTokens);
+  }
+  for (int64_t r = 0; r < num_rows; ++r) {
+    if (visible[r] != 0) sums[r] = hn::GetLane(hn::SumOfLanes(d, partial[r]));
+  }
+  return -1;
+}
+
+int64_t ExpBelowImpl(const float* logits, int64_t num_rows, const int64_t* visible,
+                     const float* references, int64_t count, float* exponentials) {
+  const FloatTag d;
+  constexpr float kMostExponent = 126.0f;
+  for (int64_t r = 0; r < num_rows; ++r) {
+    if (visible[r] == 0) continue;
+    bool is_finite = true;
+    const float max = MaxLogit(d, logits + r * kChunkTokens, visible[r], &is_finite);
+    if (!is_finite || !(max - references[r] <= kMostExponent)) return r;
+  }
+  for (int64_t r = 0; r < num_rows; ++r) {
+    if (visible[r] == 0) continue;
+    ExpRow(d, logits + r * kChunkTokens, references[r], visible[r], count,
+           exponentials + r * kChunkTokens);
+  }
+  return -1;
 }
 
 // Lanes are rows here; one lane's arithmetic is that of any other.
 void ChunkFactorsImpl(const float* maxes, const float* sums, int64_t num_chunks, int64_t num_rows,
                       float* factors) {
   const FloatTag d;
-  const FloatVec nothing = hn::Set(d, -std::numeric_limits<float>::infinity());
+  const FloatVec nothing = hn::Set(d, -kInfinity);
   const int64_t lanes = hn::Lanes(d);
   for (int64_t r = 0; r < num_rows; r += lanes) {
     FloatVec max = nothing;
@@ -345,49 +414,58 @@ void ChunkFactorsImpl(const float* maxes, const float* sums, int64_t num_chunks,
   }
 }
 
-template <bool kIsMax, bool kHasFactors>
-HWY_INLINE void ReduceColumns(const float* HWY_RESTRICT values, int64_t row_stride,
-                              const float* HWY_RESTRICT factors, int64_t num_rows, float divisor,
-                              int64_t count, float* HWY_RESTRICT out) {
+// Vectors of columns that are summed at a time: with 32 registers a whole row of a chunk, so that
+// the values stream through in the order of memory.
+#if HWY_TARGET <= HWY_AVX3 && HWY_TARGET != HWY_SCALAR
+constexpr int kReduceVectors = 24;
+#else
+constexpr int kReduceVectors = 8;
+#endif
+
+template <bool kIsMax, bool kHasFactors, int kVectors>
+HWY_INLINE void ReduceTile(const float* HWY_RESTRICT values, int64_t row_stride,
+                           const float* HWY_RESTRICT factors, int64_t num_rows, FloatVec scale,
+                           float* HWY_RESTRICT out) {
   const FloatTag d;
   const int64_t lanes = hn::Lanes(d);
-  const FloatVec divide = hn::Set(d, divisor);
-  const auto fold = [&](FloatVec acc, FloatVec x, FloatVec factor) HWY_ATTR {
-    if constexpr (kIsMax) {
-      return hn::Max(acc, kHasFactors ? hn::Mul(x, factor) : x);
-    } else {
-      return kHasFactors ? hn::MulAdd(x, factor, acc) : hn::Add(acc, x);
-    }
-  };
-  int64_t t = 0;
-  for (; t + 4 * lanes <= count; t += 4 * lanes) {
-    FloatVec a0 = hn::Zero(d), a1 = hn::Zero(d), a2 = hn::Zero(d), a3 = hn::Zero(d);
-    for (int64_t i = 0; i < num_rows; ++i) {
-      const FloatVec factor = hn::Set(d, kHasFactors ? factors[i] : 1.0f);
-      const float* x = values + i * row_stride + t;
-      a0 = fold(a0, hn::LoadU(d, x), factor);
-      a1 = fold(a1, hn::LoadU(d, x + lanes), factor);
-      a2 = fold(a2, hn::LoadU(d, x + 2 * lanes), factor);
-      a3 = fold(a3, hn::LoadU(d, x + 3 * lanes), factor);
-    }
-    hn::StoreU(hn::Div(a0, divide), d, out + t);
-    hn::StoreU(hn::Div(a1, divide), d, out + t + lanes);
-    hn::StoreU(hn::Div(a2, divide), d, out + t + 2 * lanes);
-    hn::StoreU(hn::Div(a3, divide), d, out + t + 3 * lanes);
-  }
-  const hn::CappedTag<float, 1> one;
-  for (; t < count; ++t) {
-    auto acc = hn::Zero(one);
-    for (int64_t i = 0; i < num_rows; ++i) {
-      const auto x = hn::Set(one, values[i * row_stride + t]);
-      const auto factor = hn::Set(one, kHasFactors ? factors[i] : 1.0f);
+  FloatVec acc[kVectors];
+#pragma GCC unroll 24
+  for (int v = 0; v < kVectors; ++v) acc[v] = hn::Zero(d);
+  for (int64_t i = 0; i < num_rows; ++i) {
+    const FloatVec factor = hn::Set(d, kHasFactors ? factors[i] : 1.0f);
+#pragma GCC unroll 24
+    for (int v = 0; v < kVectors; ++v) {
+      const FloatVec x = hn::LoadU(d, values + v * lanes);
       if constexpr (kIsMax) {
-        acc = hn::Max(acc, kHasFactors ? hn::Mul(x, factor) : x);
+        acc[v] = hn::Max(acc[v], kHasFactors ? hn::Mul(x, factor) : x);
       } else {
-        acc = kHasFactors ? hn::MulAdd(x, factor, acc) : hn::Add(acc, x);
+        acc[v] = kHasFactors ? hn::MulAdd(x, factor, acc[v]) : hn::Add(acc[v], x);
       }
     }
-    out[t] = hn::GetLane(acc) / divisor;
+    values += row_stride;
+  }
+#pragma GCC unroll 24
+  for (int v = 0; v < kVectors; ++v) hn::StoreU(hn::Div(acc[v], scale), d, out + v * lanes);
+}
+
+template <bool kIsMax, bool kHasFactors>
+void ReduceColumns(const float* values, int64_t row_stride, const float* factors, int64_t num_rows,
+                   float divisor, int64_t count, float* out) {
+  const FloatTag d;
+  const int64_t lanes = hn::Lanes(d);
+  const FloatVec scale = hn::Set(d, divisor);
+  int64_t t = 0;
+  for (; t + kReduceVectors * lanes <= count; t += kReduceVectors * lanes) {
+    ReduceTile<kIsMax, kHasFactors, kReduceVectors>(values + t, row_stride, factors, num_rows,
+                                                    scale, out + t);
+  }
+  for (; t + lanes <= count; t += lanes) {
+    ReduceTile<kIsMax, kHasFactors, 1>(values + t, row_stride, factors, num_rows, scale, out + t);
+  }
+  if (t < count) {
+    float last[kMaxLanes];
+    ReduceTile<kIsMax, kHasFactors, 1>(values + t, row_stride, factors, num_rows, scale, last);
+    std::copy(last, last + (count - t), out + t);
   }
 }
 
@@ -503,6 +581,7 @@ namespace {
 
 HWY_EXPORT(TargetId);
 HWY_EXPORT(PackTokensImpl);
+HWY_EXPORT(PackQueriesImpl);
 HWY_EXPORT(BlockLogitsImpl);
 HWY_EXPORT(ExpBelowMaxImpl);
 HWY_EXPORT(ExpBelowImpl);
@@ -537,19 +616,27 @@ bool PackTokens(const std::byte* const* rows, int64_t count, int64_t head_dim, D
   return HWY_DYNAMIC_DISPATCH(PackTokensImpl)(rows, count, head_dim, dtype, staging, panels);
 }
 
+bool PackQueries(const std::byte* const* rows, int64_t count, int64_t head_dim, DType dtype,
+                 float scale, float* staging, float* queries) {
+  return HWY_DYNAMIC_DISPATCH(PackQueriesImpl)(rows, count, head_dim, dtype, scale, staging,
+                                               queries);
+}
+
 void BlockLogits(const float* queries, int64_t num_rows, const float* panels, int64_t count,
                  int64_t head_dim, float* logits) {
   HWY_DYNAMIC_DISPATCH(BlockLogitsImpl)(queries, num_rows, panels, count, head_dim, logits);
 }
 
-bool ExpBelowMax(const float* logits, int64_t visible, int64_t count, float* exponentials,
-                 float* max, float* sum) {
-  return HWY_DYNAMIC_DISPATCH(ExpBelowMaxImpl)(logits, visible, count, exponentials, max, sum);
+int64_t ExpBelowMax(const float* logits, int64_t num_rows, const int64_t* visible, int64_t count,
+                    float* exponentials, float* maxes, float* sums) {
+  return HWY_DYNAMIC_DISPATCH(ExpBelowMaxImpl)(logits, num_rows, visible, count, exponentials,
+                                               maxes, sums);
 }
 
-bool ExpBelow(const float* logits, float reference, int64_t visible, int64_t count,
-              float* exponentials) {
-  return HWY_DYNAMIC_DISPATCH(ExpBelowImpl)(logits, reference, visible, count, exponentials);
+int64_t ExpBelow(const float* logits, int64_t num_rows, const int64_t* visible,
+                 const float* references, int64_t count, float* exponentials) {
+  return HWY_DYNAMIC_DISPATCH(ExpBelowImpl)(logits, num_rows, visible, references, count,
+                                            exponentials);
 }
 
 void ChunkFactors(const float* maxes, const float* sums, int64_t num_chunks, int64_t num_rows,

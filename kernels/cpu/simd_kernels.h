@@ -31,30 +31,39 @@ constexpr int64_t StagingFloats(int64_t head_dim) { return (head_dim + 3) / 4 * 
 bool PackTokens(const std::byte* const* rows, int64_t count, int64_t head_dim, DType dtype,
                 float* staging, float* panels);
 
+// queries[c][r] = scale * element c of row r, 0 for count <= r < kRowBlock; count <= kRowBlock.
+// queries: [head_dim, kRowBlock]. False when an element is NaN or infinite.
+bool PackQueries(const std::byte* const* rows, int64_t count, int64_t head_dim, DType dtype,
+                 float scale, float* staging, float* queries);
+
 // logits[r][t] = sum_c queries[c][r] * panels[t][c] for r < num_rows <= kRowBlock, t < count.
 // queries: [head_dim, kRowBlock]; logits: [kRowBlock, kChunkTokens], written to the next multiple
 // of the vector length.
 void BlockLogits(const float* queries, int64_t num_rows, const float* panels, int64_t count,
                  int64_t head_dim, float* logits);
 
-// exponentials[t] = 2^(logits[t] - max) for t < visible, 0 for visible <= t < count; max over the
-// visible logits; sum over the exponentials. 1 <= visible <= count <= kChunkTokens. False when a
-// visible logit is not finite.
-bool ExpBelowMax(const float* logits, int64_t visible, int64_t count, float* exponentials,
-                 float* max, float* sum);
+// For each row r < num_rows <= kRowBlock with visible[r] > 0: exponentials[r][t] =
+// 2^(logits[r][t] - maxes[r]) for t < visible[r], 0 for visible[r] <= t < count; maxes[r] over the
+// visible logits, sums[r] over the exponentials. Rows with visible[r] == 0 are left alone. logits,
+// exponentials: [num_rows, kChunkTokens]. Returns the first row of which a visible logit is not
+// finite, or -1.
+int64_t ExpBelowMax(const float* logits, int64_t num_rows, const int64_t* visible, int64_t count,
+                    float* exponentials, float* maxes, float* sums);
 
-// exponentials[t] = 2^(logits[t] - reference), otherwise as above. False when a visible logit or
-// exponential is not finite.
-bool ExpBelow(const float* logits, float reference, int64_t visible, int64_t count,
-              float* exponentials);
+// exponentials[r][t] = 2^(logits[r][t] - references[r]), otherwise as above. Returns the first row
+// of which a visible logit is not finite or lies 126 or more above the reference, or -1.
+int64_t ExpBelow(const float* logits, int64_t num_rows, const int64_t* visible,
+                 const float* references, int64_t count, float* exponentials);
 
 // factors[c][r] = 2^(maxes[c][r] - max_r) / sum_r, where max_r and sum_r are those of row r over
-// all chunks; 0 for a chunk of which the row sees nothing (sum 0). All [num_chunks, num_rows].
+// all chunks; 0 for a chunk of which the row sees nothing (sum 0). All [num_chunks, num_rows],
+// num_rows a multiple of kMaxLanes.
 void ChunkFactors(const float* maxes, const float* sums, int64_t num_chunks, int64_t num_rows,
                   float* factors);
 
 // out[t] = reduction over rows i of factors[i] * values[i][t], rows in ascending order. values:
-// [num_rows, row_stride]; `factors` may be null (all 1). kLast takes the last row. kMean divides
+// [num_rows, row_stride], readable to the next multiple of the vector length; `factors` may be null
+// (all 1). kLast takes the last row. kMean divides
 // by num_divisor.
 void ReduceRows(const float* values, int64_t row_stride, const float* factors, int64_t num_rows,
                 RowReduction reduction, int64_t num_divisor, int64_t count, float* out);

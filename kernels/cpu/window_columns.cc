@@ -62,8 +62,8 @@ class WindowOp {
 
   absl::Status Run() {
     KEEPSET_RETURN_IF_ERROR(Reserve());
-    KEEPSET_RETURN_IF_ERROR(
-        context_.TryParallelFor(num_units_, [&](int64_t unit, int) { return PackQueries(unit); }));
+    KEEPSET_RETURN_IF_ERROR(context_.TryParallelFor(
+        num_units_, [&](int64_t unit, int slot) { return PackUnitQueries(unit, slot); }));
     if (has_lse()) {
       return context_.TryParallelFor(num_units_ * num_chunks_, [&](int64_t task, int slot) {
         return GivenLseChunk(task / num_chunks_, task % num_chunks_, slot);
@@ -153,32 +153,35 @@ class WindowOp {
     return context_.ReserveSlots(SlotScratch::kPointers, kChunkTokens * int64_t{sizeof(void*)});
   }
 
-  absl::Status PackQueries(int64_t unit_index) {
+  const std::byte* QueryRow(int64_t head, int64_t i) const {
+    return args_.q.data +
+           (head * args_.q.head_stride + i * args_.q.row_stride) * DTypeBytes(args_.q.dtype);
+  }
+
+  absl::Status PackUnitQueries(int64_t unit_index, int slot) {
     const Unit unit = UnitAt(unit_index);
     const int64_t rows = unit.num_heads * num_rows_;
     // Folding log2(e) into the scale turns every exponential into a power of two.
     const float scale = static_cast<float>(args_.softmax_scale * kLog2E);
-    for (int64_t row = 0; row < unit_blocks_ * kRowBlock; ++row) {
-      float* to = queries(unit_index, row / kRowBlock) + row % kRowBlock;
-      if (row >= rows) {
-        for (int64_t c = 0; c < head_dim_; ++c) to[c * kRowBlock] = 0.0f;
-        continue;
+    float* staging = context_.slot(slot, SlotScratch::kStaging).as<float>();
+    for (int64_t begin = 0; begin < rows; begin += kRowBlock) {
+      const int64_t count = std::min(kRowBlock, rows - begin);
+      const std::byte* block[kRowBlock];
+      for (int64_t r = 0; r < count; ++r) {
+        const int64_t row = begin + r;
+        const int64_t head = unit.first_head + row / num_rows_;
+        const int64_t i = first_row_ + row % num_rows_;
+        block[r] = QueryRow(head, i);
+        if (has_lse()) KEEPSET_RETURN_IF_ERROR(ReadLse(head, i));
       }
-      const int64_t head = unit.first_head + row / num_rows_;
-      const int64_t i = first_row_ + row % num_rows_;
-      const std::byte* from = args_.q.data + (head * args_.q.head_stride + i * args_.q.row_stride) *
-                                                 DTypeBytes(args_.q.dtype);
-      float check = 0.0f;
-      for (int64_t c = 0; c < head_dim_; ++c) {
-        const float value = LoadElement(from, c, args_.q.dtype);
-        check += value * 0.0f;
-        to[c * kRowBlock] = value * scale;
-      }
-      if (!(check == 0.0f)) {
+      if (!PackQueries(block, count, head_dim_, args_.q.dtype, scale, staging,
+                       queries(unit_index, begin / kRowBlock))) {
+        int64_t row = begin;
+        while (FindNonFinite(block[row - begin], head_dim_, args_.q.dtype) < 0) ++row;
         return absl::InvalidArgumentError(
-            absl::StrCat(args_.what, ": q: head ", head, " row ", i, " is not finite"));
+            absl::StrCat(args_.what, ": q: head ", unit.first_head + row / num_rows_, " row ",
+                         first_row_ + row % num_rows_, " is not finite"));
       }
-      if (has_lse()) KEEPSET_RETURN_IF_ERROR(ReadLse(head, i));
     }
     return absl::OkStatus();
   }
@@ -212,7 +215,8 @@ class WindowOp {
                                                    " is not finite"));
   }
 
-  // Calls fn(row of the unit, its logits, tokens it sees) for every row that sees any.
+  // Calls fn(first row of a block, rows of the block, what each sees, logits) for every block of
+  // rows that sees any of the chunk; fn returns the place of a bad row in the block, or -1.
   template <typename Fn>
   absl::Status ForLogits(int64_t unit_index, const Unit& unit, int64_t chunk, int slot, Fn fn) {
     const float* panels = context_.slot(slot, SlotScratch::kPanels).as<float>();
@@ -220,17 +224,17 @@ class WindowOp {
     const int64_t rows = unit.num_heads * num_rows_;
     for (int64_t begin = 0; begin < rows; begin += kRowBlock) {
       const int64_t count = std::min(kRowBlock, rows - begin);
+      int64_t visible[kRowBlock];
       int64_t most = 0;
-      for (int64_t r = begin; r < begin + count; ++r) {
-        most = std::max(most, Visible(r % num_rows_, chunk));
+      for (int64_t r = 0; r < count; ++r) {
+        visible[r] = Visible((begin + r) % num_rows_, chunk);
+        most = std::max(most, visible[r]);
       }
       if (most == 0) continue;
       BlockLogits(queries(unit_index, begin / kRowBlock), count, panels, most, head_dim_, logits);
-      for (int64_t r = begin; r < begin + count; ++r) {
-        const int64_t visible = Visible(r % num_rows_, chunk);
-        if (visible == 0) continue;
-        const float* row_logits = logits + (r - begin) * kChunkTokens;
-        if (!fn(r, row_logits, visible)) return LogitError(unit, r, chunk, row_logits, visible);
+      const int64_t bad = fn(begin, count, visible, logits);
+      if (bad >= 0) {
+        return LogitError(unit, begin + bad, chunk, logits + bad * kChunkTokens, visible[bad]);
       }
     }
     return absl::OkStatus();
@@ -261,9 +265,9 @@ class WindowOp {
     std::fill(sum, sum + stat_rows_, 0.0f);
     float* exps = exponentials(place, chunk);
     return ForLogits(unit_index, unit, chunk, slot,
-                     [&](int64_t r, const float* logits, int64_t visible) {
-                       return ExpBelowMax(logits, visible, ChunkCount(chunk),
-                                          exps + r * kChunkTokens, &max[r], &sum[r]);
+                     [&](int64_t begin, int64_t rows, const int64_t* visible, const float* logits) {
+                       return ExpBelowMax(logits, rows, visible, ChunkCount(chunk),
+                                          exps + begin * kChunkTokens, max + begin, sum + begin);
                      });
   }
 
@@ -272,11 +276,12 @@ class WindowOp {
     KEEPSET_RETURN_IF_ERROR(PackKeys(unit, chunk, slot));
     float* exps = context_.slot(slot, SlotScratch::kExponentials).as<float>();
     const float* reference = references() + unit.first_head * num_rows_;
-    KEEPSET_RETURN_IF_ERROR(ForLogits(unit_index, unit, chunk, slot,
-                                      [&](int64_t r, const float* logits, int64_t visible) {
-                                        return ExpBelow(logits, reference[r], visible,
-                                                        ChunkCount(chunk), exps + r * kChunkTokens);
-                                      }));
+    KEEPSET_RETURN_IF_ERROR(
+        ForLogits(unit_index, unit, chunk, slot,
+                  [&](int64_t begin, int64_t rows, const int64_t* visible, const float* logits) {
+                    return ExpBelow(logits, rows, visible, reference + begin, ChunkCount(chunk),
+                                    exps + begin * kChunkTokens);
+                  }));
     ReduceChunk(unit, chunk, exps, nullptr);
     return absl::OkStatus();
   }
