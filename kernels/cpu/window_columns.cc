@@ -23,9 +23,11 @@ namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
 // Exponentials of KV heads processed together: a share of a third-level cache.
-constexpr int64_t kGroupBytes = int64_t{16} << 20;
+constexpr int64_t kGroupBytes = int64_t{4} << 20;
 // Above this the query heads of one KV head are taken in turns, each with its own pass over K.
 constexpr int64_t kUnitBytes = int64_t{256} << 20;
+
+constexpr int64_t kCacheLine = 64;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -215,6 +217,25 @@ class WindowOp {
                                                    " is not finite"));
   }
 
+  // Asks for the share of the next chunk's keys that belongs to one block of query rows. The rows
+  // of a head lie far apart (2 KiB in NHD), where hardware does not prefetch.
+  void PrefetchNextKeys(const Unit& unit, int64_t chunk, int64_t begin_row, int64_t rows,
+                        int slot) {
+    if (chunk + 1 >= num_chunks_) return;
+    const int64_t next = ChunkBegin(chunk + 1);
+    const int64_t tokens = ChunkCount(chunk + 1);
+    const int64_t first = tokens * begin_row / rows;
+    const int64_t last = tokens * std::min(begin_row + kRowBlock, rows) / rows;
+    const std::byte** keys = context_.slot(slot, SlotScratch::kPointers).as<const std::byte*>();
+    RowPointers(args_.k, unit.kv_head, next + first, last - first, keys);
+    const int64_t row_bytes = head_dim_ * DTypeBytes(args_.k.dtype);
+    for (int64_t t = 0; t < last - first; ++t) {
+      for (int64_t byte = 0; byte < row_bytes; byte += kCacheLine) {
+        __builtin_prefetch(keys[t] + byte, 0, 2);
+      }
+    }
+  }
+
   // Calls fn(first row of a block, rows of the block, what each sees, logits) for every block of
   // rows that sees any of the chunk; fn returns the place of a bad row in the block, or -1.
   template <typename Fn>
@@ -230,6 +251,7 @@ class WindowOp {
         visible[r] = Visible((begin + r) % num_rows_, chunk);
         most = std::max(most, visible[r]);
       }
+      PrefetchNextKeys(unit, chunk, begin, rows, slot);
       if (most == 0) continue;
       BlockLogits(queries(unit_index, begin / kRowBlock), count, panels, most, head_dim_, logits);
       const int64_t bad = fn(begin, count, visible, logits);

@@ -298,7 +298,8 @@ std::unique_ptr<ComputeBackend> CpuBackend(int num_threads) {
   return *std::move(backend);
 }
 
-BackendFixture::BackendFixture(int num_threads) : backend_(CpuBackend(num_threads)) {
+BackendFixture::BackendFixture(int num_threads)
+    : threads_(tbb::global_control::max_allowed_parallelism, 8), backend_(CpuBackend(num_threads)) {
   absl::StatusOr<std::unique_ptr<OpContext>> context = backend_->NewContext();
   KEEPSET_CHECK(context.ok());
   context_ = *std::move(context);

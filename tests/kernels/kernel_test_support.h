@@ -10,6 +10,7 @@
 
 #include "kernels/compute_backend.h"
 #include "kernels/views.h"
+#include "tbb/global_control.h"
 
 namespace keepset::kernels {
 
@@ -93,6 +94,8 @@ class BackendFixture {
   std::vector<float> Values(const ScoreBuffer& buffer);
 
  private:
+  // Lets a backend have more threads than the machine has cores.
+  tbb::global_control threads_;
   std::unique_ptr<ComputeBackend> backend_;
   std::unique_ptr<OpContext> context_;
 };

@@ -5,11 +5,13 @@
 #include <limits>
 #include <memory>
 #include <random>
+#include <set>
 #include <string>
 #include <vector>
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "hwy/targets.h"
 #include "kernels/compute_backend.h"
 #include "tests/kernels/kernel_test_support.h"
 
@@ -145,6 +147,47 @@ TEST(WindowColumns, MatchesOracleForEveryRowCount) {
     Shape shape;
     shape.num_rows = num_rows;
     ExpectMatchesOracle(shape);
+  }
+}
+
+// Restricts the backend to one SIMD target while it lives.
+class TargetScope {
+ public:
+  explicit TargetScope(int64_t target) {
+    hwy::SetSupportedTargetsForTest(target);
+    hwy::GetChosenTarget().Update(hwy::SupportedTargets());
+  }
+  ~TargetScope() {
+    hwy::SetSupportedTargetsForTest(0);
+    hwy::GetChosenTarget().DeInit();
+  }
+};
+
+TEST(WindowColumns, EverySimdTargetMatchesTheOracle) {
+  std::set<std::string> names;
+  const std::vector<int64_t> targets = hwy::SupportedAndGeneratedTargets();
+  for (int64_t target : targets) {
+    const TargetScope scope(target);
+    const std::string name = CpuBackend()->name();
+    SCOPED_TRACE(name);
+    EXPECT_TRUE(names.insert(name).second);
+    for (DType dtype : {DType::kF32, DType::kF16, DType::kBF16}) {
+      for (int64_t head_dim : {32, 45}) {
+        Shape shape;
+        shape.seq_len = 463;
+        shape.num_rows = 11;
+        shape.head_dim = head_dim;
+        shape.q_dtype = dtype;
+        shape.k_dtype = dtype;
+        ExpectMatchesOracle(shape);
+      }
+    }
+    Shape shape;
+    shape.k_dtype = DType::kF16;
+    Problem problem(shape);
+    problem.k.Set(1, 5, 2, std::numeric_limits<float>::infinity());
+    EXPECT_THAT(std::string(ColumnsStatus(problem.Args()).message()),
+                HasSubstr("k: head 1 position 5 is not finite"));
   }
 }
 
