@@ -299,13 +299,14 @@ absl::StatusOr<RegionInfo> SessionManagerImpl::Register(absl::string_view sessio
   // Mapping may take long; nobody waits for it.
   absl::StatusOr<std::unique_ptr<MappedRegion>> mapping = transport->Open(std::move(descriptor));
   std::shared_ptr<RegionSlot> slot;
-  if (mapping.ok()) slot = std::make_shared<RegionSlot>(*std::move(mapping));
+  const absl::Status mapped = mapping.status();
+  if (mapped.ok()) slot = std::make_shared<RegionSlot>(*std::move(mapping));
   absl::MutexLock lock(&mutex_);
   Session* session = Touch(session_id);
   if (session == nullptr) return UnknownSession();
-  if (slot == nullptr) {
+  if (!mapped.ok()) {
     session->regions.Abort(info.region_id);
-    return mapping.status();
+    return mapped;
   }
   session->regions.Commit(info.region_id, std::move(slot));
   return info;
