@@ -18,13 +18,14 @@
 
 namespace keepset::service {
 
-// What a source tells metrics and the log; called from the source's thread.
+// What a source tells metrics and the log; called from Start, then from the source's thread.
 class TableSourceObserver {
  public:
   virtual ~TableSourceObserver() = default;
   // A set was published: the tables now active.
   virtual void OnPublished(const tables::TableSnapshot& snapshot) {}
-  // One file was refused; the last good version of it, if any, stays active.
+  // One file was refused, or the source itself cannot be read any more; the last good version, if
+  // any, stays active. Told once per change, not on every re-scan.
   virtual void OnRefused(absl::string_view file, const absl::Status& why) {}
 };
 

@@ -1,0 +1,202 @@
+#include "service/registry/directory_tables.h"
+
+#include <dirent.h>
+#include <sys/stat.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstddef>
+#include <cstring>
+#include <set>
+#include <utility>
+
+#include "absl/cleanup/cleanup.h"
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/types/span.h"
+#include "base/status_macros.h"
+#include "tables/table_file.h"
+
+namespace keepset::service {
+namespace {
+
+// File time stamps move in steps; two writes within one look like one. A tick of the kernel's
+// timer, or two seconds where the filesystem seems to store no fractions.
+absl::Duration TimeStampStep(const FileIdentity& identity) {
+  constexpr int64_t kSecond = 1'000'000'000;
+  const bool whole = identity.modified_ns % kSecond == 0 && identity.changed_ns % kSecond == 0;
+  return whole ? absl::Seconds(2) : absl::Milliseconds(100);
+}
+
+// A swap of the whole directory's content (`..data`) between two files of one scan starts it again.
+constexpr int kMaxAttempts = 3;
+
+// Worth another try although the file stays as it is.
+bool IsPassing(const absl::Status& status) {
+  return absl::IsResourceExhausted(status) || absl::IsInternal(status);
+}
+
+absl::StatusOr<std::vector<std::string>> ListTableFiles(const std::string& directory) {
+  DIR* dir = opendir(directory.c_str());
+  if (dir == nullptr) {
+    const int error = errno;
+    const std::string message = absl::StrCat(directory, ": cannot list: ", std::strerror(error));
+    if (error == ENOENT) return absl::NotFoundError(message);
+    if (error == EACCES) return absl::PermissionDeniedError(message);
+    if (error == ENOTDIR) {
+      return absl::InvalidArgumentError(absl::StrCat(message, ", want a directory of tables"));
+    }
+    return absl::InternalError(message);
+  }
+  const absl::Cleanup close_dir = [dir] { closedir(dir); };
+  std::vector<std::string> names;
+  while (true) {
+    errno = 0;
+    const dirent* entry = readdir(dir);
+    if (entry == nullptr) break;
+    if (IsTableFileName(entry->d_name)) names.push_back(entry->d_name);
+  }
+  if (errno != 0) {
+    return absl::InternalError(absl::StrCat(directory, ": cannot list: ", std::strerror(errno)));
+  }
+  std::sort(names.begin(), names.end());
+  return names;
+}
+
+bool IsGone(const std::string& path) {
+  struct stat st;
+  return lstat(path.c_str(), &st) != 0 && errno == ENOENT;
+}
+
+}  // namespace
+
+bool IsTableFileName(absl::string_view name) {
+  constexpr absl::string_view kSuffix = ".safetensors";
+  return name.size() > kSuffix.size() && name[0] != '.' && absl::EndsWith(name, kSuffix);
+}
+
+absl::StatusOr<DirectoryTables::Outcome> DirectoryTables::Scan() {
+  Outcome outcome = Outcome::kUnfinished;
+  for (int attempt = 0; attempt < kMaxAttempts; ++attempt) {
+    KEEPSET_ASSIGN_OR_RETURN(const std::vector<std::string> names, ListTableFiles(directory_));
+    outcome = Outcome::kComplete;
+    std::set<std::string> present(names.begin(), names.end());
+    for (const std::string& name : names) {
+      if (IsGone(absl::StrCat(directory_, "/", name))) {
+        present.erase(name);
+        continue;
+      }
+      if (Update(name, entries_[name]) == Outcome::kUnfinished) outcome = Outcome::kUnfinished;
+    }
+    for (auto it = entries_.begin(); it != entries_.end();) {
+      it = present.contains(it->first) ? std::next(it) : entries_.erase(it);
+    }
+    if (IsOneMoment()) {
+      PublishIfChanged();
+      return outcome;
+    }
+  }
+  return Outcome::kUnfinished;
+}
+
+// Every read came before this second look, so when nothing moved, what was read stood there
+// together.
+bool DirectoryTables::IsOneMoment() const {
+  for (const auto& [name, entry] : entries_) {
+    if (!entry.decided || !entry.seen.has_value()) continue;
+    const absl::StatusOr<FileIdentity> now = IdentityOf(absl::StrCat(directory_, "/", name));
+    if (!now.ok() || *now != *entry.seen) return false;
+  }
+  return true;
+}
+
+DirectoryTables::Outcome DirectoryTables::Update(const std::string& name, Entry& entry) {
+  const std::string path = absl::StrCat(directory_, "/", name);
+  const absl::StatusOr<FileIdentity> identity = IdentityOf(path);
+  if (!identity.ok()) {
+    entry.seen.reset();
+    return Refuse(name, entry, identity.status());
+  }
+  const absl::Duration now = clock_.Monotonic();
+  if (entry.seen != *identity) {
+    entry.seen = *identity;
+    entry.seen_since = now;
+    entry.decided = false;
+    entry.told_refusal.clear();
+  }
+  if (entry.decided && !entry.look_again) return Outcome::kComplete;
+
+  const absl::Time newest =
+      absl::FromUnixNanos(std::max(identity->modified_ns, identity->changed_ns));
+  // The clock of a remote filesystem may be ahead of ours; what we saw ourselves counts as well.
+  const absl::Duration unchanged_for = std::max(clock_.Now() - newest, now - entry.seen_since);
+  const absl::StatusOr<std::string> bytes =
+      ReadStable(path, *identity, unchanged_for, LeaseUse::kWhereGranted);
+  if (absl::IsUnavailable(bytes.status())) return Outcome::kUnfinished;
+  entry.look_again = unchanged_for < TimeStampStep(*identity) || IsPassing(bytes.status());
+  entry.decided = true;
+  if (!bytes.ok()) return Refuse(name, entry, bytes.status());
+  absl::StatusOr<TablePtr> table = tables::ParseTable(
+      absl::MakeConstSpan(reinterpret_cast<const std::byte*>(bytes->data()), bytes->size()), path);
+  if (!table.ok()) return Refuse(name, entry, table.status());
+  entry.told_refusal.clear();
+  // The same bytes stay the same object: nothing changed, nothing is published.
+  if (entry.latest == nullptr || entry.latest->identity() != (*table)->identity()) {
+    entry.latest = *std::move(table);
+  }
+  return entry.look_again ? Outcome::kUnfinished : Outcome::kComplete;
+}
+
+DirectoryTables::Outcome DirectoryTables::Refuse(const std::string& name, Entry& entry,
+                                                 const absl::Status& why) {
+  // Deleted since it was listed: the next scan withdraws it.
+  if (absl::IsNotFound(why) && IsGone(absl::StrCat(directory_, "/", name))) {
+    return Outcome::kUnfinished;
+  }
+  const std::string message = why.ToString();
+  if (entry.told_refusal != message) {
+    entry.told_refusal = message;
+    if (observer_ != nullptr) observer_->OnRefused(name, why);
+  }
+  return entry.seen.has_value() && entry.look_again ? Outcome::kUnfinished : Outcome::kComplete;
+}
+
+void DirectoryTables::PublishIfChanged() {
+  std::map<std::string, std::string> owners;  // table name -> file name
+  std::vector<std::string> refused;
+  for (auto& [file, entry] : entries_) {
+    if (entry.latest == nullptr) continue;
+    const std::string& table = entry.latest->identity().name;
+    const auto [owner, is_first] = owners.emplace(table, file);
+    if (is_first) {
+      entry.active = entry.latest;
+      entry.told_duplicate.clear();
+      continue;
+    }
+    refused.push_back(file);
+    const absl::Status why = absl::AlreadyExistsError(
+        absl::StrCat(directory_, "/", file, ": table name \"", table, "\" is that of ",
+                     owner->second, " already, want one file per table name"));
+    const std::string message = absl::StrCat(why.ToString(), " ", entry.latest->identity().digest);
+    if (entry.told_duplicate == message) continue;
+    entry.told_duplicate = message;
+    if (observer_ != nullptr) observer_->OnRefused(file, why);
+  }
+  // A file whose new table was refused goes on with what it had, unless that name is taken too.
+  for (const std::string& file : refused) {
+    Entry& entry = entries_[file];
+    if (entry.active != nullptr && !owners.emplace(entry.active->identity().name, file).second) {
+      entry.active = nullptr;
+    }
+  }
+  std::vector<TablePtr> set;
+  for (const auto& [file, entry] : entries_) {
+    if (entry.active != nullptr) set.push_back(entry.active);
+  }
+  if (published_ == set) return;
+  published_ = set;
+  store_.Publish(std::move(set));
+  if (observer_ != nullptr) observer_->OnPublished(*store_.Snapshot());
+}
+
+}  // namespace keepset::service
