@@ -86,12 +86,13 @@ class OperationImpl final : public Operation {
       return absl::FailedPreconditionError(
           absl::StrCat("layer ", layer, ": the operation is finished"));
     }
+    if (next_layer_ == num_layers()) {
+      return absl::InvalidArgumentError(absl::StrCat("layer ", layer, ": all ", num_layers(),
+                                                     " layers were observed, want Finish"));
+    }
     if (layer != next_layer_) {
       return absl::InvalidArgumentError(
-          next_layer_ == num_layers()
-              ? absl::StrCat("layer ", layer, ": all ", num_layers(),
-                             " layers were observed, want Finish")
-              : absl::StrCat("layer ", layer, ": out of order, want layer ", next_layer_));
+          absl::StrCat("layer ", layer, ": out of order, want layer ", next_layer_));
     }
     KEEPSET_RETURN_IF_ERROR(CheckObservation(spec(), plan_.needs, layer, observation));
     if (!keeps_all_ && !DeadlinePassed()) {

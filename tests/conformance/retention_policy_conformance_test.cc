@@ -1,0 +1,161 @@
+// What every listed policy promises in every scope (engine/policies/retention_policy.h). A new line
+// in policies.def is covered without a change here.
+#include <algorithm>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "gtest/gtest.h"
+#include "tests/engine/run_operation.h"
+
+namespace keepset::engine {
+namespace {
+
+using Case = std::tuple<std::string, Scope>;
+
+constexpr int64_t kBudget = 20;
+
+class RetentionPolicyConformance : public ::testing::TestWithParam<Case> {
+ protected:
+  OperationSpec Spec(int64_t budget) const {
+    OperationSpec spec = prompt_.spec();
+    spec.policy = std::get<0>(GetParam());
+    spec.scope = std::get<1>(GetParam());
+    spec.budget.kind = Budget::Kind::kTokens;
+    spec.budget.tokens = budget;
+    spec.table = fakes::MakeTable(prompt_.model(), {});
+    spec.ppl = 10.0;
+    return spec;
+  }
+
+  bool keeps_everything() const { return std::get<0>(GetParam()) == "full"; }
+
+  OperationResult Decide(const OperationSpec& spec, int num_threads = 1) const {
+    absl::StatusOr<OperationResult> result = Bench(num_threads).Run(spec, prompt_);
+    EXPECT_TRUE(result.ok()) << result.status();
+    return result.ok() ? *std::move(result) : OperationResult{};
+  }
+
+  fakes::SyntheticPrompt prompt_{fakes::PromptShape{}};
+};
+
+std::vector<std::vector<int32_t>> Sets(const OperationResult& result) {
+  std::vector<std::vector<int32_t>> sets;
+  for (const LayerResult& layer : result.layers) {
+    sets.insert(sets.end(), layer.keep_indices.begin(), layer.keep_indices.end());
+  }
+  return sets;
+}
+
+TEST_P(RetentionPolicyConformance, StaysWithinTheBudgetAndNeverEndsEmpty) {
+  for (const int64_t budget : {int64_t{1}, int64_t{5}, kBudget, int64_t{95}}) {
+    for (const auto& set : Sets(Decide(Spec(budget)))) {
+      EXPECT_GE(set.size(), 1u);
+      const int64_t most = keeps_everything() ? prompt_.shape().seq_len : budget;
+      EXPECT_LE(static_cast<int64_t>(set.size()), most);
+    }
+  }
+}
+
+TEST_P(RetentionPolicyConformance, PositionsAreStrictlyAscendingAndInThePrompt) {
+  for (const auto& set : Sets(Decide(Spec(kBudget)))) {
+    EXPECT_TRUE(std::adjacent_find(set.begin(), set.end(), std::greater_equal<>()) == set.end());
+    EXPECT_GE(set.front(), 0);
+    EXPECT_LT(set.back(), prompt_.shape().seq_len);
+  }
+}
+
+TEST_P(RetentionPolicyConformance, ProtectedPositionsAreKept) {
+  OperationSpec spec = Spec(kBudget);
+  spec.protect_sink = 2;
+  spec.protect_window = 3;
+  spec.protect_spans = {{"span", 40, 45}};
+  const std::vector<int32_t> kept_always = {0, 1, 40, 41, 42, 43, 44, 93, 94, 95};
+  for (const auto& set : Sets(Decide(spec))) {
+    EXPECT_TRUE(std::includes(set.begin(), set.end(), kept_always.begin(), kept_always.end()));
+  }
+}
+
+TEST_P(RetentionPolicyConformance, ABudgetOfProtectedPositionsKeepsNothingElse) {
+  OperationSpec spec = Spec(5);
+  spec.protect_spans = {{"span", 40, 45}};
+  const size_t want = keeps_everything() ? 96 : 5;
+  for (const auto& set : Sets(Decide(spec))) EXPECT_EQ(set.size(), want);
+}
+
+TEST_P(RetentionPolicyConformance, IsTheSameForAnyThreadCount) {
+  const auto one = Sets(Decide(Spec(kBudget), 1));
+  EXPECT_EQ(Sets(Decide(Spec(kBudget), 2)), one);
+  EXPECT_EQ(Sets(Decide(Spec(kBudget), 8)), one);
+}
+
+TEST_P(RetentionPolicyConformance, IsTheSameFromRunToRun) {
+  EXPECT_EQ(Sets(Decide(Spec(kBudget))), Sets(Decide(Spec(kBudget))));
+}
+
+TEST_P(RetentionPolicyConformance, KeepsEverythingWhenTheBudgetCoversThePrompt) {
+  const int64_t seq_len = prompt_.shape().seq_len;
+  for (const int64_t budget : {seq_len, seq_len + 1, int64_t{1} << 40}) {
+    const OperationResult result = Decide(Spec(budget));
+    EXPECT_EQ(result.outcome, Outcome::kKeptFull);
+    for (const auto& set : Sets(result)) EXPECT_EQ(static_cast<int64_t>(set.size()), seq_len);
+    EXPECT_EQ(result.bytes_after, result.bytes_before);
+  }
+}
+
+TEST_P(RetentionPolicyConformance, SetCountFollowsTheScope) {
+  const OperationResult result = Decide(Spec(kBudget));
+  const size_t want = std::get<1>(GetParam()) == Scope::kKvHead ? prompt_.shape().num_kv_heads : 1;
+  ASSERT_EQ(static_cast<int64_t>(result.layers.size()), prompt_.shape().num_layers);
+  for (const LayerResult& layer : result.layers) EXPECT_EQ(layer.keep_indices.size(), want);
+}
+
+TEST_P(RetentionPolicyConformance, CountsAreEqualWhereTheScopeSaysSo) {
+  const OperationResult result = Decide(Spec(kBudget));
+  std::vector<size_t> counts;
+  for (const LayerResult& layer : result.layers) {
+    counts.push_back(layer.keep_indices.front().size());
+  }
+  const Scope scope = std::get<1>(GetParam());
+  const bool is_equal = std::equal(counts.begin() + 1, counts.end(), counts.begin());
+  EXPECT_TRUE(is_equal || scope == Scope::kLayerElastic || scope == Scope::kKvHead);
+}
+
+TEST_P(RetentionPolicyConformance, SetsAreTheSameWhereTheScopeSaysSo) {
+  const auto sets = Sets(Decide(Spec(kBudget)));
+  const bool is_same = std::equal(sets.begin() + 1, sets.end(), sets.begin());
+  EXPECT_TRUE(is_same || std::get<1>(GetParam()) != Scope::kSequence);
+}
+
+TEST_P(RetentionPolicyConformance, OnePositionIsAPrompt) {
+  fakes::PromptShape shape;
+  shape.seq_len = 1;
+  shape.num_rows = 1;
+  prompt_ = fakes::SyntheticPrompt(shape);
+  const OperationResult result = Decide(Spec(1));
+  EXPECT_EQ(result.outcome, Outcome::kKeptFull);
+}
+
+std::vector<Case> AllCases() {
+  std::vector<Case> cases;
+  for (const std::string& name : NewBuiltinPolicyRegistry()->Names()) {
+    for (const Scope scope :
+         {Scope::kLayerElastic, Scope::kLayerEqual, Scope::kSequence, Scope::kKvHead}) {
+      cases.emplace_back(name, scope);
+    }
+  }
+  return cases;
+}
+
+INSTANTIATE_TEST_SUITE_P(EveryPolicy, RetentionPolicyConformance, ::testing::ValuesIn(AllCases()),
+                         [](const auto& info) {
+                           // Test names have no underscores; the names of policies and scopes do.
+                           std::string name = std::get<0>(info.param) + "In" +
+                                              std::string(ScopeName(std::get<1>(info.param)));
+                           name.erase(std::remove(name.begin(), name.end(), '_'), name.end());
+                           return name;
+                         });
+
+}  // namespace
+}  // namespace keepset::engine

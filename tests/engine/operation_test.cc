@@ -1,0 +1,399 @@
+#include "engine/operation.h"
+
+#include <cmath>
+#include <limits>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "tests/engine/run_operation.h"
+#include "tests/fakes/scripted_policy.h"
+
+namespace keepset::engine {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+
+class OperationTest : public ::testing::Test {
+ protected:
+  OperationSpec Spec(const std::string& policy, int64_t budget) const {
+    OperationSpec spec = prompt_.spec();
+    spec.policy = policy;
+    spec.budget.kind = Budget::Kind::kTokens;
+    spec.budget.tokens = budget;
+    return spec;
+  }
+
+  std::unique_ptr<Operation> Begin(const OperationSpec& spec) {
+    auto operation = bench_.Begin(spec);
+    EXPECT_TRUE(operation.ok()) << operation.status();
+    return *std::move(operation);
+  }
+
+  absl::Status Observe(Operation& operation, int64_t layer) {
+    return operation.Observe(layer, prompt_.observation(layer));
+  }
+
+  std::unique_ptr<Operation> Observed(const OperationSpec& spec) {
+    std::unique_ptr<Operation> operation = Begin(spec);
+    for (int64_t layer = 0; layer < spec.model.num_layers; ++layer) {
+      EXPECT_TRUE(Observe(*operation, layer).ok());
+    }
+    return operation;
+  }
+
+  Bench bench_;
+  fakes::SyntheticPrompt prompt_{fakes::PromptShape{}};
+};
+
+TEST_F(OperationTest, LayerOutOfOrderIsRefusedNamingTheExpectedOne) {
+  const auto operation = Begin(Spec("snapkv", 10));
+  ASSERT_TRUE(Observe(*operation, 0).ok());
+  const absl::Status status = Observe(*operation, 2);
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(status.message(), "layer 2: out of order, want layer 1");
+}
+
+TEST_F(OperationTest, LayerGivenTwiceIsRefused) {
+  const auto operation = Begin(Spec("snapkv", 10));
+  ASSERT_TRUE(Observe(*operation, 0).ok());
+  EXPECT_EQ(Observe(*operation, 0).message(), "layer 0: out of order, want layer 1");
+}
+
+TEST_F(OperationTest, LayerAfterTheLastIsRefused) {
+  const auto operation = Observed(Spec("snapkv", 10));
+  EXPECT_EQ(operation->Observe(3, prompt_.observation(0)).message(),
+            "layer 3: all 3 layers were observed, want Finish");
+}
+
+TEST_F(OperationTest, FinishWithMissingLayersIsRefused) {
+  const auto operation = Begin(Spec("snapkv", 10));
+  ASSERT_TRUE(Observe(*operation, 0).ok());
+  const absl::Status status = operation->Finish().status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(status.message(), HasSubstr("want layers 1..2 before Finish"));
+}
+
+TEST_F(OperationTest, RefusedObservationMayBeRepeated) {
+  for (const char* policy : {"snapkv", "compilerkv"}) {
+    OperationSpec spec = Spec(policy, 10);
+    spec.table = fakes::MakeTable(prompt_.model(), {});
+    const absl::StatusOr<OperationResult> expected = bench_.Run(spec, prompt_);
+    ASSERT_TRUE(expected.ok());
+    const auto operation = Begin(spec);
+    for (int64_t layer = 0; layer < 3; ++layer) {
+      fakes::SyntheticPrompt damaged = prompt_;
+      damaged.set_v(layer, 1, 5, 0, std::numeric_limits<float>::quiet_NaN());
+      damaged.set_k(layer, 1, 5, 0, std::numeric_limits<float>::quiet_NaN());
+      const absl::Status status = operation->Observe(layer, damaged.observation(layer));
+      EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+      EXPECT_THAT(status.message(), HasSubstr("layer " + std::to_string(layer)));
+      EXPECT_THAT(status.message(), HasSubstr("5"));
+      ASSERT_TRUE(Observe(*operation, layer).ok());
+    }
+    const auto result = operation->Finish();
+    ASSERT_TRUE(result.ok());
+    for (int64_t layer = 0; layer < 3; ++layer) {
+      EXPECT_EQ((*result)->layers[layer].keep_indices, expected->layers[layer].keep_indices);
+    }
+  }
+}
+
+TEST_F(OperationTest, NanInValuesAloneIsRefusedWithLayerAndPosition) {
+  OperationSpec spec = Spec("compilerkv", 10);
+  spec.table = fakes::MakeTable(prompt_.model(), {});
+  prompt_.set_v(0, 1, 42, 3, std::numeric_limits<float>::infinity());
+  const auto operation = Begin(spec);
+  const absl::Status status = Observe(*operation, 0);
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(status.message(), HasSubstr("layer 0: v"));
+  EXPECT_THAT(status.message(), HasSubstr("42"));
+}
+
+TEST_F(OperationTest, NanInQueriesIsRefused) {
+  prompt_.set_q(0, 1, 2, 3, std::numeric_limits<float>::quiet_NaN());
+  const auto operation = Begin(Spec("snapkv", 10));
+  const absl::Status status = Observe(*operation, 0);
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(status.message(), HasSubstr("layer 0"));
+}
+
+TEST_F(OperationTest, FailedScoreLeavesTheOperationUsable) {
+  fakes::Script script;
+  script.scores = {{1.0f, 2.0f}, {3.0f, 4.0f}};
+  script.failing_layer = 1;
+  Bench bench(fakes::NewScriptedRegistry(script));
+  auto operation = bench.Begin(TensorlessSpec("scripted", 2, 2, 1));
+  ASSERT_TRUE(operation.ok());
+  ASSERT_TRUE((*operation)->Observe(0, {}).ok());
+  EXPECT_EQ((*operation)->Observe(1, {}).message(), "layer 1: scripted failure");
+  EXPECT_TRUE((*operation)->Observe(1, {}).ok());
+  EXPECT_TRUE((*operation)->Finish().ok());
+}
+
+TEST_F(OperationTest, FinishIsIdempotent) {
+  const auto operation = Observed(Spec("snapkv", 10));
+  const auto first = operation->Finish();
+  const auto second = operation->Finish();
+  ASSERT_TRUE(first.ok() && second.ok());
+  EXPECT_EQ(*first, *second);
+}
+
+TEST_F(OperationTest, ObservingAFinishedOperationIsRefused) {
+  const auto operation = Observed(Spec("snapkv", 10));
+  ASSERT_TRUE(operation->Finish().ok());
+  EXPECT_EQ(Observe(*operation, 0).code(), absl::StatusCode::kFailedPrecondition);
+}
+
+TEST_F(OperationTest, BudgetOfThePromptKeepsEverythingWithoutLookingAtValues) {
+  prompt_.set_k(0, 0, 0, 0, std::numeric_limits<float>::quiet_NaN());
+  const auto operation = Observed(Spec("snapkv", 96));
+  const auto result = operation->Finish();
+  ASSERT_TRUE(result.ok());
+  EXPECT_EQ((*result)->outcome, Outcome::kKeptFull);
+  EXPECT_EQ((*result)->reason, Reason::kBelowBudget);
+  EXPECT_EQ((*result)->layers[2].keep_indices[1].size(), 96u);
+  EXPECT_FALSE((*result)->has_candidates);
+}
+
+TEST_F(OperationTest, ShapesAreCheckedEvenBelowTheBudget) {
+  const auto operation = Begin(Spec("snapkv", 96));
+  LayerObservation observation = prompt_.observation(0);
+  observation.k.seq_len = 95;
+  EXPECT_EQ(operation->Observe(0, observation).message(), "layer 0: k: seq_len=95, want 96");
+}
+
+TEST_F(OperationTest, LayerLocalPoliciesAnswerWhileStreaming) {
+  const auto operation = Begin(Spec("snapkv", 10));
+  EXPECT_EQ(operation->EarlyResult(0), nullptr);
+  ASSERT_TRUE(Observe(*operation, 0).ok());
+  ASSERT_NE(operation->EarlyResult(0), nullptr);
+  const auto early = operation->EarlyResult(0)->keep_indices;
+  ASSERT_TRUE(Observe(*operation, 1).ok());
+  ASSERT_TRUE(Observe(*operation, 2).ok());
+  const auto result = operation->Finish();
+  ASSERT_TRUE(result.ok());
+  EXPECT_EQ((*result)->layers[0].keep_indices, early);
+}
+
+TEST_F(OperationTest, GlobalAlphaAnswersOnlyAtFinish) {
+  OperationSpec spec = Spec("compilerkv", 10);
+  spec.table = fakes::MakeTable(prompt_.model(), {});
+  const auto operation = Observed(spec);
+  EXPECT_EQ(operation->EarlyResult(2), nullptr);
+}
+
+TEST_F(OperationTest, OneSetForAllLayersAnswersOnlyAtFinish) {
+  OperationSpec spec = Spec("snapkv", 10);
+  spec.scope = Scope::kSequence;
+  const auto operation = Observed(spec);
+  EXPECT_EQ(operation->EarlyResult(2), nullptr);
+}
+
+TEST_F(OperationTest, EqualCountsOfAThresholdPolicyAnswerOnlyAtFinish) {
+  OperationSpec spec = Spec("compilerkv", 10);
+  spec.table = fakes::MakeTable(prompt_.model(), {});
+  spec.parameters["alpha_scope"] = "layer";
+  spec.scope = Scope::kLayerEqual;
+  const auto operation = Observed(spec);
+  EXPECT_EQ(operation->EarlyResult(2), nullptr);
+}
+
+TEST_F(OperationTest, PassedDeadlineKeepsEverything) {
+  OperationSpec spec = Spec("snapkv", 10);
+  spec.deadline = absl::Seconds(1);
+  const auto operation = Observed(spec);
+  bench_.clock().Advance(absl::Seconds(1));
+  const auto result = operation->Finish();
+  ASSERT_TRUE(result.ok());
+  EXPECT_EQ((*result)->outcome, Outcome::kKeptFull);
+  EXPECT_EQ((*result)->reason, Reason::kDeadline);
+}
+
+TEST_F(OperationTest, LayersAfterTheDeadlineAreNotScored) {
+  OperationSpec spec = Spec("snapkv", 10);
+  spec.deadline = absl::Seconds(1);
+  const auto operation = Begin(spec);
+  ASSERT_TRUE(Observe(*operation, 0).ok());
+  bench_.clock().Advance(absl::Seconds(2));
+  prompt_.set_k(1, 0, 0, 0, std::numeric_limits<float>::quiet_NaN());
+  EXPECT_TRUE(Observe(*operation, 1).ok());
+  EXPECT_EQ(operation->EarlyResult(1), nullptr);
+}
+
+TEST_F(OperationTest, KeptFullByTheCallerEndsTheOperation) {
+  const auto operation = Begin(Spec("snapkv", 10));
+  ASSERT_TRUE(Observe(*operation, 0).ok());
+  const OperationResult& result = operation->FinishKeptFull(Reason::kShed);
+  EXPECT_EQ(result.outcome, Outcome::kKeptFull);
+  EXPECT_EQ(result.reason, Reason::kShed);
+  EXPECT_EQ(result.layers.size(), 3u);
+  const auto again = operation->Finish();
+  ASSERT_TRUE(again.ok());
+  EXPECT_EQ(*again, &result);
+}
+
+TEST_F(OperationTest, ShadowDecidesAndRefusesToGather) {
+  OperationSpec spec = Spec("knorm", 10);
+  spec.mode = Mode::kShadow;
+  const auto operation = Observed(spec);
+  const auto result = operation->Finish();
+  ASSERT_TRUE(result.ok());
+  EXPECT_EQ((*result)->outcome, Outcome::kShadow);
+  EXPECT_EQ((*result)->layers[0].keep_indices[0].size(), 10u);
+  const absl::Status status =
+      operation->Gather(0, prompt_.observation(0).k, prompt_.observation(0).v, {}, {});
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(status.message(), HasSubstr("shadow"));
+}
+
+TEST_F(OperationTest, BytesCountKvHeadsOnly) {
+  const auto operation = Observed(Spec("knorm", 10));
+  const auto result = operation->Finish();
+  ASSERT_TRUE(result.ok());
+  // 3 layers x 2 KV heads x positions x (16 + 16) x 4 bytes.
+  EXPECT_EQ((*result)->bytes_before, 3 * 2 * 96 * 32 * 4);
+  EXPECT_EQ((*result)->bytes_after, 3 * 2 * 10 * 32 * 4);
+}
+
+TEST_F(OperationTest, BytesOfASharedSetCountEveryKvHead) {
+  OperationSpec spec = Spec("knorm", 10);
+  spec.scope = Scope::kLayerEqual;
+  const auto operation = Observed(spec);
+  const auto result = operation->Finish();
+  ASSERT_TRUE(result.ok());
+  EXPECT_EQ((*result)->bytes_after, 3 * 2 * 10 * 32 * 4);
+}
+
+TEST_F(OperationTest, ResultSaysPolicyScopeBudgetAndBackend) {
+  const auto operation = Observed(Spec("snapkv", 10));
+  const auto result = operation->Finish();
+  ASSERT_TRUE(result.ok());
+  EXPECT_EQ((*result)->policy, "snapkv");
+  EXPECT_EQ((*result)->scope, Scope::kKvHead);
+  EXPECT_EQ((*result)->budget_tokens, 10);
+  EXPECT_EQ((*result)->backend, bench_.backend().name());
+  EXPECT_FALSE((*result)->table.has_value());
+}
+
+TEST_F(OperationTest, ResultNamesTheTableItUsed) {
+  OperationSpec spec = Spec("compilerkv", 10);
+  spec.table = fakes::MakeTable(prompt_.model(), {});
+  const auto operation = Observed(spec);
+  const auto result = operation->Finish();
+  ASSERT_TRUE(result.ok());
+  EXPECT_EQ((*result)->table, spec.table->identity());
+  EXPECT_EQ((*result)->table_source, "hand-written");
+}
+
+// A destination of `rows` contiguous rows per head.
+kernels::MutableKvView Destination(std::vector<float>& data, int64_t heads, int64_t rows,
+                                   int64_t head_dim) {
+  data.assign(heads * rows * head_dim, -1.0f);
+  kernels::MutableKvView view;
+  view.data = reinterpret_cast<std::byte*>(data.data());
+  view.size_bytes = static_cast<int64_t>(data.size() * sizeof(float));
+  view.num_kv_heads = heads;
+  view.seq_len = rows;
+  view.head_dim = head_dim;
+  view.head_stride = rows * head_dim;
+  view.token_stride = head_dim;
+  return view;
+}
+
+TEST_F(OperationTest, GatherMovesTheKeptRowsOfEachHead) {
+  const auto operation = Observed(Spec("knorm", 10));
+  const auto result = operation->Finish();
+  ASSERT_TRUE(result.ok());
+  ASSERT_EQ(*operation->GatherRows(1), 10);
+  std::vector<float> k;
+  std::vector<float> v;
+  const auto out_k = Destination(k, 2, 10, 16);
+  const auto out_v = Destination(v, 2, 10, 16);
+  const LayerObservation source = prompt_.observation(1);
+  ASSERT_TRUE(operation->Gather(1, source.k, source.v, out_k, out_v).ok());
+  for (int64_t head = 0; head < 2; ++head) {
+    for (int64_t i = 0; i < 10; ++i) {
+      const int64_t t = (*result)->layers[1].keep_indices[head][i];
+      for (int64_t c = 0; c < 16; ++c) {
+        EXPECT_EQ(k[(head * 10 + i) * 16 + c], static_cast<float>(prompt_.k(1, head, t, c)));
+        EXPECT_EQ(v[(head * 10 + i) * 16 + c], static_cast<float>(prompt_.v(1, head, t, c)));
+      }
+    }
+  }
+}
+
+TEST_F(OperationTest, GatherBeforeFinishIsRefused) {
+  const auto operation = Observed(Spec("knorm", 10));
+  EXPECT_EQ(operation->GatherRows(0).status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(operation->Gather(0, {}, {}, {}, {}).code(), absl::StatusCode::kFailedPrecondition);
+}
+
+TEST_F(OperationTest, GatherIntoTooSmallADestinationIsRefused) {
+  const auto operation = Observed(Spec("knorm", 10));
+  ASSERT_TRUE(operation->Finish().ok());
+  std::vector<float> k;
+  std::vector<float> v;
+  const auto out_k = Destination(k, 2, 9, 16);
+  const auto out_v = Destination(v, 2, 9, 16);
+  const LayerObservation source = prompt_.observation(0);
+  const absl::Status status = operation->Gather(0, source.k, source.v, out_k, out_v);
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(status.message(), HasSubstr("layer 0: gather of k"));
+}
+
+TEST_F(OperationTest, GatherWithoutValuesIsRefused) {
+  const auto operation = Observed(Spec("knorm", 10));
+  ASSERT_TRUE(operation->Finish().ok());
+  std::vector<float> k;
+  const auto out_k = Destination(k, 2, 10, 16);
+  EXPECT_EQ(operation->Gather(0, prompt_.observation(0).k, {}, out_k, {}).message(),
+            "layer 0: gather of v: missing source");
+}
+
+TEST_F(OperationTest, GatherOfALayerThatIsNotThereIsRefused) {
+  const auto operation = Observed(Spec("knorm", 10));
+  ASSERT_TRUE(operation->Finish().ok());
+  EXPECT_EQ(operation->GatherRows(3).status().message(), "gather: layer 3, want 0..2");
+}
+
+TEST_F(OperationTest, WindowLseGivesTheSameSets) {
+  const OperationSpec spec = Spec("snapkv", 30);
+  const absl::StatusOr<OperationResult> expected = bench_.Run(spec, prompt_);
+  ASSERT_TRUE(expected.ok());
+  const auto operation = Begin(spec);
+  const fakes::PromptShape& shape = prompt_.shape();
+  for (int64_t layer = 0; layer < shape.num_layers; ++layer) {
+    std::vector<float> lse;
+    for (int64_t h = 0; h < shape.num_qo_heads; ++h) {
+      for (int64_t i = 0; i < shape.num_rows; ++i) {
+        double sum = 0.0;
+        for (int64_t t = 0; t <= shape.seq_len - shape.num_rows + i; ++t) {
+          double dot = 0.0;
+          for (int64_t c = 0; c < shape.head_dim; ++c) {
+            dot += prompt_.q(layer, h, i, c) * prompt_.k(layer, h / 2, t, c);
+          }
+          sum += std::exp(dot * prompt_.softmax_scale());
+        }
+        lse.push_back(static_cast<float>(std::log(sum)));
+      }
+    }
+    LayerObservation observation = prompt_.observation(layer);
+    observation.window_lse.data = reinterpret_cast<const std::byte*>(lse.data());
+    observation.window_lse.size_bytes = static_cast<int64_t>(lse.size() * sizeof(float));
+    observation.window_lse.num_qo_heads = shape.num_qo_heads;
+    observation.window_lse.num_rows = shape.num_rows;
+    observation.window_lse.head_stride = shape.num_rows;
+    ASSERT_TRUE(operation->Observe(layer, observation).ok());
+  }
+  const auto result = operation->Finish();
+  ASSERT_TRUE(result.ok());
+  EXPECT_EQ((*result)->layers[1].keep_indices, expected->layers[1].keep_indices);
+}
+
+}  // namespace
+}  // namespace keepset::engine
