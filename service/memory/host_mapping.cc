@@ -1,10 +1,11 @@
 #include "service/memory/host_mapping.h"
 
 #include <fcntl.h>
-#include <linux/memfd.h>
+#include <linux/magic.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <sys/vfs.h>
+#include <unistd.h>
 
 #include <cerrno>
 #include <cstring>
@@ -27,16 +28,14 @@ constexpr char kHowToSeal[] =
 
 class HostRegion : public MappedRegion {
  public:
-  HostRegion(UniqueFd fd, void* base, size_t mapped_bytes, const RegionDescriptor& descriptor,
-             SealPolicy seals)
+  HostRegion(UniqueFd fd, void* base, const RegionDescriptor& descriptor, SealPolicy seals)
       : fd_(std::move(fd)),
         base_(base),
-        mapped_bytes_(mapped_bytes),
         allocation_bytes_(descriptor.allocation_bytes),
         length_(static_cast<int64_t>(descriptor.length)),
         access_(descriptor.access),
         seals_(seals) {}
-  ~HostRegion() override { ::munmap(base_, mapped_bytes_); }
+  ~HostRegion() override { ::munmap(base_, static_cast<size_t>(length_)); }
 
   std::byte* data() const override { return static_cast<std::byte*>(base_); }
   int64_t size_bytes() const override { return length_; }
@@ -64,7 +63,6 @@ class HostRegion : public MappedRegion {
  private:
   const UniqueFd fd_;
   void* const base_;
-  const size_t mapped_bytes_;
   const uint64_t allocation_bytes_;
   const int64_t length_;
   const RegionAccess access_;
@@ -147,25 +145,29 @@ absl::StatusOr<std::unique_ptr<MappedRegion>> MapHostMemory(RegionDescriptor des
   struct stat info;
   struct statfs filesystem;
   if (fd < 0 || ::fstat(fd, &info) != 0 || !S_ISREG(info.st_mode) ||
-      ::fstatfs(fd, &filesystem) != 0 || filesystem.f_bsize <= 0) {
+      ::fstatfs(fd, &filesystem) != 0) {
     return absl::InvalidArgumentError("the descriptor is no memory object");
   }
+  // No seal stops the owner from punching a hole. Ordinary pages then read as zero; a huge page
+  // that the pool cannot give back is a SIGBUS here.
+  if (filesystem.f_type == HUGETLBFS_MAGIC) {
+    return absl::InvalidArgumentError(
+        "the memory object is made of reserved huge pages, want ordinary pages (transparent huge "
+        "pages are fine)");
+  }
   KEEPSET_ASSIGN_OR_RETURN(const int present, CheckSeals(fd, seals, descriptor.access));
-  // Huge pages map and unmap in their own size, which is the block size of their file system.
-  const uint64_t page_bytes = static_cast<uint64_t>(filesystem.f_bsize);
-  KEEPSET_RETURN_IF_ERROR(CheckRange(descriptor, static_cast<uint64_t>(info.st_size), page_bytes));
+  KEEPSET_RETURN_IF_ERROR(CheckRange(descriptor, static_cast<uint64_t>(info.st_size),
+                                     static_cast<uint64_t>(::sysconf(_SC_PAGESIZE))));
 
-  // length <= st_size <= 2^63 - 1, so rounding up cannot wrap.
-  const uint64_t mapped_bytes = (descriptor.length + page_bytes - 1) / page_bytes * page_bytes;
   const bool writes = descriptor.access == RegionAccess::kReadWrite;
   // Kernels before 6.7 refuse a shared mapping of write-sealed memory even for reading; its
   // contents cannot change, so a private one is the same.
   const int flags = (present & F_SEAL_WRITE) != 0 ? MAP_PRIVATE : MAP_SHARED;
-  void* base = ::mmap(nullptr, mapped_bytes, writes ? PROT_READ | PROT_WRITE : PROT_READ, flags, fd,
-                      static_cast<off_t>(descriptor.offset));
+  void* base = ::mmap(nullptr, descriptor.length, writes ? PROT_READ | PROT_WRITE : PROT_READ,
+                      flags, fd, static_cast<off_t>(descriptor.offset));
   if (base == MAP_FAILED) return MapError(errno);
   UniqueFd owned = std::move(descriptor.fd);
-  return std::make_unique<HostRegion>(std::move(owned), base, mapped_bytes, descriptor, seals);
+  return std::make_unique<HostRegion>(std::move(owned), base, descriptor, seals);
 }
 
 }  // namespace keepset::service

@@ -18,7 +18,7 @@ enum class SealPolicy {
 
 // Maps `length` bytes at `offset` of descriptor.fd.
 //
-// InvalidArgument: not a regular memory object or not sealed as asked, size other than
+// InvalidArgument: no memory object of ordinary pages, not sealed as asked, size other than
 // allocation_bytes, offset + length beyond it, offset not page-aligned, length 0, a device named,
 // read-write asked of a read-only object. ResourceExhausted: no address space left.
 absl::StatusOr<std::unique_ptr<MappedRegion>> MapHostMemory(RegionDescriptor descriptor,

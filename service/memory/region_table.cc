@@ -147,6 +147,17 @@ std::vector<RegionInfo> RegionTable::List() const {
   return regions;
 }
 
+void RegionTable::CountInto(std::vector<SessionCounts::ByKind>& counts) const {
+  for (const auto& [id, entry] : entries_) {
+    if (entry.slot == nullptr || IsGone(entry)) continue;
+    for (SessionCounts::ByKind& by_kind : counts) {
+      if (by_kind.kind != entry.info.kind) continue;
+      ++by_kind.regions;
+      by_kind.bytes += entry.info.length;
+    }
+  }
+}
+
 std::vector<std::shared_ptr<RegionSlot>> RegionTable::TakeAll() {
   std::vector<std::shared_ptr<RegionSlot>> slots;
   for (auto& [id, entry] : entries_) {

@@ -68,6 +68,8 @@ class RegionTable {
 
   // Mapped regions, by name.
   std::vector<RegionInfo> List() const;
+  // Adds the mapped regions to `counts` under their kinds; kinds not listed there are left out.
+  void CountInto(std::vector<SessionCounts::ByKind>& counts) const;
   // Every slot; the table is empty afterwards.
   std::vector<std::shared_ptr<RegionSlot>> TakeAll();
 

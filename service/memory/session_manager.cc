@@ -386,15 +386,7 @@ SessionCounts SessionManagerImpl::Counts() const {
   }
   absl::MutexLock lock(&mutex_);
   counts.sessions = static_cast<int64_t>(sessions_.size());
-  for (const auto& [id, session] : sessions_) {
-    for (const RegionInfo& region : session->regions.List()) {
-      for (SessionCounts::ByKind& by_kind : counts.regions) {
-        if (by_kind.kind != region.kind) continue;
-        ++by_kind.regions;
-        by_kind.bytes += region.length;
-      }
-    }
-  }
+  for (const auto& [id, session] : sessions_) session->regions.CountInto(counts.regions);
   return counts;
 }
 

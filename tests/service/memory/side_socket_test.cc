@@ -5,6 +5,7 @@
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -505,6 +506,38 @@ TEST_F(SideSocketTest, KilledClientLeavesNothingBehind) {
   EXPECT_EQ(observer_.AwaitEnd(session.session_id), SessionEnd::kHangUp);
   EXPECT_FALSE(IsMapped("memfd:keepset-peer-death"));
   EXPECT_EQ(sessions_->Counts().sessions, 0);
+}
+
+TEST_F(SideSocketTest, InheritedConnectionDoesNotOutliveTheClient) {
+#ifdef SYS_pidfd_open
+  if (!UniqueFd(static_cast<int>(::syscall(SYS_pidfd_open, ::getpid(), 0))).valid()) {
+    GTEST_SKIP() << "this kernel has no pidfd_open";
+  }
+#endif
+  StartServer();
+  const SessionInfo session = Open('a');
+  int ends[2];
+  ASSERT_EQ(::pipe2(ends, O_CLOEXEC), 0);
+  const UniqueFd heir_ends(ends[0]);
+  UniqueFd test_lives(ends[1]);
+  const pid_t client = ::fork();
+  ASSERT_GE(client, 0);
+  if (client == 0) {
+    ::prctl(PR_SET_PDEATHSIG, SIGKILL);
+    test_lives.Reset();
+    RawSideSocketClient connection(options_.path);
+    if (!connection.SendHello(session.token) || !connection.Receive().has_value()) ::_exit(1);
+    if (::fork() == 0) {
+      // Holds the connection until the test closes its pipe, or dies.
+      char byte;
+      ::_exit(::read(heir_ends.get(), &byte, 1) == 0 ? 0 : 1);
+    }
+    ::raise(SIGKILL);
+  }
+  int status = 0;
+  ASSERT_EQ(::waitpid(client, &status, 0), client);
+  ASSERT_TRUE(WIFSIGNALED(status));
+  EXPECT_EQ(observer_.AwaitEnd(session.session_id), SessionEnd::kHangUp);
 }
 
 TEST_F(SideSocketTest, LeaseSurvivesTheKilledClient) {

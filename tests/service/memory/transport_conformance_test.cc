@@ -239,6 +239,16 @@ TEST(MemfdTransport, RefusesAFileOnDisk) {
   EXPECT_EQ(OpenMemfd(std::move(file), PageBytes()).code(), absl::StatusCode::kInvalidArgument);
 }
 
+TEST(MemfdTransport, RefusesReservedHugePages) {
+  UniqueFd fd(::memfd_create("k", MFD_CLOEXEC | MFD_ALLOW_SEALING | MFD_HUGETLB));
+  if (!fd.valid()) GTEST_SKIP() << "this kernel makes no memfd of huge pages";
+  constexpr uint64_t kHugePageBytes = uint64_t{1} << 30;  // A multiple of every huge page size.
+  ASSERT_EQ(::ftruncate(fd.get(), static_cast<off_t>(kHugePageBytes)), 0);
+  ASSERT_EQ(::fcntl(fd.get(), F_ADD_SEALS, F_SEAL_SHRINK), 0);
+  const absl::Status status = OpenMemfd(std::move(fd), kHugePageBytes);
+  EXPECT_TRUE(absl::StrContains(status.message(), "huge pages")) << status;
+}
+
 TEST(MemfdTransport, RefusesAPipe) {
   int ends[2];
   ASSERT_EQ(::pipe2(ends, O_CLOEXEC), 0);
