@@ -34,7 +34,10 @@ TEST(BackendRegistry, NegativeThreadCountIsRefused) {
   EXPECT_EQ(NewBackend("cpu", options).status().code(), absl::StatusCode::kInvalidArgument);
 }
 
-TEST(FmaPeak, IsPositive) { EXPECT_GT(MeasureFmaPeakGflops(1), 0.0); }
+TEST(FmaPeak, RatesArePositive) {
+  EXPECT_GT(MeasureFmaPeakGflops(1), 0.0);
+  EXPECT_GT(MeasureLogitsGflops(1, 10, 48), 0.0);
+}
 
 }  // namespace
 }  // namespace keepset::kernels
