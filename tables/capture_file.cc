@@ -18,7 +18,6 @@ using Json = nlohmann::json;
 
 constexpr int64_t kNewestVersion = 1;
 constexpr int64_t kMaxSeqLen = INT32_MAX;  // positions are 32-bit on the way back
-constexpr int64_t kMaxCount = 1 << 20;
 constexpr absl::string_view kMetadataKey = "keepset";
 constexpr absl::string_view kKnownKeys[] = {
     "format",       "format_version", "model",    "seq_len",       "window", "num_layers",
@@ -58,7 +57,7 @@ absl::Status ParsedCapture::ReadModel(const Json& document) {
   const std::string& where = file_->label();
   KEEPSET_ASSIGN_OR_RETURN(Json model, ObjectField(document, "model", where));
   for (const char* key : {"num_layers", "num_qo_heads", "num_kv_heads", "head_dim"}) {
-    KEEPSET_ASSIGN_OR_RETURN(const int64_t count, IntField(document, key, 1, kMaxCount, where));
+    KEEPSET_ASSIGN_OR_RETURN(const int64_t count, IntField(document, key, 1, kMaxHeadDim, where));
     if (!model.contains(key)) model[key] = count;
     if (model[key] != count) {
       return FieldError(where, absl::StrCat("model.", key), PreviewJson(model[key]),

@@ -111,9 +111,9 @@ absl::StatusOr<CompilerKvSlice> ParsedCompilerKvTable::Slice(int64_t budget_toke
   KEEPSET_ASSIGN_OR_RETURN(const int64_t budget_index,
                            BudgetIndex(budget_tokens, budget_match, slice.relaxed));
   const int64_t table_layers = header_.model.num_layers;
-  if (num_layers < 1) {
+  if (num_layers < 1 || num_layers > kMaxModelLayers) {
     return absl::InvalidArgumentError(
-        absl::StrCat(Name(), ": num_layers=", num_layers, ", want at least 1"));
+        absl::StrCat(Name(), ": num_layers=", num_layers, ", want 1..", kMaxModelLayers));
   }
   if (num_layers != table_layers && layer_match == LayerMatch::kExact) {
     return absl::FailedPreconditionError(

@@ -1,7 +1,5 @@
 #include "tables/model_fingerprint.h"
 
-#include <utility>
-
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
@@ -11,9 +9,6 @@ namespace keepset::tables {
 namespace {
 
 using Json = nlohmann::json;
-
-// Far beyond any model; keeps products of two counts inside int64.
-constexpr int64_t kMaxCount = 1 << 20;
 
 absl::Status Misfit(absl::string_view field, absl::string_view table, absl::string_view request,
                     absl::string_view relax) {
@@ -78,13 +73,13 @@ absl::StatusOr<ModelFingerprint> ParseModelFingerprint(absl::string_view json,
   KEEPSET_ASSIGN_OR_RETURN(const std::optional<std::string> architecture,
                            OptionalStringField(object, "architecture", where));
   model.architecture = architecture.value_or("");
-  const std::pair<absl::string_view, int64_t*> counts[] = {{"num_layers", &model.num_layers},
-                                                           {"num_qo_heads", &model.num_qo_heads},
-                                                           {"num_kv_heads", &model.num_kv_heads},
-                                                           {"head_dim", &model.head_dim}};
-  for (const auto& [key, count] : counts) {
-    KEEPSET_ASSIGN_OR_RETURN(*count, IntField(object, key, 1, kMaxCount, where));
-  }
+  KEEPSET_ASSIGN_OR_RETURN(model.num_layers,
+                           IntField(object, "num_layers", 1, kMaxModelLayers, where));
+  KEEPSET_ASSIGN_OR_RETURN(model.num_qo_heads,
+                           IntField(object, "num_qo_heads", 1, kMaxModelHeads, where));
+  KEEPSET_ASSIGN_OR_RETURN(model.num_kv_heads,
+                           IntField(object, "num_kv_heads", 1, kMaxModelHeads, where));
+  KEEPSET_ASSIGN_OR_RETURN(model.head_dim, IntField(object, "head_dim", 1, kMaxHeadDim, where));
   if (model.num_qo_heads % model.num_kv_heads != 0) {
     return FieldError(where, "num_qo_heads", absl::StrCat(model.num_qo_heads),
                       absl::StrCat("a multiple of num_kv_heads=", model.num_kv_heads));

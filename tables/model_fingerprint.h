@@ -12,6 +12,11 @@
 
 namespace keepset::tables {
 
+// Beyond any model; they bound what a stated shape can make us allocate.
+inline constexpr int64_t kMaxModelLayers = 4096;
+inline constexpr int64_t kMaxModelHeads = 4096;
+inline constexpr int64_t kMaxHeadDim = 65536;
+
 struct ModelFingerprint {
   std::string architecture;
   int64_t num_layers = 0;
@@ -38,8 +43,8 @@ absl::Status MatchFingerprint(const ModelFingerprint& table, const ModelFingerpr
                               FingerprintMatch fingerprint_match, LayerMatch layer_match);
 
 // One JSON object, as in formats.md. `where` prefixes error messages. ParseModelFingerprint ignores
-// unknown keys and refuses missing counts, counts < 1 and num_qo_heads not a multiple of
-// num_kv_heads.
+// unknown keys and refuses missing counts, counts < 1 or beyond the limits, and num_qo_heads not a
+// multiple of num_kv_heads.
 absl::StatusOr<ModelFingerprint> ParseModelFingerprint(absl::string_view json,
                                                        absl::string_view where);
 std::string ModelFingerprintJson(const ModelFingerprint& fingerprint);

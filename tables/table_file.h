@@ -21,7 +21,7 @@ namespace keepset::tables {
 // are copied before they are checked, so a later write to the file cannot change the table.
 // NotFound: no such file. InvalidArgument: damaged or out of range, naming file, field, value and
 // what would be right. FailedPrecondition: simulated or synthetic provenance, unknown kind or newer
-// version.
+// version. Aborted: the file changed while it was read.
 absl::StatusOr<std::shared_ptr<const DecisionTable>> ReadTable(const std::string& path);
 absl::StatusOr<std::shared_ptr<const DecisionTable>> ParseTable(absl::Span<const std::byte> bytes,
                                                                 absl::string_view label);

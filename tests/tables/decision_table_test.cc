@@ -361,6 +361,17 @@ TEST(CompilerKvSlice, OtherLayerCountsNeedTheRelaxation) {
   EXPECT_FLOAT_EQ(slice->head_weight(1, 0), 1.0f);
 }
 
+TEST(CompilerKvSlice, RefusesLayerCountsNoModelHas) {
+  const auto table = Parsed(SmallTable());
+  for (const int64_t layers : {int64_t{0}, kMaxModelLayers + 1, INT64_MAX}) {
+    EXPECT_EQ(table->AsCompilerKv()
+                  ->Slice(128, TableBudgetMatch::kExact, layers, LayerMatch::kInterpolateDepth)
+                  .status()
+                  .code(),
+              kInvalid);
+  }
+}
+
 TEST(DefaultBudget, StatedThenOnlyThenRefused) {
   CompilerKvTableContent content = SmallTable();
   EXPECT_EQ(Parsed(content)->AsCompilerKv()->DefaultBudget().status().code(), kInvalid);
