@@ -1,0 +1,161 @@
+#include <algorithm>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "clients/cli/bench_command.h"
+#include "clients/cli/bench_workload.h"
+#include "clients/cli/engine_handles.h"
+#include "clients/cli/exit_status.h"
+#include "clients/cli/flag_parser.h"
+#include "clients/cli/temporary_directory.h"
+
+namespace keepset::cli {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+constexpr int64_t kBudgetTokens = 512;
+constexpr double kPerplexity = 12.7;
+constexpr int64_t kTokens[] = {1024, 4096, 8192};
+constexpr int64_t kDefaultRepeats = 5;
+constexpr int64_t kMaxRepeats = 100000;
+
+struct EngineBenchOptions {
+  std::string policy = "compilerkv";
+  int64_t repeats = kDefaultRepeats;
+  int64_t num_layers = BenchShape().num_layers;
+  std::vector<int64_t> tokens{std::begin(kTokens), std::end(kTokens)};
+};
+
+absl::StatusOr<TableHandle> UniformTable(const std::string& model_json) {
+  KEEPSET_ASSIGN_OR_RETURN(const TemporaryDirectory directory, TemporaryDirectory::Create());
+  const std::string path = directory.path() + "/uniform.keepset";
+  KEEPSET_RETURN_IF_ERROR(FromEngine(keepset_table_write_uniform(
+      path.c_str(), "bench-uniform", "1", model_json.c_str(), 1.0f, 0.8f, nullptr, 0)));
+  return LoadTable(path);
+}
+
+absl::StatusOr<Json> Measure(keepset_engine* engine, const EngineBenchOptions& options,
+                             int64_t tokens, Progress& progress) {
+  BenchShape shape;
+  shape.num_layers = options.num_layers;
+  shape.seq_len = tokens;
+  const BenchWorkload workload(shape);
+  keepset_operation_spec spec = workload.Spec();
+  spec.policy = options.policy.c_str();
+  spec.budget_kind = KEEPSET_BUDGET_TOKENS;
+  spec.budget = kBudgetTokens;
+  spec.ppl = kPerplexity;
+  TableHandle table;
+  if (options.policy == "compilerkv") {
+    KEEPSET_ASSIGN_OR_RETURN(table, UniformTable(workload.model_json()));
+    spec.table = table.get();
+  }
+  // The machine's clock moves: the yardstick is the better of before and after.
+  double peak_before = 0.0;
+  KEEPSET_RETURN_IF_ERROR(FromEngine(keepset_engine_measure_peak(engine, &peak_before)));
+  progress.Show(absl::StrCat("engine, ", tokens, " tokens: warm-up"));
+  KEEPSET_RETURN_IF_ERROR(TimeInProcess(engine, spec, workload).status());
+  std::vector<double> total;
+  std::vector<double> score;
+  std::vector<double> select;
+  for (int64_t repeat = 0; repeat < options.repeats; ++repeat) {
+    progress.Show(absl::StrCat("engine, ", tokens, " tokens: ", repeat + 1, "/", options.repeats));
+    KEEPSET_ASSIGN_OR_RETURN(const TimedOperation timed, TimeInProcess(engine, spec, workload));
+    total.push_back(timed.total_seconds);
+    score.push_back(timed.score_seconds);
+    select.push_back(timed.select_seconds);
+  }
+  double peak_after = 0.0;
+  KEEPSET_RETURN_IF_ERROR(FromEngine(keepset_engine_measure_peak(engine, &peak_after)));
+  const double peak_gflops = std::max(peak_before, peak_after);
+  progress.Clear();
+
+  // One multiply-add per element of Q K^T: the least any exact method does. The score stage also
+  // holds exponentials, row sums and value norms, so its rate understates the logits part.
+  const double logits_gflop = 2e-9 * static_cast<double>(shape.num_qo_heads) *
+                              static_cast<double>(shape.window) * static_cast<double>(tokens) *
+                              static_cast<double>(shape.head_dim) *
+                              static_cast<double>(shape.num_layers);
+  const double score_p50 = Quantile(score, 0.5);
+  const double floor_seconds = logits_gflop / peak_gflops;
+  const double token_heads = static_cast<double>(tokens * shape.num_kv_heads * shape.num_layers);
+  return Json{{"bench", "engine"},
+              {"policy", options.policy},
+              {"backend", keepset_engine_backend(engine)},
+              {"layers", shape.num_layers},
+              {"qo_heads", shape.num_qo_heads},
+              {"kv_heads", shape.num_kv_heads},
+              {"head_dim", shape.head_dim},
+              {"window", shape.window},
+              {"dtype", "bf16"},
+              {"tokens", tokens},
+              {"repeats", options.repeats},
+              {"seconds_p50", Quantile(total, 0.5)},
+              {"seconds_p99", Quantile(total, 0.99)},
+              {"score_seconds_p50", score_p50},
+              {"select_seconds_p50", Quantile(select, 0.5)},
+              {"ns_per_token_kv_head", 1e9 * Quantile(total, 0.5) / token_heads},
+              {"logits_gflops", logits_gflop / score_p50},
+              {"peak_gflops", peak_gflops},
+              {"share_of_peak", logits_gflop / score_p50 / peak_gflops},
+              {"floor_seconds", floor_seconds},
+              {"ratio_to_floor", score_p50 / floor_seconds}};
+}
+
+}  // namespace
+
+absl::Status RunBenchEngine(absl::Span<const std::string> arguments, Console& console) {
+  EngineBenchOptions options;
+  std::optional<std::string> policy;
+  std::optional<int64_t> repeats;
+  std::optional<int64_t> threads;
+  std::optional<int64_t> tokens;
+  bool quick = false;
+  bool json = false;
+  FlagParser parser("bench engine", "bench engine [--policy NAME] [--tokens N] [--repeats N]",
+                    "Times one prompt of the 8B shape (32 layers, 32/8 heads, head_dim 128, window "
+                    "64, bf16)\nat 1k, 4k and 8k tokens. floor_seconds is the logits' "
+                    "multiply-adds at the measured peak;\nns_per_token_kv_head is per layer.");
+  parser.Text("--policy", "NAME", "default compilerkv, with a uniform table", &policy)
+      .Int("--tokens", "N", "this length only", &tokens)
+      .Int("--repeats", "N", "timed repeats, default 5", &repeats)
+      .Int("--threads", "N", "CPU threads (0: all cores)", &threads)
+      .Switch("--quick", "2 layers of 1k tokens, twice: whether it still runs", &quick)
+      .Switch("--json", "no effect beside errors: the output is JSON lines", &json);
+  if (FlagParser::HelpAsked(arguments)) {
+    console.out << parser.Help();
+    return absl::OkStatus();
+  }
+  KEEPSET_RETURN_IF_ERROR(parser.Parse(arguments, 0, 0).status());
+  if (quick) {
+    options.tokens = {kTokens[0]};
+    options.num_layers = 2;
+    options.repeats = 2;
+  }
+  if (policy.has_value()) options.policy = *policy;
+  if (tokens.has_value()) options.tokens = {*tokens};
+  if (repeats.has_value()) options.repeats = *repeats;
+  if (options.repeats < 1 || options.repeats > kMaxRepeats) {
+    return RefusedError(absl::StrCat("--repeats=", options.repeats, ", want 1..", kMaxRepeats));
+  }
+  for (int64_t length : options.tokens) {
+    if (length < BenchShape().window || length > (int64_t{1} << 20)) {
+      return RefusedError(
+          absl::StrCat("--tokens=", length, ", want ", BenchShape().window, "..1048576"));
+    }
+  }
+  KEEPSET_ASSIGN_OR_RETURN(const EngineHandle engine, NewEngine(threads.value_or(0)));
+  Progress progress(console);
+  for (int64_t length : options.tokens) {
+    KEEPSET_ASSIGN_OR_RETURN(const Json line, Measure(engine.get(), options, length, progress));
+    console.out << line.dump() << std::endl;
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace keepset::cli

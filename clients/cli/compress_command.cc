@@ -1,0 +1,129 @@
+// keepset compress: one capture in, one result file out.
+#include <algorithm>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_format.h"
+#include "base/status_macros.h"
+#include "clients/cli/command_list.h"
+#include "clients/cli/compress_answer.h"
+#include "clients/cli/compress_options.h"
+#include "clients/cli/engine_handles.h"
+#include "clients/cli/exit_status.h"
+#include "clients/cli/flag_parser.h"
+#include "clients/cli/prefill_request.h"
+
+namespace keepset::cli {
+namespace {
+
+using Json = nlohmann::ordered_json;
+
+absl::Status WriteAnswer(const CompressOptions& options, const PrefillRequest& request,
+                         const CompressAnswer& answer) {
+  std::vector<keepset_index_set> sets;
+  for (const AnswerSet& set : answer.sets) {
+    sets.push_back({set.layer, set.set, set.keep_indices.data(),
+                    static_cast<int64_t>(set.keep_indices.size())});
+  }
+  std::vector<keepset_gathered_layer> rows;
+  for (const AnswerRows& kept : answer.rows) {
+    keepset_gathered_layer layer = {};
+    layer.layer = kept.layer;
+    layer.set = kept.set;
+    layer.dtype = request.spec().kv_dtype;
+    layer.num_kv_heads = kept.set == kSharedSet ? request.num_kv_heads() : 1;
+    layer.num_tokens = kept.num_tokens;
+    layer.k_head_dim = request.head_dim();
+    layer.v_head_dim = request.value_head_dim();
+    layer.k = kept.k.data();
+    layer.v = kept.v.data();
+    rows.push_back(layer);
+  }
+  const absl::Status written =
+      FromEngine(keepset_result_write(options.out.c_str(), answer.result_json.c_str(), sets.data(),
+                                      sets.size(), rows.data(), rows.size()));
+  // The input was fine; what is in the way is the disk or its permissions.
+  return WithExitCode(WithPrefix("result", written), ExitCode::kFailed);
+}
+
+std::string Megabytes(const Json& bytes) {
+  return bytes.is_number() ? absl::StrFormat("%.1f MB", bytes.get<double>() / 1e6) : "?";
+}
+
+// "512" or "488..512": the smallest and the largest count of all sets.
+std::string KeptRange(const CompressAnswer& answer) {
+  size_t low = SIZE_MAX;
+  size_t high = 0;
+  for (const AnswerSet& set : answer.sets) {
+    low = std::min(low, set.keep_indices.size());
+    high = std::max(high, set.keep_indices.size());
+  }
+  return low == high ? absl::StrFormat("%d", low) : absl::StrFormat("%d..%d", low, high);
+}
+
+void PrintSummary(const CompressOptions& options, const Json& document,
+                  const CompressAnswer& answer, Console& console) {
+  const auto text = [&document](const char* key) {
+    return document.contains(key) && document[key].is_string() ? document[key].get<std::string>()
+                                                               : std::string("-");
+  };
+  console.out << absl::StrFormat("%s by %s, scope %s, reason %s\n", text("outcome"), text("policy"),
+                                 text("scope"), text("reason"));
+  console.out << absl::StrFormat("kept     %s of %s positions, %s -> %s\n", KeptRange(answer),
+                                 document["seq_len"].dump(), Megabytes(document["bytes_before"]),
+                                 Megabytes(document["bytes_after"]));
+  if (document["table"].is_object()) {
+    const Json& table = document["table"];
+    console.out << absl::StrFormat("table    %s %s %s\n", table["name"].get<std::string>(),
+                                   table["version"].get<std::string>(),
+                                   table["digest"].get<std::string>());
+    console.out << absl::StrFormat("signals  entropy %s (bin %s), ppl %s (bin %s)\n",
+                                   document["entropy"].dump(), document["entropy_bin"].dump(),
+                                   document["ppl"].dump(), document["ppl_bin"].dump());
+  }
+  for (const char* key : {"defaulted_inputs", "relaxed"}) {
+    if (!document[key].empty()) console.out << key << " " << document[key].dump() << "\n";
+  }
+  console.out << "path     " << answer.transport << ", " << text("backend");
+  for (const auto& [stage, seconds] : answer.stage_seconds) {
+    if (seconds > 0) console.out << absl::StrFormat(", %s %.2f ms", stage, 1e3 * seconds);
+  }
+  console.out << "\nwrote    " << options.out << "\n";
+}
+
+void PrintJson(Json document, const CompressAnswer& answer, Console& console) {
+  document["transport"] = answer.transport;
+  Json seconds = Json::object();
+  for (const auto& [stage, value] : answer.stage_seconds) seconds[stage] = value;
+  document["stage_seconds"] = std::move(seconds);
+  console.out << document.dump(-1, ' ', false, Json::error_handler_t::replace) << "\n";
+}
+
+}  // namespace
+
+absl::Status RunCompress(absl::Span<const std::string> arguments, Console& console) {
+  if (FlagParser::HelpAsked(arguments)) {
+    console.out << CompressHelp();
+    return absl::OkStatus();
+  }
+  KEEPSET_ASSIGN_OR_RETURN(const CompressOptions options, ParseCompressOptions(arguments));
+  KEEPSET_RETURN_IF_ERROR(CheckParentExists("--out", options.out));
+  if (options.table.has_value()) {
+    KEEPSET_RETURN_IF_ERROR(CheckFileExists("table", *options.table));
+  }
+  KEEPSET_ASSIGN_OR_RETURN(const std::unique_ptr<PrefillRequest> request,
+                           PrefillRequest::Open(options));
+  KEEPSET_ASSIGN_OR_RETURN(const CompressAnswer answer, options.server.has_value()
+                                                            ? CompressByServer(options, *request)
+                                                            : CompressInProcess(options, *request));
+  KEEPSET_RETURN_IF_ERROR(WriteAnswer(options, *request, answer));
+  const Json document = Json::parse(answer.result_json, nullptr, false);
+  if (!document.is_object()) return absl::InternalError("result: not a JSON object");
+  if (console.format == OutputFormat::kJson) PrintJson(document, answer, console);
+  if (console.wants_summary()) PrintSummary(options, document, answer, console);
+  return absl::OkStatus();
+}
+
+}  // namespace keepset::cli

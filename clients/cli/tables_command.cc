@@ -1,0 +1,281 @@
+// keepset tables: inspect | validate | diff | import | uniform.
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "absl/strings/str_split.h"
+#include "base/status_macros.h"
+#include "clients/cli/command_list.h"
+#include "clients/cli/engine_handles.h"
+#include "clients/cli/exit_status.h"
+#include "clients/cli/flag_parser.h"
+#include "clients/cli/model_source.h"
+#include "clients/cli/table_text.h"
+
+namespace keepset::cli {
+namespace {
+
+using Arguments = absl::Span<const std::string>;
+using Json = nlohmann::ordered_json;
+
+constexpr double kNeutralHeadWeight = 1.0;
+constexpr double kMostPermissiveGate = 0.8;
+constexpr int kManyFiles = 1 << 20;
+
+std::string Dump(const Json& json) {
+  return json.dump(-1, ' ', false, Json::error_handler_t::replace);
+}
+
+absl::Status Inspect(Arguments arguments, Console& console) {
+  bool json = false;
+  FlagParser parser("tables inspect", "tables inspect FILE... [--json]",
+                    "What a table file says: identity, model, provenance, tensors, bins.");
+  parser.Switch("--json", "one JSON document per file", &json);
+  if (FlagParser::HelpAsked(arguments)) {
+    console.out << parser.Help();
+    return absl::OkStatus();
+  }
+  KEEPSET_ASSIGN_OR_RETURN(const std::vector<std::string> files,
+                           parser.Parse(arguments, 1, kManyFiles));
+  for (const std::string& file : files) {
+    KEEPSET_ASSIGN_OR_RETURN(const TableHandle table, LoadTable(file));
+    const char* document = keepset_table_inspect(table.get());
+    if (json) {
+      console.out << document << "\n";
+    } else {
+      console.out << TableText(file, document);
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status Validate(Arguments arguments, Console& console) {
+  bool json = false;
+  FlagParser parser("tables validate", "tables validate FILE... [--json]",
+                    "Reads every file completely; one line per good file, exit code 3 when one is "
+                    "refused.");
+  parser.Switch("--json", "one JSON object per file", &json);
+  if (FlagParser::HelpAsked(arguments)) {
+    console.out << parser.Help();
+    return absl::OkStatus();
+  }
+  KEEPSET_ASSIGN_OR_RETURN(const std::vector<std::string> files,
+                           parser.Parse(arguments, 1, kManyFiles));
+  absl::Status last = absl::OkStatus();
+  for (const std::string& file : files) {
+    const absl::StatusOr<TableHandle> table = LoadTable(file);
+    if (!table.ok()) {
+      // Every refused file is reported; the last one by whoever prints the command's status.
+      if (!last.ok()) PrintError(last, console);
+      last = table.status();
+      continue;
+    }
+    const keepset_table* loaded = table->get();
+    if (json) {
+      console.out << Dump({{"file", file},
+                           {"valid", true},
+                           {"kind", keepset_table_kind(loaded)},
+                           {"name", keepset_table_name(loaded)},
+                           {"version", keepset_table_version(loaded)},
+                           {"digest", keepset_table_digest(loaded)}})
+                  << "\n";
+    } else {
+      console.out << file << ": valid, " << keepset_table_kind(loaded) << " "
+                  << keepset_table_name(loaded) << " " << keepset_table_version(loaded) << " "
+                  << keepset_table_digest(loaded) << "\n";
+    }
+  }
+  return last;
+}
+
+absl::Status Diff(Arguments arguments, Console& console) {
+  bool json = false;
+  FlagParser parser("tables diff", "tables diff A B [--json]",
+                    "What differs between two tables, a line each; nothing when nothing does.");
+  parser.Switch("--json", "one JSON document", &json);
+  if (FlagParser::HelpAsked(arguments)) {
+    console.out << parser.Help();
+    return absl::OkStatus();
+  }
+  KEEPSET_ASSIGN_OR_RETURN(const std::vector<std::string> files, parser.Parse(arguments, 2, 2));
+  KEEPSET_ASSIGN_OR_RETURN(const TableHandle a, LoadTable(files[0]));
+  KEEPSET_ASSIGN_OR_RETURN(const TableHandle b, LoadTable(files[1]));
+  const char* text = nullptr;
+  KEEPSET_RETURN_IF_ERROR(FromEngine(keepset_table_diff(a.get(), b.get(), &text)));
+  const std::vector<std::string> lines = absl::StrSplit(text, '\n', absl::SkipEmpty());
+  if (json) {
+    console.out << Dump({{"a", files[0]}, {"b", files[1]}, {"differences", lines}}) << "\n";
+    return absl::OkStatus();
+  }
+  for (const std::string& line : lines) console.out << line << "\n";
+  if (lines.empty() && console.wants_summary()) console.out << "no difference\n";
+  return absl::OkStatus();
+}
+
+// Flags of the commands that write a table.
+struct NewTableFlags {
+  ModelSource model;
+  std::optional<std::string> name;
+  std::optional<std::string> version;
+  std::optional<std::string> out;
+  bool json = false;
+
+  void AddTo(FlagParser& parser) {
+    parser.Text("--model-json", "FILE", "the model's fingerprint as a JSON object", &model.file)
+        .Text("--like", "FILE", "take the model from this capture or table", &model.like)
+        .Text("--name", "NAME", "the table's name", &name)
+        .Text("--version", "V", "the table's version", &version)
+        .Text("--out", "FILE", "table file to write", &out)
+        .Switch("--json", "print what was written as JSON", &json)
+        .Alias("-o", "--out");
+  }
+
+  absl::Status Check() const {
+    for (const auto& [flag, value] :
+         {std::pair{"--name", &name}, std::pair{"--version", &version}, std::pair{"--out", &out}}) {
+      if (!value->has_value() || (*value)->empty()) {
+        return UsageError(absl::StrCat(flag, " is missing"));
+      }
+    }
+    return CheckParentExists("--out", *out);
+  }
+
+  // Reads the new file back, so that a reported digest is one of a valid table.
+  absl::Status Report(Console& console) const {
+    KEEPSET_ASSIGN_OR_RETURN(const TableHandle table, LoadTable(*out));
+    const char* digest = keepset_table_digest(table.get());
+    if (json) {
+      console.out
+          << Dump({{"file", *out}, {"name", *name}, {"version", *version}, {"digest", digest}})
+          << "\n";
+    }
+    if (console.wants_summary()) console.out << "wrote " << *out << " " << digest << "\n";
+    return absl::OkStatus();
+  }
+};
+
+absl::StatusOr<std::vector<int64_t>> ParseBudgets(const std::optional<std::string>& text) {
+  std::vector<int64_t> budgets;
+  if (!text.has_value()) return budgets;
+  for (absl::string_view part : absl::StrSplit(*text, ',')) {
+    int64_t budget;
+    if (!absl::SimpleAtoi(part, &budget)) {
+      return UsageError(absl::StrCat("--budgets=", *text, ", want integers such as 256,512"));
+    }
+    if (budget < 1) return RefusedError(absl::StrCat("--budgets: ", budget, ", want 1 or more"));
+    budgets.push_back(budget);
+  }
+  return budgets;
+}
+
+// A result that cannot be written is no fault of the input.
+absl::Status WriteStatus(const absl::Status& status) {
+  if (absl::IsResourceExhausted(status) || absl::IsPermissionDenied(status)) {
+    return WithExitCode(status, ExitCode::kFailed);
+  }
+  return status;
+}
+
+absl::Status Uniform(Arguments arguments, Console& console) {
+  NewTableFlags flags;
+  std::optional<double> head_weight;
+  std::optional<double> gate;
+  std::optional<std::string> budgets_text;
+  FlagParser parser("tables uniform",
+                    "tables uniform (--model-json FILE | --like FILE) --name NAME --version V "
+                    "--out FILE",
+                    "A neutral table: one head weight and one gate everywhere, named so in its "
+                    "provenance.");
+  flags.AddTo(parser);
+  parser.Real("--head-weight", "X", "0.8..1.5, default 1", &head_weight)
+      .Real("--gate", "X", "0.8..1.0, default 0.8", &gate)
+      .Text("--budgets", "N,N...", "budgets it serves, default any", &budgets_text);
+  if (FlagParser::HelpAsked(arguments)) {
+    console.out << parser.Help();
+    return absl::OkStatus();
+  }
+  KEEPSET_RETURN_IF_ERROR(parser.Parse(arguments, 0, 0).status());
+  KEEPSET_RETURN_IF_ERROR(flags.Check());
+  KEEPSET_ASSIGN_OR_RETURN(const std::vector<int64_t> budgets, ParseBudgets(budgets_text));
+  KEEPSET_ASSIGN_OR_RETURN(const std::string model, ReadModelJson(flags.model));
+  KEEPSET_RETURN_IF_ERROR(WriteStatus(FromEngine(keepset_table_write_uniform(
+      flags.out->c_str(), flags.name->c_str(), flags.version->c_str(), model.c_str(),
+      static_cast<float>(head_weight.value_or(kNeutralHeadWeight)),
+      static_cast<float>(gate.value_or(kMostPermissiveGate)),
+      budgets.empty() ? nullptr : budgets.data(), budgets.size()))));
+  return flags.Report(console);
+}
+
+absl::Status Import(Arguments arguments, Console& console) {
+  NewTableFlags flags;
+  std::optional<int64_t> budget;
+  FlagParser parser("tables import",
+                    "tables import DIRECTORY (--model-json FILE | --like FILE) --name NAME "
+                    "--version V --out FILE",
+                    "Makes a table file of a CompilerKV reference directory (manifest.json, "
+                    "W_head.npy, T_gate.npy).");
+  flags.AddTo(parser);
+  parser.Int("--budget", "N", "the budget, when the directory states none", &budget);
+  if (FlagParser::HelpAsked(arguments)) {
+    console.out << parser.Help();
+    return absl::OkStatus();
+  }
+  KEEPSET_ASSIGN_OR_RETURN(const std::vector<std::string> directories,
+                           parser.Parse(arguments, 1, 1));
+  KEEPSET_RETURN_IF_ERROR(flags.Check());
+  KEEPSET_RETURN_IF_ERROR(CheckFileExists("manifest", directories[0] + "/manifest.json"));
+  if (budget.has_value() && *budget < 1) {
+    return RefusedError(absl::StrCat("--budget=", *budget, ", want 1 or more"));
+  }
+  KEEPSET_ASSIGN_OR_RETURN(const std::string model, ReadModelJson(flags.model));
+  KEEPSET_RETURN_IF_ERROR(WriteStatus(FromEngine(
+      keepset_table_import(directories[0].c_str(), model.c_str(), flags.name->c_str(),
+                           flags.version->c_str(), budget.value_or(0), flags.out->c_str()))));
+  return flags.Report(console);
+}
+
+struct TablesCommand {
+  const char* name;
+  const char* summary;
+  absl::Status (*run)(Arguments arguments, Console& console);
+};
+
+constexpr TablesCommand kTablesCommands[] = {
+    {"inspect", "what table files say", Inspect},
+    {"validate", "whether table files are good", Validate},
+    {"diff", "what differs between two tables", Diff},
+    {"import", "a table file of a CompilerKV reference directory", Import},
+    {"uniform", "a neutral table for a model", Uniform},
+};
+
+}  // namespace
+
+absl::Status RunTables(absl::Span<const std::string> arguments, Console& console) {
+  std::vector<std::string> names;
+  for (const TablesCommand& command : kTablesCommands) {
+    if (!arguments.empty() && arguments[0] == command.name) {
+      return command.run(arguments.subspan(1), console);
+    }
+    names.emplace_back(command.name);
+  }
+  if (FlagParser::HelpAsked(arguments)) {
+    console.out << "usage: keepset tables COMMAND ...\n\n";
+    for (const TablesCommand& command : kTablesCommands) {
+      console.out << absl::StrFormat("  %-10s %s\n", command.name, command.summary);
+    }
+    return absl::OkStatus();
+  }
+  if (arguments.empty()) return UsageError("tables: no command (keepset tables --help lists them)");
+  const std::string nearest = NearestName(arguments[0], names);
+  return UsageError(
+      absl::StrCat("unknown command \"tables ", arguments[0], "\"",
+                   nearest.empty() ? "" : absl::StrCat(", did you mean ", nearest, "?"),
+                   " (keepset tables --help lists them)"));
+}
+
+}  // namespace keepset::cli
