@@ -59,6 +59,8 @@ struct RegionDescriptor {
 class MappedRegion {
  public:
   virtual ~MappedRegion() = default;
+  // Kind of the transport that mapped it; replies name it.
+  virtual absl::string_view kind() const { return "region"; }
   virtual std::byte* data() const = 0;  // `length` bytes; writable only with kReadWrite
   virtual int64_t size_bytes() const = 0;
   virtual RegionAccess access() const = 0;

@@ -1,0 +1,133 @@
+#include "service/rpc/compress_reactor.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <memory>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "service/rpc/wire_status.h"
+
+namespace keepset::service {
+namespace {
+
+// A W3C traceparent has 55 characters.
+constexpr size_t kMaxTraceparent = 64;
+
+class CompressReactor final : public grpc::ServerUnaryReactor {
+ public:
+  CompressReactor(const ServiceContext& context, grpc::CallbackServerContext& call,
+                  const v1::CompressRequest& request, v1::CompressResponse& response)
+      : context_(context),
+        call_(call),
+        request_(request),
+        response_(response),
+        phase_(std::make_shared<std::atomic<Phase>>(Phase::kWaiting)),
+        operation_(context, CallInfoOf("Compress", call), request.spec()) {}
+
+  // Last act of the handler: the reactor may be gone when it returns.
+  void Start() {
+    if (absl::Status status = Prepare(); !status.ok()) {
+      Answer(status);
+      return;
+    }
+    // The task may be run after the reactor: it looks at the shared phase first.
+    const std::shared_ptr<std::atomic<Phase>> phase = phase_;
+    const absl::Status queued = context_.queue.Submit([this, phase] {
+      Phase waiting = Phase::kWaiting;
+      if (phase->compare_exchange_strong(waiting, Phase::kRunning)) Run();
+    });
+    if (queued.ok()) return;
+    // A cancellation may have come first; only one of both answers.
+    Phase waiting = Phase::kWaiting;
+    if (!phase_->compare_exchange_strong(waiting, Phase::kRunning)) return;
+    if (context_.overload == OverloadAnswer::kShedToFull) {
+      Answer(operation_.FinishShed(response_.mutable_result()));
+    } else {
+      call_.AddTrailingMetadata(
+          "retry-after-ms", absl::StrCat(absl::ToInt64Milliseconds(context_.queue.RetryHint())));
+      Answer(queued);
+    }
+  }
+
+  void OnCancel() override {
+    cancelled_.store(true, std::memory_order_relaxed);
+    Phase waiting = Phase::kWaiting;
+    if (phase_->compare_exchange_strong(waiting, Phase::kRunning)) Answer(CancelStatus());
+  }
+
+  void OnDone() override { delete this; }
+
+ private:
+  enum class Phase { kWaiting, kRunning };
+
+  absl::Status Prepare() {
+    KEEPSET_RETURN_IF_ERROR(operation_.Admit());
+    for (const v1::LayerInput& layer : request_.layers()) {
+      KEEPSET_RETURN_IF_ERROR(operation_.LeaseLayer(layer));
+    }
+    return absl::OkStatus();
+  }
+
+  void Run() {
+    operation_.OnDequeued();
+    Answer(RunOperation());
+  }
+
+  absl::Status RunOperation() {
+    KEEPSET_RETURN_IF_ERROR(operation_.Begin());
+    for (const v1::LayerInput& layer : request_.layers()) {
+      if (cancelled_.load(std::memory_order_relaxed)) return CancelStatus();
+      KEEPSET_RETURN_IF_ERROR(operation_.Observe(layer));
+    }
+    if (cancelled_.load(std::memory_order_relaxed)) return CancelStatus();
+    return operation_.Finish(response_.mutable_result());
+  }
+
+  // The client's deadline reaches a server as a cancellation.
+  absl::Status CancelStatus() const {
+    if (call_.deadline() <= std::chrono::system_clock::now()) {
+      return absl::DeadlineExceededError("the call's deadline has passed");
+    }
+    return absl::CancelledError("the client cancelled the call");
+  }
+
+  void Answer(const absl::Status& status) {
+    const absl::Status seen = operation_.End(status);
+    if (!seen.ok()) response_.Clear();
+    Finish(ToGrpcStatus(seen));
+  }
+
+  const ServiceContext& context_;
+  grpc::CallbackServerContext& call_;
+  const v1::CompressRequest& request_;
+  v1::CompressResponse& response_;
+  const std::shared_ptr<std::atomic<Phase>> phase_;
+  std::atomic<bool> cancelled_ = false;
+  OperationCall operation_;
+};
+
+}  // namespace
+
+grpc::ServerUnaryReactor* StartCompress(const ServiceContext& context,
+                                        grpc::CallbackServerContext& call,
+                                        const v1::CompressRequest& request,
+                                        v1::CompressResponse& response) {
+  auto* reactor = new CompressReactor(context, call, request, response);
+  reactor->Start();
+  return reactor;
+}
+
+CallInfo CallInfoOf(const char* method, const grpc::CallbackServerContext& call) {
+  CallInfo info;
+  info.method = method;
+  const auto it = call.client_metadata().find("traceparent");
+  if (it != call.client_metadata().end()) {
+    info.traceparent.assign(it->second.data(), std::min(it->second.size(), kMaxTraceparent));
+  }
+  return info;
+}
+
+}  // namespace keepset::service

@@ -1,0 +1,549 @@
+#include "service/rpc/compress_stream_reactor.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/container/flat_hash_set.h"
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "service/rpc/compress_reactor.h"
+#include "service/rpc/operation_call.h"
+#include "service/rpc/wire_status.h"
+
+namespace keepset::service {
+namespace {
+
+// Ended operations remembered per stream, so that what was under way to them is dropped silently.
+constexpr size_t kMaxTombstones = 4096;
+
+using RequestPtr = std::unique_ptr<v1::StreamRequest>;
+using ResponsePtr = std::unique_ptr<v1::StreamResponse>;
+
+// One operation of the stream. While `scheduled`, a strand owns `call` (all but LeaseLayer, which
+// is the reader's) and ends it; else whoever removes the operation from the open ones ends it.
+struct StreamOperation {
+  StreamOperation(const ServiceContext& context, const CallInfo& info, RequestPtr message)
+      : id(message->operation_id()),
+        begin(std::move(message)),
+        call(context, info, begin->begin()) {}
+
+  const uint64_t id;
+  const RequestPtr begin;
+  OperationCall call;
+  std::vector<RequestPtr> kept;  // strand only: layers that gathering reads again
+
+  // Under the stream's mutex. An empty pointer stands for Begin.
+  std::deque<RequestPtr> pending;
+  bool scheduled = false;
+  bool end_received = false;
+  absl::Status dropped;  // not OK: removed from the open operations, and why
+};
+using OperationPtr = std::shared_ptr<StreamOperation>;
+
+class CompressStreamReactor final
+    : public grpc::ServerBidiReactor<v1::StreamRequest, v1::StreamResponse>,
+      public std::enable_shared_from_this<CompressStreamReactor> {
+ public:
+  CompressStreamReactor(const ServiceContext& context, grpc::CallbackServerContext& call,
+                        OpenStreams& streams)
+      : context_(context),
+        info_(CallInfoOf("CompressStream", call)),
+        streams_(streams),
+        credit_(context.stream_credits),
+        credit_batch_(std::max<int64_t>(1, context.stream_credits / 4)) {}
+
+  // Part of the handler: nothing reaches gRPC before it has returned.
+  void Start() {
+    self_ = shared_from_this();
+    place_ = streams_.Add([weak = weak_from_this()] {
+      if (const auto stream = weak.lock()) stream->Close();
+    });
+    absl::MutexLock lock(&mutex_);
+    SendCredit(context_.stream_credits);
+    incoming_ = std::make_unique<v1::StreamRequest>();
+    StartRead(incoming_.get());
+  }
+
+  void OnReadDone(bool ok) override {
+    if (!ok) {
+      OnReadsClosed();
+      return;
+    }
+    RequestPtr message;
+    {
+      absl::MutexLock lock(&mutex_);
+      message = std::move(incoming_);
+    }
+    Dispatch(std::move(message));
+    absl::MutexLock lock(&mutex_);
+    if (finished_) return;
+    incoming_ = std::make_unique<v1::StreamRequest>();
+    StartRead(incoming_.get());
+  }
+
+  void OnWriteDone(bool ok) override {
+    absl::MutexLock lock(&mutex_);
+    writing_.reset();
+    if (!ok) broken_ = true;
+    Advance();
+  }
+
+  void OnCancel() override {
+    {
+      absl::MutexLock lock(&mutex_);
+      broken_ = true;
+    }
+    DropAll(absl::CancelledError("the stream was cancelled or its client is gone"));
+  }
+
+  void OnDone() override {
+    DropAll(absl::CancelledError("the stream is closed"));
+    streams_.Remove(place_);
+    const std::shared_ptr<CompressStreamReactor> last = std::move(self_);
+  }
+
+ private:
+  void Close() {
+    absl::MutexLock lock(&mutex_);
+    closing_ = true;
+    Advance();
+  }
+
+  // ---- Reading ---------------------------------------------------------------------------------
+
+  void Dispatch(RequestPtr message) {
+    const uint64_t id = message->operation_id();
+    switch (message->step_case()) {
+      case v1::StreamRequest::kBegin:
+        OnBegin(std::move(message));
+        return;
+      case v1::StreamRequest::kLayer:
+        OnLayer(std::move(message));
+        return;
+      case v1::StreamRequest::kEnd:
+        if (const OperationPtr operation = FindOrAnswer(id)) Enqueue(operation, std::move(message));
+        return;
+      case v1::StreamRequest::kCancel:
+        if (const OperationPtr operation =
+                Take(id, absl::CancelledError("the client cancelled the operation"))) {
+          EndIfIdle(operation);
+        }
+        return;
+      case v1::StreamRequest::STEP_NOT_SET:
+        SendError(id,
+                  absl::InvalidArgumentError("step is missing, want begin, layer, end or cancel"));
+        return;
+    }
+  }
+
+  void OnBegin(RequestPtr message) {
+    const uint64_t id = message->operation_id();
+    if (id == 0) {
+      SendError(id, absl::InvalidArgumentError("operation_id=0, want another number"));
+      return;
+    }
+    if (Fail(id, absl::InvalidArgumentError(absl::StrCat(
+                     "operation_id=", id, " is open already, want an id of no open operation")))) {
+      return;
+    }
+    auto operation = std::make_shared<StreamOperation>(context_, info_, std::move(message));
+    if (const absl::Status status = operation->call.Admit(); !status.ok()) {
+      RefuseBegin(operation, status);
+      return;
+    }
+    bool room = false;
+    {
+      absl::MutexLock lock(&mutex_);
+      room = static_cast<int64_t>(operations_.size()) < context_.max_open_per_stream;
+      if (room) {
+        tombstones_.erase(id);
+        operations_[id] = operation;
+        operation->scheduled = true;
+        operation->pending.push_back(nullptr);  // stands for Begin
+      }
+    }
+    if (!room) {
+      RefuseBegin(operation, absl::ResourceExhaustedError(absl::StrCat(
+                                 context_.max_open_per_stream,
+                                 " operations are open on this stream, end one of them first")));
+      return;
+    }
+    const absl::Status queued = context_.queue.Submit(Strand(operation));
+    if (queued.ok()) return;
+    Take(id, queued);
+    if (context_.overload == OverloadAnswer::kShedToFull) {
+      auto response = NewResponse(id);
+      const absl::Status shed = operation->call.FinishShed(response->mutable_result());
+      if (!shed.ok()) {
+        RefuseBegin(operation, shed);
+        return;
+      }
+      operation->call.End(shed).IgnoreError();
+      Send(std::move(response));
+    } else {
+      RefuseBegin(operation, queued);
+    }
+  }
+
+  void RefuseBegin(const OperationPtr& operation, const absl::Status& status) {
+    {
+      absl::MutexLock lock(&mutex_);
+      Bury(operation->id);
+    }
+    SendError(operation->id, operation->call.End(status));
+  }
+
+  void OnLayer(RequestPtr message) {
+    const uint64_t id = message->operation_id();
+    bool has_credit = false;
+    {
+      absl::MutexLock lock(&mutex_);
+      has_credit = credit_ > 0;
+      if (has_credit) --credit_;
+    }
+    if (!has_credit) {
+      Fail(id, absl::ResourceExhaustedError(absl::StrCat(
+                   "layer ", message->layer().layer(),
+                   ": no credit left on this stream, wait for a Credit before sending layers")));
+      return;
+    }
+    const OperationPtr operation = FindOrAnswer(id);
+    if (operation == nullptr) {
+      ReturnCredit(1);
+      return;
+    }
+    if (const absl::Status status = operation->call.LeaseLayer(message->layer()); !status.ok()) {
+      ReturnCredit(1);
+      Fail(id, status);
+      return;
+    }
+    Enqueue(operation, std::move(message));
+  }
+
+  // nullptr when there is no such open operation; one that never was is answered with NOT_FOUND.
+  OperationPtr FindOrAnswer(uint64_t id) {
+    {
+      absl::MutexLock lock(&mutex_);
+      const auto it = operations_.find(id);
+      if (it != operations_.end()) return it->second;
+      if (tombstones_.contains(id)) return nullptr;
+      Bury(id);
+    }
+    SendError(id, absl::NotFoundError(
+                      absl::StrCat("operation_id=", id, " is not open, want a begin first")));
+    return nullptr;
+  }
+
+  void OnReadsClosed() {
+    std::vector<uint64_t> unfinished;
+    {
+      absl::MutexLock lock(&mutex_);
+      reads_closed_ = true;
+      for (const auto& [id, operation] : operations_) {
+        if (!operation->end_received) unfinished.push_back(id);
+      }
+    }
+    for (const uint64_t id : unfinished) {
+      Fail(id, absl::CancelledError("the stream was half-closed before the operation's end"));
+    }
+    absl::MutexLock lock(&mutex_);
+    Advance();
+  }
+
+  // ---- Strand of one operation -----------------------------------------------------------------
+
+  void Enqueue(const OperationPtr& operation, RequestPtr message) {
+    {
+      absl::MutexLock lock(&mutex_);
+      if (!operation->dropped.ok()) {
+        if (message->has_layer()) ReturnCreditLocked(1);
+        return;
+      }
+      if (message->has_end()) operation->end_received = true;
+      operation->pending.push_back(std::move(message));
+      if (operation->scheduled) return;
+      operation->scheduled = true;
+    }
+    context_.queue.Continue(Strand(operation));
+  }
+
+  WorkQueue::Task Strand(const OperationPtr& operation) {
+    return [self = shared_from_this(), operation] { self->RunStrand(operation); };
+  }
+
+  void RunStrand(const OperationPtr& operation) {
+    while (true) {
+      RequestPtr message;
+      absl::Status dropped;
+      {
+        absl::MutexLock lock(&mutex_);
+        dropped = operation->dropped;
+        if (!dropped.ok()) {
+          DiscardPending(*operation);
+        } else if (operation->pending.empty()) {
+          operation->scheduled = false;
+          return;
+        } else {
+          message = std::move(operation->pending.front());
+          operation->pending.pop_front();
+        }
+      }
+      if (!dropped.ok()) {
+        operation->call.End(dropped).IgnoreError();
+        return;
+      }
+      RunStep(operation, std::move(message));
+      // Others wait: this operation goes to the end of the line between two layers.
+      if (context_.queue.waiting() > 0) {
+        context_.queue.Continue(Strand(operation));
+        return;
+      }
+    }
+  }
+
+  void RunStep(const OperationPtr& operation, RequestPtr message) {
+    OperationCall& call = operation->call;
+    auto response = NewResponse(operation->id);
+    absl::Status status;
+    if (message == nullptr) {
+      call.OnDequeued();
+      status = call.Begin();
+    } else if (message->has_end()) {
+      status = call.Finish(response->mutable_result());
+      if (status.ok()) {
+        if (Conclude(*operation, std::move(response))) call.End(status).IgnoreError();
+        return;
+      }
+    } else {
+      const int64_t layer = message->layer().layer();
+      status = call.Observe(message->layer());
+      if (status.ok()) {
+        if (call.EarlyResult(layer, response->mutable_layer())) Send(std::move(response));
+        if (call.keeps_messages()) operation->kept.push_back(std::move(message));
+      }
+      ReturnCredit(1);
+    }
+    if (status.ok()) return;
+    {
+      absl::MutexLock lock(&mutex_);
+      if (!operation->dropped.ok()) return;
+    }
+    // Ended first: a client that has read the error finds its regions free.
+    const absl::Status seen = call.End(status);
+    Conclude(*operation, ErrorResponse(operation->id, seen));
+  }
+
+  // Answers an operation and forgets it; false when it was dropped meanwhile and nobody waits.
+  bool Conclude(StreamOperation& operation, ResponsePtr response) {
+    absl::MutexLock lock(&mutex_);
+    if (!operation.dropped.ok()) return false;
+    operation.dropped = absl::CancelledError("answered");
+    operations_.erase(operation.id);
+    Bury(operation.id);
+    outbox_.push_back(std::move(response));
+    Advance();
+    return true;
+  }
+
+  // ---- Ending ----------------------------------------------------------------------------------
+
+  // Removes an open operation; its strand stops at its next step. nullptr when it is not open.
+  OperationPtr Take(uint64_t id, const absl::Status& why) {
+    absl::MutexLock lock(&mutex_);
+    const auto it = operations_.find(id);
+    if (it == operations_.end()) return nullptr;
+    OperationPtr operation = std::move(it->second);
+    operations_.erase(it);
+    operation->dropped = why;
+    Bury(id);
+    return operation;
+  }
+
+  // Ends an open operation with an error; false when it is not open.
+  bool Fail(uint64_t id, const absl::Status& status) {
+    const OperationPtr operation = Take(id, status);
+    if (operation == nullptr) return false;
+    EndIfIdle(operation);
+    Send(ErrorResponse(id, status));
+    return true;
+  }
+
+  // Ends a taken operation here, or leaves it to the worker that runs it.
+  void EndIfIdle(const OperationPtr& operation) {
+    absl::Status why;
+    {
+      absl::MutexLock lock(&mutex_);
+      DiscardPending(*operation);
+      if (operation->scheduled) return;
+      why = operation->dropped;
+    }
+    operation->call.End(why).IgnoreError();
+  }
+
+  void DropAll(const absl::Status& why) {
+    std::vector<OperationPtr> operations;
+    {
+      absl::MutexLock lock(&mutex_);
+      for (auto& [id, operation] : operations_) {
+        operation->dropped = why;
+        operations.push_back(operation);
+      }
+      operations_.clear();
+    }
+    for (const OperationPtr& operation : operations) EndIfIdle(operation);
+    absl::MutexLock lock(&mutex_);
+    Advance();
+  }
+
+  void DiscardPending(StreamOperation& operation) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    int64_t layers = 0;
+    for (const RequestPtr& message : operation.pending) {
+      if (message != nullptr && message->has_layer()) ++layers;
+    }
+    operation.pending.clear();
+    if (layers > 0) ReturnCreditLocked(layers);
+  }
+
+  void Bury(uint64_t id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    if (!tombstones_.insert(id).second) return;
+    buried_.push_back(id);
+    if (buried_.size() > kMaxTombstones) {
+      tombstones_.erase(buried_.front());
+      buried_.pop_front();
+    }
+  }
+
+  // ---- Writing ---------------------------------------------------------------------------------
+
+  static ResponsePtr NewResponse(uint64_t id) {
+    auto response = std::make_unique<v1::StreamResponse>();
+    response->set_operation_id(id);
+    return response;
+  }
+
+  static ResponsePtr ErrorResponse(uint64_t id, const absl::Status& status) {
+    auto response = NewResponse(id);
+    response->mutable_error()->set_code(static_cast<int32_t>(status.code()));
+    response->mutable_error()->set_message(std::string(status.message()));
+    return response;
+  }
+
+  void SendError(uint64_t id, const absl::Status& status) { Send(ErrorResponse(id, status)); }
+
+  void Send(ResponsePtr response) {
+    absl::MutexLock lock(&mutex_);
+    outbox_.push_back(std::move(response));
+    Advance();
+  }
+
+  void ReturnCredit(int64_t layers) {
+    absl::MutexLock lock(&mutex_);
+    ReturnCreditLocked(layers);
+  }
+
+  void ReturnCreditLocked(int64_t layers) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    returned_ += layers;
+    if (returned_ < credit_batch_) return;
+    credit_ += returned_;
+    SendCredit(returned_);
+    returned_ = 0;
+  }
+
+  void SendCredit(int64_t layers) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    auto response = std::make_unique<v1::StreamResponse>();
+    response->mutable_credit()->set_layer_inputs(static_cast<uint32_t>(layers));
+    outbox_.push_back(std::move(response));
+    Advance();
+  }
+
+  // Starts the next write, or finishes the stream when nothing more will come. gRPC runs reactions
+  // on its own threads, never inside StartWrite, StartRead or Finish, so they may be called under
+  // the lock; after Finish nothing is started any more.
+  void Advance() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    if (finished_ || writing_ != nullptr) return;
+    if (broken_) {
+      finished_ = true;
+      Finish(grpc::Status::CANCELLED);
+      return;
+    }
+    if (!outbox_.empty()) {
+      writing_ = std::move(outbox_.front());
+      outbox_.pop_front();
+      StartWrite(writing_.get());
+      return;
+    }
+    if (!operations_.empty()) return;
+    if (reads_closed_) {
+      finished_ = true;
+      Finish(grpc::Status::OK);
+    } else if (closing_) {
+      finished_ = true;
+      Finish({grpc::StatusCode::UNAVAILABLE, "the server is shutting down"});
+    }
+  }
+
+  const ServiceContext& context_;
+  const CallInfo info_;
+  OpenStreams& streams_;
+  std::list<OpenStreams::Closer>::iterator place_;
+
+  absl::Mutex mutex_;
+  std::shared_ptr<CompressStreamReactor> self_;  // gRPC's reference; dropped in OnDone
+  absl::flat_hash_map<uint64_t, OperationPtr> operations_ ABSL_GUARDED_BY(mutex_);
+  absl::flat_hash_set<uint64_t> tombstones_ ABSL_GUARDED_BY(mutex_);
+  std::deque<uint64_t> buried_ ABSL_GUARDED_BY(mutex_);
+  std::deque<ResponsePtr> outbox_ ABSL_GUARDED_BY(mutex_);
+  ResponsePtr writing_ ABSL_GUARDED_BY(mutex_);
+  RequestPtr incoming_ ABSL_GUARDED_BY(mutex_);
+  int64_t credit_ ABSL_GUARDED_BY(mutex_);
+  const int64_t credit_batch_;
+  int64_t returned_ ABSL_GUARDED_BY(mutex_) = 0;
+  bool reads_closed_ ABSL_GUARDED_BY(mutex_) = false;
+  bool closing_ ABSL_GUARDED_BY(mutex_) = false;
+  bool broken_ ABSL_GUARDED_BY(mutex_) = false;
+  bool finished_ ABSL_GUARDED_BY(mutex_) = false;
+};
+
+}  // namespace
+
+std::list<OpenStreams::Closer>::iterator OpenStreams::Add(Closer closer) {
+  bool closed = false;
+  std::list<Closer>::iterator stream;
+  {
+    absl::MutexLock lock(&mutex_);
+    stream = closers_.insert(closers_.end(), closer);
+    closed = closed_;
+  }
+  if (closed) closer();
+  return stream;
+}
+
+void OpenStreams::Remove(std::list<Closer>::iterator stream) {
+  absl::MutexLock lock(&mutex_);
+  closers_.erase(stream);
+}
+
+void OpenStreams::CloseAll() {
+  std::list<Closer> closers;
+  {
+    absl::MutexLock lock(&mutex_);
+    closed_ = true;
+    closers = closers_;
+  }
+  for (const Closer& close : closers) close();
+}
+
+grpc::ServerBidiReactor<v1::StreamRequest, v1::StreamResponse>* StartCompressStream(
+    const ServiceContext& context, grpc::CallbackServerContext& call, OpenStreams& streams) {
+  const auto reactor = std::make_shared<CompressStreamReactor>(context, call, streams);
+  reactor->Start();
+  return reactor.get();
+}
+
+}  // namespace keepset::service

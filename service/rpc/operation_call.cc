@@ -1,0 +1,298 @@
+#include "service/rpc/operation_call.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "base/status_macros.h"
+#include "service/rpc/gather_codec.h"
+#include "service/rpc/result_codec.h"
+#include "service/rpc/wire_status.h"
+
+namespace keepset::service {
+namespace {
+
+// A peer's text in our log.
+constexpr size_t kMaxLoggedText = 128;
+
+std::string Milliseconds(absl::Duration time) {
+  return absl::StrFormat("%.3f", absl::ToDoubleMilliseconds(time));
+}
+
+// The caller's cache is the answer and moving it would not make it smaller.
+bool SkipsGather(const engine::OperationResult& result) {
+  return result.reason == engine::Reason::kShed || result.reason == engine::Reason::kDeadline ||
+         result.reason == engine::Reason::kDeviceFault;
+}
+
+}  // namespace
+
+OperationCall::OperationCall(const ServiceContext& context, const CallInfo& info,
+                             const v1::OperationSpec& spec)
+    : context_(context),
+      info_(info),
+      wire_(spec),
+      arrival_(context.clock.Monotonic()),
+      correlation_id_(context.correlation_ids.Next()),
+      snapshot_(context.tables.Snapshot()),
+      leases_(context.sessions, spec.session_id()) {
+  sample_.policy = spec.policy();
+}
+
+OperationCall::~OperationCall() { End(absl::CancelledError("dropped")).IgnoreError(); }
+
+absl::Status OperationCall::Admit() {
+  absl::StatusOr<Admission::Ticket> ticket = context_.admission.Enter();
+  if (!ticket.ok()) {
+    MarkReject(Reject::kDraining);
+    return std::move(ticket).status();
+  }
+  ticket_ = *std::move(ticket);
+  if (!wire_.session_id().empty()) {
+    KEEPSET_RETURN_IF_ERROR(context_.sessions.CheckSession(wire_.session_id()));
+  }
+  return context_.fences.Check(wire_.session_id(), wire_.request_id(), wire_.request_generation());
+}
+
+absl::Status OperationCall::LeaseLayer(const v1::LayerInput& layer) {
+  const absl::Duration start = context_.clock.Monotonic();
+  absl::MutexLock lock(&reader_mutex_);
+  inline_bytes_ += InlineBytes(layer);
+  if (inline_bytes_ > context_.codec.max_inline_bytes) {
+    reject_ = Reject::kInlineTooLarge;
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "layer ", layer.layer(), ": ", inline_bytes_,
+        " inline bytes in this operation, want at most ", context_.codec.max_inline_bytes,
+        "; larger tensors belong into registered regions"));
+  }
+  KEEPSET_RETURN_IF_ERROR(
+      VisitRegions(layer, [this](const std::string& id) { return leases_.Acquire(id); }));
+  lease_time_ += context_.clock.Monotonic() - start;
+  return absl::OkStatus();
+}
+
+absl::Duration OperationCall::LeaseTime() const {
+  absl::MutexLock lock(&reader_mutex_);
+  return lease_time_;
+}
+
+void OperationCall::MarkReject(Reject why) {
+  absl::MutexLock lock(&reader_mutex_);
+  reject_ = why;
+}
+
+void OperationCall::OnDequeued() {
+  queue_time_ = std::max(absl::ZeroDuration(), context_.clock.Monotonic() - arrival_ - LeaseTime());
+}
+
+absl::Status OperationCall::ResolveTable(engine::OperationSpec& spec) {
+  KEEPSET_ASSIGN_OR_RETURN(const std::string kind, context_.policies.TableKind(spec.policy));
+  if (kind.empty()) return absl::OkStatus();
+  KEEPSET_ASSIGN_OR_RETURN(const tables::TableQuery query, DecodeTableQuery(wire_, spec, kind));
+  KEEPSET_ASSIGN_OR_RETURN(spec.table, tables::ResolveTable(*snapshot_, query));
+  table_ = spec.table->identity();
+  return absl::OkStatus();
+}
+
+absl::Status OperationCall::Begin() {
+  KEEPSET_ASSIGN_OR_RETURN(engine::OperationSpec spec, DecodeSpec(wire_, context_.codec));
+  KEEPSET_RETURN_IF_ERROR(ResolveTable(spec));
+  if (wire_.deadline_ms() > 0) {
+    spec.deadline = arrival_ + absl::Milliseconds(wire_.deadline_ms());
+  }
+  sample_.input_tokens = spec.seq_len * spec.model.num_layers;
+  KEEPSET_ASSIGN_OR_RETURN(operation_, engine::Operation::Begin(std::move(spec), context_.policies,
+                                                                context_.backend, context_.clock));
+  return absl::OkStatus();
+}
+
+absl::Status OperationCall::Observe(const v1::LayerInput& wire) {
+  KEEPSET_ASSIGN_OR_RETURN(DecodedLayer layer, DecodeLayer(wire, operation_->spec(), wire_.gather(),
+                                                           wire_.block_table(), leases_));
+  KEEPSET_RETURN_IF_ERROR(operation_->Observe(wire.layer(), layer.observation));
+  if (keeps_messages()) layers_.push_back(std::move(layer));
+  return absl::OkStatus();
+}
+
+bool OperationCall::EarlyResult(int64_t layer, v1::LayerResult* out) const {
+  const engine::LayerResult* result = operation_->EarlyResult(layer);
+  if (result == nullptr) return false;
+  EncodeLayer(layer, *result, operation_->spec().seq_len, out);
+  return true;
+}
+
+absl::Status OperationCall::Finish(v1::OperationResult* out) {
+  KEEPSET_ASSIGN_OR_RETURN(const engine::OperationResult* result, operation_->Finish());
+  const absl::Duration start = context_.clock.Monotonic();
+  EncodeInto(*result, out);
+  reply_time_ = context_.clock.Monotonic() - start;
+  if (keeps_messages() && !SkipsGather(*result)) {
+    KEEPSET_RETURN_IF_ERROR(GatherLayers(*result, out));
+    // The engine adds each gather to its result.
+    sample_.stages[static_cast<int>(Stage::kGather)] = result->times.gather;
+    out->mutable_stages()->set_gather(absl::ToDoubleSeconds(result->times.gather));
+  }
+  ReleaseResources();
+  return absl::OkStatus();
+}
+
+absl::Status OperationCall::FinishShed(v1::OperationResult* out) {
+  if (operation_ == nullptr) KEEPSET_RETURN_IF_ERROR(Begin());
+  EncodeInto(operation_->FinishKeptFull(engine::Reason::kShed), out);
+  ReleaseResources();
+  return absl::OkStatus();
+}
+
+void OperationCall::EncodeInto(const engine::OperationResult& result, v1::OperationResult* out) {
+  transport_ = leases_.Transport();
+  EncodeResult(result, out);
+  out->set_transport(transport_);
+  out->mutable_stages()->set_queue(absl::ToDoubleSeconds(queue_time_));
+  out->mutable_stages()->set_lease(absl::ToDoubleSeconds(LeaseTime()));
+  sample_.policy = result.policy;
+  sample_.outcome = std::string(engine::OutcomeName(result.outcome));
+  sample_.reason = std::string(engine::ReasonName(result.reason));
+  sample_.kept_tokens = KeptTokens(result);
+  sample_.bytes_before = result.bytes_before;
+  sample_.bytes_after = result.bytes_after;
+  sample_.defaulted_inputs = result.defaulted_inputs;
+  sample_.stages[static_cast<int>(Stage::kScore)] = result.times.score;
+  sample_.stages[static_cast<int>(Stage::kSelect)] = result.times.select;
+}
+
+absl::Status OperationCall::GatherLayers(const engine::OperationResult& result,
+                                         v1::OperationResult* out) {
+  const bool to_destination = wire_.gather() == v1::GATHER_DESTINATION;
+  if (to_destination) {
+    KEEPSET_RETURN_IF_ERROR(CheckNoOverlap(layers_));
+    for (size_t l = 0; l < layers_.size(); ++l) {
+      KEEPSET_ASSIGN_OR_RETURN(const int64_t rows, operation_->GatherRows(l));
+      if (rows <= layers_[l].out_k.seq_len) continue;
+      // A kept_full answer stands without moving anything: the caller goes on with its own cache.
+      if (result.outcome == engine::Outcome::kKeptFull) return absl::OkStatus();
+      return absl::FailedPreconditionError(
+          absl::StrCat("layer ", l, ": destination.capacity_tokens=", layers_[l].out_k.seq_len,
+                       ", want ", rows));
+    }
+  }
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    const engine::LayerObservation& source = layers_[l].observation;
+    if (to_destination) {
+      KEEPSET_RETURN_IF_ERROR(
+          operation_->Gather(l, source.k, source.v, layers_[l].out_k, layers_[l].out_v));
+    } else {
+      KEEPSET_RETURN_IF_ERROR(GatherInline(l, result.layers[l], out->mutable_layers(l)));
+    }
+  }
+  out->set_gathered(true);
+  return absl::OkStatus();
+}
+
+absl::Status OperationCall::GatherInline(int64_t layer, const engine::LayerResult& result,
+                                         v1::LayerResult* out) {
+  const engine::LayerObservation& source = layers_[layer].observation;
+  KEEPSET_ASSIGN_OR_RETURN(const int64_t rows, operation_->GatherRows(layer));
+  gathered_bytes_ += InlineGatherBytes(source.k, rows) + InlineGatherBytes(source.v, rows);
+  if (gathered_bytes_ > context_.codec.max_inline_bytes) {
+    MarkReject(Reject::kInlineTooLarge);
+    return absl::ResourceExhaustedError(absl::StrCat(
+        "layer ", layer, ": ", gathered_bytes_, " gathered bytes inline, want at most ",
+        context_.codec.max_inline_bytes, "; larger results belong into a registered destination"));
+  }
+  const kernels::MutableKvView out_k = InlineDestination(source.k, rows, out->mutable_k());
+  const kernels::MutableKvView out_v = InlineDestination(source.v, rows, out->mutable_v());
+  KEEPSET_RETURN_IF_ERROR(operation_->Gather(layer, source.k, source.v, out_k, out_v));
+  if (result.keep_indices.size() > 1) {
+    CloseGaps(result, rows, source.k.head_dim * kernels::DTypeBytes(source.k.dtype),
+              out->mutable_k());
+    CloseGaps(result, rows, source.v.head_dim * kernels::DTypeBytes(source.v.dtype),
+              out->mutable_v());
+  }
+  return absl::OkStatus();
+}
+
+void OperationCall::ReleaseResources() {
+  layers_.clear();
+  operation_.reset();
+  leases_.Release();
+}
+
+absl::Status OperationCall::End(const absl::Status& status) {
+  if (ended_) return absl::OkStatus();
+  ended_ = true;
+  ReleaseResources();
+  const absl::Status seen = PublicStatus(status, correlation_id_);
+  if (!status.ok()) {
+    sample_.outcome = absl::IsCancelled(status) ? "cancelled" : "error";
+    sample_.reason = absl::StatusCodeToString(status.code());
+    sample_.kept_tokens = sample_.bytes_before = sample_.bytes_after = 0;
+    RecordReject(status);
+  }
+  sample_.stages[static_cast<int>(Stage::kQueue)] = queue_time_;
+  sample_.stages[static_cast<int>(Stage::kLease)] = LeaseTime();
+  sample_.stages[static_cast<int>(Stage::kReply)] = reply_time_;
+  context_.metrics.RecordOperation(sample_);
+  WriteLogLine(status);
+  ticket_ = Admission::Ticket();
+  return seen;
+}
+
+void OperationCall::RecordReject(const absl::Status& status) {
+  absl::MutexLock lock(&reader_mutex_);
+  if (!reject_.has_value()) {
+    switch (status.code()) {
+      case absl::StatusCode::kInvalidArgument:
+        reject_ = Reject::kInvalid;
+        break;
+      case absl::StatusCode::kNotFound:
+        reject_ = Reject::kNotFound;
+        break;
+      case absl::StatusCode::kFailedPrecondition:
+        reject_ = Reject::kPrecondition;
+        break;
+      case absl::StatusCode::kAborted:
+        reject_ = Reject::kFence;
+        break;
+      case absl::StatusCode::kResourceExhausted:
+        reject_ = Reject::kQueueFull;
+        break;
+      default:
+        return;
+    }
+  }
+  context_.metrics.RecordReject(*reject_);
+}
+
+void OperationCall::WriteLogLine(const absl::Status& status) {
+  const auto stage = [this](Stage s) { return Milliseconds(sample_.stages[static_cast<int>(s)]); };
+  LogFields fields = {
+      {"method", info_.method},
+      {"request_id", wire_.request_id().substr(0, kMaxLoggedText)},
+      {"policy", sample_.policy.substr(0, kMaxLoggedText)},
+      {"outcome", sample_.outcome},
+      {"reason", sample_.reason},
+      {"tokens_in", absl::StrCat(sample_.input_tokens)},
+      {"tokens_kept", absl::StrCat(sample_.kept_tokens)},
+      {"bytes_before", absl::StrCat(sample_.bytes_before)},
+      {"bytes_after", absl::StrCat(sample_.bytes_after)},
+      {"queue_ms", stage(Stage::kQueue)},
+      {"lease_ms", stage(Stage::kLease)},
+      {"score_ms", stage(Stage::kScore)},
+      {"select_ms", stage(Stage::kSelect)},
+      {"gather_ms", stage(Stage::kGather)},
+      {"reply_ms", stage(Stage::kReply)},
+      {"total_ms", Milliseconds(context_.clock.Monotonic() - arrival_)},
+      {"transport", transport_},
+      {"correlation_id", correlation_id_},
+  };
+  if (table_.has_value()) {
+    fields.emplace_back("table", absl::StrCat(table_->name, "@", table_->version));
+  }
+  if (!info_.traceparent.empty()) fields.emplace_back("traceparent", info_.traceparent);
+  if (!status.ok()) fields.emplace_back("error", std::string(status.message()));
+  const bool our_fault = absl::IsInternal(status) || absl::IsUnknown(status);
+  context_.log.Write(our_fault ? LogSeverity::kError : LogSeverity::kInfo, "operation", fields);
+}
+
+}  // namespace keepset::service

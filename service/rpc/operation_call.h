@@ -1,0 +1,108 @@
+// One operation as the service sees it, the same for unary calls and streams:
+//
+//   Admit -> LeaseLayer* (reader) | Begin -> Observe* -> Finish (worker) -> End
+//
+// It owns admission, leases, table snapshot, stage times, the log line and the metrics sample of
+// the operation. LeaseLayer may run beside the worker's calls; everything else is called by one
+// thread at a time. Messages given to Observe must live until End.
+#ifndef KEEPSET_SERVICE_RPC_OPERATION_CALL_H_
+#define KEEPSET_SERVICE_RPC_OPERATION_CALL_H_
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "engine/operation.h"
+#include "keepset/v1/compression.pb.h"
+#include "service/rpc/lease_set.h"
+#include "service/rpc/service_context.h"
+
+namespace keepset::service {
+
+// What is known of the call an operation came in with.
+struct CallInfo {
+  std::string method;       // "Compress", "CompressStream"
+  std::string traceparent;  // W3C trace context of the call's metadata, may be empty
+};
+
+class OperationCall {
+ public:
+  // Checks admission, session and fence, takes the table snapshot. `spec` must outlive the call.
+  OperationCall(const ServiceContext& context, const CallInfo& info, const v1::OperationSpec& spec);
+  ~OperationCall();
+  OperationCall(const OperationCall&) = delete;
+  OperationCall& operator=(const OperationCall&) = delete;
+
+  // Unavailable: draining. NotFound: session. Aborted: stale fence. Must be called first.
+  absl::Status Admit();
+
+  // Counts inline bytes and leases the regions of one layer. ResourceExhausted: inline limit.
+  absl::Status LeaseLayer(const v1::LayerInput& layer);
+
+  // A worker took the operation over: its time in the queue ends.
+  void OnDequeued();
+
+  absl::Status Begin();
+  absl::Status Observe(const v1::LayerInput& layer);
+  // The layer's keep set when it is final already.
+  bool EarlyResult(int64_t layer, v1::LayerResult* out) const;
+  // Result, gathering, encoding; drops the leases.
+  absl::Status Finish(v1::OperationResult* out);
+  // The answer of an operation the queue had no room for; Begin is not needed before.
+  absl::Status FinishShed(v1::OperationResult* out);
+
+  // Drops leases and the engine's operation, writes log line and metrics, once. Returns what the
+  // client may see of `status`.
+  absl::Status End(const absl::Status& status);
+
+  // Whether messages given to Observe are needed again by Finish.
+  bool keeps_messages() const { return wire_.gather() != v1::GATHER_NONE; }
+
+ private:
+  absl::Status ResolveTable(engine::OperationSpec& spec);
+  absl::Status GatherLayers(const engine::OperationResult& result, v1::OperationResult* out);
+  absl::Status GatherInline(int64_t layer, const engine::LayerResult& result, v1::LayerResult* out);
+  void EncodeInto(const engine::OperationResult& result, v1::OperationResult* out);
+  void ReleaseResources();
+  void MarkReject(Reject why);
+  void RecordReject(const absl::Status& status);
+  absl::Duration LeaseTime() const;
+  void WriteLogLine(const absl::Status& status);
+
+  const ServiceContext& context_;
+  const CallInfo info_;
+  const v1::OperationSpec& wire_;
+  const absl::Duration arrival_;
+  const std::string correlation_id_;
+  const std::shared_ptr<const tables::TableSnapshot> snapshot_;
+
+  Admission::Ticket ticket_;
+  LeaseSet leases_;
+  // What the reader of a stream writes beside the worker.
+  mutable absl::Mutex reader_mutex_;
+  int64_t inline_bytes_ ABSL_GUARDED_BY(reader_mutex_) = 0;
+  absl::Duration lease_time_ ABSL_GUARDED_BY(reader_mutex_);
+  std::optional<Reject> reject_ ABSL_GUARDED_BY(reader_mutex_);
+
+  std::unique_ptr<engine::Operation> operation_;
+  std::vector<DecodedLayer> layers_;  // kept for gathering, in layer order
+  int64_t gathered_bytes_ = 0;
+  bool ended_ = false;
+
+  absl::Duration queue_time_;
+  absl::Duration reply_time_;
+  OperationSample sample_;
+  std::optional<tables::TableIdentity> table_;
+  std::string transport_ = "inline";
+};
+
+}  // namespace keepset::service
+
+#endif  // KEEPSET_SERVICE_RPC_OPERATION_CALL_H_

@@ -1,0 +1,210 @@
+#include "service/rpc/session_service.h"
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+#include "absl/container/flat_hash_map.h"
+#include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
+#include "base/status_macros.h"
+#include "service/rpc/lease_stream_reactor.h"
+#include "service/rpc/wire_status.h"
+
+namespace keepset::service {
+namespace {
+
+absl::StatusOr<RegionAccess> DecodeAccess(v1::RegionAccess wire) {
+  switch (wire) {
+    case v1::REGION_ACCESS_READ_ONLY:
+      return RegionAccess::kReadOnly;
+    case v1::REGION_ACCESS_READ_WRITE:
+      return RegionAccess::kReadWrite;
+    default:
+      return absl::InvalidArgumentError(
+          absl::StrCat("access=", static_cast<int>(wire),
+                       ", want REGION_ACCESS_READ_ONLY or REGION_ACCESS_READ_WRITE"));
+  }
+}
+
+void EncodeRegion(const RegionInfo& info, v1::Region* wire) {
+  wire->set_region_id(info.region_id);
+  wire->set_name(info.name);
+  wire->set_kind(info.kind);
+  wire->set_length(info.length);
+  wire->set_access(info.access == RegionAccess::kReadWrite ? v1::REGION_ACCESS_READ_WRITE
+                                                           : v1::REGION_ACCESS_READ_ONLY);
+  wire->set_generation(info.generation);
+  wire->set_retiring(info.retiring);
+  wire->set_leases(static_cast<uint32_t>(info.leases));
+}
+
+uint32_t WholeSeconds(absl::Duration time) {
+  return static_cast<uint32_t>(std::max<int64_t>(1, absl::ToInt64Seconds(time)));
+}
+
+class SessionServiceImpl final : public SessionService {
+ public:
+  SessionServiceImpl(const ServiceContext& context, SessionServiceOptions options,
+                     WorkQueue& registration, WorkQueue& retirement)
+      : context_(context),
+        options_(std::move(options)),
+        registration_(registration),
+        retirement_(retirement) {}
+
+  grpc::ServerUnaryReactor* OpenSession(grpc::CallbackServerContext* call,
+                                        const v1::OpenSessionRequest* request,
+                                        v1::OpenSessionResponse* response) override {
+    return RunOn(registration_, call, "OpenSession",
+                 [this, request, response] { return Open(*request, response); });
+  }
+
+  grpc::ServerUnaryReactor* CloseSession(grpc::CallbackServerContext* call,
+                                         const v1::CloseSessionRequest* request,
+                                         v1::CloseSessionResponse* response) override {
+    return RunOn(retirement_, call, "CloseSession",
+                 [this, request] { return context_.sessions.CloseSession(request->session_id()); });
+  }
+
+  grpc::ServerUnaryReactor* RegisterRegion(grpc::CallbackServerContext* call,
+                                           const v1::RegisterRegionRequest* request,
+                                           v1::RegisterRegionResponse* response) override {
+    return RunOn(registration_, call, "RegisterRegion",
+                 [this, request, response] { return Register(*request, response); });
+  }
+
+  grpc::ServerUnaryReactor* RetireRegion(grpc::CallbackServerContext* call,
+                                         const v1::RetireRegionRequest* request,
+                                         v1::RetireRegionResponse* response) override {
+    return RunOn(retirement_, call, "RetireRegion", [this, request] {
+      const absl::Duration timeout = request->timeout_ms() == 0
+                                         ? options_.default_retire_timeout
+                                         : absl::Milliseconds(request->timeout_ms());
+      return context_.sessions.RetireRegion(request->session_id(), request->region_id(),
+                                            std::min(timeout, options_.max_retire_timeout));
+    });
+  }
+
+  grpc::ServerUnaryReactor* ListRegions(grpc::CallbackServerContext* call,
+                                        const v1::ListRegionsRequest* request,
+                                        v1::ListRegionsResponse* response) override {
+    grpc::ServerUnaryReactor* reactor = call->DefaultReactor();
+    const auto regions = context_.sessions.ListRegions(request->session_id());
+    if (regions.ok()) {
+      for (const RegionInfo& region : *regions) EncodeRegion(region, response->add_regions());
+    }
+    Answer("ListRegions", regions.status(), reactor);
+    return reactor;
+  }
+
+  grpc::ServerBidiReactor<v1::LeaseBeat, v1::LeaseNotice>* Lease(
+      grpc::CallbackServerContext* call) override {
+    return StartLeaseStream(
+        context_.sessions, [this](const std::string& id) { return NoticeFor(id); }, streams_);
+  }
+
+  void Forget(absl::string_view session_id) override {
+    absl::MutexLock lock(&mutex_);
+    lease_seconds_.erase(session_id);
+  }
+
+  void NotifyDraining() override { streams_.NotifyAll(); }
+  void CloseStreams() override { streams_.CloseAll(); }
+
+ private:
+  absl::Status Open(const v1::OpenSessionRequest& request, v1::OpenSessionResponse* response) {
+    if (context_.admission.draining()) {
+      return absl::UnavailableError("the server is draining, use another one");
+    }
+    OpenSessionArgs args;
+    args.client_uuid = request.client_uuid();
+    args.engine = request.engine();
+    args.tenant = request.tenant();
+    args.pid_hint = request.pid_hint();
+    args.lease = absl::Seconds(request.lease_seconds());
+    KEEPSET_ASSIGN_OR_RETURN(const SessionInfo info, context_.sessions.OpenSession(args));
+    response->set_session_id(info.session_id);
+    response->set_session_generation(info.generation);
+    response->set_lease_seconds(WholeSeconds(info.lease));
+    // Two beats may be lost before the lease runs out.
+    response->set_heartbeat_seconds(WholeSeconds(info.lease / 3));
+    response->set_side_socket_path(options_.side_socket_path);
+    if (!options_.side_socket_path.empty()) {
+      response->set_side_socket_token(info.token.data(), info.token.size());
+    }
+    absl::MutexLock lock(&mutex_);
+    lease_seconds_[info.session_id] = response->lease_seconds();
+    return absl::OkStatus();
+  }
+
+  absl::Status Register(const v1::RegisterRegionRequest& request,
+                        v1::RegisterRegionResponse* response) {
+    RegionDescriptor descriptor;
+    descriptor.kind = request.kind();
+    descriptor.name = request.posix_name();
+    descriptor.allocation_bytes = request.allocation_bytes();
+    descriptor.offset = request.offset();
+    descriptor.length = request.length();
+    descriptor.device_uuid = request.device_uuid();
+    descriptor.generation = request.generation();
+    KEEPSET_ASSIGN_OR_RETURN(descriptor.access, DecodeAccess(request.access()));
+    KEEPSET_ASSIGN_OR_RETURN(const RegionInfo info, context_.sessions.RegisterRegion(
+                                                        request.session_id(), request.name(),
+                                                        request.fd_token(), std::move(descriptor)));
+    response->set_region_id(info.region_id);
+    response->set_path(info.kind);
+    response->set_mapped_bytes(info.length);
+    return absl::OkStatus();
+  }
+
+  v1::LeaseNotice NoticeFor(const std::string& session_id) const {
+    v1::LeaseNotice notice;
+    notice.set_draining(context_.admission.draining());
+    absl::MutexLock lock(&mutex_);
+    const auto it = lease_seconds_.find(session_id);
+    if (it != lease_seconds_.end()) notice.set_lease_seconds(it->second);
+    return notice;
+  }
+
+  template <typename Fn>
+  grpc::ServerUnaryReactor* RunOn(WorkQueue& queue, grpc::CallbackServerContext* call,
+                                  absl::string_view method, Fn fn) {
+    grpc::ServerUnaryReactor* reactor = call->DefaultReactor();
+    const absl::Status queued =
+        queue.Submit([this, method, reactor, fn] { Answer(method, fn(), reactor); });
+    if (!queued.ok()) Answer(method, queued, reactor);
+    return reactor;
+  }
+
+  void Answer(absl::string_view method, const absl::Status& status,
+              grpc::ServerUnaryReactor* reactor) {
+    const std::string correlation_id = context_.correlation_ids.Next();
+    reactor->Finish(ToGrpcStatus(PublicStatus(status, correlation_id)));
+    LogFields fields = {{"method", std::string(method)},
+                        {"code", absl::StatusCodeToString(status.code())},
+                        {"correlation_id", correlation_id}};
+    if (!status.ok()) fields.emplace_back("error", std::string(status.message()));
+    context_.log.Write(absl::IsInternal(status) ? LogSeverity::kError : LogSeverity::kInfo, "call",
+                       fields);
+  }
+
+  const ServiceContext context_;
+  const SessionServiceOptions options_;
+  WorkQueue& registration_;
+  WorkQueue& retirement_;
+  mutable absl::Mutex mutex_;
+  absl::flat_hash_map<std::string, uint32_t> lease_seconds_ ABSL_GUARDED_BY(mutex_);
+  OpenLeaseStreams streams_;
+};
+
+}  // namespace
+
+std::unique_ptr<SessionService> SessionService::New(const ServiceContext& context,
+                                                    SessionServiceOptions options,
+                                                    WorkQueue& registration,
+                                                    WorkQueue& retirement) {
+  return std::make_unique<SessionServiceImpl>(context, std::move(options), registration,
+                                              retirement);
+}
+
+}  // namespace keepset::service

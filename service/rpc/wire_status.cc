@@ -1,0 +1,25 @@
+#include "service/rpc/wire_status.h"
+
+#include "absl/strings/str_cat.h"
+
+namespace keepset::service {
+
+absl::Status PublicStatus(const absl::Status& status, absl::string_view correlation_id) {
+  switch (status.code()) {
+    case absl::StatusCode::kInternal:
+    case absl::StatusCode::kUnknown:
+    case absl::StatusCode::kDataLoss:
+      return absl::InternalError(absl::StrCat("internal error, correlation id ", correlation_id));
+    default:
+      return status;
+  }
+}
+
+grpc::Status ToGrpcStatus(const absl::Status& public_status) {
+  if (public_status.ok()) return grpc::Status::OK;
+  // The canonical codes of both libraries are the same numbers.
+  return {static_cast<grpc::StatusCode>(public_status.code()),
+          std::string(public_status.message())};
+}
+
+}  // namespace keepset::service
