@@ -29,7 +29,8 @@ constexpr char kHowToSeal[] =
 class HostRegion : public MappedRegion {
  public:
   HostRegion(UniqueFd fd, void* base, const RegionDescriptor& descriptor, SealPolicy seals)
-      : fd_(std::move(fd)),
+      : kind_(descriptor.kind),
+        fd_(std::move(fd)),
         base_(base),
         allocation_bytes_(descriptor.allocation_bytes),
         length_(static_cast<int64_t>(descriptor.length)),
@@ -37,6 +38,7 @@ class HostRegion : public MappedRegion {
         seals_(seals) {}
   ~HostRegion() override { ::munmap(base_, static_cast<size_t>(length_)); }
 
+  absl::string_view kind() const override { return kind_; }
   std::byte* data() const override { return static_cast<std::byte*>(base_); }
   int64_t size_bytes() const override { return length_; }
   RegionAccess access() const override { return access_; }
@@ -61,6 +63,7 @@ class HostRegion : public MappedRegion {
   }
 
  private:
+  const std::string kind_;
   const UniqueFd fd_;
   void* const base_;
   const uint64_t allocation_bytes_;

@@ -20,12 +20,6 @@ std::string Milliseconds(absl::Duration time) {
   return absl::StrFormat("%.3f", absl::ToDoubleMilliseconds(time));
 }
 
-// The caller's cache is the answer and moving it would not make it smaller.
-bool SkipsGather(const engine::OperationResult& result) {
-  return result.reason == engine::Reason::kShed || result.reason == engine::Reason::kDeadline ||
-         result.reason == engine::Reason::kDeviceFault;
-}
-
 }  // namespace
 
 OperationCall::OperationCall(const ServiceContext& context, const CallInfo& info,
@@ -127,7 +121,8 @@ absl::Status OperationCall::Finish(v1::OperationResult* out) {
   const absl::Duration start = context_.clock.Monotonic();
   EncodeInto(*result, out);
   reply_time_ = context_.clock.Monotonic() - start;
-  if (keeps_messages() && !SkipsGather(*result)) {
+  // A kept_full answer moves nothing: the caller's own cache is it, whatever the destination holds.
+  if (keeps_messages() && result->outcome == engine::Outcome::kCompressed) {
     KEEPSET_RETURN_IF_ERROR(GatherLayers(*result, out));
     // The engine adds each gather to its result.
     sample_.stages[static_cast<int>(Stage::kGather)] = result->times.gather;
@@ -169,8 +164,6 @@ absl::Status OperationCall::GatherLayers(const engine::OperationResult& result,
     for (size_t l = 0; l < layers_.size(); ++l) {
       KEEPSET_ASSIGN_OR_RETURN(const int64_t rows, operation_->GatherRows(l));
       if (rows <= layers_[l].out_k.seq_len) continue;
-      // A kept_full answer stands without moving anything: the caller goes on with its own cache.
-      if (result.outcome == engine::Outcome::kKeptFull) return absl::OkStatus();
       return absl::FailedPreconditionError(
           absl::StrCat("layer ", l, ": destination.capacity_tokens=", layers_[l].out_k.seq_len,
                        ", want ", rows));

@@ -17,7 +17,7 @@ class ServerServiceImpl final : public v1::ServerService::CallbackService {
       : options_(std::move(options)), tables_(tables), admission_(admission), blocking_(blocking) {}
 
   grpc::ServerUnaryReactor* GetServerInfo(grpc::CallbackServerContext* call,
-                                          const v1::GetServerInfoRequest* request,
+                                          const v1::GetServerInfoRequest* /*request*/,
                                           v1::GetServerInfoResponse* response) override {
     *response = options_.info;
     for (const auto& table : tables_.Snapshot()->tables) {

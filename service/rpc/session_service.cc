@@ -61,7 +61,7 @@ class SessionServiceImpl final : public SessionService {
 
   grpc::ServerUnaryReactor* CloseSession(grpc::CallbackServerContext* call,
                                          const v1::CloseSessionRequest* request,
-                                         v1::CloseSessionResponse* response) override {
+                                         v1::CloseSessionResponse* /*response*/) override {
     return RunOn(retirement_, call, "CloseSession",
                  [this, request] { return context_.sessions.CloseSession(request->session_id()); });
   }
@@ -75,7 +75,7 @@ class SessionServiceImpl final : public SessionService {
 
   grpc::ServerUnaryReactor* RetireRegion(grpc::CallbackServerContext* call,
                                          const v1::RetireRegionRequest* request,
-                                         v1::RetireRegionResponse* response) override {
+                                         v1::RetireRegionResponse* /*response*/) override {
     return RunOn(retirement_, call, "RetireRegion", [this, request] {
       const absl::Duration timeout = request->timeout_ms() == 0
                                          ? options_.default_retire_timeout
@@ -98,7 +98,7 @@ class SessionServiceImpl final : public SessionService {
   }
 
   grpc::ServerBidiReactor<v1::LeaseBeat, v1::LeaseNotice>* Lease(
-      grpc::CallbackServerContext* call) override {
+      grpc::CallbackServerContext* /*call*/) override {
     return StartLeaseStream(
         context_.sessions, [this](const std::string& id) { return NoticeFor(id); }, streams_);
   }

@@ -1,0 +1,45 @@
+#include "service/health_board.h"
+
+#include <utility>
+
+namespace keepset::service {
+namespace {
+
+constexpr char kCompressionService[] = "keepset.v1.CompressionService";
+
+}  // namespace
+
+void HealthBoard::Attach(grpc::HealthCheckServiceInterface* health) {
+  absl::MutexLock lock(&mutex_);
+  health_ = health;
+  Apply();
+}
+
+void HealthBoard::Detach() {
+  absl::MutexLock lock(&mutex_);
+  health_ = nullptr;
+}
+
+void HealthBoard::SetModels(std::set<std::string> models) {
+  absl::MutexLock lock(&mutex_);
+  models_ = std::move(models);
+  models_.erase("");  // the name of the whole server
+  Apply();
+}
+
+void HealthBoard::StopServing() {
+  absl::MutexLock lock(&mutex_);
+  ready_ = false;
+  Apply();
+}
+
+void HealthBoard::Apply() {
+  known_.insert(models_.begin(), models_.end());
+  if (health_ == nullptr) return;
+  for (const std::string& model : known_) {
+    health_->SetServingStatus(model, ready_ && models_.contains(model));
+  }
+  health_->SetServingStatus(kCompressionService, ready_);
+}
+
+}  // namespace keepset::service

@@ -1,0 +1,382 @@
+#include "service/server.h"
+
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
+#include <grpcpp/health_check_service_interface.h>
+#include <grpcpp/server.h>
+#include <grpcpp/server_builder.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cstring>
+#include <fstream>
+#include <limits>
+#include <sstream>
+#include <thread>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/synchronization/notification.h"
+#include "base/status_macros.h"
+#include "engine/policies/policy_registry.h"
+#include "kernels/backend_registry.h"
+#include "service/health_board.h"
+#include "service/memory/session_manager.h"
+#include "service/memory/side_socket.h"
+#include "service/metrics/metrics.h"
+#include "service/registry/table_source.h"
+#include "service/rpc/compression_service.h"
+#include "service/rpc/server_service.h"
+#include "service/rpc/session_service.h"
+#include "service/server_config/server_config.h"
+#include "service/server_observers.h"
+#include "service/unix_listener.h"
+#include "tables/table_store.h"
+
+namespace keepset::service {
+namespace {
+
+// Beside inline tensors a message holds block tables, positions and names.
+constexpr int64_t kMessageSlackBytes = int64_t{16} << 20;
+// How often leases are checked and gauges written.
+constexpr absl::Duration kTimerPeriod = absl::Milliseconds(500);
+// After the last answer: time for replies on their way, then open calls are cut.
+constexpr auto kShutdownGrace = std::chrono::milliseconds(500);
+constexpr absl::string_view kMetricsOff = "off";
+constexpr size_t kFencesPerSession = 4096;
+constexpr int64_t kControlQueueCapacity = 1024;
+enum class Reflection { kOff, kOn };
+
+// Reflection is a process-wide plugin of gRPC; this makes it a choice of one server.
+class ReflectionChoice final : public grpc::ServerBuilderOption {
+ public:
+  explicit ReflectionChoice(Reflection reflection) : reflection_(reflection) {}
+  void UpdateArguments(grpc::ChannelArguments* /*arguments*/) override {}
+  void UpdatePlugins(std::vector<std::unique_ptr<grpc::ServerBuilderPlugin>>* plugins) override {
+    std::erase_if(*plugins,
+                  [](const auto& plugin) { return plugin->name() == "proto_server_reflection"; });
+    if (reflection_ == Reflection::kOn) {
+      plugins->push_back(std::make_unique<grpc::reflection::ProtoServerReflectionPlugin>());
+    }
+  }
+
+ private:
+  const Reflection reflection_;
+};
+
+absl::StatusOr<std::string> ReadPem(absl::string_view field, const std::string& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::ostringstream text;
+  if (!file || !(text << file.rdbuf())) {
+    const int error = errno;
+    return absl::InvalidArgumentError(
+        absl::StrCat("tls.", field, "=\"", path, "\": ", std::strerror(error)));
+  }
+  return text.str();
+}
+
+absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> TcpCredentials(
+    const v1::ServerConfig::Tls& tls) {
+  if (tls.certificate_file().empty()) return grpc::InsecureServerCredentials();
+  grpc::SslServerCredentialsOptions ssl;
+  grpc::SslServerCredentialsOptions::PemKeyCertPair pair;
+  KEEPSET_ASSIGN_OR_RETURN(pair.cert_chain, ReadPem("certificate_file", tls.certificate_file()));
+  KEEPSET_ASSIGN_OR_RETURN(pair.private_key, ReadPem("key_file", tls.key_file()));
+  ssl.pem_key_cert_pairs.push_back(std::move(pair));
+  if (!tls.client_ca_file().empty()) {
+    KEEPSET_ASSIGN_OR_RETURN(ssl.pem_root_certs, ReadPem("client_ca_file", tls.client_ca_file()));
+    ssl.client_certificate_request = GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY;
+  }
+  return grpc::SslServerCredentials(ssl);
+}
+
+class ServerImpl final : public Server {
+ public:
+  ServerImpl(const v1::ServerConfig& config, Surroundings surroundings)
+      : config_(config),
+        clock_(surroundings.clock),
+        log_(surroundings.log),
+        backend_(std::move(surroundings.backend)),
+        policies_(engine::NewBuiltinPolicyRegistry()),
+        admission_([this](int64_t running) { metrics_->SetOperationsInFlight(running); }),
+        fences_(kFencesPerSession),
+        correlation_ids_(surroundings.random_seed) {}
+
+  // Order matters: gRPC's calls end before the queues that answer them, those before the services.
+  ~ServerImpl() override {
+    if (grpc_server_ != nullptr) {
+      StartDraining();
+      compression_->CloseStreams();
+      session_service_->CloseStreams();
+      health_.Detach();
+      grpc_server_->Shutdown(std::chrono::system_clock::now() + kShutdownGrace);
+      grpc_server_->Wait();
+    }
+    if (timer_.joinable()) {
+      stop_timer_.Notify();
+      timer_.join();
+    }
+    side_socket_.reset();
+    if (table_source_ != nullptr) table_source_->Stop();
+    queue_.reset();
+    registration_.reset();
+    retirement_.reset();
+    if (sessions_ != nullptr) sessions_->Shutdown();
+  }
+
+  absl::Status Init() {
+    if (backend_ == nullptr) {
+      KEEPSET_ASSIGN_OR_RETURN(
+          backend_, kernels::NewBackend(config_.backend(),
+                                        {.num_threads = static_cast<int>(config_.num_threads())}));
+    }
+    std::vector<std::unique_ptr<MemoryTransport>> transports =
+        NewBuiltinTransports([this](absl::string_view kind) {
+          return kind != "posix_shm" || config_.memory().allow_posix_shm();
+        });
+    for (const auto& transport : transports) transport_kinds_.emplace_back(transport->kind());
+    metrics_ = Metrics::New({std::string(ServerVersion()), backend_->name()}, policies_->Names(),
+                            transport_kinds_);
+    session_observer_ = std::make_unique<ServerSessionObserver>(
+        *metrics_, log_, [this](absl::string_view session_id) {
+          fences_.Forget(session_id);
+          session_service_->Forget(session_id);
+        });
+    table_observer_ = std::make_unique<ServerTableObserver>(*metrics_, log_, health_, clock_);
+    sessions_ = SessionManager::New(
+        {.max_sessions = static_cast<int64_t>(config_.memory().max_sessions()),
+         .max_regions_per_session =
+             static_cast<int64_t>(config_.memory().max_regions_per_session()),
+         .max_region_bytes_per_session = config_.memory().max_region_bytes_per_session(),
+         .default_lease = absl::Seconds(config_.memory().lease_seconds())},
+        std::move(transports), clock_, session_observer_.get());
+    KEEPSET_RETURN_IF_ERROR(StartTables());
+    StartServices();
+    KEEPSET_RETURN_IF_ERROR(StartListening());
+    timer_ = std::thread([this] { RunTimer(); });
+    LogReady();
+    return absl::OkStatus();
+  }
+
+  const std::vector<std::string>& addresses() const override { return addresses_; }
+  const std::string& side_socket() const override { return config_.side_socket(); }
+  const std::string& metrics_address() const override { return metrics_address_; }
+  std::string RenderMetrics() const override { return metrics_->Render(); }
+
+  void StartDraining() override {
+    if (admission_.draining()) return;
+    admission_.StartDraining();
+    health_.StopServing();
+    session_service_->NotifyDraining();
+    log_.Info("draining", {{"operations", absl::StrCat(admission_.running())}});
+  }
+  bool WaitIdle(absl::Duration timeout) override { return admission_.WaitIdle(timeout); }
+  int64_t operations_running() const override { return admission_.running(); }
+
+ private:
+  absl::Status StartTables() {
+    if (config_.tables_directory().empty()) return absl::OkStatus();
+    table_source_ = NewDirectorySource({.directory = config_.tables_directory()}, tables_, clock_,
+                                       table_observer_.get());
+    const absl::Status status = table_source_->Start();
+    if (status.ok()) return status;
+    return {status.code(), absl::StrCat("tables_directory=\"", config_.tables_directory(),
+                                        "\": ", status.message())};
+  }
+
+  void StartServices() {
+    queue_ = WorkQueue::New(
+        {.num_workers = static_cast<int>(config_.num_workers()),
+         .capacity = config_.limits().queue_capacity(),
+         .on_depth_change = [this](int64_t waiting) { metrics_->SetQueueDepth(waiting); }},
+        clock_);
+    registration_ = WorkQueue::New(
+        {.num_workers = 1, .capacity = kControlQueueCapacity, .on_depth_change = {}}, clock_);
+    retirement_ = WorkQueue::New(
+        {.num_workers = 4, .capacity = kControlQueueCapacity, .on_depth_change = {}}, clock_);
+    const ServiceContext context = {
+        .policies = *policies_,
+        .backend = *backend_,
+        .tables = tables_,
+        .sessions = *sessions_,
+        .metrics = *metrics_,
+        .log = log_,
+        .clock = clock_,
+        .admission = admission_,
+        .fences = fences_,
+        .queue = *queue_,
+        .correlation_ids = correlation_ids_,
+        .codec = {.max_inline_bytes = static_cast<int64_t>(config_.limits().max_inline_bytes()),
+                  .max_seq_len = static_cast<int64_t>(config_.limits().max_seq_len()),
+                  .max_layers = static_cast<int64_t>(config_.limits().max_layers())},
+        .stream_credits = config_.limits().stream_credits(),
+        .max_open_per_stream = config_.limits().queue_capacity(),
+        .overload = config_.limits().shed_to_kept_full() ? OverloadAnswer::kShedToFull
+                                                         : OverloadAnswer::kRefuse,
+    };
+    compression_ = CompressionService::New(context);
+    session_service_ = SessionService::New(context, {.side_socket_path = config_.side_socket()},
+                                           *registration_, *retirement_);
+    server_service_ = NewServerService(
+        {.info = ServerInfo(),
+         .admin = config_.enable_admin() ? AdminAccess::kAllowed : AdminAccess::kDenied,
+         .start_draining = [this] { StartDraining(); }},
+        tables_, admission_, *retirement_);
+  }
+
+  v1::GetServerInfoResponse ServerInfo() const {
+    v1::GetServerInfoResponse info;
+    info.set_version(std::string(ServerVersion()));
+    info.set_build(KEEPSET_BUILD);
+    for (const char* extension : {"stream", "early_layer_results", "gather_inline",
+                                  "gather_destination", "row_positions", "window_lse_base2"}) {
+      info.add_extensions(extension);
+    }
+    info.add_transports("inline");
+    for (const std::string& kind : transport_kinds_) {
+      info.add_extensions(kind);
+      info.add_transports(kind);
+    }
+    for (const std::string& policy : policies_->Names()) info.add_policies(policy);
+    info.set_backend(backend_->name());
+    info.set_device_status(
+        absl::StrCat("no device: backend ", backend_->name(), " works in host memory"));
+    v1::Limits* limits = info.mutable_limits();
+    limits->set_max_inline_bytes(config_.limits().max_inline_bytes());
+    limits->set_max_seq_len(config_.limits().max_seq_len());
+    limits->set_max_layers(config_.limits().max_layers());
+    limits->set_max_regions_per_session(config_.memory().max_regions_per_session());
+    limits->set_max_region_bytes_per_session(config_.memory().max_region_bytes_per_session());
+    limits->set_max_sessions(config_.memory().max_sessions());
+    limits->set_queue_capacity(config_.limits().queue_capacity());
+    limits->set_stream_credits(config_.limits().stream_credits());
+    info.set_default_lease_seconds(config_.memory().lease_seconds());
+    return info;
+  }
+
+  absl::Status StartListening() {
+    grpc::EnableDefaultHealthCheckService(true);
+    grpc::ServerBuilder builder;
+    builder.SetOption(std::make_unique<ReflectionChoice>(
+        config_.disable_reflection() ? Reflection::kOff : Reflection::kOn));
+    builder.SetMaxReceiveMessageSize(static_cast<int>(std::min<int64_t>(
+        static_cast<int64_t>(config_.limits().max_inline_bytes()) + kMessageSlackBytes,
+        std::numeric_limits<int>::max())));
+    builder.SetMaxSendMessageSize(-1);
+    // Without this a second server would share the port instead of being refused.
+    builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+    KEEPSET_ASSIGN_OR_RETURN(const auto tcp_credentials, TcpCredentials(config_.tls()));
+    std::vector<int> ports(config_.listen().size(), 0);
+    for (size_t i = 0; i < config_.listen().size(); ++i) {
+      const std::string& address = config_.listen()[i];
+      if (!UnixPath(address).empty()) {
+        KEEPSET_ASSIGN_OR_RETURN(
+            std::unique_ptr<UnixListener> listener,
+            UnixListener::Prepare(std::string(UnixPath(address)), config_.socket_mode()));
+        builder.AddListeningPort(absl::StrCat("unix:", listener->private_path()),
+                                 grpc::InsecureServerCredentials(), &ports[i]);
+        unix_listeners_.push_back(std::move(listener));
+      } else {
+        builder.AddListeningPort(address, tcp_credentials, &ports[i]);
+      }
+    }
+    builder.RegisterService(compression_.get());
+    builder.RegisterService(session_service_.get());
+    builder.RegisterService(server_service_.get());
+    grpc_server_ = builder.BuildAndStart();
+    for (size_t i = 0; i < ports.size(); ++i) {
+      if (ports[i] != 0) continue;
+      return absl::AlreadyExistsError(absl::StrCat(
+          "listen ", config_.listen()[i], ": cannot be bound, the address is in use or not ours"));
+    }
+    if (grpc_server_ == nullptr) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("listen ", absl::StrJoin(config_.listen(), ", "),
+                       ": gRPC refused to start, see its message above"));
+    }
+    health_.Attach(grpc_server_->GetHealthCheckService());
+    for (const auto& listener : unix_listeners_) KEEPSET_RETURN_IF_ERROR(listener->Publish());
+    for (size_t i = 0; i < ports.size(); ++i) {
+      const std::string& address = config_.listen()[i];
+      addresses_.push_back(
+          !UnixPath(address).empty()
+              ? address
+              : absl::StrCat(address.substr(0, address.rfind(':')), ":", ports[i]));
+    }
+    if (!config_.side_socket().empty()) {
+      KEEPSET_ASSIGN_OR_RETURN(
+          side_socket_,
+          SideSocketServer::Start({.path = config_.side_socket(), .mode = config_.socket_mode()},
+                                  *sessions_));
+    }
+    if (config_.metrics_listen() != kMetricsOff) {
+      KEEPSET_ASSIGN_OR_RETURN(metrics_address_, metrics_->Serve(config_.metrics_listen()));
+    }
+    return absl::OkStatus();
+  }
+
+  void RunTimer() {
+    do {
+      sessions_->ReapExpired();
+      const SessionCounts counts = sessions_->Counts();
+      metrics_->SetSessions(counts.sessions);
+      for (const SessionCounts::ByKind& kind : counts.regions) {
+        metrics_->SetRegions(kind.kind, kind.regions, kind.bytes);
+      }
+    } while (!stop_timer_.WaitForNotificationWithTimeout(kTimerPeriod));
+  }
+
+  void LogReady() {
+    log_.Info("ready", {{"version", std::string(ServerVersion())},
+                        {"listen", absl::StrJoin(addresses_, ",")},
+                        {"side_socket", config_.side_socket()},
+                        {"metrics", metrics_address_},
+                        {"backend", backend_->name()},
+                        {"tables", absl::StrCat(tables_.Snapshot()->tables.size())}});
+  }
+
+  const v1::ServerConfig config_;
+  const Clock& clock_;
+  Logger& log_;
+  std::unique_ptr<kernels::ComputeBackend> backend_;
+  const std::unique_ptr<engine::PolicyRegistry> policies_;
+  std::vector<std::string> transport_kinds_;
+  std::unique_ptr<Metrics> metrics_;
+  HealthBoard health_;
+  std::unique_ptr<ServerSessionObserver> session_observer_;
+  std::unique_ptr<ServerTableObserver> table_observer_;
+  tables::TableStore tables_;
+  std::unique_ptr<TableSource> table_source_;
+  Admission admission_;
+  FenceTable fences_;
+  CorrelationIds correlation_ids_;
+  std::unique_ptr<CompressionService> compression_;
+  std::unique_ptr<SessionService> session_service_;
+  std::unique_ptr<v1::ServerService::CallbackService> server_service_;
+  std::unique_ptr<SessionManager> sessions_;
+  std::unique_ptr<WorkQueue> queue_;
+  std::unique_ptr<WorkQueue> registration_;
+  std::unique_ptr<WorkQueue> retirement_;
+  std::vector<std::unique_ptr<UnixListener>> unix_listeners_;
+  std::unique_ptr<grpc::Server> grpc_server_;
+  std::unique_ptr<SideSocketServer> side_socket_;
+  std::vector<std::string> addresses_;
+  std::string metrics_address_;
+  absl::Notification stop_timer_;
+  std::thread timer_;
+};
+
+}  // namespace
+
+absl::string_view ServerVersion() { return KEEPSET_VERSION; }
+
+absl::StatusOr<std::unique_ptr<Server>> Server::Start(const v1::ServerConfig& config,
+                                                      Surroundings surroundings) {
+  auto server = std::make_unique<ServerImpl>(config, std::move(surroundings));
+  KEEPSET_RETURN_IF_ERROR(server->Init());
+  return server;
+}
+
+}  // namespace keepset::service
