@@ -1,4 +1,7 @@
+#include <fcntl.h>
+#include <linux/capability.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -12,6 +15,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "service/registry/directory_tables.h"
+#include "service/registry/file_lease.h"
 #include "service/registry/table_source.h"
 #include "tests/fakes/fake_table_source_observer.h"
 #include "tests/fakes/table_files.h"
@@ -254,6 +258,28 @@ TEST_F(DirectorySourceTest, ReportsADirectoryWithATableName) {
   Start(Options());
   ASSERT_EQ(observer_.refused().size(), 1);
   EXPECT_EQ(observer_.refused()[0].why.code(), absl::StatusCode::kInvalidArgument);
+}
+
+// A non-root process and the files of a ConfigMap: no lease is granted, so files settle first.
+TEST_F(DirectorySourceTest, PublishesFilesItMayNotLeaseOnceTheyHaveSettled) {
+  if (geteuid() != 0) GTEST_SKIP() << "needs root to give a file away";
+  constexpr uid_t kOtherUser = 65534;
+  const std::string path = directory_ / "a.safetensors";
+  fakes::WriteInPlace(path, fakes::TableBytes("a", "1"));
+  ASSERT_EQ(chown(path.c_str(), kOtherUser, kOtherUser), 0);
+  // Capabilities belong to a thread, and the source's thread inherits them from this one.
+  std::thread without_capabilities([&] {
+    __user_cap_header_struct header = {_LINUX_CAPABILITY_VERSION_3, 0};
+    __user_cap_data_struct none[2] = {};
+    ASSERT_EQ(syscall(SYS_capset, &header, none), 0);
+    const int fd = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    EXPECT_EQ(FileLease(fd).state(), FileLease::State::kUnsupported);
+    close(fd);
+    Start(Options());
+    EXPECT_TRUE(observer_.WaitForVersions({"1"}));
+  });
+  without_capabilities.join();
+  EXPECT_TRUE(observer_.refused().empty());
 }
 
 TEST_F(DirectorySourceTest, ReadersSeeOneCompleteSetAtAnyTime) {
