@@ -10,6 +10,7 @@ from keepset.errors import KeepsetError, error_of
 
 _MAGIC = 0x3153504B
 _HELLO, _PASS_FD = 1, 2
+_UNAVAILABLE = 14
 _REQUEST = struct.Struct("<II32s24x")
 _REPLY = struct.Struct("<IiQ16x")
 
@@ -25,7 +26,7 @@ class SideSocket:
             self._call(_HELLO, token, None)
         except OSError as error:
             self._socket.close()
-            raise KeepsetError("UNAVAILABLE", f"side socket {path}: {error}") from error
+            raise error_of(_UNAVAILABLE, f"side socket {path}: {error}") from error
         except KeepsetError:
             self._socket.close()
             raise
@@ -41,8 +42,11 @@ class SideSocket:
         ancillary = []
         if fd is not None:
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
-        self._socket.sendmsg([_REQUEST.pack(_MAGIC, kind, token)], ancillary)
-        reply = self._socket.recv(_REPLY.size)
+        try:
+            self._socket.sendmsg([_REQUEST.pack(_MAGIC, kind, token)], ancillary)
+            reply = self._socket.recv(_REPLY.size)
+        except OSError as error:
+            raise error_of(_UNAVAILABLE, f"side socket: {error}") from error
         if len(reply) != _REPLY.size:
             raise KeepsetError("PERMISSION_DENIED", "the side socket closed the connection")
         magic, code, fd_token = _REPLY.unpack(reply)

@@ -23,7 +23,10 @@ BUDGETS = (128, 256, 512)
 TABLE_NAME = "small-model-uniform"
 HELD_OUT_TEXT = "MPL-2.0"
 METRIC_LINES = (
-    "keepset_operations_total",
+    "keepset_compress_operations_total",
+    "keepset_policy_operations_total",
+    "keepset_input_tokens_total",
+    "keepset_retained_tokens_total",
     "keepset_table_info",
     "keepset_table_reloads_total",
     "keepset_kv_input_bytes_total",
@@ -53,8 +56,8 @@ def main() -> None:
         with keepset.Client.connect(server.address) as client:
             wait_for_version(client, "1")
             info = client.server_info()
-            print(f"\nkeepsetd {info.version} on {server.address}: backend {info.backend}, "
-                  f"{info.device_status or 'no device'}; K, V and queries travel by {client.transport}")
+            print(f"\nkeepsetd {info.version} on {server.address}: backend {info.backend}; "
+                  f"K, V and queries travel by {client.transport}")
             context, prompts = prefill(client, model, sample, asked)
             show_table(client, model, context, prompts, asked)
             show_explanation(client, model, prompts[0])
@@ -131,7 +134,7 @@ def show_explanation(client, model, shared) -> None:
     for index, layer in enumerate(result.layers):
         one = layer.sets[0]
         print(f"  layer {index}: tau {layer.tau:.2f}, {one.candidates} candidates, "
-              f"{len(one.indices)} kept, {one.filled} filled; first {list(one.indices[:6])}")
+              f"{len(one.indices)} kept, {one.filled} filled; first {one.indices[:6].tolist()}")
     print(f"  table {result.table.name} version {result.table.version} ({result.table.source})")
     print(f"        {result.table.digest}")
     print(f"  defaulted inputs: {result.defaulted_inputs or 'none'}; relaxed: {result.relaxed or 'none'}")

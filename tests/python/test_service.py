@@ -1,0 +1,263 @@
+"""The Python client against a running keepsetd, over every transport."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from conftest import MODEL, SEQ_LEN, binary, publish, random_layers, spec
+
+import keepset
+from keepset.server_process import ServerProcess
+
+POLICIES = ("full", "streaming_llm", "random", "tova", "snapkv", "knorm", "compilerkv")
+
+
+def sets_of(result: keepset.Result) -> list[list[int]]:
+    return [one.indices.tolist() for layer in result.layers for one in layer.sets]
+
+
+def poll(condition, timeout_seconds: float = 10.0):
+    """Returns the first true value of condition()."""
+    deadline = time.monotonic() + timeout_seconds
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.005)
+    pytest.fail(f"condition not reached in {timeout_seconds} s")
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_unary_and_stream_agree(client, policy):
+    layers = random_layers()
+    unary = client.compress(layers=layers, **spec(policy=policy))
+    operation = client.begin(**spec(policy=policy))
+    for layer in layers:
+        operation.observe(layer)
+    stream = operation.finish()
+    assert sets_of(unary) == sets_of(stream)
+    assert (unary.outcome, unary.bytes_after) == (stream.outcome, stream.bytes_after)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_memfd_and_inline_agree(server, policy):
+    results = []
+    for transport in ("memfd", "inline"):
+        with keepset.Client.connect(server.address, transport=transport) as client:
+            result = client.compress(layers=random_layers(), **spec(policy=policy))
+            assert result.transport in (transport, "")
+            results.append(result)
+    assert sets_of(results[0]) == sets_of(results[1])
+
+
+@pytest.mark.parametrize("policy", ["tova", "compilerkv", "snapkv"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_gathered_rows_equal_the_source_rows(client, policy, dtype):
+    layers = random_layers(dtype=dtype)
+    result = client.compress(layers=layers, gather=True, **spec(policy=policy))
+    assert result.outcome == "compressed"
+    for layer, kept in zip(layers, result.layers):
+        for head in range(MODEL.num_kv_heads):
+            indices = kept.sets[head % len(kept.sets)].indices
+            assert np.array_equal(kept.k[head], layer.k[head][indices])
+            assert np.array_equal(kept.v[head], layer.v[head][indices])
+    result.release()
+
+
+def test_kept_full_hands_back_the_callers_own_cache(client):
+    layers = random_layers()
+    result = client.compress(
+        layers=layers, gather=True, **spec(budget=keepset.Budget.tokens(SEQ_LEN + 5))
+    )
+    assert (result.outcome, result.reason) == ("kept_full", "below_budget")
+    assert result.layers[0].k is layers[0].k
+    assert sets_of(result)[0] == list(range(SEQ_LEN))
+
+
+def test_strided_and_paged_kv_give_the_answer_of_contiguous_kv(client):
+    layers = random_layers()
+    plain = client.compress(layers=layers, gather=True, **spec(policy="snapkv"))
+    expected = sets_of(plain)
+    nhd = [
+        keepset.Layer(layer.q_window, *(
+            np.ascontiguousarray(x.transpose(1, 0, 2)).transpose(1, 0, 2) for x in (layer.k, layer.v)
+        ))
+        for layer in layers
+    ]
+    assert sets_of(client.compress(layers=nhd, **spec(policy="snapkv"))) == expected
+    block, table = 16, [5, 0, 3, 1, 4, 2]
+    paged = []
+    for layer in layers:
+        pages = []
+        for x in (layer.k, layer.v):
+            data = np.full((6, block, MODEL.num_kv_heads, MODEL.head_dim), np.nan, np.float32)
+            for index, page in enumerate(table):
+                rows = x[:, index * block : (index + 1) * block].transpose(1, 0, 2)
+                data[page, : rows.shape[0]] = rows
+            pages.append(keepset.PagedKv(data, table))
+        paged.append(keepset.Layer(layer.q_window, *pages))
+    result = client.compress(layers=paged, gather=True, **spec(policy="snapkv"))
+    assert sets_of(result) == expected
+    assert np.array_equal(result.layers[1].k[1], plain.layers[1].k[1])
+
+
+def test_arrays_in_a_registered_region_are_not_copied(server):
+    with keepset.Client.connect(server.address, transport="memfd") as client:
+        region = client.shared_region(1 << 20)
+        layers = [
+            keepset.Layer(*(region.place(x) for x in (layer.q_window, layer.k, layer.v)))
+            for layer in random_layers()
+        ]
+        before = len(client._regions)
+        first = client.compress(layers=layers, **spec())
+        assert len(client._regions) == before
+        assert sets_of(first) == sets_of(client.compress(layers=random_layers(), **spec()))
+        client.retire(region)
+        with pytest.raises(keepset.InvalidInput, match="not registered"):
+            client.retire(region)
+
+
+def test_released_result_memory_is_used_again(server):
+    with keepset.Client.connect(server.address, transport="memfd") as client:
+        for _ in range(5):
+            client.compress(layers=random_layers(), gather=True, **spec()).release()
+        first = len(client._regions)
+        for _ in range(20):
+            client.compress(layers=random_layers(), gather=True, **spec()).release()
+        assert len(client._regions) == first
+
+
+def test_reply_names_table_bins_and_provenance(client):
+    result = client.compress(layers=random_layers(), **spec(policy="compilerkv"))
+    assert (result.table.name, result.table.version, result.table.source) == ("tiny", "1", "uniform")
+    assert result.table.digest.startswith("sha256:")
+    assert result.ppl == pytest.approx(10.0)
+    assert 0 <= result.entropy <= np.log(SEQ_LEN) + 1e-6
+    assert result.ppl_bin == 1 and result.has_candidates
+
+
+def test_missing_perplexity_is_an_error_and_median_is_reported(client):
+    with pytest.raises(keepset.InvalidInput, match="missing_ppl=median"):
+        client.compress(layers=random_layers(), **spec(policy="compilerkv", ppl=None))
+    result = client.compress(
+        layers=random_layers(),
+        **spec(policy="compilerkv", ppl=None, parameters={"missing_ppl": "median"}),
+    )
+    assert result.defaulted_inputs == ["ppl"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"policy": "h2o"}, keepset.NotFound, "snapkv"),
+        ({"parameters": {"kernel": 5}}, keepset.InvalidInput, "kernel_size"),
+        ({"budget": keepset.Budget.tokens(0)}, keepset.InvalidInput, "budget"),
+        ({"protect_sink": 30}, keepset.InvalidInput, "protected"),
+        ({"policy": "compilerkv", "table": keepset.TablePin(name="other")}, keepset.NotFound, "tiny"),
+        ({"seq_len": SEQ_LEN + 1}, keepset.InvalidInput, "layer 0"),
+        ({"softmax_scale": 0.0}, keepset.InvalidInput, "softmax_scale"),
+    ],
+)
+def test_mistakes_are_named(client, changes, error, says):
+    with pytest.raises(error, match=says):
+        client.compress(layers=random_layers(), **spec(**changes))
+
+
+def test_stream_error_ends_the_operation_and_the_client_goes_on(client):
+    operation = client.begin(**spec())
+    layers = random_layers()
+    layers[1].k = layers[1].k.copy()
+    layers[1].k[0, 3, 2] = np.nan
+    with pytest.raises(keepset.InvalidInput, match="layer 1: k: head 0 position 3"):
+        for layer in layers:
+            operation.observe(layer)
+        operation.finish()
+    assert client.compress(layers=random_layers(), **spec()).outcome == "compressed"
+
+
+def test_nobody_listening_is_unreachable(tmp_path):
+    with pytest.raises(keepset.Unreachable):
+        keepset.Client.connect(f"unix:{tmp_path}/none.sock", timeout_seconds=5)
+
+
+def test_server_restart_is_survived_by_connecting_again(tmp_path):
+    with ServerProcess(binary()) as server:
+        client = keepset.Client.connect(server.address)
+        server.kill()
+        with pytest.raises(keepset.Unreachable):
+            client.compress(layers=random_layers(), **spec())
+        client.close()
+    with ServerProcess(binary()) as server, keepset.Client.connect(server.address) as client:
+        assert client.compress(layers=random_layers(), **spec()).outcome == "compressed"
+
+
+def test_reload_under_load_never_fails_or_mixes(tmp_path):
+    """Each version has its own tau; a mixed operation would show two of them."""
+    with ServerProcess(binary(), tables=tmp_path) as server:
+        publish(server, "0")
+        with keepset.Client.connect(server.address) as client:
+            poll(lambda: client.server_info().tables)
+            layers = random_layers()
+            seen = set()
+
+            def one_operation() -> str:
+                result = client.compress(layers=layers, **spec(policy="compilerkv"))
+                tau = np.float32(0.8 + 0.005 * int(result.table.version))
+                assert [layer.tau for layer in result.layers] == pytest.approx([tau] * 3)
+                seen.add(result.table.version)
+                return result.table.version
+
+            for version in range(1, 20):
+                publish(server, str(version), gate=0.8 + 0.005 * version)
+                poll(lambda: one_operation() == str(version))
+            assert len(seen) == 20
+
+
+CRASHING_CLIENT = """
+import os, signal, sys
+sys.path.insert(0, {tests!r})
+from conftest import random_layers, spec
+import keepset
+phase = {phase!r}
+client = keepset.Client.connect({address!r}, transport="memfd")
+region = client.shared_region(8 << 20, writable_by_server=True)
+if phase == "registered":
+    os.kill(os.getpid(), signal.SIGKILL)
+operation = client.begin(**spec(gather=True))
+layers = random_layers()
+operation.observe(layers[0])
+if phase == "midway":
+    os.kill(os.getpid(), signal.SIGKILL)
+for layer in layers[1:]:
+    operation.observe(layer)
+if phase == "before_result":
+    operation._send(end=__import__("keepset.v1.compression_pb2", fromlist=["x"]).OperationEnd())
+    os.kill(os.getpid(), signal.SIGKILL)
+operation.finish()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("phase", ["registered", "midway", "before_result", "holding_result"])
+def test_killed_client_leaves_nothing_behind(server, phase):
+    script = CRASHING_CLIENT.format(
+        tests=str(pathlib.Path(__file__).parent), phase=phase, address=server.address
+    )
+    died = subprocess.run([sys.executable, "-c", script], env=os.environ, timeout=60)
+    assert died.returncode == -signal.SIGKILL
+    maps = pathlib.Path(f"/proc/{server.pid}/maps")
+    poll(lambda: "memfd:keepset" not in maps.read_text())
+    with keepset.Client.connect(server.address) as client:
+        assert client.compress(layers=random_layers(), **spec()).outcome == "compressed"
+
+
+def test_sigterm_drains_and_exits_zero():
+    server = ServerProcess(binary())
+    with keepset.Client.connect(server.address) as client:
+        client.compress(layers=random_layers(), **spec())
+    assert server.stop() == 0
