@@ -1,8 +1,10 @@
 #include "kernels/cpu/cpu_context.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <new>
+#include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -14,6 +16,17 @@
 #include "tbb/partitioner.h"
 #include "tbb/task_arena.h"
 #include "tbb/task_group.h"
+
+#if defined(__SANITIZE_THREAD__)
+#define KEEPSET_THREAD_SANITIZER 1
+#elif defined(__has_feature)
+#if __has_feature(thread_sanitizer)
+#define KEEPSET_THREAD_SANITIZER 1
+#endif
+#endif
+#if !defined(KEEPSET_THREAD_SANITIZER)
+#define KEEPSET_THREAD_SANITIZER 0
+#endif
 
 namespace keepset::kernels::cpu {
 namespace {
@@ -27,6 +40,34 @@ class SerialArena : public ThreadArena {
     for (int64_t task = 0; task < num_tasks; ++task) fn(task, 0);
   }
 };
+
+#if KEEPSET_THREAD_SANITIZER
+
+// ThreadSanitizer cannot see the synchronisation inside the TBB library and would report every
+// task. Plain threads let it check what the ops themselves share.
+class PlainThreadArena : public ThreadArena {
+ public:
+  explicit PlainThreadArena(int num_threads) : num_threads_(num_threads) {}
+
+  int num_threads() const override { return num_threads_; }
+  void ParallelFor(int64_t num_tasks, absl::FunctionRef<void(int64_t task, int slot)> fn) override {
+    std::atomic<int64_t> next{0};
+    std::vector<std::thread> threads;
+    for (int slot = 0; slot < num_threads_; ++slot) {
+      threads.emplace_back([&, slot] {
+        for (int64_t task = next++; task < num_tasks; task = next++) fn(task, slot);
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+  }
+
+ private:
+  const int num_threads_;
+};
+
+using ParallelArena = PlainThreadArena;
+
+#else
 
 class TbbArena : public ThreadArena {
  public:
@@ -52,6 +93,10 @@ class TbbArena : public ThreadArena {
   tbb::task_arena arena_;
 };
 
+using ParallelArena = TbbArena;
+
+#endif  // KEEPSET_THREAD_SANITIZER
+
 }  // namespace
 
 void AlignedBuffer::Free::operator()(std::byte* data) const { ::operator delete(data, kAlignment); }
@@ -71,7 +116,7 @@ absl::Status AlignedBuffer::Reserve(int64_t bytes) {
 
 std::unique_ptr<ThreadArena> NewThreadArena(int num_threads) {
   if (num_threads <= 1) return std::make_unique<SerialArena>();
-  return std::make_unique<TbbArena>(num_threads);
+  return std::make_unique<ParallelArena>(num_threads);
 }
 
 int NumUsableCores() { return std::max(1, tbb::info::default_concurrency()); }
