@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #undef HWY_TARGET_INCLUDE
@@ -29,6 +30,24 @@ constexpr int kTileRows = 8;
 constexpr int kTileRows = 4;
 #endif
 
+// 16-bit elements in the low halves of 32-bit lanes to fp32, exact.
+template <DType kType, class D, class Bits>
+HWY_INLINE hn::Vec<D> WidenBits(D d, Bits bits) {
+  const hn::Rebind<uint32_t, D> wide;
+  if constexpr (kType == DType::kBF16) {
+    return hn::BitCast(d, hn::ShiftLeft<16>(bits));
+  } else {
+    // As HalfToFloat in element.cc.
+    const auto magnitude =
+        hn::Mul(hn::BitCast(d, hn::ShiftLeft<13>(hn::And(bits, hn::Set(wide, 0x7fffu)))),
+                hn::Set(d, 0x1p112f));
+    const auto special = hn::IfThenElseZero(hn::Ge(magnitude, hn::Set(d, 65536.0f)),
+                                            hn::BitCast(d, hn::Set(wide, 0x7f800000u)));
+    const auto sign = hn::BitCast(d, hn::ShiftLeft<16>(hn::And(bits, hn::Set(wide, 0x8000u))));
+    return hn::Or(hn::Or(magnitude, special), sign);
+  }
+}
+
 template <DType kType, class D>
 HWY_INLINE hn::Vec<D> LoadWide(D d, const std::byte* data) {
   if constexpr (kType == DType::kF32) {
@@ -36,20 +55,8 @@ HWY_INLINE hn::Vec<D> LoadWide(D d, const std::byte* data) {
   } else {
     const hn::Rebind<uint16_t, D> narrow;
     const hn::Rebind<uint32_t, D> wide;
-    const auto bits =
-        hn::PromoteTo(wide, hn::LoadU(narrow, reinterpret_cast<const uint16_t*>(data)));
-    if constexpr (kType == DType::kBF16) {
-      return hn::BitCast(d, hn::ShiftLeft<16>(bits));
-    } else {
-      // As HalfToFloat in element.cc.
-      const auto magnitude =
-          hn::Mul(hn::BitCast(d, hn::ShiftLeft<13>(hn::And(bits, hn::Set(wide, 0x7fffu)))),
-                  hn::Set(d, 0x1p112f));
-      const auto special = hn::IfThenElseZero(hn::Ge(magnitude, hn::Set(d, 65536.0f)),
-                                              hn::BitCast(d, hn::Set(wide, 0x7f800000u)));
-      const auto sign = hn::BitCast(d, hn::ShiftLeft<16>(hn::And(bits, hn::Set(wide, 0x8000u))));
-      return hn::Or(hn::Or(magnitude, special), sign);
-    }
+    return WidenBits<kType>(
+        d, hn::PromoteTo(wide, hn::LoadU(narrow, reinterpret_cast<const uint16_t*>(data))));
   }
 }
 
@@ -109,72 +116,90 @@ using QueryTag = FloatTag;
 
 #else
 
-// Blocks of 128 bits: block b of staging vector (4 * (c / 4) + k) holds channels c..c+3 of token
-// 4 * b + k, so that a 4x4 transpose inside each block yields one vector of tokens per channel.
+// Transposes 4x4 inside each block of 128 bits of a0..a3: r0 holds the first element of every
+// block of all four, and so on.
+template <class DU, class V>
+HWY_INLINE void TransposeBlocks(DU du, V a0, V a1, V a2, V a3, V& r0, V& r1, V& r2, V& r3) {
+  const hn::Repartition<uint64_t, DU> d64;
+  const auto low01 = hn::BitCast(d64, hn::InterleaveLower(du, a0, a1));
+  const auto low23 = hn::BitCast(d64, hn::InterleaveLower(du, a2, a3));
+  const auto high01 = hn::BitCast(d64, hn::InterleaveUpper(du, a0, a1));
+  const auto high23 = hn::BitCast(d64, hn::InterleaveUpper(du, a2, a3));
+  r0 = hn::BitCast(du, hn::InterleaveLower(d64, low01, low23));
+  r1 = hn::BitCast(du, hn::InterleaveUpper(d64, low01, low23));
+  r2 = hn::BitCast(du, hn::InterleaveLower(d64, high01, high23));
+  r3 = hn::BitCast(du, hn::InterleaveUpper(d64, high01, high23));
+}
+
+// A vector of staging memory consists of blocks of 128 bits, block b a piece of token 4 * b + k,
+// so that a 4x4 transpose inside the blocks of four such vectors (k = 0..3) yields vectors of
+// tokens. A block is four channels of fp32, or eight of 16 bits, which move in pairs until then.
 template <DType kType, class D>
 bool PackTyped(D d, const std::byte* const* rows, int64_t count, int64_t head_dim,
-               int64_t panel_width, float scale, float* staging, float* panels) {
+               int64_t panel_width, float scale, float* staging_memory, float* panels) {
+  constexpr int64_t kBlockBytes = 16;
+  constexpr int64_t kChannels = kBlockBytes / DTypeBytes(kType);  // of one block
+  constexpr int64_t kPerLane = kChannels / 4;                     // channels that share a lane
   using V = hn::Vec<D>;
-  const hn::Repartition<uint64_t, D> d64;
-  const hn::FixedTag<float, 4> d4;
+  const hn::RebindToUnsigned<D> du;
+  const hn::FixedTag<uint8_t, kBlockBytes> d_bytes;
+  auto* staging = reinterpret_cast<uint32_t*>(staging_memory);
   const int64_t lanes = hn::Lanes(d);
-  const int64_t whole_channels = head_dim / 4 * 4;
-  const int64_t bytes = DTypeBytes(kType);
+  const int64_t row_bytes = head_dim * DTypeBytes(kType);
+  const int64_t whole_bytes = row_bytes / kBlockBytes * kBlockBytes;
   const V zero = hn::Zero(d);
   const V factor = hn::Set(d, scale);
-  V check0 = zero, check1 = zero, check2 = zero, check3 = zero;
+  V checks[4] = {zero, zero, zero, zero};
 
   for (int64_t begin = 0; begin < count; begin += lanes) {
     for (int64_t t = 0; t < lanes; ++t) {
-      float* to = staging + t % 4 * lanes + t / 4 * 4;
+      auto* to = reinterpret_cast<uint8_t*>(staging + t % 4 * lanes + t / 4 * 4);
+      const int64_t step = 4 * lanes * int64_t{sizeof(uint32_t)};  // to the next block of the token
       if (begin + t >= count) {
-        for (int64_t c = 0; c < head_dim; c += 4) hn::StoreU(hn::Zero(d4), d4, to + c * lanes);
+        for (int64_t byte = 0; byte < row_bytes; byte += kBlockBytes, to += step) {
+          hn::StoreU(hn::Zero(d_bytes), d_bytes, to);
+        }
         continue;
       }
-      const std::byte* row = rows[begin + t];
-      for (int64_t c = 0; c < whole_channels; c += 4) {
-        hn::StoreU(LoadWide<kType>(d4, row + c * bytes), d4, to + c * lanes);
+      const auto* row = reinterpret_cast<const uint8_t*>(rows[begin + t]);
+      for (int64_t byte = 0; byte < whole_bytes; byte += kBlockBytes, to += step) {
+        hn::StoreU(hn::LoadU(d_bytes, row + byte), d_bytes, to);
       }
-      if (whole_channels < head_dim) {
-        float* last = to + whole_channels * lanes;
-        for (int64_t c = 0; c < 4; ++c) {
-          last[c] = whole_channels + c < head_dim
-                        ? LoadOne<kType>(row + (whole_channels + c) * bytes)
-                        : 0.0f;
-        }
+      if (whole_bytes < row_bytes) {
+        std::memset(to, 0, kBlockBytes);
+        std::memcpy(to, row + whole_bytes, row_bytes - whole_bytes);
       }
     }
     float* panel = panels + begin / panel_width * panel_width * head_dim + begin % panel_width;
-    for (int64_t c = 0; c < head_dim; c += 4) {
-      const float* from = staging + c * lanes;
-      const V a0 = hn::LoadU(d, from);
-      const V a1 = hn::LoadU(d, from + lanes);
-      const V a2 = hn::LoadU(d, from + 2 * lanes);
-      const V a3 = hn::LoadU(d, from + 3 * lanes);
-      check0 = hn::MulAdd(a0, zero, check0);
-      check1 = hn::MulAdd(a1, zero, check1);
-      check2 = hn::MulAdd(a2, zero, check2);
-      check3 = hn::MulAdd(a3, zero, check3);
-      const auto low01 = hn::BitCast(d64, hn::InterleaveLower(d, a0, a1));
-      const auto low23 = hn::BitCast(d64, hn::InterleaveLower(d, a2, a3));
-      const auto high01 = hn::BitCast(d64, hn::InterleaveUpper(d, a0, a1));
-      const auto high23 = hn::BitCast(d64, hn::InterleaveUpper(d, a2, a3));
-      const V t0 = hn::BitCast(d, hn::InterleaveLower(d64, low01, low23));
-      const V t1 = hn::BitCast(d, hn::InterleaveUpper(d64, low01, low23));
-      const V t2 = hn::BitCast(d, hn::InterleaveLower(d64, high01, high23));
-      const V t3 = hn::BitCast(d, hn::InterleaveUpper(d64, high01, high23));
+    for (int64_t c = 0; c < head_dim; c += kChannels) {
+      const uint32_t* from = staging + c / kChannels * 4 * lanes;
+      hn::Vec<decltype(du)> r[4];
+      TransposeBlocks(du, hn::LoadU(du, from), hn::LoadU(du, from + lanes),
+                      hn::LoadU(du, from + 2 * lanes), hn::LoadU(du, from + 3 * lanes), r[0], r[1],
+                      r[2], r[3]);
       float* to = panel + c * panel_width;
-      hn::StoreU(hn::Mul(t0, factor), d, to);
-      if (c + 1 >= head_dim) break;
-      hn::StoreU(hn::Mul(t1, factor), d, to + panel_width);
-      if (c + 2 >= head_dim) break;
-      hn::StoreU(hn::Mul(t2, factor), d, to + 2 * panel_width);
-      if (c + 3 >= head_dim) break;
-      hn::StoreU(hn::Mul(t3, factor), d, to + 3 * panel_width);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        if (c + i * kPerLane >= head_dim) break;
+        V first = zero;
+        if constexpr (kType == DType::kF32) {
+          first = hn::BitCast(d, r[i]);
+        } else {
+          first = WidenBits<kType>(d, hn::And(r[i], hn::Set(du, 0xffffu)));
+        }
+        checks[i] = hn::MulAdd(first, zero, checks[i]);
+        hn::StoreU(hn::Mul(first, factor), d, to + i * kPerLane * panel_width);
+        if constexpr (kPerLane == 2) {
+          if (c + 2 * i + 1 >= head_dim) break;
+          const V second = WidenBits<kType>(d, hn::ShiftRight<16>(r[i]));
+          checks[i] = hn::MulAdd(second, zero, checks[i]);
+          hn::StoreU(hn::Mul(second, factor), d, to + (2 * i + 1) * panel_width);
+        }
+      }
     }
   }
-  const V check = hn::Add(hn::Add(check0, check1), hn::Add(check2, check3));
-  return hn::GetLane(hn::SumOfLanes(d, check)) == 0.0f;
+  const V check = hn::Add(hn::Add(checks[0], checks[1]), hn::Add(checks[2], checks[3]));
+  return hn::AllTrue(d, hn::Eq(check, zero));
 }
 
 using QueryTag = hn::FixedTag<float, 4>;
