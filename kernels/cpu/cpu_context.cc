@@ -2,7 +2,8 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstring>
+#include <cstdlib>
+#include <memory>
 #include <new>
 #include <thread>
 #include <utility>
@@ -148,9 +149,6 @@ absl::Status CpuContext::ReserveSlots(SlotScratch use, int64_t bytes) {
   return absl::OkStatus();
 }
 
-CpuScoreBuffer::CpuScoreBuffer(AlignedBuffer memory, int64_t rows, int64_t cols)
-    : memory_(std::move(memory)), rows_(rows), cols_(cols) {}
-
 absl::StatusOr<std::unique_ptr<ScoreBuffer>> CpuScoreBuffer::New(int64_t rows, int64_t cols) {
   int64_t bytes = 0;
   if (rows < 1 || cols < 1 || __builtin_mul_overflow(rows, cols, &bytes) ||
@@ -158,10 +156,17 @@ absl::StatusOr<std::unique_ptr<ScoreBuffer>> CpuScoreBuffer::New(int64_t rows, i
     return absl::InvalidArgumentError(
         absl::StrCat("score buffer [", rows, ", ", cols, "], want positive sizes within 64 bits"));
   }
-  AlignedBuffer memory;
-  KEEPSET_RETURN_IF_ERROR(memory.Reserve(bytes));
-  std::memset(memory.as<std::byte>(), 0, static_cast<size_t>(bytes));
-  return std::unique_ptr<ScoreBuffer>(new CpuScoreBuffer(std::move(memory), rows, cols));
+  constexpr auto kAlign = static_cast<size_t>(kAlignment);
+  const size_t allocated = static_cast<size_t>(bytes) + kAlign;
+  std::unique_ptr<void, Free> memory(std::calloc(allocated, 1));
+  if (memory == nullptr) {
+    return absl::ResourceExhaustedError(absl::StrCat("cannot allocate ", bytes, " bytes"));
+  }
+  void* aligned = memory.get();
+  size_t space = allocated;
+  std::align(kAlign, static_cast<size_t>(bytes), aligned, space);
+  return std::unique_ptr<ScoreBuffer>(
+      new CpuScoreBuffer(std::move(memory), static_cast<float*>(aligned), rows, cols));
 }
 
 absl::Status CheckShape(const ScoreBuffer& x, int64_t rows, int64_t cols, absl::string_view name) {

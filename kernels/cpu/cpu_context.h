@@ -7,7 +7,9 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "absl/functional/function_ref.h"
@@ -87,19 +89,27 @@ class CpuContext : public OpContext {
   std::vector<AlignedBuffer> slots_;
 };
 
+// Memory comes from calloc, which leaves large sizes to the kernel's zero pages: an operation that
+// announces a long prompt holds no memory before its tensors arrive.
 class CpuScoreBuffer : public ScoreBuffer {
  public:
   static absl::StatusOr<std::unique_ptr<ScoreBuffer>> New(int64_t rows, int64_t cols);
 
-  float* data() override { return memory_.as<float>(); }
-  const float* data() const override { return memory_.as<float>(); }
+  float* data() override { return data_; }
+  const float* data() const override { return data_; }
   int64_t rows() const override { return rows_; }
   int64_t cols() const override { return cols_; }
 
  private:
-  CpuScoreBuffer(AlignedBuffer memory, int64_t rows, int64_t cols);
+  struct Free {
+    void operator()(void* memory) const { std::free(memory); }
+  };
 
-  AlignedBuffer memory_;
+  CpuScoreBuffer(std::unique_ptr<void, Free> memory, float* data, int64_t rows, int64_t cols)
+      : memory_(std::move(memory)), data_(data), rows_(rows), cols_(cols) {}
+
+  std::unique_ptr<void, Free> memory_;
+  float* data_;  // within memory_, aligned to a cache line
   int64_t rows_;
   int64_t cols_;
 };

@@ -1,6 +1,9 @@
+#include <unistd.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <fstream>
 #include <limits>
 #include <memory>
 #include <random>
@@ -183,6 +186,28 @@ TEST(ScoreBuffer, ImpossibleSizesAreRefused) {
   for (int64_t rows : {int64_t{0}, int64_t{-1}, kHuge}) {
     EXPECT_EQ(fixture.backend().NewBuffer(rows, 4).status().code(),
               absl::StatusCode::kInvalidArgument);
+  }
+}
+
+int64_t ResidentBytes() {
+  int64_t total_pages = 0;
+  int64_t resident_pages = 0;
+  std::ifstream("/proc/self/statm") >> total_pages >> resident_pages;
+  return resident_pages * sysconf(_SC_PAGESIZE);
+}
+
+TEST(ScoreBuffer, HoldsNoMemoryBeforeItIsWritten) {
+  BackendFixture fixture;
+  const int64_t before = ResidentBytes();
+  const std::unique_ptr<ScoreBuffer> x = fixture.Buffer(256, int64_t{1} << 20);
+  EXPECT_LT(ResidentBytes() - before, int64_t{512} << 20);
+  x->data()[(int64_t{256} << 20) - 1] = 1.0f;
+}
+
+TEST(ScoreBuffer, IsAlignedToACacheLine) {
+  BackendFixture fixture;
+  for (const int64_t cols : {1, 7, 4096, 1 << 20}) {
+    EXPECT_EQ(reinterpret_cast<uintptr_t>(fixture.Buffer(1, cols)->data()) % 64, 0u);
   }
 }
 
