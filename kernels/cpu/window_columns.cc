@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <memory>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
@@ -24,12 +25,19 @@ namespace {
 constexpr double kLog2E = 1.4426950408889634;
 // Exponentials of KV heads processed together: a share of a third-level cache.
 constexpr int64_t kGroupBytes = int64_t{4} << 20;
-// Above this the query heads of one KV head are taken in turns, each with its own pass over K.
+// Above this the query heads of one KV head are taken in turns, each with its own pass over K, and
+// the rows of one head in blocks: a request of few bytes must not ask for rows x tokens of memory.
 constexpr int64_t kUnitBytes = int64_t{256} << 20;
 
 constexpr int64_t kCacheLine = 64;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Bytes of exponentials that one row of one head holds at a time.
+int64_t RowBytes(const WindowArgs& args) {
+  const int64_t chunks_kept = args.window_lse.present() ? 1 : CeilDiv(args.k.seq_len, kChunkTokens);
+  return chunks_kept * kChunkTokens * int64_t{sizeof(float)};
+}
 
 // Query heads that meet one packed chunk of K together.
 struct Unit {
@@ -40,7 +48,9 @@ struct Unit {
 
 class WindowOp {
  public:
-  WindowOp(CpuContext& context, const WindowArgs& args, float* out)
+  // Reduces `num_rows` of the observed rows from `first_row` on.
+  WindowOp(CpuContext& context, const WindowArgs& args, int64_t first_row, int64_t num_rows,
+           float* out)
       : context_(context),
         args_(args),
         out_(out),
@@ -48,10 +58,9 @@ class WindowOp {
         head_dim_(args.k.head_dim),
         group_(args.q.num_qo_heads / args.k.num_kv_heads),
         num_chunks_(CeilDiv(seq_len_, kChunkTokens)),
-        first_row_(args.reduction == RowReduction::kLast ? args.q.num_rows - 1 : 0),
-        num_rows_(args.q.num_rows - first_row_) {
-    const int64_t chunks_kept = has_lse() ? 1 : num_chunks_;
-    const int64_t head_bytes = num_rows_ * kChunkTokens * chunks_kept * int64_t{sizeof(float)};
+        first_row_(first_row),
+        num_rows_(num_rows) {
+    const int64_t head_bytes = num_rows_ * RowBytes(args);
     unit_heads_ = std::clamp<int64_t>(kUnitBytes / head_bytes, 1, group_);
     unit_bytes_ = unit_heads_ * head_bytes;
     unit_rows_ = unit_heads_ * num_rows_;
@@ -329,8 +338,8 @@ class WindowOp {
   const int64_t head_dim_;
   const int64_t group_;  // query heads per KV head
   const int64_t num_chunks_;
-  const int64_t first_row_;  // kLast needs the last row only
-  const int64_t num_rows_;   // rows used of each query head
+  const int64_t first_row_;
+  const int64_t num_rows_;  // rows used of each query head
   int64_t unit_heads_ = 0;
   int64_t unit_bytes_ = 0;
   int64_t unit_rows_ = 0;
@@ -340,6 +349,27 @@ class WindowOp {
   int64_t num_units_ = 0;
   int64_t group_units_ = 0;  // units whose exponentials are held at the same time
 };
+
+// Takes the rows in blocks of `rows_at_once`. Every value is >= 0, so that both sums and maxima
+// begin at 0.
+absl::Status RunInBlocks(CpuContext& context, const WindowArgs& args, int64_t rows_at_once,
+                         ScoreBuffer& out) {
+  const int64_t num_rows = args.q.num_rows;
+  KEEPSET_ASSIGN_OR_RETURN(const std::unique_ptr<ScoreBuffer> block,
+                           CpuScoreBuffer::New(out.rows(), out.cols()));
+  KEEPSET_RETURN_IF_ERROR(Fill(context, 0, out.cols(), 0.0f, out));
+  const bool is_max = args.reduction == RowReduction::kMax;
+  for (int64_t begin = 0; begin < num_rows; begin += rows_at_once) {
+    const int64_t count = std::min(rows_at_once, num_rows - begin);
+    KEEPSET_RETURN_IF_ERROR(WindowOp(context, args, begin, count, block->data()).Run());
+    const float weight = args.reduction == RowReduction::kMean
+                             ? static_cast<float>(count) / static_cast<float>(num_rows)
+                             : 1.0f;
+    KEEPSET_RETURN_IF_ERROR(
+        Accumulate(context, *block, is_max ? Merge::kMax : Merge::kSum, weight, out));
+  }
+  return absl::OkStatus();
+}
 
 }  // namespace
 
@@ -390,7 +420,13 @@ absl::Status WindowColumns(CpuContext& context, const WindowArgs& args, ScoreBuf
   }
   KEEPSET_RETURN_IF_ERROR(
       CheckShape(out, args.q.num_qo_heads, args.k.seq_len, absl::StrCat(args.what, ": out")));
-  return WindowOp(context, args, out.data()).Run();
+  const int64_t num_rows = args.q.num_rows;
+  if (args.reduction == RowReduction::kLast) {
+    return WindowOp(context, args, num_rows - 1, 1, out.data()).Run();
+  }
+  const int64_t rows_at_once = std::max<int64_t>(1, kUnitBytes / RowBytes(args));
+  if (num_rows > rows_at_once) return RunInBlocks(context, args, rows_at_once, out);
+  return WindowOp(context, args, 0, num_rows, out.data()).Run();
 }
 
 }  // namespace keepset::kernels::cpu

@@ -285,6 +285,37 @@ TEST(WindowColumns, ConstantAddedToEveryLogitChangesNothing) {
   ExpectClose(Columns(problem.Args()), expected);
 }
 
+TEST(WindowColumns, ManyRowsOfALongPromptAreTakenInBlocks) {
+  // 1200 rows x 65536 tokens are 300 MiB of exponentials: two blocks of rows.
+  Shape shape;
+  shape.num_qo_heads = shape.num_kv_heads = 1;
+  shape.num_rows = 1200;
+  shape.seq_len = 65536;
+  shape.head_dim = 1;
+  const Problem problem(shape);
+  for (const RowReduction reduction :
+       {RowReduction::kMean, RowReduction::kSum, RowReduction::kMax}) {
+    const WindowArgs whole = problem.Args(reduction);
+    const std::vector<float> columns = Columns(whole);
+    const auto half = [&](int64_t first) {
+      WindowArgs args = whole;
+      args.q.num_rows = 600;
+      args.q.data += first * args.q.row_stride * DTypeBytes(args.q.dtype);
+      args.q.size_bytes -= first * args.q.row_stride * DTypeBytes(args.q.dtype);
+      args.row_positions = args.row_positions.subspan(first, 600);
+      return Columns(args);
+    };
+    const std::vector<float> early = half(0);
+    const std::vector<float> late = half(600);
+    for (size_t t = 0; t < columns.size(); ++t) {
+      float want = early[t] + late[t];
+      if (reduction == RowReduction::kMean) want /= 2.0f;
+      if (reduction == RowReduction::kMax) want = std::max(early[t], late[t]);
+      ASSERT_NEAR(columns[t], want, kRelative * want) << t;
+    }
+  }
+}
+
 TEST(WindowColumns, GivenLogSumExpGivesTheComputedColumns) {
   for (RowReduction reduction :
        {RowReduction::kMean, RowReduction::kSum, RowReduction::kMax, RowReduction::kLast}) {
