@@ -17,6 +17,9 @@ constexpr int64_t kMaxHeads = 4096;
 constexpr int64_t kMaxHeadDim = 8192;
 // Keep indices of one result: 8 GiB of 32-bit positions.
 constexpr int64_t kMaxPositions = int64_t{1} << 31;
+// Attention of one layer, one fp32 per query head and position: 2 GiB. Stating heads and length
+// takes a few bytes, so their product is bounded before any tensor arrives.
+constexpr int64_t kMaxColumns = int64_t{1} << 29;
 
 absl::Status InRange(absl::string_view name, int64_t value, int64_t min, int64_t max) {
   if (value >= min && value <= max) return absl::OkStatus();
@@ -90,6 +93,11 @@ absl::Status CheckShape(const OperationSpec& spec, const Requirements& needs) {
   if (positions > kMaxPositions) {
     return absl::InvalidArgumentError(absl::StrCat(
         "num_layers x num_kv_heads x seq_len = ", positions, ", want at most ", kMaxPositions));
+  }
+  const int64_t columns = model.num_qo_heads * spec.seq_len;
+  if (needs.observation && columns > kMaxColumns) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("num_qo_heads x seq_len = ", columns, ", want at most ", kMaxColumns));
   }
   KEEPSET_RETURN_IF_ERROR(
       InRange("num_rows (window)", spec.num_rows, needs.observation ? 1 : 0, spec.seq_len));

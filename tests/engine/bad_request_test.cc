@@ -49,6 +49,19 @@ std::vector<BadSpec> BadSpecs() {
       {"NoTokens", [](OperationSpec& s) { s.seq_len = 0; }, kInvalid, "seq_len=0, want 1.."},
       {"TooManyTokens", [](OperationSpec& s) { s.seq_len = int64_t{1} << 40; }, kInvalid,
        "seq_len=1099511627776, want 1..16777216"},
+      {"TooManyKeptPositions",
+       [](OperationSpec& s) {
+         s.seq_len = int64_t{1} << 24;
+         s.model.num_layers = 65;
+       },
+       kInvalid, "num_layers x num_kv_heads x seq_len = 2181038080, want at most 2147483648"},
+      {"TooManyHeadsForALongPrompt",
+       [](OperationSpec& s) {
+         s.seq_len = int64_t{1} << 20;
+         s.model.num_qo_heads = 1024;
+         s.table = fakes::MakeTable(s.model, {});
+       },
+       kInvalid, "num_qo_heads x seq_len = 1073741824, want at most 536870912"},
       {"WindowLongerThanPrompt", [](OperationSpec& s) { s.num_rows = 97; }, kInvalid,
        "num_rows (window)=97, want 1..96"},
       {"NoObservedRows", [](OperationSpec& s) { s.num_rows = 0; }, kInvalid,
