@@ -20,8 +20,8 @@ struct ByteRange {
   uintptr_t end = 0;
 };
 
-// Ranges that hold every row of a validated view: one per block, per head where the heads of a
-// block lie apart.
+// Ranges that hold every row of a validated view: one per block, or one per block and head where
+// other blocks lie between the heads of one.
 template <typename View>
 std::vector<ByteRange> Footprint(const View& view) {
   const bool is_paged = view.block_size > 0;
@@ -31,9 +31,10 @@ std::vector<ByteRange> Footprint(const View& view) {
   for (int64_t begin = 0; begin < view.seq_len; begin += span) {
     const int64_t tokens = std::min(span, view.seq_len - begin);
     const int64_t head_extent = (tokens - 1) * view.token_stride + view.head_dim;
-    const bool apart = view.head_stride >= head_extent;
-    const int64_t extent =
-        apart ? head_extent : head_extent + (view.num_kv_heads - 1) * view.head_stride;
+    const int64_t block_extent = head_extent + (view.num_kv_heads - 1) * view.head_stride;
+    const bool apart =
+        view.head_stride >= head_extent && (!is_paged || block_extent > view.block_stride);
+    const int64_t extent = apart ? head_extent : block_extent;
     for (int64_t head = 0; head < (apart ? view.num_kv_heads : 1); ++head) {
       const auto start = reinterpret_cast<uintptr_t>(view.data) + RowOffsetBytes(view, head, begin);
       ranges.push_back({start, start + static_cast<uintptr_t>(extent * bytes)});
@@ -42,7 +43,20 @@ std::vector<ByteRange> Footprint(const View& view) {
   return ranges;
 }
 
+// The range from the lowest to the highest byte. ranges: at least one.
+ByteRange Hull(const std::vector<ByteRange>& ranges) {
+  ByteRange hull = ranges.front();
+  for (const ByteRange& range : ranges) {
+    hull.begin = std::min(hull.begin, range.begin);
+    hull.end = std::max(hull.end, range.end);
+  }
+  return hull;
+}
+
 bool Overlap(std::vector<ByteRange> a, std::vector<ByteRange> b) {
+  const ByteRange hull_a = Hull(a);
+  const ByteRange hull_b = Hull(b);
+  if (hull_a.end <= hull_b.begin || hull_b.end <= hull_a.begin) return false;
   const auto by_begin = [](const ByteRange& x, const ByteRange& y) { return x.begin < y.begin; };
   std::sort(a.begin(), a.end(), by_begin);
   std::sort(b.begin(), b.end(), by_begin);
