@@ -114,19 +114,19 @@ absl::StatusOr<LayerResult> Cutter::CutLayer(kernels::ScoreBuffer& scores, float
 
 absl::StatusOr<std::vector<LayerResult>> Cutter::CutEqual(
     absl::Span<kernels::ScoreBuffer* const> scores, absl::Span<const float> taus) {
+  // What a layer keeps on its own, protected positions included: without them the common count
+  // would push out what the gate of the fullest layer kept.
   int64_t largest = 0;
   int64_t total = 0;
   for (size_t layer = 0; layer < scores.size(); ++layer) {
     KEEPSET_ASSIGN_OR_RETURN(const LayerResult elastic, CutLayer(*scores[layer], taus[layer]));
-    const int64_t kept = std::min(elastic.candidates.front(), settings_.limit);
+    const auto kept = static_cast<int64_t>(elastic.keep_indices.front().size());
     largest = std::max(largest, kept);
     total += kept;
   }
-  int64_t count = settings_.options.equal_count == EqualCount::kMax
-                      ? largest
-                      : total / static_cast<int64_t>(scores.size());
-  count = std::max({count, CountPositions(settings_.protected_ranges),
-                    std::min(settings_.min_kept, settings_.limit)});
+  const int64_t count = settings_.options.equal_count == EqualCount::kMax
+                            ? largest
+                            : total / static_cast<int64_t>(scores.size());
   std::vector<LayerResult> results;
   for (size_t layer = 0; layer < scores.size(); ++layer) {
     KEEPSET_ASSIGN_OR_RETURN(LayerResult result, Cut(*scores[layer], taus[layer], count, count));

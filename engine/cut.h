@@ -72,7 +72,8 @@ class Cutter {
   // Dilates `scores` ([1 or num_kv_heads, T]) in place and cuts at the full limit.
   absl::StatusOr<LayerResult> CutLayer(kernels::ScoreBuffer& scores, float tau);
 
-  // layer_equal of a threshold policy: one count for all layers. Dilates in place.
+  // layer_equal of a threshold policy: one count for all layers, the largest or the mean of what
+  // layer_elastic would keep. Dilates in place.
   absl::StatusOr<std::vector<LayerResult>> CutEqual(absl::Span<kernels::ScoreBuffer* const> scores,
                                                     absl::Span<const float> taus);
 

@@ -14,6 +14,7 @@ namespace {
 
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
+using ::testing::IsSupersetOf;
 
 OperationResult RunScript(const fakes::Script& script, const OperationSpec& spec) {
   Bench bench(fakes::NewScriptedRegistry(script));
@@ -91,6 +92,30 @@ TEST(Cut, LayerEqualNeverKeepsFewerThanProtected) {
   const OperationResult result = RunScript(script, spec);
   EXPECT_THAT(result.layers[0].keep_indices[0], ElementsAre(0, 1, 2));
   EXPECT_THAT(result.layers[1].keep_indices[0], ElementsAre(0, 1, 2));
+}
+
+TEST(Cut, LayerEqualLosesNothingTheGateKeptBesideProtectedPositions) {
+  const fakes::Script script = TwoGatedLayers();
+  OperationSpec spec = SpecFor(script, 4, Scope::kLayerElastic);
+  spec.protect_spans = {{"a", 2, 3}, {"b", 4, 5}};
+  const OperationResult elastic = RunScript(script, spec);
+  spec.scope = Scope::kLayerEqual;
+  const OperationResult equal = RunScript(script, spec);
+  for (int64_t layer = 0; layer < 2; ++layer) {
+    const std::vector<int32_t>& kept = equal.layers[layer].keep_indices[0];
+    EXPECT_THAT(kept, IsSupersetOf(elastic.layers[layer].keep_indices[0]));
+    EXPECT_EQ(kept.size(), 4u);
+  }
+}
+
+TEST(Cut, LayerEqualByMeanSpendsTheBytesOfLayerElasticBesideProtectedPositions) {
+  const fakes::Script script = TwoGatedLayers();
+  OperationSpec spec = SpecFor(script, 4, Scope::kLayerElastic);
+  spec.protect_spans = {{"a", 2, 3}};
+  const OperationResult elastic = RunScript(script, spec);
+  spec.scope = Scope::kLayerEqual;
+  spec.parameters["equal_count"] = "mean";
+  EXPECT_EQ(RunScript(script, spec).bytes_after, elastic.bytes_after);
 }
 
 TEST(Cut, BestPositionStaysWhenNoneReachesTheThreshold) {
