@@ -3,9 +3,10 @@ BUILD := build/release
 VENV := .venv
 JOBS := $(shell nproc)
 
-.PHONY: demo test build python setup check clean
+.PHONY: demo test build configure python setup check clean
 
-demo: build python
+demo: configure python
+	ninja -C $(BUILD) keepsetd keepset
 	$(VENV)/bin/python -m keepset.demo --keepsetd $(BUILD)/service/keepsetd
 
 test: build python
@@ -15,8 +16,10 @@ test: build python
 setup:
 	@tools/setup build test
 
-build: setup
+configure: setup
 	@test -f $(BUILD)/build.ninja || cmake --preset release
+
+build: configure
 	ninja -C $(BUILD)
 
 python: setup

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from keepset.eval import capture, small_model
+from keepset.eval import capture, small_model, write_capture
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +93,12 @@ def test_refused_capture_leaves_no_file(tmp_path: pathlib.Path, model: small_mod
         capture.write_capture(tmp_path / "c.safetensors", prefill, model.fingerprint(),
                               spans=[("system", 0, 51)])
     assert not list(tmp_path.iterdir())
+
+
+def test_write_capture_command_writes_a_readable_prompt(tmp_path: pathlib.Path, capsys):
+    path = tmp_path / "prompt.safetensors"
+    write_capture.main(["--out", str(path), "--seq-len", "300", "--facts", "8"])
+    document, tensors = read(path)
+    assert document["seq_len"] == 302 and document["spans"][0]["name"] == "answer"
+    assert tensors["layers.1.k"].shape == (2, 302, 32)
+    assert "the prompt ends in 'ask" in capsys.readouterr().out
