@@ -39,7 +39,8 @@ class Operation {
   virtual absl::Status Observe(int64_t layer, const LayerObservation& observation) = 0;
 
   // The keep set of an observed layer when it is final before Finish (layer-local policies), else
-  // nullptr. Valid until Finish.
+  // nullptr. Valid until Finish. An operation that ends kept_full after all (deadline,
+  // FinishKeptFull) supersedes what it handed out: only the operation's result is to be applied.
   virtual const LayerResult* EarlyResult(int64_t layer) const = 0;
 
   // FailedPrecondition when layers are missing. Idempotent: later calls return the same result.

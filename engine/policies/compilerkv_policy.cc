@@ -189,6 +189,11 @@ class CompilerKvPolicy final : public RetentionPolicy {
 
   absl::Status ChoosePplBin(const PolicyContext& context) {
     diagnostics_.ppl = WindowPpl(context);
+    if (diagnostics_.ppl.has_value() && !std::isfinite(*diagnostics_.ppl)) {
+      return absl::InvalidArgumentError(absl::StrCat("policy compilerkv: ppl=", *diagnostics_.ppl,
+                                                     " of the last ", settings_.window,
+                                                     " window_logprobs, want finite"));
+    }
     ppl_bin_ = 0;
     // One bin: the table has no perplexity axis, and asks for none.
     if (slice_.num_ppl_bins > 1) {

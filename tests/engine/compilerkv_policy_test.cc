@@ -509,12 +509,38 @@ TEST(CompilerKvPolicy, KvHeadScopeScoresBeforeTheMaximumOverHeads) {
   }
 }
 
-TEST(CompilerKvPolicy, PooledScoresCandidatesDiffer) {
+TEST(CompilerKvPolicy, PoolKernelAveragesTheScores) {
   Sample sample;
-  sample.spec.budget.tokens = 90;
-  const OperationResult plain = sample.Run();
   sample.spec.parameters["pool_kernel"] = "5";
-  EXPECT_NE(Sets(sample.Run()), Sets(plain));
+  const auto expected = oracle::CompilerKvScores(sample.prompt, sample.table.head_weights, 64);
+  const OperationResult result = sample.Run();
+  EXPECT_NEAR(*result.entropy, expected.entropy, 1e-4);
+  for (size_t layer = 0; layer < result.layers.size(); ++layer) {
+    EXPECT_EQ(oracle::CheckKeepSet(result.layers[layer].keep_indices[0],
+                                   oracle::AveragePool(expected.scores[layer], 5), 20, 0.9f),
+              "");
+  }
+}
+
+TEST(CompilerKvPolicy, HeadAlphaWeighsEachHeadsOwnAttention) {
+  Sample sample;
+  sample.spec.parameters["alpha_scope"] = "head";
+  const auto expected = oracle::CompilerKvHeadAlphaScores(sample.prompt, sample.table.head_weights);
+  const OperationResult result = sample.Run();
+  EXPECT_NEAR(*result.layers.back().entropy, expected.entropy, 1e-4);
+  for (size_t layer = 0; layer < result.layers.size(); ++layer) {
+    EXPECT_EQ(oracle::CheckKeepSet(result.layers[layer].keep_indices[0], expected.scores[layer], 20,
+                                   0.9f),
+              "");
+  }
+}
+
+TEST(CompilerKvPolicy, WindowPplThatOverflowsIsRefused) {
+  Sample sample;
+  sample.spec.parameters["window"] = "1";
+  sample.spec.window_logprobs = {0.0f, 0.0f, -1000.0f};
+  EXPECT_EQ(sample.BeginStatus().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(sample.BeginStatus().message(), HasSubstr("ppl=inf of the last 1 window_logprobs"));
 }
 
 TEST(CompilerKvPolicy, EvenPoolKernelIsRefused) {

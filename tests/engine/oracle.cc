@@ -86,6 +86,58 @@ CompilerKv CompilerKvScores(const fakes::SyntheticPrompt& prompt,
   return result;
 }
 
+CompilerKv CompilerKvHeadAlphaScores(const fakes::SyntheticPrompt& prompt,
+                                     const std::vector<float>& head_weights) {
+  const fakes::PromptShape& shape = prompt.shape();
+  const int64_t group = shape.num_qo_heads / shape.num_kv_heads;
+  const double seq_len = static_cast<double>(shape.seq_len);
+  CompilerKv result;
+  for (int64_t layer = 0; layer < shape.num_layers; ++layer) {
+    const Tile tile = Attention(prompt, layer, LastRows(prompt));
+    std::vector<double> scores(shape.seq_len, 0.0);
+    std::vector<double> mean_mass(shape.seq_len, 0.0);
+    for (int64_t g = 0; g < shape.num_kv_heads; ++g) {
+      std::vector<double> norms(shape.seq_len, 0.0);
+      double mean_norm = 0.0;
+      for (int64_t t = 0; t < shape.seq_len; ++t) {
+        for (int64_t c = 0; c < shape.head_dim; ++c) {
+          norms[t] += prompt.v(layer, g, t, c) * prompt.v(layer, g, t, c);
+        }
+        norms[t] = std::sqrt(norms[t]);
+        mean_norm += norms[t] / seq_len;
+      }
+      for (int64_t t = 0; t < shape.seq_len; ++t) {
+        double mass = 0.0;
+        for (int64_t h = g * group; h < (g + 1) * group; ++h) {
+          for (int64_t i = 0; i < shape.num_rows; ++i) {
+            mass += tile[h][i][t] / static_cast<double>(shape.num_rows * group);
+          }
+        }
+        mean_mass[t] += mass / static_cast<double>(shape.num_kv_heads);
+        for (int64_t h = g * group; h < (g + 1) * group; ++h) {
+          const double weight = head_weights[layer * shape.num_qo_heads + h];
+          scores[t] = std::max(scores[t], weight * seq_len * mass * norms[t] / mean_norm);
+        }
+      }
+    }
+    result.entropy = 0.0;
+    for (const double p : mean_mass) result.entropy -= p * std::log(std::max(p, 1e-8));
+    result.scores.push_back(scores);
+  }
+  return result;
+}
+
+std::vector<double> AveragePool(const std::vector<double>& values, int64_t kernel_size) {
+  const int64_t length = static_cast<int64_t>(values.size());
+  std::vector<double> pooled(values.size(), 0.0);
+  for (int64_t t = 0; t < length; ++t) {
+    for (int64_t j = t - kernel_size / 2; j <= t + kernel_size / 2; ++j) {
+      if (j >= 0 && j < length) pooled[t] += values[j] / static_cast<double>(kernel_size);
+    }
+  }
+  return pooled;
+}
+
 std::vector<std::vector<double>> SnapKvScores(const fakes::SyntheticPrompt& prompt, int64_t layer,
                                               int64_t kernel_size) {
   const fakes::PromptShape& shape = prompt.shape();

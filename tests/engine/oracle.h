@@ -23,6 +23,12 @@ struct CompilerKv {
 // `window` rows at most; head_weights [L * H].
 CompilerKv CompilerKvScores(const fakes::SyntheticPrompt& prompt,
                             const std::vector<float>& head_weights, int64_t window);
+// alpha_scope head: every KV head weighs its own attention. Entropy is the last layer's.
+CompilerKv CompilerKvHeadAlphaScores(const fakes::SyntheticPrompt& prompt,
+                                     const std::vector<float>& head_weights);
+
+// Stride 1, zero padding counted.
+std::vector<double> AveragePool(const std::vector<double>& values, int64_t kernel_size);
 
 // [Hkv][T]; the observed positions hold the maximum plus one.
 std::vector<std::vector<double>> SnapKvScores(const fakes::SyntheticPrompt& prompt, int64_t layer,

@@ -2,6 +2,7 @@
 #ifndef KEEPSET_TESTS_FAKES_MANUAL_CLOCK_H_
 #define KEEPSET_TESTS_FAKES_MANUAL_CLOCK_H_
 
+#include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "base/clock.h"
