@@ -357,7 +357,7 @@ class OperationImpl final : public Operation {
     for (const std::vector<int32_t>& set : result_.layers[layer].keep_indices) {
       sets.emplace_back(set);
     }
-    const absl::Status status = backend_.GatherRows(*plan_.op_context, in, sets, out);
+    absl::Status status = backend_.GatherRows(*plan_.op_context, in, sets, out);
     if (status.ok()) return status;
     return absl::Status(status.code(), absl::StrCat(what, ": ", status.message()));
   }
