@@ -22,7 +22,7 @@ namespace keepset::service {
 struct SideSocketOptions {
   std::string path;
   mode_t mode = 0600;
-  std::optional<uid_t> allowed_uid;  // absent: whoever the socket's mode lets in
+  std::optional<uid_t> allowed_uid = std::nullopt;  // absent: whoever the socket's mode lets in
   absl::Duration hello_timeout = absl::Seconds(10);
   int max_connections = 1024;  // more are closed at once
 };

@@ -23,10 +23,10 @@ class TableSourceObserver {
  public:
   virtual ~TableSourceObserver() = default;
   // A set was published: the tables now active.
-  virtual void OnPublished(const tables::TableSnapshot& snapshot) {}
+  virtual void OnPublished(const tables::TableSnapshot& /*snapshot*/) {}
   // One file was refused, or the source itself cannot be read any more; the last good version, if
   // any, stays active. Told once per change, not on every re-scan.
-  virtual void OnRefused(absl::string_view file, const absl::Status& why) {}
+  virtual void OnRefused(absl::string_view /*file*/, const absl::Status& /*why*/) {}
 };
 
 class TableSource {
