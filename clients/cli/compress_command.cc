@@ -5,6 +5,8 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "base/status_macros.h"
 #include "clients/cli/command_list.h"
@@ -46,6 +48,31 @@ absl::Status WriteAnswer(const CompressOptions& options, const PrefillRequest& r
                                       sets.size(), rows.data(), rows.size()));
   // The input was fine; what is in the way is the disk or its permissions.
   return WithExitCode(WithPrefix("result", written), ExitCode::kFailed);
+}
+
+// The engine knows policies and tensors; which file and which flag they came from is known here.
+absl::Status NameFilesAndFlags(const CompressOptions& options, const absl::Status& status) {
+  if (ExitCodeOf(status) != ExitCode::kRefused) return status;
+  std::string hint;
+  if (absl::IsNotFound(status) && !options.table.has_value() && !options.server.has_value()) {
+    hint = "; give one with --table FILE";
+  } else if (absl::IsFailedPrecondition(status) && options.table.has_value()) {
+    hint = absl::StrCat("; the table is ", *options.table);
+  } else if (absl::StrContains(status.message(), "missing ppl")) {
+    hint = "; give it with --ppl X";
+  }
+  const absl::Status hinted(status.code(), absl::StrCat(status.message(), hint));
+  if (absl::StrContains(status.message(), options.capture)) return hinted;
+  return WithPrefix(options.capture, hinted);
+}
+
+absl::StatusOr<CompressAnswer> Answer(const CompressOptions& options,
+                                      const PrefillRequest& request) {
+  absl::StatusOr<CompressAnswer> answer = options.server.has_value()
+                                              ? CompressByServer(options, request)
+                                              : CompressInProcess(options, request);
+  if (!answer.ok()) return NameFilesAndFlags(options, answer.status());
+  return answer;
 }
 
 std::string Megabytes(const Json& bytes) {
@@ -115,9 +142,7 @@ absl::Status RunCompress(absl::Span<const std::string> arguments, Console& conso
   }
   KEEPSET_ASSIGN_OR_RETURN(const std::unique_ptr<PrefillRequest> request,
                            PrefillRequest::Open(options));
-  KEEPSET_ASSIGN_OR_RETURN(const CompressAnswer answer, options.server.has_value()
-                                                            ? CompressByServer(options, *request)
-                                                            : CompressInProcess(options, *request));
+  KEEPSET_ASSIGN_OR_RETURN(const CompressAnswer answer, Answer(options, *request));
   KEEPSET_RETURN_IF_ERROR(WriteAnswer(options, *request, answer));
   const Json document = Json::parse(answer.result_json, nullptr, false);
   if (!document.is_object()) return absl::InternalError("result: not a JSON object");

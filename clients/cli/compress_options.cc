@@ -124,6 +124,9 @@ absl::StatusOr<CompressOptions> ParseCompressOptions(absl::Span<const std::strin
   if (budgets > 1) {
     return UsageError("--budget, --kept-fraction and --budget-bytes exclude each other");
   }
+  if (options.gather && options.shadow) {
+    return UsageError("--gather and --shadow exclude each other: shadow moves nothing");
+  }
   if (options.scope.has_value() && !client::ParseScope(*options.scope).has_value()) {
     return UsageError(absl::StrCat("unknown scope --scope=", *options.scope,
                                    ", want layer_elastic, layer_equal, sequence or kv_head"));

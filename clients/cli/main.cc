@@ -24,8 +24,9 @@ std::string OwnPath(const char* fallback) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  // A reader that went away is a write error, not a silent death.
+  // A reader that went away and a file that grew too large are write errors, not a silent death.
   signal(SIGPIPE, SIG_IGN);
+  signal(SIGXFSZ, SIG_IGN);
   keepset::cli::Console console{std::cout,
                                 std::cerr,
                                 KindOf(STDOUT_FILENO),

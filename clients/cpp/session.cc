@@ -29,6 +29,8 @@ absl::StatusOr<std::unique_ptr<Session>> Session::Open(v1::SessionService::Stub*
   v1::OpenSessionResponse response;
   grpc::ClientContext context;
   context.set_deadline(absl::ToChronoTime(absl::Now() + options.connect_timeout));
+  // A channel that has just lost its server would fail at once until its next attempt.
+  context.set_wait_for_ready(true);
   KEEPSET_RETURN_IF_ERROR(FromRpcStatus(stub->OpenSession(&context, request, &response)));
   if (response.side_socket_path().empty()) {
     grpc::ClientContext close_context;

@@ -1,0 +1,85 @@
+// What every command has in common: help, unknown words, where output goes.
+#include <string>
+#include <vector>
+
+#include "clients/cli/command_list.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "tests/clients/cli_runner.h"
+
+namespace keepset::cli {
+namespace {
+
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+using ::testing::StartsWith;
+
+TEST(KeepsetUsage, HelpListsEveryCommand) {
+  const CliRun run = RunBinary({"--help"});
+  EXPECT_EQ(run.exit_code, 0);
+  for (const Command& command : Commands()) {
+    EXPECT_THAT(run.out, HasSubstr(std::string(command.name)));
+  }
+}
+
+TEST(KeepsetUsage, EveryCommandHasHelp) {
+  for (const Command& command : Commands()) {
+    const CliRun run = RunBinary({std::string(command.name), "--help"});
+    EXPECT_EQ(run.exit_code, 0) << command.name;
+    EXPECT_THAT(run.out, StartsWith("usage: keepset " + std::string(command.name)));
+  }
+}
+
+TEST(KeepsetUsage, VersionNamesTheProgram) {
+  const CliRun run = RunBinary({"--version"});
+  EXPECT_EQ(run.exit_code, 0);
+  EXPECT_THAT(run.out, StartsWith("keepset "));
+}
+
+TEST(KeepsetUsage, NoCommandIsUsage) { EXPECT_EQ(RunBinary({}).exit_code, 2); }
+
+TEST(KeepsetUsage, UnknownCommandSuggestsOne) {
+  const CliRun run = RunBinary({"compres"});
+  EXPECT_EQ(run.exit_code, 2);
+  EXPECT_THAT(run.out, IsEmpty());
+  EXPECT_THAT(run.err, HasSubstr("did you mean compress?"));
+}
+
+TEST(KeepsetUsage, InfoWithoutServerIsUsage) {
+  const CliRun run = RunBinary({"info"});
+  EXPECT_EQ(run.exit_code, 2);
+  EXPECT_THAT(run.err, HasSubstr("--server"));
+}
+
+TEST(KeepsetUsage, InfoOfAnAddressWithoutSchemeIsUsage) {
+  EXPECT_EQ(RunBinary({"info", "--server", "keepset.sock"}).exit_code, 2);
+}
+
+TEST(KeepsetUsage, InfoOfASilentAddressIsUnreachable) {
+  EXPECT_EQ(RunBinary({"info", "--server", "unix:/nonexistent/keepset.sock"}).exit_code, 4);
+}
+
+TEST(KeepsetUsage, ServerFlagsWithoutServerAreUsage) {
+  const CliRun run = RunBinary(
+      {"compress", "capture", "--policy", "full", "--out", "result", "--transport", "inline"});
+  EXPECT_EQ(run.exit_code, 2);
+  EXPECT_THAT(run.err, HasSubstr("--transport needs --server"));
+}
+
+TEST(KeepsetUsage, TwoBudgetsAreUsage) {
+  const CliRun run = RunBinary({"compress", "capture", "--policy", "full", "--out", "result",
+                                "--budget", "1", "--kept-fraction", "0.5"});
+  EXPECT_EQ(run.exit_code, 2);
+  EXPECT_THAT(run.err, HasSubstr("exclude each other"));
+}
+
+TEST(KeepsetUsage, BenchEngineQuickPrintsOneJsonLine) {
+  const CliRun run = RunBinary({"bench", "engine", "--quick"});
+  EXPECT_EQ(run.exit_code, 0) << run.err;
+  EXPECT_TRUE(IsOneLine(run.out));
+  EXPECT_THAT(run.out, HasSubstr("\"peak_gflops\""));
+  EXPECT_THAT(run.out, HasSubstr("\"ratio_to_floor\""));
+}
+
+}  // namespace
+}  // namespace keepset::cli
