@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from keepset import _codec
-from keepset.client import _raw
+from keepset._request import raw_bytes
 from keepset.memory import SharedRegion
 
 
@@ -48,7 +48,7 @@ def test_closing_twice_is_harmless_and_arrays_stay_readable():
 def test_raw_bytes_of_a_strided_view_cover_first_to_last_element():
     base = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     view = base.transpose(1, 0, 2)[1:]
-    raw = _raw(view, _codec.span_bytes(view))
+    raw = raw_bytes(view, _codec.span_bytes(view))
     assert np.array_equal(raw.view(np.float32), np.arange(4, 24, dtype=np.float32))
 
 

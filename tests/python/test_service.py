@@ -214,7 +214,7 @@ def test_reload_under_load_never_fails_or_mixes(tmp_path):
 
             for version in range(1, 20):
                 publish(server, str(version), gate=0.8 + 0.005 * version)
-                poll(lambda: one_operation() == str(version))
+                poll(lambda want=str(version): one_operation() == want)
             assert len(seen) == 20
 
 

@@ -22,7 +22,7 @@ from keepset.types import (
 )
 
 if TYPE_CHECKING:
-    from keepset.client import Client, Operation
+    from keepset.client import Client
     from keepset.errors import (
         InvalidInput,
         KeepsetError,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 # Loaded when first used: keepset.eval runs, and trains under the system's Python, without gRPC.
 _NEEDS_GRPC = {
     "Client": "keepset.client",
-    "Operation": "keepset.client",
+    "Operation": "keepset.operation",
     "InvalidInput": "keepset.errors",
     "KeepsetError": "keepset.errors",
     "NotFound": "keepset.errors",

@@ -21,7 +21,7 @@ _SCOPES = {
 _SCOPE_NAMES = {value: name for name, value in _SCOPES.items() if name}
 
 
-def dtype_of(array: np.ndarray, name: str | None) -> int:
+def dtype_of(array: np.ndarray, name: str | None) -> common_pb2.DType:
     """Wire dtype of an array; bfloat16 travels as uint16 with `name` saying so."""
     if name == types.BFLOAT16:
         if array.dtype != np.uint16:
@@ -49,7 +49,9 @@ def span_bytes(array: np.ndarray) -> int:
     return sum((n - 1) * s for n, s in zip(array.shape, array.strides)) + array.itemsize
 
 
-def rows_tensor(data: common_pb2.TensorData, array: np.ndarray, dtype: str | None, what: str):
+def rows_tensor(
+    data: common_pb2.TensorData, array: np.ndarray, dtype: str | None, what: str
+) -> common_pb2.RowsTensor:
     """[H, W, x] or [H, W]."""
     strides = strides_of(array, what)
     return common_pb2.RowsTensor(
@@ -60,7 +62,9 @@ def rows_tensor(data: common_pb2.TensorData, array: np.ndarray, dtype: str | Non
     )
 
 
-def kv_tensor(data, kv, dtype: str | None, what: str):
+def kv_tensor(
+    data: common_pb2.TensorData, kv: np.ndarray | types.PagedKv, dtype: str | None, what: str
+) -> common_pb2.KvTensor:
     """[Hkv, T, d], or blocks [num_blocks, block_size, Hkv, d]."""
     if isinstance(kv, types.PagedKv):
         if kv.data.ndim != 4:
@@ -93,7 +97,7 @@ def budget_message(budget: types.Budget) -> compression_pb2.Budget:
     return compression_pb2.Budget()
 
 
-def scope_value(scope: str | None) -> int:
+def scope_value(scope: str | None) -> compression_pb2.Scope:
     if scope not in _SCOPES:
         known = ", ".join(name for name in _SCOPES if name)
         raise ValueError(f"scope {scope!r}, want one of {known}")

@@ -34,6 +34,8 @@ class ServerProcess:
             [str(binary), "--listen", self.address, "--metrics-listen", "127.0.0.1:0",
              "--tables", str(self.tables), *arguments],
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+        assert self._process.stderr is not None
+        self._stderr = self._process.stderr
         self._reader = threading.Thread(target=self._read_log, daemon=True)
         self._reader.start()
         self._ready.wait(timeout_seconds)
@@ -66,12 +68,12 @@ class ServerProcess:
                 self._process.kill()
         code = self._process.wait()
         self._reader.join()
-        self._process.stderr.close()
+        self._stderr.close()
         self._directory.cleanup()
         return code
 
     def _read_log(self) -> None:
-        for line in self._process.stderr:
+        for line in self._stderr:
             self.log.append(line.rstrip("\n"))
             if _READY.search(line):
                 match = _METRICS.search(line)

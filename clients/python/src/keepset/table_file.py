@@ -33,13 +33,13 @@ def uniform_table(
     entropies of 0..ln(seq_len) in equal steps, perplexities by powers of four.
     """
     shape_gate = (model.num_layers, DEFAULT_ENTROPY_BINS, DEFAULT_PPL_BINS)
-    tensors = {
+    tensors: dict[str, np.ndarray] = {
         "head_weights": np.full((model.num_layers, model.num_qo_heads), head_weight, np.float32),
         "gate_thresholds": np.full(shape_gate, gate, np.float32),
-        "entropy_edges": np.linspace(0, np.log(seq_len), DEFAULT_ENTROPY_BINS + 1)[1:-1].astype(
-            np.float32
+        "entropy_edges": np.array(
+            np.linspace(0, np.log(seq_len), DEFAULT_ENTROPY_BINS + 1)[1:-1], np.float32
         ),
-        "ppl_edges": np.float32([4, 16, 64]),
+        "ppl_edges": np.array([4, 16, 64], np.float32),
     }
     document = {
         "format": "keepset.table",

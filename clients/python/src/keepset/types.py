@@ -148,15 +148,15 @@ class KeepSet:
 @dataclasses.dataclass
 class LayerKept:
     """One layer's answer. `k` and `v` only when gathered: [Hkv, n, d] of a shared set, or one [n, d] per
-    KV head. They are views of shared memory where the transport allows; valid until the client is closed
+    KV head; with outcome kept_full the caller's own arrays. They are views of shared memory where the transport allows; valid until the client is closed
     or `Result.release` was called."""
 
     sets: list[KeepSet]
     tau: float | None = None
     entropy: float | None = None
     entropy_bin: int | None = None
-    k: np.ndarray | list[np.ndarray] | None = None
-    v: np.ndarray | list[np.ndarray] | None = None
+    k: np.ndarray | list[np.ndarray] | PagedKv | None = None
+    v: np.ndarray | list[np.ndarray] | PagedKv | None = None
 
     @property
     def keep_indices(self) -> np.ndarray:

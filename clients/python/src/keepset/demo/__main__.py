@@ -126,6 +126,7 @@ def show_table(client, model, context, prompts, asked) -> None:
 
 def show_explanation(client, model, shared) -> None:
     result = job.compress(client, model, shared, "compilerkv", keepset.Budget.tokens(256))
+    assert result.table is not None
     print("\nOne decision explained (compilerkv, budget 256):")
     print(f"  outcome {result.outcome}, reason {result.reason}, scope {result.scope}, "
           f"backend {result.backend}, transport {result.transport}")
@@ -142,10 +143,13 @@ def show_explanation(client, model, shared) -> None:
     result.release()
 
 
+def version_of(result: keepset.Result) -> str:
+    return result.table.version if result.table else ""
+
+
 def show_reload(client, server, model, shared) -> None:
     """Swaps the table file while requests run; every reply must name exactly one of the versions."""
     seen: collections.Counter = collections.Counter()
-    order: list[str] = []
     failures: list[str] = []
     stop = threading.Event()
 
@@ -158,8 +162,7 @@ def show_reload(client, server, model, shared) -> None:
                 except keepset.KeepsetError as error:
                     failures.append(str(error))
                     continue
-                seen[result.table.version] += 1
-                order.append(result.table.version)
+                seen[version_of(result)] += 1
                 result.release()
 
     worker = threading.Thread(target=load)
@@ -173,8 +176,8 @@ def show_reload(client, server, model, shared) -> None:
     worker.join()
     print(f"\nTable swapped while requests ran: {dict(sorted(seen.items()))} replies by version, "
           f"{len(failures)} failed.")
-    print(f"  the next reply: version {result.table.version}, tau {result.layers[0].tau:.2f}, "
-          f"{result.table.digest}")
+    print(f"  the next reply: version {version_of(result)}, tau {result.layers[0].tau:.2f}, "
+          f"{result.table.digest if result.table else ''}")
     result.release()
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from typing import Sequence
 
 import numpy as np
@@ -76,8 +75,16 @@ def cache_of(result: keepset.Result) -> KvCache:
         for layer in result.layers
     ]
     return KvCache.from_compacted(
-        keep, [layer.k for layer in result.layers], [layer.v for layer in result.layers]
+        keep,
+        [_rows(layer.k) for layer in result.layers],
+        [_rows(layer.v) for layer in result.layers],
     )
+
+
+def _rows(kv: object) -> list[np.ndarray]:
+    """Rows of each KV head, whether the sets are shared or not."""
+    assert isinstance(kv, (np.ndarray, list)), "gather was asked for"
+    return list(kv)
 
 
 def answer_inside(model: SmallModel, prefill: Prefill, cache: KvCache) -> tuple[str, ...]:

@@ -1,0 +1,243 @@
+"""Builds the messages of one operation and reads its result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from keepset import _codec, types
+from keepset.errors import InvalidInput
+from keepset.memory import SharedRegion
+from keepset.v1 import common_pb2, compression_pb2
+
+if TYPE_CHECKING:
+    from keepset.client import Client
+
+
+class Request:
+    """Builds the messages of one operation and reads its result."""
+
+    def __init__(
+        self,
+        client: Client,
+        *,
+        model: types.ModelFingerprint,
+        seq_len: int,
+        policy: str,
+        softmax_scale: float = 0.0,
+        num_rows: int | None = None,
+        row_positions: Sequence[int] | None = None,
+        parameters: Mapping[str, object] | None = None,
+        budget: types.Budget = types.Budget.table_default(),  # noqa: B008 - frozen
+        scope: str | None = None,
+        protect_sink: int = 0,
+        protect_window: int = 0,
+        protect_spans: Sequence[types.Span] = (),
+        ppl: float | None = None,
+        window_logprobs: Sequence[float] | np.ndarray | None = None,
+        table: types.TablePin = types.TablePin(),  # noqa: B008 - frozen
+        shadow: bool = False,
+        gather: bool = False,
+        deadline_ms: int = 0,
+        request_id: str = "",
+        request_generation: int = 0,
+        kv_dtype: str | None = None,
+        value_head_dim: int = 0,
+    ):
+        self._client = client
+        self._model = model
+        self._budget = budget
+        self._gather = gather and not shadow
+        self._kv_dtype = kv_dtype
+        self._regions: list[SharedRegion] = []
+        self._outputs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._inputs: dict[int, types.Layer] = {}
+        self._value_head_dim = value_head_dim or model.head_dim
+        gather_mode = compression_pb2.GATHER_NONE
+        if self._gather:
+            gather_mode = (
+                compression_pb2.GATHER_DESTINATION
+                if client.transport == "memfd"
+                else compression_pb2.GATHER_INLINE
+            )
+        self.spec = compression_pb2.OperationSpec(
+            session_id=client.session_id,
+            request_id=request_id,
+            request_generation=request_generation,
+            model=_codec.fingerprint_message(model),
+            seq_len=seq_len,
+            num_rows=num_rows or (len(row_positions) if row_positions is not None else 0),
+            row_positions=[int(p) for p in row_positions] if row_positions is not None else [],
+            softmax_scale=softmax_scale,
+            value_head_dim=value_head_dim,
+            policy=policy,
+            parameters={name: str(value) for name, value in (parameters or {}).items()},
+            budget=_codec.budget_message(budget),
+            scope=_codec.scope_value(scope),
+            protect_sink=protect_sink,
+            protect_window=protect_window,
+            protect_spans=[
+                compression_pb2.Span(name=s.name, begin=s.begin, end=s.end) for s in protect_spans
+            ],
+            ppl=ppl,
+            window_logprobs=[float(p) for p in window_logprobs] if window_logprobs is not None else [],
+            table=compression_pb2.TablePin(
+                name=table.name, version=table.version, digest=table.digest
+            ),
+            mode=compression_pb2.MODE_SHADOW if shadow else compression_pb2.MODE_DECIDE,
+            gather=gather_mode,
+            deadline_ms=deadline_ms,
+        )
+
+    @property
+    def client_stub(self):
+        return self._client.compression_stub
+
+    @property
+    def timeout_seconds(self) -> float:
+        return self._client.timeout_seconds
+
+    def describe(self, layer: types.Layer) -> None:
+        """Completes the spec by what the first layer shows: dtype of K, number of rows."""
+        if self.spec.kv_dtype == common_pb2.DTYPE_UNSPECIFIED:
+            kv = layer.k if layer.k is not None else layer.v
+            if kv is not None:
+                data = _array_of(kv)
+                name = (kv.dtype if isinstance(kv, types.PagedKv) else None) or layer.dtype
+                self.spec.kv_dtype = _codec.dtype_of(data, name or self._kv_dtype)
+            else:
+                self.spec.kv_dtype = common_pb2.DTYPE_F32
+        if self.spec.num_rows == 0:
+            rows = layer.attn_tile if layer.attn_tile is not None else layer.q_window
+            self.spec.num_rows = 0 if rows is None else rows.shape[1]
+
+    def layer_input(self, index: int, layer: types.Layer) -> compression_pb2.LayerInput:
+        if index == 0:
+            self.describe(layer)
+        message = compression_pb2.LayerInput(layer=index)
+        where = f"layer {index}"
+        for field, array in (("q_window", layer.q_window), ("attn_tile", layer.attn_tile)):
+            if array is not None:
+                tensor = _codec.rows_tensor(
+                    self._data(array), array, self._dtype(array, layer), f"{where}: {field}"
+                )
+                getattr(message, field).CopyFrom(tensor)
+        if layer.window_lse is not None:
+            lse = layer.window_lse
+            message.window_lse.CopyFrom(
+                _codec.rows_tensor(self._data(lse), lse, self._dtype(lse, layer), f"{where}: window_lse")
+            )
+            message.lse_base = compression_pb2.LSE_BASE_E
+        for field, kv in (("k", layer.k), ("v", layer.v)):
+            if kv is not None:
+                data = _array_of(kv)
+                tensor = _codec.kv_tensor(
+                    self._data(data), kv, self._dtype(data, layer), f"{where}: {field}"
+                )
+                getattr(message, field).CopyFrom(tensor)
+        if self._gather:
+            self._inputs[index] = layer
+            if self.spec.gather == compression_pb2.GATHER_DESTINATION:
+                self._destine(index, layer, message)
+        return message
+
+    def result(self, message: compression_pb2.OperationResult) -> types.Result:
+        result = _codec.result_of(message)
+        if self._gather:
+            for index, layer in enumerate(result.layers):
+                self._attach(result, index, layer, message.layers[index])
+        regions, self._regions = self._regions, []
+
+        def release() -> None:
+            for region in regions:
+                self._client.give_spare(region)
+
+        if self._outputs and result.outcome == "compressed":
+            result._release = release
+        else:
+            release()
+        return result
+
+    def _dtype(self, array: np.ndarray, layer: types.Layer) -> str | None:
+        return (layer.dtype or self._kv_dtype) if array.dtype == np.uint16 else None
+
+    def _data(self, array: np.ndarray) -> common_pb2.TensorData:
+        if self._client.transport == "memfd":
+            found = self._client.slice_of(array)
+            if found is None:
+                # One copy into a registered region; arrays that lie in one already need none.
+                num_bytes = _codec.span_bytes(array)
+                region = self._client.take_spare(num_bytes)
+                self._regions.append(region)
+                copy = region.empty((num_bytes,), np.uint8)
+                copy[:] = raw_bytes(array, num_bytes)
+                found = self._client.slice_of(copy)
+            return common_pb2.TensorData(region=found)
+        return common_pb2.TensorData(inline=raw_bytes(array, _codec.span_bytes(array)).tobytes())
+
+    def _destine(self, index: int, layer: types.Layer, message) -> None:
+        if layer.k is None or layer.v is None:
+            raise InvalidInput("INVALID_ARGUMENT", f"layer {index}: gather needs k and v")
+        k_data = _array_of(layer.k)
+        heads, dim, item = self._model.num_kv_heads, self._model.head_dim, k_data.itemsize
+        capacity = self._budget.capacity(
+            self.spec.seq_len, heads * (dim + self._value_head_dim) * item
+        )
+        capacity = max(1, capacity)
+        num_bytes = heads * capacity * (dim + self._value_head_dim) * item
+        region = self._client.take_spare(num_bytes + 128)
+        self._regions.append(region)
+        k = region.empty((heads, capacity, dim), k_data.dtype)
+        v = region.empty((heads, capacity, self._value_head_dim), k_data.dtype)
+        for field, array in (("k", k), ("v", v)):
+            data = common_pb2.TensorData(region=self._client.slice_of(array))
+            tensor = _codec.kv_tensor(data, array, self._dtype(array, layer), field)
+            getattr(message.destination, field).CopyFrom(tensor)
+        message.destination.capacity_tokens = capacity
+        self._outputs[index] = (k, v)
+
+    def _attach(self, result: types.Result, index: int, layer: types.LayerKept,
+                message: compression_pb2.LayerResult) -> None:
+        if result.outcome != "compressed":
+            # Nothing was moved: the caller's own cache is the answer.
+            layer.k, layer.v = self._inputs[index].k, self._inputs[index].v
+            return
+        counts = [len(one.indices) for one in layer.sets]
+        for name in ("k", "v"):
+            dim = self._model.head_dim if name == "k" else self._value_head_dim
+            if index in self._outputs:
+                full = self._outputs[index][0 if name == "k" else 1]
+                if len(counts) == 1:
+                    setattr(layer, name, full[:, : counts[0]])
+                else:
+                    setattr(layer, name, [full[g, :n] for g, n in enumerate(counts)])
+                continue
+            flat = np.frombuffer(getattr(message, name), dtype=_array_of(self._inputs[index].k).dtype)
+            if len(counts) == 1:
+                setattr(layer, name, flat.reshape(self._model.num_kv_heads, counts[0], dim))
+            else:
+                ends = np.cumsum([n * dim for n in counts])
+                parts = [part.reshape(-1, dim) for part in np.split(flat, ends[:-1])]
+                setattr(layer, name, parts)
+
+
+def _array_of(kv: np.ndarray | types.PagedKv | None) -> np.ndarray:
+    if kv is None:
+        raise InvalidInput("INVALID_ARGUMENT", "gather needs k and v")
+    return kv.data if isinstance(kv, types.PagedKv) else kv
+
+
+def raw_bytes(array: np.ndarray, num_bytes: int) -> np.ndarray:
+    """The bytes from the first to the last element, gaps included, as a view."""
+    return np.lib.stride_tricks.as_strided(
+        array.reshape(-1)[:1].view(np.uint8) if array.flags.c_contiguous else _first_bytes(array),
+        shape=(num_bytes,),
+        strides=(1,),
+    )
+
+
+def _first_bytes(array: np.ndarray) -> np.ndarray:
+    first = np.lib.stride_tricks.as_strided(array, shape=(1,), strides=(array.itemsize,))
+    return first.view(np.uint8)
