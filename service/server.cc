@@ -306,10 +306,10 @@ class ServerImpl final : public Server {
               : absl::StrCat(address.substr(0, address.rfind(':')), ":", ports[i]));
     }
     if (!config_.side_socket().empty()) {
-      KEEPSET_ASSIGN_OR_RETURN(
-          side_socket_,
-          SideSocketServer::Start({.path = config_.side_socket(), .mode = config_.socket_mode()},
-                                  *sessions_));
+      SideSocketOptions side_socket;
+      side_socket.path = config_.side_socket();
+      side_socket.mode = config_.socket_mode();
+      KEEPSET_ASSIGN_OR_RETURN(side_socket_, SideSocketServer::Start(side_socket, *sessions_));
     }
     if (config_.metrics_listen() != kMetricsOff) {
       KEEPSET_ASSIGN_OR_RETURN(metrics_address_, metrics_->Serve(config_.metrics_listen()));

@@ -15,6 +15,9 @@ namespace {
 
 // A W3C traceparent has 55 characters.
 constexpr size_t kMaxTraceparent = 64;
+// The client's cancellation at its deadline comes before the deadline as the server counts it, from
+// the arrival of the call and rounded up.
+constexpr auto kDeadlineSlack = std::chrono::milliseconds(50);
 
 class CompressReactor final : public grpc::ServerUnaryReactor {
  public:
@@ -88,7 +91,7 @@ class CompressReactor final : public grpc::ServerUnaryReactor {
 
   // The client's deadline reaches a server as a cancellation.
   absl::Status CancelStatus() const {
-    if (call_.deadline() <= std::chrono::system_clock::now()) {
+    if (call_.deadline() <= std::chrono::system_clock::now() + kDeadlineSlack) {
       return absl::DeadlineExceededError("the call's deadline has passed");
     }
     return absl::CancelledError("the client cancelled the call");

@@ -208,9 +208,12 @@ class CompressStreamReactor final
       if (has_credit) --credit_;
     }
     if (!has_credit) {
-      Fail(id, absl::ResourceExhaustedError(absl::StrCat(
-                   "layer ", message->layer().layer(),
-                   ": no credit left on this stream, wait for a Credit before sending layers")));
+      if (!Fail(id,
+                absl::ResourceExhaustedError(absl::StrCat(
+                    "layer ", message->layer().layer(),
+                    ": no credit left on this stream, wait for a Credit before sending layers")))) {
+        FindOrAnswer(id);
+      }
       return;
     }
     const OperationPtr operation = FindOrAnswer(id);

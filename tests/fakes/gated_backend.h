@@ -1,0 +1,143 @@
+// A compute backend whose window scores wait at a gate, so that a test can look at an operation in
+// the middle. Everything else is passed through.
+#ifndef KEEPSET_TESTS_FAKES_GATED_BACKEND_H_
+#define KEEPSET_TESTS_FAKES_GATED_BACKEND_H_
+
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/synchronization/mutex.h"
+#include "kernels/compute_backend.h"
+
+namespace keepset::fakes {
+
+// Shared by the test and the backend. Open at first. Thread-safe.
+class Gate {
+ public:
+  void Close() {
+    absl::MutexLock lock(&mutex_);
+    open_ = false;
+  }
+  void Open() {
+    absl::MutexLock lock(&mutex_);
+    open_ = true;
+  }
+  // Lets `status` be the answer of every pass from now on.
+  void FailWith(absl::Status status) {
+    absl::MutexLock lock(&mutex_);
+    failure_ = std::move(status);
+  }
+  absl::Status Pass() {
+    absl::MutexLock lock(&mutex_);
+    ++waiting_;
+    mutex_.Await(absl::Condition(&open_));
+    --waiting_;
+    return failure_;
+  }
+  // True when `count` operations stand at the gate before the deadline.
+  bool AwaitWaiting(int count) {
+    absl::MutexLock lock(&mutex_);
+    wanted_ = count;
+    return mutex_.AwaitWithTimeout(absl::Condition(this, &Gate::Enough), absl::Seconds(30));
+  }
+
+ private:
+  bool Enough() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return waiting_ >= wanted_; }
+
+  absl::Mutex mutex_;
+  bool open_ ABSL_GUARDED_BY(mutex_) = true;
+  int waiting_ ABSL_GUARDED_BY(mutex_) = 0;
+  int wanted_ ABSL_GUARDED_BY(mutex_) = 0;
+  absl::Status failure_ ABSL_GUARDED_BY(mutex_);
+};
+
+class GatedBackend final : public kernels::ComputeBackend {
+ public:
+  GatedBackend(std::unique_ptr<kernels::ComputeBackend> inner, Gate& gate)
+      : inner_(std::move(inner)), gate_(gate) {}
+
+  std::string name() const override { return inner_->name(); }
+  absl::StatusOr<std::unique_ptr<kernels::OpContext>> NewContext() override {
+    return inner_->NewContext();
+  }
+  absl::StatusOr<std::unique_ptr<kernels::ScoreBuffer>> NewBuffer(int64_t rows,
+                                                                  int64_t cols) override {
+    return inner_->NewBuffer(rows, cols);
+  }
+  absl::Status WindowColumns(kernels::OpContext& context, const kernels::WindowArgs& args,
+                             kernels::ScoreBuffer& out) override {
+    if (absl::Status status = gate_.Pass(); !status.ok()) return status;
+    return inner_->WindowColumns(context, args, out);
+  }
+  absl::Status TileColumns(kernels::OpContext& context, const kernels::TileArgs& args,
+                           kernels::ScoreBuffer& out) override {
+    return inner_->TileColumns(context, args, out);
+  }
+  absl::Status RowNorms(kernels::OpContext& context, const kernels::KvView& x,
+                        absl::string_view what, kernels::ScoreBuffer& out) override {
+    return inner_->RowNorms(context, x, what, out);
+  }
+  absl::Status DivideByRowMean(kernels::OpContext& context, float eps,
+                               kernels::ScoreBuffer& x) override {
+    return inner_->DivideByRowMean(context, eps, x);
+  }
+  absl::Status MergeRows(kernels::OpContext& context, const kernels::ScoreBuffer& in,
+                         kernels::Merge merge, absl::Span<const float> weights,
+                         kernels::ScoreBuffer& out) override {
+    return inner_->MergeRows(context, in, merge, weights, out);
+  }
+  absl::Status Accumulate(kernels::OpContext& context, const kernels::ScoreBuffer& x,
+                          kernels::Merge merge, float weight, kernels::ScoreBuffer& acc) override {
+    return inner_->Accumulate(context, x, merge, weight, acc);
+  }
+  absl::Status Multiply(kernels::OpContext& context, const kernels::ScoreBuffer& y, float factor,
+                        kernels::ScoreBuffer& x) override {
+    return inner_->Multiply(context, y, factor, x);
+  }
+  absl::Status Pool(kernels::OpContext& context, kernels::PoolKind kind, int64_t kernel,
+                    int64_t length, kernels::ScoreBuffer& x) override {
+    return inner_->Pool(context, kind, kernel, length, x);
+  }
+  absl::Status DilateForward(kernels::OpContext& context, int64_t dilate,
+                             kernels::ScoreBuffer& x) override {
+    return inner_->DilateForward(context, dilate, x);
+  }
+  absl::Status Fill(kernels::OpContext& context, int64_t begin, int64_t end, float value,
+                    kernels::ScoreBuffer& x) override {
+    return inner_->Fill(context, begin, end, value, x);
+  }
+  absl::StatusOr<Mass> MassAndEntropy(kernels::OpContext& context, const kernels::ScoreBuffer& x,
+                                      int64_t row) override {
+    return inner_->MassAndEntropy(context, x, row);
+  }
+  absl::StatusOr<std::vector<kernels::Selection>> Select(
+      kernels::OpContext& context, const kernels::ScoreBuffer& scores,
+      absl::Span<const kernels::SelectArgs> args) override {
+    return inner_->Select(context, scores, args);
+  }
+  absl::Status GatherRows(kernels::OpContext& context, const kernels::KvView& in,
+                          absl::Span<const absl::Span<const int32_t>> keep_indices,
+                          const kernels::MutableKvView& out) override {
+    return inner_->GatherRows(context, in, keep_indices, out);
+  }
+  absl::Status CopyToHost(kernels::OpContext& context, const kernels::ScoreBuffer& x,
+                          absl::Span<float> out) override {
+    return inner_->CopyToHost(context, x, out);
+  }
+  absl::Status CopyFromHost(kernels::OpContext& context, absl::Span<const float> in,
+                            kernels::ScoreBuffer& out) override {
+    return inner_->CopyFromHost(context, in, out);
+  }
+  absl::Status Wait(kernels::OpContext& context) override { return inner_->Wait(context); }
+
+ private:
+  const std::unique_ptr<kernels::ComputeBackend> inner_;
+  Gate& gate_;
+};
+
+}  // namespace keepset::fakes
+
+#endif  // KEEPSET_TESTS_FAKES_GATED_BACKEND_H_

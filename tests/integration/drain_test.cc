@@ -1,0 +1,108 @@
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "tests/integration/server_fixture.h"
+#include "tests/integration/worker.h"
+
+namespace keepset::integration {
+namespace {
+
+constexpr uint64_t kBudget = 24;
+constexpr int kServing = 1;
+constexpr int kNotServing = 2;
+
+TEST(Drain, RefusesNewOperationsAndFinishesOpenOnes) {
+  TestServer server;
+  const fakes::SyntheticPrompt prompt({});
+  const v1::CompressRequest request = WireRequest(prompt, "tova", kBudget);
+  WorkerStream stream(server);
+  stream.Begin(1, request.spec());
+  ASSERT_TRUE(Eventually([&] { return server.server().operations_running() == 1; }));
+  server.server().StartDraining();
+  EXPECT_EQ(Compress(server, request, nullptr).error_code(), grpc::StatusCode::UNAVAILABLE);
+  stream.Begin(2, request.spec());
+  const std::optional<v1::StreamResponse> refused = stream.NextAnswer();
+  ASSERT_TRUE(refused.has_value() && refused->has_error());
+  EXPECT_EQ(refused->error().code(), static_cast<int>(absl::StatusCode::kUnavailable));
+  EXPECT_FALSE(server.server().WaitIdle(absl::ZeroDuration()));
+  for (const v1::LayerInput& layer : request.layers()) stream.Layer(1, layer);
+  stream.End(1);
+  const std::optional<v1::StreamResponse> response = stream.NextAnswer();
+  ASSERT_TRUE(response.has_value());
+  EXPECT_TRUE(response->has_result());
+  EXPECT_TRUE(server.server().WaitIdle(kTestDeadline));
+}
+
+TEST(Drain, HealthSaysNotServing) {
+  TestServer server;
+  EXPECT_EQ(server.Health(""), kServing);
+  EXPECT_EQ(server.Health("keepset.v1.CompressionService"), kServing);
+  server.server().StartDraining();
+  EXPECT_EQ(server.Health(""), kServing);
+  EXPECT_EQ(server.Health("keepset.v1.CompressionService"), kNotServing);
+}
+
+TEST(Drain, StoppingAServerEndsIdleStreams) {
+  TestServer server;
+  WorkerStream stream(server);
+  const fakes::SyntheticPrompt prompt({});
+  stream.Begin(1, WireSpec(prompt, "no_such_policy", kBudget));
+  ASSERT_TRUE(stream.NextAnswer()->has_error());  // the stream is up
+  server.Stop();
+  EXPECT_FALSE(stream.NextAnswer().has_value());
+  EXPECT_EQ(stream.Finish().error_code(), grpc::StatusCode::UNAVAILABLE);
+}
+
+TEST(Drain, StoppingAServerCutsOperationsThatWait) {
+  TestServer server;
+  const fakes::SyntheticPrompt prompt({});
+  WorkerStream stream(server);
+  stream.Begin(1, WireSpec(prompt, "tova", kBudget));
+  ASSERT_TRUE(Eventually([&] { return server.server().operations_running() == 1; }));
+  server.Stop();
+  EXPECT_FALSE(stream.NextAnswer().has_value());
+  EXPECT_FALSE(stream.Finish().ok());
+}
+
+TEST(Drain, RpcNeedsTheAdminSwitch) {
+  TestServer server;
+  v1::DrainResponse response;
+  const grpc::Status status = server.info()->Drain(NewContext().get(), {}, &response);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::PERMISSION_DENIED);
+}
+
+TEST(Drain, RpcDrainsAndCountsWhatIsLeft) {
+  TestServer server("enable_admin: true");
+  const fakes::SyntheticPrompt prompt({});
+  WorkerStream stream(server);
+  stream.Begin(1, WireSpec(prompt, "tova", kBudget));
+  ASSERT_TRUE(Eventually([&] { return server.server().operations_running() == 1; }));
+  v1::DrainResponse response;
+  ASSERT_TRUE(server.info()->Drain(NewContext().get(), {}, &response).ok());
+  EXPECT_EQ(response.operations_left(), 1);
+  v1::GetServerInfoResponse info;
+  ASSERT_TRUE(server.info()->GetServerInfo(NewContext().get(), {}, &info).ok());
+  EXPECT_TRUE(info.draining());
+}
+
+TEST(Drain, OpenLeaseStreamsAreTold) {
+  TestServer server;
+  WorkerSession session(server);
+  const auto context = NewContext();
+  const auto stream = session.stub().Lease(context.get());
+  v1::LeaseBeat beat;
+  beat.set_session_id(session.id());
+  ASSERT_TRUE(stream->Write(beat));
+  v1::LeaseNotice notice;
+  ASSERT_TRUE(stream->Read(&notice));
+  EXPECT_EQ(notice.lease_seconds(), 120);
+  EXPECT_FALSE(notice.draining());
+  server.server().StartDraining();
+  ASSERT_TRUE(stream->Read(&notice));
+  EXPECT_TRUE(notice.draining());
+  context->TryCancel();
+  stream->Finish();
+}
+
+}  // namespace
+}  // namespace keepset::integration

@@ -1,0 +1,145 @@
+#include "tests/integration/server_fixture.h"
+
+#include <grpcpp/create_channel.h>
+#include <grpcpp/generic/generic_stub.h>
+#include <grpcpp/support/byte_buffer.h>
+#include <gtest/gtest.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <filesystem>
+#include <thread>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
+#include "absl/synchronization/notification.h"
+#include "kernels/backend_registry.h"
+#include "service/server_config/server_config.h"
+
+namespace keepset::integration {
+
+TempDir::TempDir() {
+  path_ = (std::filesystem::temp_directory_path() / "keepset_XXXXXX").string();
+  EXPECT_NE(::mkdtemp(path_.data()), nullptr);
+}
+
+TempDir::~TempDir() {
+  std::error_code ignored;
+  std::filesystem::remove_all(path_, ignored);
+}
+
+CapturedLog::int_type CapturedLog::overflow(int_type c) {
+  if (c == traits_type::eof()) return 0;
+  absl::MutexLock lock(&mutex_);
+  text_ += static_cast<char>(c);
+  return c;
+}
+
+std::streamsize CapturedLog::xsputn(const char* data, std::streamsize size) {
+  absl::MutexLock lock(&mutex_);
+  text_.append(data, size);
+  return size;
+}
+
+std::string CapturedLog::text() const {
+  absl::MutexLock lock(&mutex_);
+  return text_;
+}
+
+bool CapturedLog::AwaitLine(const std::vector<std::string>& parts) const {
+  return Eventually([&] {
+    for (const absl::string_view line : absl::StrSplit(text(), '\n')) {
+      bool all = true;
+      for (const std::string& part : parts) {
+        all = all && line.find(part) != absl::string_view::npos;
+      }
+      if (all) return true;
+    }
+    return false;
+  });
+}
+
+bool Eventually(const std::function<bool()>& condition) {
+  const auto end = std::chrono::steady_clock::now() + absl::ToChronoSeconds(kTestDeadline);
+  while (!condition()) {
+    if (std::chrono::steady_clock::now() > end) return false;
+    std::this_thread::yield();
+  }
+  return true;
+}
+
+TestServer::TestServer(const std::string& config) {
+  absl::StatusOr<v1::ServerConfig> parsed = service::ParseServerConfig(config, "test");
+  EXPECT_TRUE(parsed.ok()) << parsed.status();
+  parsed->add_listen(address());
+  if (parsed->metrics_listen().empty()) parsed->set_metrics_listen("127.0.0.1:0");
+  EXPECT_TRUE(service::ResolveServerConfig(*parsed).ok());
+  absl::StatusOr<std::unique_ptr<kernels::ComputeBackend>> backend =
+      kernels::NewBackend("cpu", {.num_threads = 1});
+  EXPECT_TRUE(backend.ok()) << backend.status();
+  absl::StatusOr<std::unique_ptr<service::Server>> server = service::Server::Start(
+      *parsed, {.clock = SystemClock(),
+                .log = log_.logger(),
+                .random_seed = 1,
+                .backend = std::make_unique<fakes::GatedBackend>(*std::move(backend), gate_)});
+  EXPECT_TRUE(server.ok()) << server.status();
+  if (server.ok()) server_ = *std::move(server);
+}
+
+TestServer::~TestServer() {
+  gate_.Open();
+  server_.reset();
+}
+
+std::shared_ptr<grpc::Channel> TestServer::NewChannel() const {
+  grpc::ChannelArguments arguments;
+  arguments.SetMaxReceiveMessageSize(-1);
+  arguments.SetMaxSendMessageSize(-1);
+  // Without this, channels to one address share a connection.
+  arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);
+  return grpc::CreateCustomChannel(address(), grpc::InsecureChannelCredentials(), arguments);
+}
+
+std::unique_ptr<v1::CompressionService::Stub> TestServer::compression() const {
+  return v1::CompressionService::NewStub(NewChannel());
+}
+
+std::unique_ptr<v1::SessionService::Stub> TestServer::sessions() const {
+  return v1::SessionService::NewStub(NewChannel());
+}
+
+std::unique_ptr<v1::ServerService::Stub> TestServer::info() const {
+  return v1::ServerService::NewStub(NewChannel());
+}
+
+int TestServer::Health(const std::string& service) const {
+  // HealthCheckRequest {string service = 1}; HealthCheckResponse {ServingStatus status = 1}.
+  const std::string bytes =
+      service.empty() ? "" : absl::StrCat("\x0a", std::string(1, char(service.size())), service);
+  const grpc::Slice slice(bytes);
+  const grpc::ByteBuffer request(&slice, 1);
+  grpc::ByteBuffer response;
+  grpc::GenericStub stub(NewChannel());
+  const auto context = NewContext();
+  absl::Notification done;
+  grpc::Status status;
+  stub.UnaryCall(context.get(), "/grpc.health.v1.Health/Check", grpc::StubOptions(), &request,
+                 &response, [&](grpc::Status s) {
+                   status = std::move(s);
+                   done.Notify();
+                 });
+  done.WaitForNotification();
+  if (!status.ok()) return -static_cast<int>(status.error_code());
+  grpc::Slice out;
+  if (!response.DumpToSingleSlice(&out).ok() || out.size() < 2) return 0;
+  return out.begin()[1];
+}
+
+std::unique_ptr<grpc::ClientContext> NewContext() {
+  auto context = std::make_unique<grpc::ClientContext>();
+  context->set_deadline(std::chrono::system_clock::now() + absl::ToChronoSeconds(kTestDeadline));
+  return context;
+}
+
+}  // namespace keepset::integration
