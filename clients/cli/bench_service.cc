@@ -57,12 +57,22 @@ client::OperationSpec ClientSpec(const BenchShape& shape, const keepset_operatio
 struct Samples {
   std::vector<double> in_process;
   std::vector<double> service;
+  // What the server says it spent.
+  std::vector<double> queue;
+  std::vector<double> lease;
+  std::vector<double> work;
 };
 
-absl::StatusOr<double> TimeRemote(const std::function<absl::Status()>& call) {
+using RemoteCall = std::function<absl::StatusOr<client::OperationResult>()>;
+
+absl::Status TimeRemote(const RemoteCall& call, Samples& samples) {
   const absl::Time start = absl::Now();
-  KEEPSET_RETURN_IF_ERROR(call());
-  return absl::ToDoubleSeconds(absl::Now() - start);
+  KEEPSET_ASSIGN_OR_RETURN(const client::OperationResult result, call());
+  samples.service.push_back(absl::ToDoubleSeconds(absl::Now() - start));
+  samples.queue.push_back(result.stages.queue);
+  samples.lease.push_back(result.stages.lease);
+  samples.work.push_back(result.stages.score + result.stages.select);
+  return absl::OkStatus();
 }
 
 Json Line(const std::string& transport, const std::string& rpc, const BenchShape& shape,
@@ -84,6 +94,9 @@ Json Line(const std::string& transport, const std::string& rpc, const BenchShape
           {"service_us_p99", 1e6 * service_p99},
           {"added_us_p50", 1e6 * (service_p50 - in_process_p50)},
           {"added_us_p99", 1e6 * (service_p99 - in_process_p99)},
+          {"server_queue_us_p50", 1e6 * Quantile(samples.queue, 0.5)},
+          {"server_lease_us_p50", 1e6 * Quantile(samples.lease, 0.5)},
+          {"server_work_us_p50", 1e6 * Quantile(samples.work, 0.5)},
           {"ratio_to_in_process", service_p50 / in_process_p50}};
 }
 
@@ -129,15 +142,15 @@ absl::Status MeasureShape(keepset_engine* engine, const std::string& address, in
                              PlaceLayers(**client, std::move(inputs), kTokens, GatherWish::kNone));
     KEEPSET_ASSIGN_OR_RETURN(const std::unique_ptr<client::CompressStream> stream,
                              (*client)->OpenStream());
-    const std::pair<std::string, std::function<absl::Status()>> rpcs[] = {
-        {"unary", [&] { return (*client)->CompressUnary(remote_spec, layers.inputs).status(); }},
+    const std::pair<std::string, RemoteCall> rpcs[] = {
+        {"unary", [&] { return (*client)->CompressUnary(remote_spec, layers.inputs); }},
         {"stream",
-         [&]() -> absl::Status {
+         [&]() -> absl::StatusOr<client::OperationResult> {
            KEEPSET_ASSIGN_OR_RETURN(const uint64_t operation, stream->Begin(remote_spec));
            for (const client::LayerInput& layer : layers.inputs) {
              KEEPSET_RETURN_IF_ERROR(stream->SendLayer(operation, layer));
            }
-           return stream->Finish(operation).status();
+           return stream->Finish(operation);
          }},
     };
     for (const auto& [rpc, call] : rpcs) {
@@ -146,10 +159,9 @@ absl::Status MeasureShape(keepset_engine* engine, const std::string& address, in
         progress.Show(absl::StrCat("service, ", num_layers, " layers, ", transport_name, " ", rpc,
                                    ": ", std::max<int64_t>(0, repeat), "/", repeats));
         KEEPSET_ASSIGN_OR_RETURN(const TimedOperation local, TimeInProcess(engine, spec, workload));
-        KEEPSET_ASSIGN_OR_RETURN(const double remote, TimeRemote(call));
-        if (repeat < 0) continue;
-        samples.in_process.push_back(local.total_seconds);
-        samples.service.push_back(remote);
+        Samples warm_up;
+        KEEPSET_RETURN_IF_ERROR(TimeRemote(call, repeat < 0 ? warm_up : samples));
+        if (repeat >= 0) samples.in_process.push_back(local.total_seconds);
       }
       progress.Clear();
       console.out << Line(transport_name, rpc, shape, samples).dump() << std::endl;

@@ -35,26 +35,45 @@ AnswerRows CopyRows(const client::LayerResult& layer, int64_t set,
   return rows;
 }
 
-absl::Status TakeRows(const client::OperationSpec& spec, const client::OperationResult& result,
-                      CompressAnswer& answer) {
+// Everything is kept and the server moved nothing: the rows are the capture's own.
+std::vector<client::GatheredHead> OwnRows(const client::LayerInput& input, int64_t num_kv_heads,
+                                          int64_t seq_len, int64_t k_row_bytes,
+                                          int64_t v_row_bytes) {
+  std::vector<client::GatheredHead> heads;
+  for (int64_t head = 0; head < num_kv_heads; ++head) {
+    const auto begin = [&](const client::KvTensor& tensor, int64_t row_bytes) {
+      return static_cast<const std::byte*>(tensor.data) + head * seq_len * row_bytes;
+    };
+    heads.push_back({begin(input.k, k_row_bytes), begin(input.v, v_row_bytes), k_row_bytes,
+                     v_row_bytes, seq_len});
+  }
+  return heads;
+}
+
+absl::Status TakeRows(const client::OperationSpec& spec,
+                      const std::vector<client::LayerInput>& inputs,
+                      const client::OperationResult& result, CompressAnswer& answer) {
   const int64_t element = client::DTypeBytes(spec.kv_dtype);
   const int64_t k_row_bytes = spec.model.head_dim * element;
   const int64_t v_row_bytes =
       (spec.value_head_dim > 0 ? spec.value_head_dim : spec.model.head_dim) * element;
   for (const client::LayerResult& layer : result.layers) {
-    if (layer.gathered.empty()) {
-      return absl::InternalError(absl::StrCat(
-          "reply, layer ", layer.layer, ": the kept rows of K and V are missing, outcome ",
-          std::string(client::OutcomeName(result.outcome)), ", reason ",
-          std::string(client::ReasonName(result.reason))));
+    std::vector<client::GatheredHead> heads = layer.gathered;
+    if (result.outcome == client::Outcome::kKeptFull) {
+      heads = OwnRows(inputs[layer.layer], spec.model.num_kv_heads, spec.seq_len, k_row_bytes,
+                      v_row_bytes);
+    }
+    if (heads.empty()) {
+      return absl::InternalError(
+          absl::StrCat("reply, layer ", layer.layer, ": the kept rows of K and V are missing"));
     }
     if (result.scope != client::Scope::kKvHead) {
-      answer.rows.push_back(CopyRows(layer, kSharedSet, layer.gathered, k_row_bytes, v_row_bytes));
+      answer.rows.push_back(CopyRows(layer, kSharedSet, heads, k_row_bytes, v_row_bytes));
       continue;
     }
-    for (size_t head = 0; head < layer.gathered.size(); ++head) {
-      answer.rows.push_back(CopyRows(layer, static_cast<int64_t>(head), {layer.gathered[head]},
-                                     k_row_bytes, v_row_bytes));
+    for (size_t head = 0; head < heads.size(); ++head) {
+      answer.rows.push_back(
+          CopyRows(layer, static_cast<int64_t>(head), {heads[head]}, k_row_bytes, v_row_bytes));
     }
   }
   return absl::OkStatus();
@@ -119,7 +138,7 @@ absl::StatusOr<CompressAnswer> CompressByServer(const CompressOptions& options,
                              std::move(layer.sets[set].keep_indices)});
     }
   }
-  if (options.gather) KEEPSET_RETURN_IF_ERROR(TakeRows(spec, *result, answer));
+  if (options.gather) KEEPSET_RETURN_IF_ERROR(TakeRows(spec, layers.inputs, *result, answer));
   answer.stage_seconds = {{"queue", result->stages.queue},
                           {"lease", result->stages.lease},
                           {"score", result->stages.score},

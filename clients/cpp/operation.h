@@ -157,8 +157,9 @@ struct LayerResult {
   std::optional<double> tau;
   std::optional<double> entropy;
   std::optional<int64_t> entropy_bin;
-  // [num_kv_heads] when rows were gathered into contiguous storage; empty otherwise, and for a
-  // paged destination, whose block table the caller has.
+  // [num_kv_heads] when rows were gathered into contiguous storage. Empty otherwise: nothing was
+  // asked for, nothing was moved since everything is kept, or the destination is paged and the
+  // caller has its block table.
   std::vector<GatheredHead> gathered;
   std::shared_ptr<const std::string> owned_k;
   std::shared_ptr<const std::string> owned_v;

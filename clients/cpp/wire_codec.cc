@@ -322,11 +322,9 @@ absl::StatusOr<OperationResult> DecodeResult(v1::OperationResult& result,
     v1::LayerResult& encoded = *result.mutable_layers(l);
     if (encoded.layer() != l) return BadReply(encoded.layer(), absl::StrCat("want layer ", l));
     KEEPSET_ASSIGN_OR_RETURN(LayerResult layer, DecodeLayer(encoded, context));
-    // A reply that keeps everything for lack of time or a device has moved nothing.
+    // Kept full means that nothing was moved: the caller's own cache is the answer.
     const bool moved = context.gather == GatherMode::kDestination &&
-                       context.destinations[l].has_value() && out.outcome != Outcome::kShadow &&
-                       (out.outcome == Outcome::kCompressed || out.reason == Reason::kNone ||
-                        out.reason == Reason::kBelowBudget);
+                       context.destinations[l].has_value() && out.outcome == Outcome::kCompressed;
     if (moved) {
       KEEPSET_RETURN_IF_ERROR(ViewDestination(*context.destinations[l], context, layer));
     }
