@@ -10,17 +10,24 @@ namespace {
 
 using Json = nlohmann::json;
 
-absl::Status Misfit(absl::string_view field, absl::string_view table, absl::string_view request,
-                    absl::string_view relax) {
-  return absl::FailedPreconditionError(absl::StrCat("table does not fit the model: ", field, " is ",
-                                                    table, " in the table and ", request,
-                                                    " in the request, want them equal", relax));
+std::string Difference(absl::string_view field, absl::string_view table,
+                       absl::string_view request) {
+  return absl::StrCat(field, " is ", table, " in the table and ", request, " in the request");
+}
+
+absl::Status Misfit(absl::string_view difference, absl::string_view relax) {
+  return absl::FailedPreconditionError(
+      absl::StrCat("table does not fit the model: ", difference, ", want them equal", relax));
 }
 
 absl::Status MatchCount(absl::string_view field, int64_t table, int64_t request,
                         absl::string_view relax) {
   if (table == request) return absl::OkStatus();
-  return Misfit(field, absl::StrCat(table), absl::StrCat(request), relax);
+  return Misfit(Difference(field, absl::StrCat(table), absl::StrCat(request)), relax);
+}
+
+std::string Quoted(absl::string_view text) {
+  return absl::StrCat("\"", absl::CHexEscape(text), "\"");
 }
 
 // As JSON values, so that 10000 and 10000.0 are the same theta.
@@ -38,15 +45,47 @@ std::string RopeText(const ModelFingerprint& model) {
                                  : model.rope_json;
 }
 
+// Each nothing when the two agree.
+std::optional<std::string> ArchitectureDifference(const ModelFingerprint& table,
+                                                  const ModelFingerprint& request) {
+  if (table.architecture == request.architecture) return std::nullopt;
+  return Difference("architecture", Quoted(table.architecture), Quoted(request.architecture));
+}
+
+std::optional<std::string> RopeDifference(const ModelFingerprint& table,
+                                          const ModelFingerprint& request) {
+  if (SameRope(table, request)) return std::nullopt;
+  return Difference("rope", RopeText(table), RopeText(request));
+}
+
+std::optional<std::string> RevisionDifference(const ModelFingerprint& table,
+                                              const ModelFingerprint& request) {
+  if (table.revision.empty() || request.revision.empty() || table.revision == request.revision) {
+    return std::nullopt;
+  }
+  return Difference("revision", Quoted(table.revision), Quoted(request.revision));
+}
+
 }  // namespace
+
+std::vector<std::string> ShapeRelaxations(const ModelFingerprint& table,
+                                          const ModelFingerprint& request) {
+  std::vector<std::string> relaxed;
+  for (const auto& difference :
+       {ArchitectureDifference(table, request), RopeDifference(table, request),
+        RevisionDifference(table, request)}) {
+    if (difference.has_value()) relaxed.push_back(absl::StrCat("fingerprint_match: ", *difference));
+  }
+  return relaxed;
+}
 
 absl::Status MatchFingerprint(const ModelFingerprint& table, const ModelFingerprint& request,
                               FingerprintMatch fingerprint_match, LayerMatch layer_match) {
   constexpr absl::string_view kRelaxShape = " (or ask for fingerprint_match=shape)";
   const bool full = fingerprint_match == FingerprintMatch::kFull;
-  if (full && table.architecture != request.architecture) {
-    return Misfit("architecture", absl::StrCat("\"", table.architecture, "\""),
-                  absl::StrCat("\"", absl::CHexEscape(request.architecture), "\""), kRelaxShape);
+  if (full) {
+    const auto architecture = ArchitectureDifference(table, request);
+    if (architecture.has_value()) return Misfit(*architecture, kRelaxShape);
   }
   if (layer_match == LayerMatch::kExact) {
     KEEPSET_RETURN_IF_ERROR(MatchCount("num_layers", table.num_layers, request.num_layers,
@@ -55,13 +94,11 @@ absl::Status MatchFingerprint(const ModelFingerprint& table, const ModelFingerpr
   KEEPSET_RETURN_IF_ERROR(MatchCount("num_qo_heads", table.num_qo_heads, request.num_qo_heads, ""));
   KEEPSET_RETURN_IF_ERROR(MatchCount("num_kv_heads", table.num_kv_heads, request.num_kv_heads, ""));
   KEEPSET_RETURN_IF_ERROR(MatchCount("head_dim", table.head_dim, request.head_dim, ""));
-  if (full && !SameRope(table, request)) {
-    return Misfit("rope", RopeText(table), RopeText(request), kRelaxShape);
-  }
-  if (full && !table.revision.empty() && !request.revision.empty() &&
-      table.revision != request.revision) {
-    return Misfit("revision", absl::StrCat("\"", table.revision, "\""),
-                  absl::StrCat("\"", absl::CHexEscape(request.revision), "\""), kRelaxShape);
+  if (full) {
+    const auto rope = RopeDifference(table, request);
+    if (rope.has_value()) return Misfit(*rope, kRelaxShape);
+    const auto revision = RevisionDifference(table, request);
+    if (revision.has_value()) return Misfit(*revision, kRelaxShape);
   }
   return absl::OkStatus();
 }

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -41,6 +42,11 @@ enum class LayerMatch { kExact, kInterpolateDepth };
 // both values and how to relax. With LayerMatch::kInterpolateDepth the layer counts may differ.
 absl::Status MatchFingerprint(const ModelFingerprint& table, const ModelFingerprint& request,
                               FingerprintMatch fingerprint_match, LayerMatch layer_match);
+
+// What FingerprintMatch::kShape lets pass, one entry per field that differs, for the list `relaxed`
+// of a result: "fingerprint_match: revision is "a" in the table and "b" in the request".
+std::vector<std::string> ShapeRelaxations(const ModelFingerprint& table,
+                                          const ModelFingerprint& request);
 
 // One JSON object, as in formats.md. `where` prefixes error messages. ParseModelFingerprint ignores
 // unknown keys and refuses missing counts, counts < 1 or beyond the limits, and num_qo_heads not a

@@ -92,10 +92,8 @@ class CompilerKvPolicy final : public RetentionPolicy {
                                                    spec.model.num_layers, settings_.layer_match));
     diagnostics_.relaxed = slice_.relaxed;
     if (settings_.fingerprint_match == tables::FingerprintMatch::kShape) {
-      const absl::Status full = tables::MatchFingerprint(
-          table_->model(), spec.model, tables::FingerprintMatch::kFull, settings_.layer_match);
-      if (!full.ok()) {
-        diagnostics_.relaxed.push_back(absl::StrCat("fingerprint_match: ", full.message()));
+      for (std::string& relaxed : tables::ShapeRelaxations(table_->model(), spec.model)) {
+        diagnostics_.relaxed.push_back(std::move(relaxed));
       }
     }
     KEEPSET_RETURN_IF_ERROR(ChoosePplBin(context));

@@ -1,5 +1,8 @@
 #include "tables/model_fingerprint.h"
 
+#include <string>
+#include <vector>
+
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/tables/table_samples.h"
@@ -91,6 +94,21 @@ TEST(MatchFingerprint, ShapeIgnoresArchitectureRopeAndRevisionButNoCount) {
   EXPECT_TRUE(MatchFingerprint(table, request, FingerprintMatch::kShape, LayerMatch::kExact).ok());
   request.head_dim = 9;
   EXPECT_FALSE(MatchFingerprint(table, request, FingerprintMatch::kShape, LayerMatch::kExact).ok());
+}
+
+TEST(ShapeRelaxations, NameEveryFieldThatDiffers) {
+  ModelFingerprint table = WithRope(R"({"theta":1})");
+  table.architecture = "one";
+  ModelFingerprint request = WithRope(R"({"theta":2})");
+  request.architecture = "other";
+  table.revision = "a";
+  EXPECT_EQ(
+      ShapeRelaxations(table, request),
+      (std::vector<std::string>{
+          "fingerprint_match: architecture is \"one\" in the table and \"other\" in the request",
+          "fingerprint_match: rope is {\"theta\":1} in the table and {\"theta\":2} in the "
+          "request"}));
+  EXPECT_EQ(ShapeRelaxations(table, table), std::vector<std::string>());
 }
 
 TEST(MatchFingerprint, InterpolationLetsOnlyTheLayerCountDiffer) {
