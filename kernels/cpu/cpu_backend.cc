@@ -11,7 +11,7 @@
 #include "kernels/compute_backend.h"
 #include "kernels/cpu/cpu_context.h"
 #include "kernels/cpu/ops.h"
-#include "kernels/cpu/simd_kernels.h"
+#include "kernels/cpu/simd_target.h"
 
 namespace keepset::kernels {
 namespace {

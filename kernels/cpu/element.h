@@ -1,4 +1,4 @@
-// Scalar reading of tensor elements; the exact twin of the vector loads in simd_kernels.cc.
+// Scalar reading of tensor elements; the exact twin of the vector loads in simd_vectors_inl.h.
 #ifndef KEEPSET_KERNELS_CPU_ELEMENT_H_
 #define KEEPSET_KERNELS_CPU_ELEMENT_H_
 

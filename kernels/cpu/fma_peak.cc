@@ -8,8 +8,11 @@
 #include <vector>
 
 #include "absl/functional/function_ref.h"
+#include "kernels/cpu/chunk_shape.h"
 #include "kernels/cpu/cpu_context.h"
-#include "kernels/cpu/simd_kernels.h"
+#include "kernels/cpu/fma_chains_simd.h"
+#include "kernels/cpu/logits_simd.h"
+#include "kernels/cpu/pack_simd.h"
 
 namespace keepset::kernels {
 namespace {

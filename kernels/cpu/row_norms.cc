@@ -6,9 +6,9 @@
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "kernels/cpu/element.h"
+#include "kernels/cpu/norms_simd.h"
 #include "kernels/cpu/ops.h"
 #include "kernels/cpu/row_pointers.h"
-#include "kernels/cpu/simd_kernels.h"
 
 namespace keepset::kernels::cpu {
 namespace {

@@ -6,7 +6,8 @@
 #include "base/status_macros.h"
 #include "kernels/cpu/element.h"
 #include "kernels/cpu/ops.h"
-#include "kernels/cpu/simd_kernels.h"
+#include "kernels/cpu/pack_simd.h"
+#include "kernels/cpu/reduce_rows_simd.h"
 
 namespace keepset::kernels::cpu {
 namespace {

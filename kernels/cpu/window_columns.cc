@@ -14,10 +14,14 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
+#include "kernels/cpu/chunk_shape.h"
 #include "kernels/cpu/element.h"
+#include "kernels/cpu/exp_simd.h"
+#include "kernels/cpu/logits_simd.h"
 #include "kernels/cpu/ops.h"
+#include "kernels/cpu/pack_simd.h"
+#include "kernels/cpu/reduce_rows_simd.h"
 #include "kernels/cpu/row_pointers.h"
-#include "kernels/cpu/simd_kernels.h"
 
 namespace keepset::kernels::cpu {
 namespace {
