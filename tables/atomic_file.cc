@@ -88,10 +88,9 @@ absl::Status WriteFileAtomically(const std::string& path, absl::string_view byte
   if (::rename(file.path.c_str(), target.c_str()) != 0) return FileError(errno, "rename to", path);
   std::move(remove_temporary).Cancel();
   // Some file systems cannot sync a directory and say EINVAL; the file itself is on disk.
+  // After another failure the new file stays: it is whole, and what it replaced is gone already.
   if (::fsync(directory_fd) != 0 && errno != EINVAL) {
-    const int error_number = errno;
-    ::unlink(target.c_str());
-    return FileError(error_number, "sync the directory of", path);
+    return FileError(errno, "sync the directory of", path);
   }
   return absl::OkStatus();
 }

@@ -9,7 +9,7 @@
 #include "absl/status/statusor.h"
 #include "engine/operation.h"
 #include "kernels/backend_registry.h"
-#include "tests/fakes/manual_clock.h"
+#include "tests/fakes/fake_clock.h"
 #include "tests/fakes/synthetic_prompt.h"
 
 namespace keepset::engine {
@@ -23,7 +23,7 @@ class Bench {
 
   kernels::ComputeBackend& backend() { return *backend_; }
   const PolicyRegistry& policies() const { return *policies_; }
-  fakes::ManualClock& clock() { return clock_; }
+  fakes::FakeClock& clock() { return clock_; }
 
   absl::StatusOr<std::unique_ptr<Operation>> Begin(const OperationSpec& spec);
   // Begin, every layer of `prompt`, Finish.
@@ -35,7 +35,7 @@ class Bench {
  private:
   std::unique_ptr<kernels::ComputeBackend> backend_;
   std::unique_ptr<PolicyRegistry> policies_;
-  fakes::ManualClock clock_;
+  fakes::FakeClock clock_;
 };
 
 // A spec of `policy` with a budget in tokens, for a model without tensors.
