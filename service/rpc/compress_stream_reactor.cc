@@ -3,17 +3,18 @@
 #include <algorithm>
 #include <cstdint>
 #include <deque>
+#include <list>
 #include <memory>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "absl/container/flat_hash_map.h"
-#include "absl/container/flat_hash_set.h"
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "service/rpc/compress_reactor.h"
-#include "service/rpc/operation_call.h"
+#include "service/rpc/stream_operation.h"
+#include "service/rpc/tombstones.h"
 #include "service/rpc/wire_status.h"
 
 namespace keepset::service {
@@ -22,29 +23,7 @@ namespace {
 // Ended operations remembered per stream, so that what was under way to them is dropped silently.
 constexpr size_t kMaxTombstones = 4096;
 
-using RequestPtr = std::unique_ptr<v1::StreamRequest>;
 using ResponsePtr = std::unique_ptr<v1::StreamResponse>;
-
-// One operation of the stream. While `scheduled`, a strand owns `call` (all but LeaseLayer, which
-// is the reader's) and ends it; else whoever removes the operation from the open ones ends it.
-struct StreamOperation {
-  StreamOperation(const ServiceContext& context, const CallInfo& info, RequestPtr message)
-      : id(message->operation_id()),
-        begin(std::move(message)),
-        call(context, info, begin->begin()) {}
-
-  const uint64_t id;
-  const RequestPtr begin;
-  OperationCall call;
-  std::vector<RequestPtr> kept;  // strand only: layers that gathering reads again
-
-  // Under the stream's mutex. An empty pointer stands for Begin.
-  std::deque<RequestPtr> pending;
-  bool scheduled = false;
-  bool end_received = false;
-  absl::Status dropped;  // not OK: removed from the open operations, and why
-};
-using OperationPtr = std::shared_ptr<StreamOperation>;
 
 class CompressStreamReactor final
     : public grpc::ServerBidiReactor<v1::StreamRequest, v1::StreamResponse>,
@@ -162,7 +141,7 @@ class CompressStreamReactor final
       absl::MutexLock lock(&mutex_);
       room = static_cast<int64_t>(operations_.size()) < context_.max_open_per_stream;
       if (room) {
-        tombstones_.erase(id);
+        tombstones_.Remove(id);
         operations_[id] = operation;
         operation->scheduled = true;
         operation->pending.push_back(nullptr);  // stands for Begin
@@ -194,7 +173,7 @@ class CompressStreamReactor final
   void RefuseBegin(const OperationPtr& operation, const absl::Status& status) {
     {
       absl::MutexLock lock(&mutex_);
-      Bury(operation->id);
+      tombstones_.Add(operation->id);
     }
     SendError(operation->id, operation->call.End(status));
   }
@@ -235,8 +214,8 @@ class CompressStreamReactor final
       absl::MutexLock lock(&mutex_);
       const auto it = operations_.find(id);
       if (it != operations_.end()) return it->second;
-      if (tombstones_.contains(id)) return nullptr;
-      Bury(id);
+      if (tombstones_.Contains(id)) return nullptr;
+      tombstones_.Add(id);
     }
     SendError(id, absl::NotFoundError(
                       absl::StrCat("operation_id=", id, " is not open, want a begin first")));
@@ -348,7 +327,7 @@ class CompressStreamReactor final
     if (!operation.dropped.ok()) return false;
     operation.dropped = absl::CancelledError("answered");
     operations_.erase(operation.id);
-    Bury(operation.id);
+    tombstones_.Add(operation.id);
     outbox_.push_back(std::move(response));
     Advance();
     return true;
@@ -364,7 +343,7 @@ class CompressStreamReactor final
     OperationPtr operation = std::move(it->second);
     operations_.erase(it);
     operation->dropped = why;
-    Bury(id);
+    tombstones_.Add(id);
     return operation;
   }
 
@@ -411,15 +390,6 @@ class CompressStreamReactor final
     }
     operation.pending.clear();
     if (layers > 0) ReturnCreditLocked(layers);
-  }
-
-  void Bury(uint64_t id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    if (!tombstones_.insert(id).second) return;
-    buried_.push_back(id);
-    if (buried_.size() > kMaxTombstones) {
-      tombstones_.erase(buried_.front());
-      buried_.pop_front();
-    }
   }
 
   // ---- Writing ---------------------------------------------------------------------------------
@@ -499,8 +469,7 @@ class CompressStreamReactor final
   absl::Mutex mutex_;
   std::shared_ptr<CompressStreamReactor> self_;  // gRPC's reference; dropped in OnDone
   absl::flat_hash_map<uint64_t, OperationPtr> operations_ ABSL_GUARDED_BY(mutex_);
-  absl::flat_hash_set<uint64_t> tombstones_ ABSL_GUARDED_BY(mutex_);
-  std::deque<uint64_t> buried_ ABSL_GUARDED_BY(mutex_);
+  Tombstones tombstones_ ABSL_GUARDED_BY(mutex_) = Tombstones(kMaxTombstones);
   std::deque<ResponsePtr> outbox_ ABSL_GUARDED_BY(mutex_);
   ResponsePtr writing_ ABSL_GUARDED_BY(mutex_);
   RequestPtr incoming_ ABSL_GUARDED_BY(mutex_);
@@ -514,33 +483,6 @@ class CompressStreamReactor final
 };
 
 }  // namespace
-
-std::list<OpenStreams::Closer>::iterator OpenStreams::Add(Closer closer) {
-  bool closed = false;
-  std::list<Closer>::iterator stream;
-  {
-    absl::MutexLock lock(&mutex_);
-    stream = closers_.insert(closers_.end(), closer);
-    closed = closed_;
-  }
-  if (closed) closer();
-  return stream;
-}
-
-void OpenStreams::Remove(std::list<Closer>::iterator stream) {
-  absl::MutexLock lock(&mutex_);
-  closers_.erase(stream);
-}
-
-void OpenStreams::CloseAll() {
-  std::list<Closer> closers;
-  {
-    absl::MutexLock lock(&mutex_);
-    closed_ = true;
-    closers = closers_;
-  }
-  for (const Closer& close : closers) close();
-}
 
 grpc::ServerBidiReactor<v1::StreamRequest, v1::StreamResponse>* StartCompressStream(
     const ServiceContext& context, grpc::CallbackServerContext& call, OpenStreams& streams) {

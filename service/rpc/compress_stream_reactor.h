@@ -9,31 +9,11 @@
 #include <grpcpp/server_context.h>
 #include <grpcpp/support/server_callback.h>
 
-#include <functional>
-#include <list>
-
-#include "absl/base/thread_annotations.h"
-#include "absl/synchronization/mutex.h"
 #include "keepset/v1/compression.pb.h"
+#include "service/rpc/open_streams.h"
 #include "service/rpc/service_context.h"
 
 namespace keepset::service {
-
-// The streams that are open now. Thread-safe.
-class OpenStreams {
- public:
-  using Closer = std::function<void()>;
-
-  // `closer` is called by CloseAll; at once when that has happened already.
-  std::list<Closer>::iterator Add(Closer closer);
-  void Remove(std::list<Closer>::iterator stream);
-  void CloseAll();
-
- private:
-  absl::Mutex mutex_;
-  std::list<Closer> closers_ ABSL_GUARDED_BY(mutex_);
-  bool closed_ ABSL_GUARDED_BY(mutex_) = false;
-};
 
 // The reactor lives until the stream is done and no worker uses it. `context` and `streams` must
 // outlive it.

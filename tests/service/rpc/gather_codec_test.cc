@@ -1,0 +1,97 @@
+#include "service/rpc/gather_codec.h"
+
+#include <gtest/gtest.h>
+
+#include <array>
+#include <vector>
+
+namespace keepset::service {
+namespace {
+
+// One head, `tokens` tokens of two floats.
+template <typename View>
+View At(std::byte* data, int64_t tokens) {
+  View view;
+  view.data = data;
+  view.size_bytes = tokens * 8;
+  view.num_kv_heads = 1;
+  view.seq_len = tokens;
+  view.head_dim = 2;
+  view.token_stride = 2;
+  view.head_stride = tokens * 2;
+  return view;
+}
+
+class CheckNoOverlapTest : public ::testing::Test {
+ protected:
+  alignas(8) std::array<std::byte, 1024> memory_ = {};
+};
+
+TEST_F(CheckNoOverlapTest, DisjointTensorsPass) {
+  DecodedLayer layer;
+  layer.observation.k = At<kernels::KvView>(memory_.data(), 4);
+  layer.observation.v = At<kernels::KvView>(memory_.data() + 32, 4);
+  layer.out_k = At<kernels::MutableKvView>(memory_.data() + 64, 2);
+  layer.out_v = At<kernels::MutableKvView>(memory_.data() + 80, 2);
+  std::vector<DecodedLayer> layers;
+  layers.push_back(std::move(layer));
+  EXPECT_TRUE(CheckNoOverlap(layers).ok());
+}
+
+TEST_F(CheckNoOverlapTest, DestinationInsideASourceIsNamed) {
+  DecodedLayer layer;
+  layer.observation.k = At<kernels::KvView>(memory_.data(), 16);
+  layer.observation.v = At<kernels::KvView>(memory_.data() + 128, 16);
+  layer.out_k = At<kernels::MutableKvView>(memory_.data() + 512, 2);
+  layer.out_v = At<kernels::MutableKvView>(memory_.data() + 64, 2);
+  std::vector<DecodedLayer> layers;
+  layers.push_back(std::move(layer));
+  const absl::Status status = CheckNoOverlap(layers);
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_NE(status.message().find("destination.v"), std::string::npos) << status;
+}
+
+TEST_F(CheckNoOverlapTest, SourcesMayShareBytes) {
+  DecodedLayer layer;
+  layer.observation.k = At<kernels::KvView>(memory_.data(), 4);
+  layer.observation.v = At<kernels::KvView>(memory_.data(), 4);
+  layer.out_k = At<kernels::MutableKvView>(memory_.data() + 64, 2);
+  layer.out_v = At<kernels::MutableKvView>(memory_.data() + 80, 2);
+  std::vector<DecodedLayer> layers;
+  layers.push_back(std::move(layer));
+  EXPECT_TRUE(CheckNoOverlap(layers).ok());
+}
+
+TEST_F(CheckNoOverlapTest, FreshBlocksOfThePoolOfTheSourcePass) {
+  const std::vector<int32_t> used = {0, 2};
+  const std::vector<int32_t> fresh = {1};
+  DecodedLayer layer;
+  layer.observation.k = At<kernels::KvView>(memory_.data(), 4);
+  layer.observation.k.block_size = 2;
+  layer.observation.k.block_stride = 4;
+  layer.observation.k.block_table = used;
+  layer.observation.v = At<kernels::KvView>(memory_.data() + 512, 4);
+  layer.out_k = At<kernels::MutableKvView>(memory_.data(), 2);
+  layer.out_k.block_size = 2;
+  layer.out_k.block_stride = 4;
+  layer.out_k.block_table = fresh;
+  layer.out_v = At<kernels::MutableKvView>(memory_.data() + 768, 2);
+  std::vector<DecodedLayer> layers;
+  layers.push_back(std::move(layer));
+  // NHD blocks of one head: token stride 2, so that a block ends where the next begins.
+  layers[0].observation.k.head_stride = layers[0].out_k.head_stride = 2;
+  EXPECT_TRUE(CheckNoOverlap(layers).ok());
+  layers[0].out_k.block_table = absl::MakeConstSpan(used).last(1);
+  EXPECT_FALSE(CheckNoOverlap(layers).ok());
+}
+
+TEST(CloseGaps, LeavesEachHeadsRowsOneAfterTheOther) {
+  engine::LayerResult result;
+  result.keep_indices = {{0}, {0, 1, 2}};
+  std::string bytes = "AAxxyyBBCCDD";
+  CloseGaps(result, 3, 2, &bytes);
+  EXPECT_EQ(bytes, "AABBCCDD");
+}
+
+}  // namespace
+}  // namespace keepset::service

@@ -1,0 +1,166 @@
+// Decoding by itself; what a whole server answers to bad requests is in
+// tests/integration/malformed_request_test.cc.
+#include "service/rpc/request_codec.h"
+
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <cstring>
+
+namespace keepset::service {
+namespace {
+
+using ::testing::HasSubstr;
+
+class NoRegions final : public RegionSource {
+ public:
+  absl::StatusOr<const MappedRegion*> Find(absl::string_view /*region_id*/) override {
+    return absl::NotFoundError("no region");
+  }
+};
+
+// One layer, two heads, one KV head, dimension 2, four positions, one row.
+v1::OperationSpec SmallSpec() {
+  v1::OperationSpec wire;
+  v1::ModelFingerprint* model = wire.mutable_model();
+  model->set_architecture("x");
+  model->set_num_layers(1);
+  model->set_num_qo_heads(2);
+  model->set_num_kv_heads(1);
+  model->set_head_dim(2);
+  wire.set_seq_len(4);
+  wire.set_num_rows(1);
+  wire.set_softmax_scale(1.0f);
+  wire.set_kv_dtype(v1::DTYPE_F32);
+  wire.set_policy("snapkv");
+  return wire;
+}
+
+v1::LayerInput SmallLayer() {
+  v1::LayerInput wire;
+  wire.mutable_q_window()->set_dtype(v1::DTYPE_F32);
+  wire.mutable_q_window()->mutable_data()->set_inline_(std::string(2 * 1 * 2 * 4, '\0'));
+  for (v1::KvTensor* tensor : {wire.mutable_k(), wire.mutable_v()}) {
+    tensor->set_dtype(v1::DTYPE_F32);
+    tensor->mutable_data()->set_inline_(std::string(4 * 2 * 4, '\0'));
+  }
+  return wire;
+}
+
+absl::StatusOr<DecodedLayer> Decode(const v1::OperationSpec& spec, const v1::LayerInput& layer) {
+  const absl::StatusOr<engine::OperationSpec> decoded = DecodeSpec(spec, {});
+  EXPECT_TRUE(decoded.ok()) << decoded.status();
+  NoRegions regions;
+  return DecodeLayer(layer, *decoded, spec.gather(), spec.block_table(), regions);
+}
+
+TEST(DecodeLayer, ZeroStridesAreContiguous) {
+  const v1::LayerInput wire = SmallLayer();
+  const absl::StatusOr<DecodedLayer> layer = Decode(SmallSpec(), wire);
+  ASSERT_TRUE(layer.ok()) << layer.status();
+  EXPECT_EQ(layer->observation.k.token_stride, 2);
+  EXPECT_EQ(layer->observation.k.head_stride, 8);
+  EXPECT_EQ(layer->observation.q_window.row_stride, 2);
+  EXPECT_EQ(layer->observation.q_window.head_stride, 2);
+}
+
+TEST(DecodeLayer, InlineBytesAreBorrowed) {
+  const v1::LayerInput wire = SmallLayer();
+  const absl::StatusOr<DecodedLayer> layer = Decode(SmallSpec(), wire);
+  ASSERT_TRUE(layer.ok()) << layer.status();
+  EXPECT_EQ(reinterpret_cast<const char*>(layer->observation.k.data),
+            wire.k().data().inline_().data());
+}
+
+TEST(DecodeLayer, MissingTensorsStayAbsent) {
+  v1::LayerInput wire = SmallLayer();
+  wire.clear_v();
+  const absl::StatusOr<DecodedLayer> layer = Decode(SmallSpec(), wire);
+  ASSERT_TRUE(layer.ok()) << layer.status();
+  EXPECT_FALSE(layer->observation.v.present());
+  EXPECT_FALSE(layer->observation.attn_tile.present());
+  EXPECT_FALSE(layer->out_k.present());
+}
+
+TEST(DecodeLayer, ContiguousInlineBytesMustFitTheShapeExactly) {
+  v1::LayerInput wire = SmallLayer();
+  wire.mutable_k()->mutable_data()->mutable_inline_()->push_back('x');
+  const absl::Status status = Decode(SmallSpec(), wire).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("33 inline bytes, want 32"));
+}
+
+TEST(DecodeLayer, SixteenBitLseOfBaseTwoIsConverted) {
+  v1::LayerInput wire = SmallLayer();
+  const uint16_t half[] = {0x3c00, 0xc000};  // 1, -2
+  wire.mutable_window_lse()->mutable_data()->set_inline_(half, sizeof(half));
+  wire.mutable_window_lse()->set_dtype(v1::DTYPE_F16);
+  wire.set_lse_base(v1::LSE_BASE_2);
+  const absl::StatusOr<DecodedLayer> layer = Decode(SmallSpec(), wire);
+  ASSERT_TRUE(layer.ok()) << layer.status();
+  ASSERT_EQ(layer->observation.window_lse.dtype, kernels::DType::kF32);
+  float values[2];
+  std::memcpy(values, layer->observation.window_lse.data, sizeof(values));
+  EXPECT_FLOAT_EQ(values[0], 0.69314718f);
+  EXPECT_FLOAT_EQ(values[1], -1.38629436f);
+}
+
+TEST(DecodeLayer, RegionThatIsNotLeasedIsNotFound) {
+  v1::LayerInput wire = SmallLayer();
+  wire.mutable_k()->mutable_data()->mutable_region()->set_region_id("r");
+  EXPECT_EQ(Decode(SmallSpec(), wire).status().code(), absl::StatusCode::kNotFound);
+}
+
+TEST(DecodeLayer, InlineDestinationIsRefused) {
+  v1::OperationSpec spec = SmallSpec();
+  spec.set_gather(v1::GATHER_DESTINATION);
+  v1::LayerInput wire = SmallLayer();
+  wire.mutable_destination()->set_capacity_tokens(2);
+  *wire.mutable_destination()->mutable_k() = wire.k();
+  const absl::Status status = Decode(spec, wire).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("read-write region"));
+}
+
+TEST(DecodeSpec, RopeIsReadFromItsJson) {
+  v1::OperationSpec wire = SmallSpec();
+  wire.mutable_model()->set_rope_json("{\"theta\": 10000.0}");
+  const absl::StatusOr<engine::OperationSpec> spec = DecodeSpec(wire, {});
+  ASSERT_TRUE(spec.ok()) << spec.status();
+  EXPECT_EQ(spec->model.rope_theta, 10000.0);
+}
+
+TEST(DecodeSpec, AbsentPerplexityStaysAbsent) {
+  EXPECT_FALSE(DecodeSpec(SmallSpec(), {})->ppl.has_value());
+  v1::OperationSpec wire = SmallSpec();
+  wire.set_ppl(0.0);
+  EXPECT_TRUE(DecodeSpec(wire, {})->ppl.has_value());
+}
+
+TEST(DecodeTableQuery, RelaxationsComeFromTheParameters) {
+  v1::OperationSpec wire = SmallSpec();
+  wire.mutable_table()->set_version("7");
+  (*wire.mutable_parameters())["fingerprint_match"] = "shape";
+  (*wire.mutable_parameters())["layer_match"] = "interpolate_depth";
+  const absl::StatusOr<tables::TableQuery> query =
+      DecodeTableQuery(wire, *DecodeSpec(wire, {}), "compilerkv");
+  ASSERT_TRUE(query.ok()) << query.status();
+  EXPECT_EQ(query->version, "7");
+  EXPECT_EQ(query->kind, "compilerkv");
+  EXPECT_EQ(query->fingerprint_match, tables::FingerprintMatch::kShape);
+  EXPECT_EQ(query->layer_match, tables::LayerMatch::kInterpolateDepth);
+}
+
+TEST(DecodeTableQuery, UnknownRelaxationIsRefused) {
+  v1::OperationSpec wire = SmallSpec();
+  (*wire.mutable_parameters())["layer_match"] = "nearest";
+  EXPECT_EQ(DecodeTableQuery(wire, *DecodeSpec(wire, {}), "compilerkv").status().code(),
+            absl::StatusCode::kInvalidArgument);
+}
+
+TEST(InlineBytes, CountsEveryTensorOfTheLayer) {
+  EXPECT_EQ(InlineBytes(SmallLayer()), 16 + 32 + 32);
+}
+
+}  // namespace
+}  // namespace keepset::service
