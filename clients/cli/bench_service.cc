@@ -132,14 +132,13 @@ absl::Status MeasureShape(keepset_engine* engine, const std::string& address, in
       continue;
     }
     KEEPSET_RETURN_IF_ERROR(client.status());
-    std::vector<client::LayerInput> inputs;
-    for (int64_t layer = 0; layer < num_layers; ++layer) {
-      inputs.push_back(ToLayerInput(layer, workload.observation()));
-      // The policy reads no values.
-      inputs.back().v = {};
-    }
-    KEEPSET_ASSIGN_OR_RETURN(const RemoteLayers layers,
-                             PlaceLayers(**client, std::move(inputs), kTokens, GatherWish::kNone));
+    // As in process, one layer's tensors stand for all: both sides find the same bytes in cache.
+    client::LayerInput first = ToLayerInput(0, workload.observation());
+    first.v = {};  // the policy reads no values
+    KEEPSET_ASSIGN_OR_RETURN(RemoteLayers layers,
+                             PlaceLayers(**client, {std::move(first)}, kTokens, GatherWish::kNone));
+    layers.inputs.assign(num_layers, client::LayerInput(layers.inputs.front()));
+    for (int64_t layer = 0; layer < num_layers; ++layer) layers.inputs[layer].layer = layer;
     KEEPSET_ASSIGN_OR_RETURN(const std::unique_ptr<client::CompressStream> stream,
                              (*client)->OpenStream());
     const std::pair<std::string, RemoteCall> rpcs[] = {

@@ -61,7 +61,7 @@ absl::Status NameFilesAndFlags(const CompressOptions& options, const absl::Statu
   } else if (absl::StrContains(status.message(), "missing ppl")) {
     hint = "; give it with --ppl X";
   }
-  const absl::Status hinted(status.code(), absl::StrCat(status.message(), hint));
+  absl::Status hinted(status.code(), absl::StrCat(status.message(), hint));
   if (absl::StrContains(status.message(), options.capture)) return hinted;
   return WithPrefix(options.capture, hinted);
 }
