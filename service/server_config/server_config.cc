@@ -172,7 +172,7 @@ absl::Status ResolveServerConfig(v1::ServerConfig& config) {
   KEEPSET_RETURN_IF_ERROR(
       CheckRange<uint32_t>("limits.stream_credits", limits.stream_credits(), 1, 1 << 16));
   KEEPSET_RETURN_IF_ERROR(
-      CheckRange<uint64_t>("limits.max_seq_len", limits.max_seq_len(), 1, (uint64_t{1} << 31) - 1));
+      CheckRange<uint64_t>("limits.max_seq_len", limits.max_seq_len(), 1, uint64_t{1} << 24));
   KEEPSET_RETURN_IF_ERROR(
       CheckRange<uint32_t>("limits.max_layers", limits.max_layers(), 1, 1 << 16));
   KEEPSET_RETURN_IF_ERROR(CheckRange<uint32_t>("num_workers", config.num_workers(), 1, 1024));

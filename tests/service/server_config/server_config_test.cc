@@ -49,6 +49,11 @@ TEST(ResolveServerConfig, NamesFieldValueAndRange) {
   EXPECT_EQ(ResolveServerConfig(config).message(), "memory.lease_seconds=1, want 3..3600");
 }
 
+TEST(ResolveServerConfig, BoundsThePromptSoThatSizesStayInsideInt64) {
+  v1::ServerConfig config = Config("limits { max_seq_len: 16777217 }");
+  EXPECT_EQ(ResolveServerConfig(config).message(), "limits.max_seq_len=16777217, want 1..16777216");
+}
+
 TEST(ResolveServerConfig, RefusesHalfATlsConfiguration) {
   v1::ServerConfig config = Config("listen: 'localhost:1' tls { certificate_file: 'a.pem' }");
   EXPECT_THAT(ResolveServerConfig(config).message(), HasSubstr("key_file"));
