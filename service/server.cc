@@ -167,8 +167,9 @@ class ServerImpl final : public Server {
 
   void StartDraining() override {
     if (admission_.draining()) return;
-    admission_.StartDraining();
+    // First: whoever routes by readiness sends nothing that would be refused.
     health_.StopServing();
+    admission_.StartDraining();
     session_service_->NotifyDraining();
     log_.Info("draining", {{"operations", absl::StrCat(admission_.running())}});
   }
