@@ -22,6 +22,8 @@ namespace {
 
 // Ended operations remembered per stream, so that what was under way to them is dropped silently.
 constexpr size_t kMaxTombstones = 4096;
+// Answers that wait for a client to read them before the server stops reading from it.
+constexpr int64_t kMaxOutboxBytes = int64_t{4} << 20;
 
 using ResponsePtr = std::unique_ptr<v1::StreamResponse>;
 
@@ -45,8 +47,7 @@ class CompressStreamReactor final
     });
     absl::MutexLock lock(&mutex_);
     SendCredit(context_.stream_credits);
-    incoming_ = std::make_unique<v1::StreamRequest>();
-    StartRead(incoming_.get());
+    ReadNext();
   }
 
   void OnReadDone(bool ok) override {
@@ -62,8 +63,7 @@ class CompressStreamReactor final
     Dispatch(std::move(message));
     absl::MutexLock lock(&mutex_);
     if (finished_) return;
-    incoming_ = std::make_unique<v1::StreamRequest>();
-    StartRead(incoming_.get());
+    ReadNext();
   }
 
   void OnWriteDone(bool ok) override {
@@ -92,6 +92,14 @@ class CompressStreamReactor final
     absl::MutexLock lock(&mutex_);
     closing_ = true;
     Advance();
+  }
+
+  // A client that does not read its answers is not read from either: what waits for it is bounded.
+  void ReadNext() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    read_paused_ = outbox_bytes_ > kMaxOutboxBytes;
+    if (read_paused_) return;
+    incoming_ = std::make_unique<v1::StreamRequest>();
+    StartRead(incoming_.get());
   }
 
   // ---- Reading ---------------------------------------------------------------------------------
@@ -328,7 +336,7 @@ class CompressStreamReactor final
     operation.dropped = absl::CancelledError("answered");
     operations_.erase(operation.id);
     tombstones_.Add(operation.id);
-    outbox_.push_back(std::move(response));
+    Queue(std::move(response));
     Advance();
     return true;
   }
@@ -411,7 +419,7 @@ class CompressStreamReactor final
 
   void Send(ResponsePtr response) {
     absl::MutexLock lock(&mutex_);
-    outbox_.push_back(std::move(response));
+    Queue(std::move(response));
     Advance();
   }
 
@@ -431,8 +439,17 @@ class CompressStreamReactor final
   void SendCredit(int64_t layers) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     auto response = std::make_unique<v1::StreamResponse>();
     response->mutable_credit()->set_layer_inputs(static_cast<uint32_t>(layers));
-    outbox_.push_back(std::move(response));
+    Queue(std::move(response));
     Advance();
+  }
+
+  static int64_t BytesOf(const v1::StreamResponse& response) {
+    return static_cast<int64_t>(response.ByteSizeLong() + sizeof(response));
+  }
+
+  void Queue(ResponsePtr response) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    outbox_bytes_ += BytesOf(*response);
+    outbox_.push_back(std::move(response));
   }
 
   // Starts the next write, or finishes the stream when nothing more will come. gRPC runs reactions
@@ -448,7 +465,9 @@ class CompressStreamReactor final
     if (!outbox_.empty()) {
       writing_ = std::move(outbox_.front());
       outbox_.pop_front();
+      outbox_bytes_ -= BytesOf(*writing_);
       StartWrite(writing_.get());
+      if (read_paused_) ReadNext();
       return;
     }
     if (!operations_.empty()) return;
@@ -471,11 +490,13 @@ class CompressStreamReactor final
   absl::flat_hash_map<uint64_t, OperationPtr> operations_ ABSL_GUARDED_BY(mutex_);
   Tombstones tombstones_ ABSL_GUARDED_BY(mutex_) = Tombstones(kMaxTombstones);
   std::deque<ResponsePtr> outbox_ ABSL_GUARDED_BY(mutex_);
+  int64_t outbox_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
   ResponsePtr writing_ ABSL_GUARDED_BY(mutex_);
   RequestPtr incoming_ ABSL_GUARDED_BY(mutex_);
   int64_t credit_ ABSL_GUARDED_BY(mutex_);
   const int64_t credit_batch_;
   int64_t returned_ ABSL_GUARDED_BY(mutex_) = 0;
+  bool read_paused_ ABSL_GUARDED_BY(mutex_) = false;
   bool reads_closed_ ABSL_GUARDED_BY(mutex_) = false;
   bool closing_ ABSL_GUARDED_BY(mutex_) = false;
   bool broken_ ABSL_GUARDED_BY(mutex_) = false;

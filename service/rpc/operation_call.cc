@@ -15,6 +15,9 @@ namespace {
 
 // A peer's text in our log.
 constexpr size_t kMaxLoggedText = 128;
+constexpr size_t kMaxLoggedError = 2048;
+// The fence table remembers thousands of them per session.
+constexpr size_t kMaxRequestIdBytes = 256;
 
 std::string Milliseconds(absl::Duration time) {
   return absl::StrFormat("%.3f", absl::ToDoubleMilliseconds(time));
@@ -43,6 +46,10 @@ absl::Status OperationCall::Admit() {
     return std::move(ticket).status();
   }
   ticket_ = *std::move(ticket);
+  if (wire_.request_id().size() > kMaxRequestIdBytes) {
+    return absl::InvalidArgumentError(absl::StrCat("request_id: ", wire_.request_id().size(),
+                                                   " bytes, want 0..", kMaxRequestIdBytes));
+  }
   if (!wire_.session_id().empty()) {
     KEEPSET_RETURN_IF_ERROR(context_.sessions.CheckSession(wire_.session_id()));
   }
@@ -283,7 +290,9 @@ void OperationCall::WriteLogLine(const absl::Status& status) {
     fields.emplace_back("table", absl::StrCat(table_->name, "@", table_->version));
   }
   if (!info_.traceparent.empty()) fields.emplace_back("traceparent", info_.traceparent);
-  if (!status.ok()) fields.emplace_back("error", std::string(status.message()));
+  if (!status.ok()) {
+    fields.emplace_back("error", std::string(status.message().substr(0, kMaxLoggedError)));
+  }
   const bool our_fault = absl::IsInternal(status) || absl::IsUnknown(status);
   context_.log.Write(our_fault ? LogSeverity::kError : LogSeverity::kInfo, "operation", fields);
 }

@@ -40,7 +40,8 @@ class OperationCall {
   OperationCall(const OperationCall&) = delete;
   OperationCall& operator=(const OperationCall&) = delete;
 
-  // Unavailable: draining. NotFound: session. Aborted: stale fence. Must be called first.
+  // Unavailable: draining. InvalidArgument: request id too long. NotFound: session. Aborted: stale
+  // fence. Must be called first.
   absl::Status Admit();
 
   // Counts inline bytes and leases the regions of one layer. ResourceExhausted: inline limit.

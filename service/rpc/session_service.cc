@@ -14,6 +14,9 @@
 namespace keepset::service {
 namespace {
 
+// How long a retire waits before the next one gets the thread.
+constexpr absl::Duration kRetireTurn = absl::Milliseconds(5);
+
 absl::StatusOr<RegionAccess> DecodeAccess(v1::RegionAccess wire) {
   switch (wire) {
     case v1::REGION_ACCESS_READ_ONLY:
@@ -76,13 +79,16 @@ class SessionServiceImpl final : public SessionService {
   grpc::ServerUnaryReactor* RetireRegion(grpc::CallbackServerContext* call,
                                          const v1::RetireRegionRequest* request,
                                          v1::RetireRegionResponse* /*response*/) override {
-    return RunOn(retirement_, call, "RetireRegion", [this, request] {
-      const absl::Duration timeout = request->timeout_ms() == 0
-                                         ? options_.default_retire_timeout
-                                         : absl::Milliseconds(request->timeout_ms());
-      return context_.sessions.RetireRegion(request->session_id(), request->region_id(),
-                                            std::min(timeout, options_.max_retire_timeout));
-    });
+    grpc::ServerUnaryReactor* reactor = call->DefaultReactor();
+    const absl::Duration timeout = request->timeout_ms() == 0
+                                       ? options_.default_retire_timeout
+                                       : absl::Milliseconds(request->timeout_ms());
+    const absl::Duration end =
+        context_.clock.Monotonic() + std::min(timeout, options_.max_retire_timeout);
+    const absl::Status queued = retirement_.Submit(
+        [this, call, request, end, reactor] { Retire(*call, *request, end, reactor); });
+    if (!queued.ok()) Answer("RetireRegion", queued, reactor);
+    return reactor;
   }
 
   grpc::ServerUnaryReactor* ListRegions(grpc::CallbackServerContext* call,
@@ -155,6 +161,25 @@ class SessionServiceImpl final : public SessionService {
     response->set_path(info.kind);
     response->set_mapped_bytes(info.length);
     return absl::OkStatus();
+  }
+
+  // Waits a little and then goes to the end of the line: retires of regions that stay in use hold
+  // up nobody else's.
+  void Retire(grpc::CallbackServerContext& call, const v1::RetireRegionRequest& request,
+              absl::Duration end, grpc::ServerUnaryReactor* reactor) {
+    const absl::Duration left = std::max(absl::ZeroDuration(), end - context_.clock.Monotonic());
+    const absl::Status status = context_.sessions.RetireRegion(
+        request.session_id(), request.region_id(), std::min(left, kRetireTurn));
+    if (!absl::IsDeadlineExceeded(status) || left <= kRetireTurn) {
+      Answer("RetireRegion", status, reactor);
+    } else if (call.IsCancelled()) {
+      Answer("RetireRegion",
+             absl::CancelledError("the client waits no longer, the region stays retiring"),
+             reactor);
+    } else {
+      retirement_.Continue(
+          [this, &call, &request, end, reactor] { Retire(call, request, end, reactor); });
+    }
   }
 
   v1::LeaseNotice NoticeFor(const std::string& session_id) const {

@@ -3,6 +3,13 @@
 #include "absl/strings/str_cat.h"
 
 namespace keepset::service {
+namespace {
+
+// A message quotes what the client sent. It travels in a trailer, which clients take up to 8 KiB
+// of, and every byte of it may be escaped as three.
+constexpr size_t kMaxMessageBytes = 2048;
+
+}  // namespace
 
 absl::Status PublicStatus(const absl::Status& status, absl::string_view correlation_id) {
   switch (status.code()) {
@@ -11,8 +18,10 @@ absl::Status PublicStatus(const absl::Status& status, absl::string_view correlat
     case absl::StatusCode::kDataLoss:
       return absl::InternalError(absl::StrCat("internal error, correlation id ", correlation_id));
     default:
-      return status;
+      break;
   }
+  if (status.message().size() <= kMaxMessageBytes) return status;
+  return {status.code(), absl::StrCat(status.message().substr(0, kMaxMessageBytes), "...")};
 }
 
 grpc::Status ToGrpcStatus(const absl::Status& public_status) {

@@ -12,7 +12,7 @@
 
 namespace keepset::service {
 
-// The code and message as they may leave the server.
+// The code and message as they may leave the server; a message of more than 2 KiB is cut.
 absl::Status PublicStatus(const absl::Status& status, absl::string_view correlation_id);
 
 grpc::Status ToGrpcStatus(const absl::Status& public_status);
