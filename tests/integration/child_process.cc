@@ -1,0 +1,74 @@
+#include "tests/integration/child_process.h"
+
+#include <fcntl.h>
+#include <gtest/gtest.h>
+#include <poll.h>
+#include <signal.h>
+#include <spawn.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include "base/clock.h"
+#include "tests/integration/server_fixture.h"
+
+extern char** environ;
+
+namespace keepset::integration {
+
+ChildProcess::ChildProcess(const std::vector<std::string>& arguments, Output output) {
+  int ends[2] = {-1, -1};
+  EXPECT_EQ(::pipe2(ends, O_CLOEXEC), 0);
+  output_.Reset(ends[0]);
+  const service::UniqueFd write_end(ends[1]);
+  posix_spawn_file_actions_t actions;
+  posix_spawn_file_actions_init(&actions);
+  posix_spawn_file_actions_adddup2(&actions, write_end.get(),
+                                   output == Output::kStdout ? STDOUT_FILENO : STDERR_FILENO);
+  std::vector<char*> argv;
+  for (const std::string& argument : arguments) argv.push_back(const_cast<char*>(argument.c_str()));
+  argv.push_back(nullptr);
+  EXPECT_EQ(::posix_spawn(&pid_, argv[0], &actions, nullptr, argv.data(), environ), 0) << argv[0];
+  posix_spawn_file_actions_destroy(&actions);
+}
+
+ChildProcess::~ChildProcess() { Kill(); }
+
+std::string ChildProcess::AwaitLine(const std::string& part) {
+  const absl::Duration end = SystemClock().Monotonic() + kTestDeadline;
+  while (true) {
+    for (size_t newline = unread_.find('\n'); newline != std::string::npos;
+         newline = unread_.find('\n')) {
+      const std::string line = unread_.substr(0, newline);
+      unread_.erase(0, newline + 1);
+      if (line.find(part) != std::string::npos) return line;
+    }
+    const absl::Duration left = end - SystemClock().Monotonic();
+    pollfd polled = {output_.get(), POLLIN, 0};
+    if (left <= absl::ZeroDuration() ||
+        ::poll(&polled, 1, static_cast<int>(absl::ToInt64Milliseconds(left)) + 1) <= 0) {
+      return "";
+    }
+    char bytes[4096];
+    const ssize_t size = ::read(output_.get(), bytes, sizeof(bytes));
+    if (size <= 0) return "";
+    unread_.append(bytes, static_cast<size_t>(size));
+  }
+}
+
+void ChildProcess::Signal(int number) {
+  if (pid_ > 0) ::kill(pid_, number);
+}
+
+int ChildProcess::Wait() {
+  if (pid_ > 0 && Eventually([this] { return ::waitpid(pid_, &status_, WNOHANG) == pid_; })) {
+    pid_ = -1;
+  }
+  return pid_ > 0 ? -1 : status_;
+}
+
+void ChildProcess::Kill() {
+  Signal(SIGKILL);
+  Wait();
+}
+
+}  // namespace keepset::integration

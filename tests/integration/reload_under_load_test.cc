@@ -1,0 +1,201 @@
+// Tables are swapped while streams work: no operation fails, none sees two tables.
+#include <gtest/gtest.h>
+
+#include <atomic>
+#include <map>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
+#include "tables/table_file.h"
+#include "tests/engine/run_operation.h"
+#include "tests/fakes/table_files.h"
+#include "tests/integration/server_fixture.h"
+#include "tests/integration/typed_worker.h"
+
+namespace keepset::integration {
+namespace {
+
+constexpr int kStreams = 9;
+constexpr int kSwaps = 110;
+constexpr int64_t kBudget = 40;
+
+struct Version {
+  std::string file;
+  std::string digest;
+  // What the library answers with this table: tau and keep sets of every layer.
+  std::vector<double> taus;
+  std::vector<std::vector<int32_t>> sets;
+};
+
+Version MakeVersion(const fakes::SyntheticPrompt& prompt, const std::string& name,
+                    const std::string& version, float gate) {
+  Version made;
+  made.file = TableFileFor(prompt, name, version, gate);
+  made.digest = fakes::DigestOf(made.file);
+  engine::OperationSpec spec = prompt.spec();
+  spec.policy = "compilerkv";
+  spec.budget.kind = engine::Budget::Kind::kTokens;
+  spec.budget.tokens = kBudget;
+  spec.ppl = 10.0;
+  auto table = tables::ParseTable(
+      absl::MakeConstSpan(reinterpret_cast<const std::byte*>(made.file.data()), made.file.size()),
+      "table");
+  EXPECT_TRUE(table.ok()) << table.status();
+  spec.table = *std::move(table);
+  const absl::StatusOr<engine::OperationResult> result = engine::Bench().Run(spec, prompt);
+  EXPECT_TRUE(result.ok()) << result.status();
+  for (const engine::LayerResult& layer : result->layers) {
+    made.taus.push_back(*layer.tau);
+    made.sets.push_back(layer.keep_indices[0]);
+  }
+  return made;
+}
+
+// What went wrong first, and how often each version answered. Thread-safe.
+class Findings {
+ public:
+  void Add(const absl::StatusOr<client::OperationResult>& result,
+           const std::map<std::string, Version>& versions, const std::string& want_digest) {
+    absl::MutexLock lock(&mutex_);
+    if (!result.ok()) {
+      Complain(absl::StrCat("failed: ", result.status().ToString()));
+      return;
+    }
+    if (!result->table.has_value()) {
+      Complain("no table in the reply");
+      return;
+    }
+    ++answers_[result->table->version];
+    if (!want_digest.empty() && result->table->digest != want_digest) {
+      Complain(absl::StrCat("pinned ", want_digest, ", answered by ", result->table->digest));
+    }
+    const auto version = versions.find(result->table->digest);
+    if (version == versions.end()) {
+      Complain(absl::StrCat("a table that was never written: ", result->table->digest));
+      return;
+    }
+    for (size_t l = 0; l < result->layers.size(); ++l) {
+      const client::LayerResult& layer = result->layers[l];
+      if (layer.tau != version->second.taus[l] ||
+          layer.sets[0].keep_indices != version->second.sets[l]) {
+        Complain(absl::StrCat("layer ", l, " is not of version ", result->table->version));
+      }
+    }
+  }
+  std::string first_complaint() const {
+    absl::MutexLock lock(&mutex_);
+    return complaint_;
+  }
+  int64_t answers(const std::string& version) const {
+    absl::MutexLock lock(&mutex_);
+    const auto it = answers_.find(version);
+    return it == answers_.end() ? 0 : it->second;
+  }
+
+ private:
+  void Complain(std::string text) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    if (complaint_.empty()) complaint_ = std::move(text);
+  }
+
+  mutable absl::Mutex mutex_;
+  std::string complaint_ ABSL_GUARDED_BY(mutex_);
+  std::map<std::string, int64_t> answers_ ABSL_GUARDED_BY(mutex_);
+};
+
+bool IsActive(client::Client& client, const std::string& digest) {
+  const absl::StatusOr<client::ServerInfo> info = client.GetServerInfo();
+  if (!info.ok()) return false;
+  for (const client::TableIdentity& table : info->tables) {
+    if (table.digest == digest) return true;
+  }
+  return false;
+}
+
+absl::StatusOr<client::OperationResult> SendAndFinish(
+    client::CompressStream& stream, uint64_t operation,
+    const std::vector<client::LayerInput>& layers) {
+  for (const client::LayerInput& layer : layers) {
+    if (absl::Status sent = stream.SendLayer(operation, layer); !sent.ok()) return sent;
+  }
+  return stream.Finish(operation);
+}
+
+absl::StatusOr<client::OperationResult> RunOnce(client::CompressStream& stream,
+                                                const client::OperationSpec& spec,
+                                                const std::vector<client::LayerInput>& layers) {
+  const absl::StatusOr<uint64_t> operation = stream.Begin(spec);
+  if (!operation.ok()) return operation.status();
+  return SendAndFinish(stream, *operation, layers);
+}
+
+TEST(ReloadUnderLoad, NoOperationFailsAndNoneMixesTables) {
+  const fakes::SyntheticPrompt prompt({.num_layers = 2});
+  const std::vector<client::LayerInput> layers = TypedLayers(prompt);
+  std::vector<Version> live;
+  std::map<std::string, Version> by_digest;
+  for (int i = 0; i <= kSwaps; ++i) {
+    live.push_back(MakeVersion(prompt, "live", absl::StrCat(i), 0.80f + 0.001f * i));
+    by_digest[live.back().digest] = live.back();
+  }
+  const Version pinned = MakeVersion(prompt, "pinned", "stays", 0.95f);
+  by_digest[pinned.digest] = pinned;
+  for (int i = 1; i <= kSwaps; ++i) ASSERT_NE(live[i].taus, live[i - 1].taus);
+
+  const fakes::ScratchDirectory tables;
+  fakes::WriteAndRename(tables / "live.safetensors", live[0].file);
+  fakes::WriteAndRename(tables / "pinned.safetensors", pinned.file);
+  TestServer server(absl::StrCat("tables_directory: \"", tables.path(), "\""));
+  client::OperationSpec by_name = TypedSpec(prompt, "compilerkv", kBudget);
+  by_name.table.name = "live";
+  client::OperationSpec by_pin = TypedSpec(prompt, "compilerkv", kBudget);
+  by_pin.table.digest = pinned.digest;
+
+  Findings findings;
+  std::atomic<bool> stop = false;
+  std::vector<std::thread> workers;
+  for (int i = 0; i < kStreams; ++i) {
+    const bool is_pinned = i == 0;
+    workers.emplace_back([&, is_pinned] {
+      const auto client = ConnectTo(server.address(), client::Transport::kInline);
+      if (client == nullptr) return;
+      const auto stream = client->OpenStream();
+      EXPECT_TRUE(stream.ok()) << stream.status();
+      while (stream.ok() && !stop.load()) {
+        findings.Add(RunOnce(**stream, is_pinned ? by_pin : by_name, layers), by_digest,
+                     is_pinned ? pinned.digest : "");
+      }
+    });
+  }
+
+  const auto client = ConnectTo(server.address(), client::Transport::kInline);
+  const auto stream = client->OpenStream();
+  ASSERT_TRUE(stream.ok()) << stream.status();
+  for (int i = 1; i <= kSwaps && findings.first_complaint().empty(); ++i) {
+    // Begun before the swap and given its layers after it. A stream is read in order: the answer of
+    // the second operation shows that the first was begun.
+    const absl::StatusOr<uint64_t> straddling = (*stream)->Begin(by_name);
+    if (!straddling.ok()) {
+      ADD_FAILURE() << straddling.status();
+      break;
+    }
+    findings.Add(RunOnce(**stream, by_name, layers), by_digest, live[i - 1].digest);
+    fakes::WriteAndRename(tables / "live.safetensors", live[i].file);
+    EXPECT_TRUE(Eventually([&] { return IsActive(*client, live[i].digest); })) << "swap " << i;
+    findings.Add(SendAndFinish(**stream, *straddling, layers), by_digest, live[i - 1].digest);
+    // The next reply is the new table's.
+    findings.Add(RunOnce(**stream, by_name, layers), by_digest, live[i].digest);
+    const std::string version = absl::StrCat(i);
+    EXPECT_TRUE(Eventually([&] { return findings.answers(version) > 1; })) << "swap " << i;
+  }
+  stop = true;
+  for (std::thread& worker : workers) worker.join();
+  EXPECT_EQ(findings.first_complaint(), "");
+  EXPECT_GT(findings.answers("stays"), 0);
+}
+
+}  // namespace
+}  // namespace keepset::integration
