@@ -192,6 +192,40 @@ class SmallModel:
         decoder = _Decoder(self, cache, position, len(fed))
         return np.stack([decoder.feed(token) for token in fed])
 
+    def score_many(self, cache: KvCache, input_ids: npt.ArrayLike, position: int) -> FloatArray:
+        """Scores continuations ids [num, n] of the same cache, each on its own, in one pass.
+
+        Row [i] of the result [num, n, vocab_size] is what `score` returns for ids [i].
+        """
+        ids = np.asarray(input_ids, np.int32)
+        if ids.ndim != 2 or not ids.size:
+            raise ValueError(f"input_ids {list(ids.shape)}, want [num, n] with both >= 1")
+        num, length = ids.shape
+        group = self.config.num_qo_heads // self.config.num_kv_heads
+        future = np.triu(np.ones((length, length), bool), 1)
+        positions = np.tile(position + np.arange(length), num)
+        x = self._embed(ids.reshape(-1))
+        for layer, heads in enumerate(cache.layers):
+            q, k, v = self._project(layer, x, positions)
+            q *= self.config.softmax_scale
+            attention = np.empty_like(q)
+            for head in range(self.config.num_qo_heads):
+                kv_head = head // group
+                kept = heads[kv_head]
+                past = q[head] @ kept.k.T
+                own_q, own_k, own_v = (one.reshape(num, length, -1)
+                                       for one in (q[head], k[kv_head], v[kv_head]))
+                own = own_q @ own_k.transpose(0, 2, 1)
+                own[:, future] = -np.inf
+                logits = np.concatenate([past, own.reshape(num * length, length)], 1)
+                weights = np.exp(logits - logits.max(-1, keepdims=True))
+                weights /= weights.sum(-1, keepdims=True)
+                own_weights = weights[:, len(kept.positions):].reshape(num, length, length)
+                attention[head] = weights[:, :len(kept.positions)] @ kept.v + (
+                    own_weights @ own_v).reshape(num * length, -1)
+            x = self._finish_layer(layer, x, attention)
+        return self._logits(x).reshape(num, length, -1)
+
     def _embed(self, ids: npt.NDArray[np.integer]) -> FloatArray:
         rows: FloatArray = self._weights["model.embed_tokens.weight"][ids]
         return rows

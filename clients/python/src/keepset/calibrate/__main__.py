@@ -1,0 +1,116 @@
+"""Measures candidate tables on a model and compiles a table from what was measured.
+
+Every prompt is read once; compilerkv then runs in process (libkeepset) once per candidate table on what
+it reads of that prompt, and the model's loss is taken under what was kept. Heads and gate alternate until
+the chosen actions stop changing. An interrupted run goes on where it stopped when it is started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+
+from keepset import table_file
+from keepset.calibrate.alternation import Outcome, Say, alternate
+from keepset.calibrate.compiler import Compiler
+from keepset.calibrate.prompts import Adapter, ConstructedAdapter, SmallModelAdapter
+from keepset.calibrate.rollouts import HEAD_ACTIONS, Rollouts, Weights
+from keepset.eval import constructed
+from keepset.eval.small_model import SmallModel
+from keepset.in_process import Engine
+
+
+@dataclasses.dataclass(frozen=True)
+class Build:
+    """Where the programs of a build directory lie."""
+
+    root: pathlib.Path
+
+    @property
+    def keepset(self) -> pathlib.Path:
+        return self.root / "clients" / "cli" / "keepset"
+
+    @property
+    def keepsetd(self) -> pathlib.Path:
+        return self.root / "service" / "keepsetd"
+
+    @property
+    def library(self) -> pathlib.Path:
+        return self.root / "engine" / "libkeepset.so"
+
+
+def calibrate(build: Build, adapter: Adapter, out: pathlib.Path, *, seeds: range,
+              budgets: list[int], alpha_scope: str, actions: int, max_rounds: int, name: str,
+              version: str, say: Say) -> Outcome:
+    """From prompts of `seeds` to records in `out` and a table."""
+    model = adapter.fingerprint()
+    prompts = list(adapter.prompts(seeds))
+    settings = {
+        "model": model.to_json(), "adapter": adapter.name, "seeds": [seeds.start, seeds.stop],
+        "prompts": [prompt.prompt_id for prompt in prompts],
+        "sequence_lengths": [prompt.seq_len for prompt in prompts], "budgets": budgets,
+        "alpha_scope": alpha_scope, "actions_per_state": actions,
+    }  # fmt: skip
+    with Engine(build.library) as engine:
+        rollouts = Rollouts(engine, model, prompts, budgets, seed=seeds.start,
+                            parameters={"alpha_scope": alpha_scope}, actions_per_state=actions)
+        return alternate(rollouts, Compiler(build.keepset, model), out,
+                         Weights.neutral(model, len(budgets)), name=name, version=version,
+                         max_rounds=max_rounds, settings=settings, say=say)
+
+
+def adapter_of(options: argparse.Namespace) -> Adapter:
+    if options.model == "small":
+        return SmallModelAdapter(SmallModel.load(), seq_len=options.seq_len or 1024)
+    model = constructed.marker_model(
+        options.contrast, num_layers=options.layers, group_size=options.group_size,
+        noise=options.noise, permute_heads=options.permute_heads)
+    return ConstructedAdapter(model, seq_len=options.seq_len or 2048)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m keepset.calibrate", description=__doc__)
+    parser.add_argument("--model", choices=("constructed", "small"), required=True)
+    parser.add_argument("--out", type=pathlib.Path, required=True,
+                        help="records (JSON lines) of the last round; every step is in OUT.steps")
+    parser.add_argument("--table", type=pathlib.Path, help="where the compiled table goes")
+    parser.add_argument("--build", type=pathlib.Path, default=pathlib.Path("build/release"))
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--seq-len", type=int, help="default 2048 constructed, 1024 small")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[96])
+    parser.add_argument("--alpha-scope", choices=("global", "layer", "head"), default="global")
+    parser.add_argument("--actions", type=int, default=len(HEAD_ACTIONS),
+                        help="actions measured per prompt and state; all by default")
+    parser.add_argument("--rounds", type=int, default=3, help="at most so many")
+    parser.add_argument("--name", help="of the table; default: the model's")
+    parser.add_argument("--version", default="1", help="of the table")
+    group = parser.add_argument_group("constructed model")
+    group.add_argument("--contrast", choices=("norm", "mass"), default="norm")
+    group.add_argument("--layers", type=int, default=1)
+    group.add_argument("--group-size", type=int, default=1, help="query heads per KV head")
+    group.add_argument("--noise", type=float, default=0.3, help="of the attention logits")
+    group.add_argument("--permute-heads", action="store_true")
+    options = parser.parse_args()
+
+    def say(line: str) -> None:
+        print(line, file=sys.stderr)
+
+    adapter = adapter_of(options)
+    seeds = range(options.first_seed, options.first_seed + options.prompts)
+    outcome = calibrate(
+        Build(options.build), adapter, options.out, seeds=seeds, budgets=options.budgets,
+        alpha_scope=options.alpha_scope, actions=options.actions, max_rounds=options.rounds,
+        name=options.name or adapter.name, version=options.version, say=say)
+    if options.table:
+        table_file.write_atomically(options.table, outcome.table)
+    settled = "actions settled" if outcome.settled else "actions still changing"
+    say(f"{outcome.num_records} records, {outcome.rounds} rounds, {settled}; "
+        f"table {table_file.digest(outcome.table)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

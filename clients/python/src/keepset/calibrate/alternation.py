@@ -1,0 +1,109 @@
+"""Coupled alternation: heads against a frozen gate, the gate against frozen heads, until nothing changes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+from keepset import table_file
+from keepset.calibrate.compiler import Compiler
+from keepset.calibrate.records import StepFile
+from keepset.calibrate.rollouts import Rollouts, Weights
+
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """The table in force at the end, after how many rounds, and whether its actions had settled."""
+
+    table: bytes
+    rounds: int
+    settled: bool
+    num_records: int
+
+
+def alternate(rollouts: Rollouts, compiler: Compiler, out: pathlib.Path, neutral: Weights, *, name: str,
+              version: str, max_rounds: int, settings: Mapping[str, object], say: Say) -> Outcome:
+    """Runs rounds of a head step and a gate step and writes the records of the last ones to `out`.
+
+    Beside `out` stands `<out>.steps` with the records of every step. Called again with the same
+    settings after an interruption it goes on where the records end; other settings are refused.
+    """
+    steps = out.with_name(out.name + ".steps")
+    steps.mkdir(parents=True, exist_ok=True)
+    _check_settings(steps / "settings.json", settings)
+
+    def measure(label: str, kind: str, frozen: Weights) -> pathlib.Path:
+        path = steps / f"{label}.jsonl"
+        paired = f"{name}/{label.split('-')[0]}@{frozen.digest()}"
+        with StepFile(path) as file:
+            progress = Progress(f"round {label}", rollouts.count(kind), len(file), say)
+            rollouts.run(kind, frozen, paired, file, progress)
+            progress.close(len(file))
+        return path
+
+    def compile_(label: str, head: pathlib.Path, gate: pathlib.Path) -> tuple[bytes, Weights]:
+        path = steps / f"{label}.safetensors"
+        compiler.compile([head, gate], path, name=name, version=version)
+        data = path.read_bytes()
+        return data, Weights.of(table_file.read_table(data))
+
+    # The fit needs both kinds of record, so the gate is measured against neutral heads first.
+    gate_records = measure("0-gate", "gate", neutral)
+    weights, settled, rounds = neutral, False, 0
+    for rounds in range(1, max_rounds + 1):
+        head_records = measure(f"{rounds}-head", "head", weights)
+        _, with_heads = compile_(f"{rounds}-head", head_records, gate_records)
+        gate_records = measure(f"{rounds}-gate", "gate", with_heads)
+        data, compiled = compile_(f"{rounds}-gate", head_records, gate_records)
+        settled = rounds > 1 and compiled.same_actions(weights)
+        weights = compiled
+        if settled:
+            break
+    with out.open("wb") as file:
+        for path in (head_records, gate_records):
+            with path.open("rb") as source:
+                shutil.copyfileobj(source, file)
+    num_records = sum(1 for path in steps.glob("*.jsonl") for _ in path.open("rb"))
+    return Outcome(data, rounds, settled, num_records)
+
+
+def _check_settings(path: pathlib.Path, settings: Mapping[str, object]) -> None:
+    wanted = json.loads(json.dumps(dict(settings)))
+    if path.exists():
+        found = json.loads(path.read_text())
+        if found != wanted:
+            changed = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
+            raise ValueError(f"{path.parent} holds a run with other settings ({', '.join(changed)}): "
+                             "choose another --out or remove it")
+    else:
+        path.write_text(json.dumps(wanted, indent=1) + "\n")
+
+
+class Progress:
+    """Records done and time left: a line that is rewritten on a terminal, one line at the end elsewhere."""
+
+    def __init__(self, label: str, total: int, already: int, say: Say):
+        self._label, self._total, self._already, self._say = label, total, already, say
+        self._started = self._shown = time.monotonic()
+
+    def __call__(self, done: int) -> None:
+        now = time.monotonic()
+        if not sys.stderr.isatty() or now - self._shown < 0.2:
+            return
+        self._shown = now
+        left = (now - self._started) * (self._total - done) / max(1, done - self._already)
+        print(f"\r{self._label}: {done}/{self._total} records, {left:.0f} s left   ", end="",
+              file=sys.stderr, flush=True)
+
+    def close(self, done: int) -> None:
+        if sys.stderr.isatty():
+            print("\r\033[K", end="", file=sys.stderr)
+        resumed = f", {self._already} of them from an earlier run" if self._already else ""
+        self._say(f"{self._label}: {done} records in {time.monotonic() - self._started:.1f} s{resumed}")

@@ -1,0 +1,34 @@
+"""Calls `keepset tables compile`: the fit lives in C++ and only there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import subprocess
+import tempfile
+from collections.abc import Sequence
+
+from keepset import ModelFingerprint
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiler:
+    """The `keepset` program and the model whose tables it writes."""
+
+    program: pathlib.Path
+    model: ModelFingerprint
+
+    def compile(self, records: Sequence[pathlib.Path], table: pathlib.Path, *, name: str,
+                version: str) -> str:
+        """Fits `table` to the records; returns what the program reported."""
+        with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+            json.dump(self.model.to_json(), file)
+            file.flush()
+            done = subprocess.run(
+                [str(self.program), "tables", "compile", *map(str, records), "-o", str(table),
+                 "--model", file.name, "--name", name, "--version", version],
+                capture_output=True, text=True, check=False)
+        if done.returncode != 0:
+            raise RuntimeError(f"keepset tables compile: {done.stderr.strip()}")
+        return done.stdout

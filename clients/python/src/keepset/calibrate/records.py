@@ -1,0 +1,64 @@
+"""Files of calibration records, one JSON line each, that survive an interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Iterator
+from types import TracebackType
+
+Key = tuple[str, int, int, int, float]
+
+
+def key_of(record: dict) -> Key:
+    """What makes a record of one step unique: prompt, budget, layer, KV head (-1: gate), action."""
+    return (record["prompt_id"], record["budget"], record["layer"], record.get("kv_head", -1),
+            round(record["action"], 6))
+
+
+class StepFile:
+    """Appends the records of one step. What an earlier run wrote is kept and not asked for again.
+
+    A last line that was cut in the middle is dropped at opening.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self._done: set[Key] = set()
+        whole = b""
+        if path.exists():
+            whole = path.read_bytes()
+            whole = whole[: whole.rfind(b"\n") + 1]
+            for line in whole.splitlines():
+                self._done.add(key_of(json.loads(line)))
+            os.truncate(path, len(whole))
+        self._file = path.open("a", encoding="utf-8")
+
+    def __enter__(self) -> StepFile:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        self._file.close()
+
+    def __len__(self) -> int:
+        return len(self._done)
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._done
+
+    def append(self, record: dict) -> None:
+        """Adds one record and hands it to the system; a record that is there already is an error."""
+        key = key_of(record)
+        if key in self._done:
+            raise ValueError(f"record {key} is there already")
+        self._done.add(key)
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+
+
+def read(path: pathlib.Path) -> Iterator[dict]:
+    """The records of a file that was written to its end."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)

@@ -1,0 +1,178 @@
+"""One step of the alternation: perturb one entry of a table at a time and measure the loss.
+
+The complete pipeline of the engine runs for every candidate table; nothing is approximated by layer.
+Actions are logged uniformly: every action of a state occurs equally often, up to one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from keepset import ModelFingerprint, table_file
+from keepset.calibrate.prompts import Prompt
+from keepset.calibrate.records import StepFile
+from keepset.in_process import Decision, Engine
+
+HEAD_ACTIONS = tuple(round(0.8 + 0.025 * i, 3) for i in range(29))
+GATE_ACTIONS = tuple(round(0.8 + 0.01 * i, 2) for i in range(21))
+# Below stands the rounding of 32-bit arithmetic, which must not choose between equal actions.
+_LOSS_DECIMALS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """The table that stands while one entry is perturbed.
+
+    head_weights [N_B, L, H], gate_thresholds [N_B, L, E, P], edges as in the table file.
+    """
+
+    head_weights: np.ndarray
+    gate_thresholds: np.ndarray
+    entropy_edges: np.ndarray
+    ppl_edges: np.ndarray
+
+    @staticmethod
+    def neutral(model: ModelFingerprint, num_budgets: int) -> Weights:
+        return Weights(
+            np.ones((num_budgets, model.num_layers, model.num_qo_heads), np.float32),
+            np.full((num_budgets, model.num_layers, 1, 1), GATE_ACTIONS[0], np.float32),
+            np.zeros(0, np.float32),
+            np.zeros(0, np.float32),
+        )
+
+    @staticmethod
+    def of(table: table_file.TableContent) -> Weights:
+        return Weights(table.head_weights, table.gate_thresholds, table.entropy_edges,
+                       table.ppl_edges)
+
+    def digest(self) -> str:
+        """Twelve hex digits that stand for the numbers."""
+        parts = (self.head_weights, self.gate_thresholds, self.entropy_edges, self.ppl_edges)
+        return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()[:12]
+
+    def same_actions(self, other: Weights) -> bool:
+        return np.array_equal(self.head_weights, other.head_weights) and np.array_equal(
+            self.gate_thresholds, other.gate_thresholds)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """The entry of a table that one record perturbs; kv_head None: the gate of the layer."""
+
+    budget_index: int
+    layer: int
+    kv_head: int | None
+    action: float
+
+
+class Rollouts:
+    """Measures candidate tables on prompts that were read once."""
+
+    def __init__(self, engine: Engine, model: ModelFingerprint, prompts: Sequence[Prompt],
+                 budgets: Sequence[int], *, parameters: Mapping[str, object], actions_per_state: int,
+                 seed: int):
+        self._engine = engine
+        self._model = model
+        self._prompts = prompts
+        self._budgets = budgets
+        self._parameters = dict(parameters)
+        self._actions_per_state = actions_per_state
+        self._seed = seed
+        # Losses by what is kept: many candidate tables keep the same tokens.
+        self._losses: list[dict[bytes, float]] = [{} for _ in prompts]
+
+    def head_entries(self, prompt_index: int) -> Iterator[Entry]:
+        for budget_index in range(len(self._budgets)):
+            for layer in range(self._model.num_layers):
+                for kv_head in range(self._model.num_kv_heads):
+                    state = (budget_index, layer, kv_head)
+                    for action in self._actions(HEAD_ACTIONS, state, prompt_index):
+                        yield Entry(budget_index, layer, kv_head, action)
+
+    def gate_entries(self, prompt_index: int) -> Iterator[Entry]:
+        for budget_index in range(len(self._budgets)):
+            for layer in range(self._model.num_layers):
+                state = (budget_index, layer, self._model.num_kv_heads)
+                for action in self._actions(GATE_ACTIONS, state, prompt_index):
+                    yield Entry(budget_index, layer, None, action)
+
+    def count(self, kind: str) -> int:
+        """Records of a whole step."""
+        states = len(self._budgets) * self._model.num_layers
+        if kind == "head":
+            states *= self._model.num_kv_heads
+        per_state = min(self._actions_per_state,
+                        len(HEAD_ACTIONS if kind == "head" else GATE_ACTIONS))
+        return len(self._prompts) * states * per_state
+
+    def run(self, kind: str, frozen: Weights, paired_policy: str, file: StepFile,
+            progress: Callable[[int], None]) -> None:
+        """Fills `file` with the records that it lacks. kind: "head" or "gate"."""
+        entries = self.head_entries if kind == "head" else self.gate_entries
+        for index, prompt in enumerate(self._prompts):
+            for entry in entries(index):
+                kv_head = -1 if entry.kv_head is None else entry.kv_head
+                budget = self._budgets[entry.budget_index]
+                if (prompt.prompt_id, budget, entry.layer, kv_head, entry.action) in file:
+                    continue
+                file.append(self._record(kind, index, entry, frozen, paired_policy))
+                progress(len(file))
+
+    def evaluate(self, prompt_index: int, weights: Weights, budget_index: int
+                 ) -> tuple[Decision, float]:
+        """Decision and loss of one prompt under a table."""
+        prompt = self._prompts[prompt_index]
+        table = table_file.compilerkv_table(
+            self._model, name="candidate", version="0",
+            head_weights=weights.head_weights[budget_index],
+            gate_thresholds=weights.gate_thresholds[budget_index],
+            entropy_edges=weights.entropy_edges, ppl_edges=weights.ppl_edges,
+            algorithm={"name": "candidate"}, source="hand-written")
+        decision = self._engine.decide(
+            model=self._model, layers=prompt.layers, table=table,
+            budget_tokens=self._budgets[budget_index], ppl=prompt.ppl, parameters=self._parameters)
+        kept = b"|".join(one.tobytes() for one in decision.keep_indices)
+        losses = self._losses[prompt_index]
+        if kept not in losses:
+            losses[kept] = prompt.loss(list(decision.keep_indices))
+        return decision, losses[kept]
+
+    def _record(self, kind: str, index: int, entry: Entry, frozen: Weights,
+                paired_policy: str) -> dict:
+        prompt = self._prompts[index]
+        decision, loss = self.evaluate(index, self._perturbed(frozen, entry), entry.budget_index)
+        record: dict = {
+            "kind": kind, "prompt_id": prompt.prompt_id, "seed": prompt.seed,
+            "budget": self._budgets[entry.budget_index], "layer": entry.layer,
+            "action": entry.action, "full_loss": round(prompt.full_loss, _LOSS_DECIMALS),
+            "compressed_loss": round(loss, _LOSS_DECIMALS),
+            "sequence_length": prompt.seq_len, "paired_policy": paired_policy,
+        }  # fmt: skip
+        if kind == "head":
+            record["kv_head"] = entry.kv_head
+        else:
+            record |= {"entropy": decision.entropy[entry.layer], "ppl": prompt.ppl,
+                       "candidate_count": decision.candidates[entry.layer]}
+        return record
+
+    def _perturbed(self, frozen: Weights, entry: Entry) -> Weights:
+        if entry.kv_head is None:
+            gates = frozen.gate_thresholds.copy()
+            gates[entry.budget_index, entry.layer] = entry.action
+            return dataclasses.replace(frozen, gate_thresholds=gates)
+        group = self._model.num_qo_heads // self._model.num_kv_heads
+        heads = frozen.head_weights.copy()
+        first = entry.kv_head * group
+        heads[entry.budget_index, entry.layer, first : first + group] = entry.action
+        return dataclasses.replace(frozen, head_weights=heads)
+
+    def _actions(self, grid: Sequence[float], state: tuple[int, ...], prompt_index: int
+                 ) -> list[float]:
+        """The share of one prompt: consecutive places of one shuffled order per state."""
+        count = min(self._actions_per_state, len(grid))
+        order = np.random.default_rng([self._seed, len(grid), *state]).permutation(len(grid))
+        return [grid[order[(prompt_index * count + i) % len(grid)]] for i in range(count)]

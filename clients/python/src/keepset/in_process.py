@@ -1,0 +1,225 @@
+"""libkeepset in this process through its C ABI (engine/keepset.h): decides keep sets, moves no K or V.
+
+For calibration, where one prompt is decided with many candidate tables: no socket, no table directory,
+the same engine as keepsetd's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+import os
+import pathlib
+import tempfile
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from keepset.types import ModelFingerprint
+
+_ABI_VERSION = 1
+_F32 = 1
+_BUDGET_TOKENS = 1
+_POINTER = ctypes.c_void_p
+
+
+class _KvView(ctypes.Structure):
+    _fields_ = [
+        ("data", _POINTER), ("size_bytes", ctypes.c_int64), ("dtype", ctypes.c_int32),
+        ("reserved", ctypes.c_int32), ("num_kv_heads", ctypes.c_int64), ("seq_len", ctypes.c_int64),
+        ("head_dim", ctypes.c_int64), ("head_stride", ctypes.c_int64),
+        ("token_stride", ctypes.c_int64), ("block_size", ctypes.c_int64),
+        ("block_stride", ctypes.c_int64), ("block_table", _POINTER), ("num_blocks", ctypes.c_int64),
+    ]  # fmt: skip
+
+
+class _RowsView(ctypes.Structure):
+    _fields_ = [
+        ("data", _POINTER), ("size_bytes", ctypes.c_int64), ("dtype", ctypes.c_int32),
+        ("reserved", ctypes.c_int32), ("num_qo_heads", ctypes.c_int64),
+        ("num_rows", ctypes.c_int64), ("last_dim", ctypes.c_int64),
+        ("head_stride", ctypes.c_int64), ("row_stride", ctypes.c_int64),
+    ]  # fmt: skip
+
+
+class _LayerObservation(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t), ("q_window", _RowsView), ("window_lse", _RowsView),
+        ("attn_tile", _RowsView), ("k", _KvView), ("v", _KvView),
+    ]  # fmt: skip
+
+
+class _Parameter(ctypes.Structure):
+    _fields_ = [("name", ctypes.c_char_p), ("value", ctypes.c_char_p)]
+
+
+class _EngineOptions(ctypes.Structure):
+    _fields_ = [("struct_size", ctypes.c_size_t), ("backend", ctypes.c_char_p),
+                ("num_threads", ctypes.c_int32)]  # fmt: skip
+
+
+class _OperationSpec(ctypes.Structure):
+    _fields_ = [
+        ("struct_size", ctypes.c_size_t), ("model_json", ctypes.c_char_p),
+        ("seq_len", ctypes.c_int64), ("num_rows", ctypes.c_int64), ("row_positions", _POINTER),
+        ("softmax_scale", ctypes.c_float), ("kv_dtype", ctypes.c_int32),
+        ("value_head_dim", ctypes.c_int64), ("policy", ctypes.c_char_p),
+        ("parameters", ctypes.POINTER(_Parameter)), ("num_parameters", ctypes.c_size_t),
+        ("budget_kind", ctypes.c_int32), ("budget", ctypes.c_int64),
+        ("kept_fraction", ctypes.c_double), ("scope", ctypes.c_char_p),
+        ("protect_sink", ctypes.c_int64), ("protect_window", ctypes.c_int64),
+        ("protect_spans", _POINTER), ("num_protect_spans", ctypes.c_size_t),
+        ("ppl", ctypes.c_double), ("window_logprobs", _POINTER),
+        ("num_window_logprobs", ctypes.c_size_t), ("table", _POINTER), ("shadow", ctypes.c_int32),
+    ]  # fmt: skip
+
+
+class EngineError(Exception):
+    """A call into libkeepset failed; the message is the library's."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TileLayer:
+    """Attention tile [num_qo_heads, num_rows, seq_len] and values [num_kv_heads, seq_len, d], fp32."""
+
+    attn_tile: np.ndarray
+    v: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """Ascending positions and number of candidates per layer; signals of the prompt."""
+
+    keep_indices: list[np.ndarray]
+    candidates: list[int | None]
+    entropy: list[float]  # per layer; the same for all in alpha_scope global
+    ppl: float | None
+
+
+class Engine:
+    """One engine on the CPU backend. Use from one thread; close it or use it as a context manager."""
+
+    def __init__(self, library: str | os.PathLike, num_threads: int = 1):
+        self._library = ctypes.CDLL(str(library))
+        self._declare()
+        if self._library.keepset_abi_version() != _ABI_VERSION:
+            raise EngineError(f"{library}: ABI {self._library.keepset_abi_version()}, "
+                              f"want {_ABI_VERSION}")
+        options = _EngineOptions(ctypes.sizeof(_EngineOptions), None, num_threads)
+        self._engine = _POINTER()
+        self._check(self._library.keepset_engine_create(
+            ctypes.byref(options), ctypes.byref(self._engine)))
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *unused) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._engine:
+            self._library.keepset_engine_destroy(self._engine)
+            self._engine = _POINTER()
+
+    @property
+    def version(self) -> str:
+        return self._library.keepset_version().decode()
+
+    @property
+    def backend(self) -> str:
+        return self._library.keepset_engine_backend(self._engine).decode()
+
+    def decide(self, *, model: ModelFingerprint, layers: Sequence[TileLayer], table: bytes,
+               budget_tokens: int, ppl: float,
+               parameters: Mapping[str, object] | None = None) -> Decision:
+        """Runs compilerkv with a table given as the bytes of its file."""
+        seq_len = layers[0].attn_tile.shape[2]
+        listed = [(str(k).encode(), str(v).encode()) for k, v in (parameters or {}).items()]
+        spec = _OperationSpec(
+            struct_size=ctypes.sizeof(_OperationSpec),
+            model_json=json.dumps(model.to_json()).encode(), seq_len=seq_len,
+            num_rows=layers[0].attn_tile.shape[1], softmax_scale=1.0, kv_dtype=_F32,
+            value_head_dim=layers[0].v.shape[2], policy=b"compilerkv",
+            parameters=(_Parameter * len(listed))(*listed), num_parameters=len(listed),
+            budget_kind=_BUDGET_TOKENS, budget=budget_tokens, ppl=ppl)
+        handle, operation = _POINTER(), _POINTER()
+        # The library takes tables from files only: every table passes the same strict reader.
+        with tempfile.NamedTemporaryFile(suffix=".safetensors", dir=_scratch()) as file:
+            file.write(table)
+            file.flush()
+            self._check(self._library.keepset_table_load(file.name.encode(), ctypes.byref(handle)))
+        try:
+            spec.table = handle
+            self._check(self._library.keepset_operation_begin(
+                self._engine, ctypes.byref(spec), ctypes.byref(operation)))
+            for index, layer in enumerate(layers):
+                observation = _LayerObservation(struct_size=ctypes.sizeof(_LayerObservation),
+                                                attn_tile=_rows_view(layer.attn_tile),
+                                                v=_kv_view(layer.v))
+                self._check(self._library.keepset_operation_observe(
+                    operation, index, ctypes.byref(observation)))
+            return self._finish(operation, len(layers))
+        finally:
+            if operation:
+                self._library.keepset_operation_destroy(operation)
+            self._library.keepset_table_destroy(handle)
+
+    def _finish(self, operation: ctypes.c_void_p, num_layers: int) -> Decision:
+        result = _POINTER()
+        self._check(self._library.keepset_operation_finish(operation, ctypes.byref(result)))
+        document = json.loads(self._library.keepset_result_json(result))
+        keep_indices = []
+        for layer in range(num_layers):
+            indices, count = ctypes.POINTER(ctypes.c_int32)(), ctypes.c_int64()
+            self._check(self._library.keepset_result_keep_indices(
+                result, ctypes.c_int64(layer), ctypes.c_int64(0), ctypes.byref(indices),
+                ctypes.byref(count)))
+            keep_indices.append(np.ctypeslib.as_array(indices, (count.value,)).copy())
+        entropy = [layer.get("entropy") if layer.get("entropy") is not None
+                   else document["entropy"] for layer in document["layers"]]
+        return Decision(keep_indices, [layer["candidates"] for layer in document["layers"]],
+                        entropy, document["ppl"])
+
+    def _check(self, status: int) -> None:
+        if status != 0:
+            raise EngineError(self._library.keepset_last_error().decode())
+
+    def _declare(self) -> None:
+        for name in ("version", "last_error", "engine_backend", "result_json"):
+            getattr(self._library, f"keepset_{name}").restype = ctypes.c_char_p
+        self._library.keepset_engine_backend.argtypes = [_POINTER]
+        self._library.keepset_result_json.argtypes = [_POINTER]
+        for name in ("engine", "table", "operation"):
+            function = getattr(self._library, f"keepset_{name}_destroy")
+            function.argtypes, function.restype = [_POINTER], None
+        self._library.keepset_operation_observe.argtypes = [_POINTER, ctypes.c_int64, _POINTER]
+        self._library.keepset_operation_begin.argtypes = [_POINTER, _POINTER, _POINTER]
+        self._library.keepset_operation_finish.argtypes = [_POINTER, _POINTER]
+        self._library.keepset_result_keep_indices.argtypes = [
+            _POINTER, ctypes.c_int64, ctypes.c_int64, _POINTER, _POINTER]
+
+
+def _scratch() -> str | None:
+    """A folder in memory where there is one: candidate tables live for a millisecond."""
+    return "/dev/shm" if os.access(pathlib.Path("/dev/shm"), os.W_OK) else None
+
+
+def _require_f32(array: np.ndarray) -> None:
+    if array.dtype != np.float32 or not array.flags.c_contiguous or array.ndim != 3:
+        raise ValueError(f"array {list(array.shape)} {array.dtype}, want contiguous float32 of 3 axes")
+
+
+def _rows_view(array: np.ndarray) -> _RowsView:
+    _require_f32(array)
+    heads, rows, last = array.shape
+    return _RowsView(data=array.ctypes.data, size_bytes=array.nbytes, dtype=_F32,
+                     num_qo_heads=heads, num_rows=rows, last_dim=last, head_stride=rows * last,
+                     row_stride=last)
+
+
+def _kv_view(array: np.ndarray) -> _KvView:
+    _require_f32(array)
+    heads, tokens, dim = array.shape
+    return _KvView(data=array.ctypes.data, size_bytes=array.nbytes, dtype=_F32, num_kv_heads=heads,
+                   seq_len=tokens, head_dim=dim, head_stride=tokens * dim, token_stride=dim)
