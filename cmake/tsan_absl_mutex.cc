@@ -1,142 +1,162 @@
-// Tells ThreadSanitizer about absl::Mutex. The system's Abseil is not instrumented, so without this
-// every access that a Mutex orders looks like a race. Linked into TSan builds only, where the
-// linker's --wrap leads our calls here (tsan_absl_mutex.cmake).
+// Tells ThreadSanitizer about Abseil's locks. The system's Abseil and the libraries that stand on
+// it, gRPC among them, are not instrumented, so without this every access that a Mutex orders looks
+// like a race. Linked into the programs of TSan builds only: the dynamic linker finds these
+// definitions before those of libabsl_synchronization.so, for our code and for the libraries, and
+// each hands on to the library's own.
+#include <dlfcn.h>
 #include <sanitizer/tsan_interface.h>
 
+#include "absl/synchronization/blocking_counter.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/synchronization/notification.h"
+#include "absl/time/time.h"
 
+using absl::BlockingCounter;
 using absl::Condition;
 using absl::CondVar;
+using absl::Duration;
 using absl::Mutex;
 using absl::Notification;
+using absl::Time;
 
-// Names as the Itanium ABI mangles them, inline namespace debian3 of the system package included.
-#define KEEPSET_REAL(name) __real__ZN4absl7debian3##name
-#define KEEPSET_WRAP(name) __wrap__ZN4absl7debian3##name
-#define KEEPSET_REAL_CONST(name) __real__ZNK4absl7debian3##name
-#define KEEPSET_WRAP_CONST(name) __wrap__ZNK4absl7debian3##name
+// Declares `real`, the library's definition of the function `name` that this one stands before.
+#define KEEPSET_REAL(name) \
+  static const auto real = reinterpret_cast<decltype(&(name))>(dlsym(RTLD_NEXT, #name))
 
+// Names are as the Itanium ABI mangles them, inline namespace debian3 of the system package
+// included.
 extern "C" {
 
 // Conditions are evaluated inside Abseil, on any thread, where the lock is held but not seen.
 const char* __tsan_default_suppressions() { return "race:absl::debian3::Mutex::\n"; }
 
-void KEEPSET_REAL(5Mutex4LockEv)(Mutex* mutex);
-void KEEPSET_WRAP(5Mutex4LockEv)(Mutex* mutex) {
-  KEEPSET_REAL(5Mutex4LockEv)(mutex);
+void _ZN4absl7debian35Mutex4LockEv(Mutex* mutex) {
+  KEEPSET_REAL(_ZN4absl7debian35Mutex4LockEv);
+  real(mutex);
   __tsan_acquire(mutex);
 }
 
-void KEEPSET_REAL(5Mutex6UnlockEv)(Mutex* mutex);
-void KEEPSET_WRAP(5Mutex6UnlockEv)(Mutex* mutex) {
+void _ZN4absl7debian35Mutex6UnlockEv(Mutex* mutex) {
+  KEEPSET_REAL(_ZN4absl7debian35Mutex6UnlockEv);
   __tsan_release(mutex);
-  KEEPSET_REAL(5Mutex6UnlockEv)(mutex);
+  real(mutex);
 }
 
-bool KEEPSET_REAL(5Mutex7TryLockEv)(Mutex* mutex);
-bool KEEPSET_WRAP(5Mutex7TryLockEv)(Mutex* mutex) {
-  const bool locked = KEEPSET_REAL(5Mutex7TryLockEv)(mutex);
+bool _ZN4absl7debian35Mutex7TryLockEv(Mutex* mutex) {
+  KEEPSET_REAL(_ZN4absl7debian35Mutex7TryLockEv);
+  const bool locked = real(mutex);
   if (locked) __tsan_acquire(mutex);
   return locked;
 }
 
-void KEEPSET_REAL(5Mutex10ReaderLockEv)(Mutex* mutex);
-void KEEPSET_WRAP(5Mutex10ReaderLockEv)(Mutex* mutex) {
-  KEEPSET_REAL(5Mutex10ReaderLockEv)(mutex);
+void _ZN4absl7debian35Mutex10ReaderLockEv(Mutex* mutex) {
+  KEEPSET_REAL(_ZN4absl7debian35Mutex10ReaderLockEv);
+  real(mutex);
   __tsan_acquire(mutex);
 }
 
-void KEEPSET_REAL(5Mutex12ReaderUnlockEv)(Mutex* mutex);
-void KEEPSET_WRAP(5Mutex12ReaderUnlockEv)(Mutex* mutex) {
+void _ZN4absl7debian35Mutex12ReaderUnlockEv(Mutex* mutex) {
+  KEEPSET_REAL(_ZN4absl7debian35Mutex12ReaderUnlockEv);
   __tsan_release(mutex);
-  KEEPSET_REAL(5Mutex12ReaderUnlockEv)(mutex);
+  real(mutex);
 }
 
-void KEEPSET_REAL(5Mutex5AwaitERKNS0_9ConditionE)(Mutex* mutex, const Condition& condition);
-void KEEPSET_WRAP(5Mutex5AwaitERKNS0_9ConditionE)(Mutex* mutex, const Condition& condition) {
-  __tsan_release(mutex);
-  KEEPSET_REAL(5Mutex5AwaitERKNS0_9ConditionE)(mutex, condition);
+void _ZN4absl7debian35Mutex8LockWhenERKNS0_9ConditionE(Mutex* mutex, const Condition& condition) {
+  KEEPSET_REAL(_ZN4absl7debian35Mutex8LockWhenERKNS0_9ConditionE);
+  real(mutex, condition);
   __tsan_acquire(mutex);
 }
 
-bool KEEPSET_REAL(5Mutex16AwaitWithTimeoutERKNS0_9ConditionENS0_8DurationE)(
-    Mutex* mutex, const Condition& condition, absl::Duration timeout);
-bool KEEPSET_WRAP(5Mutex16AwaitWithTimeoutERKNS0_9ConditionENS0_8DurationE)(
-    Mutex* mutex, const Condition& condition, absl::Duration timeout) {
-  __tsan_release(mutex);
-  const bool met = KEEPSET_REAL(5Mutex16AwaitWithTimeoutERKNS0_9ConditionENS0_8DurationE)(
-      mutex, condition, timeout);
+bool _ZN4absl7debian35Mutex19LockWhenWithTimeoutERKNS0_9ConditionENS0_8DurationE(
+    Mutex* mutex, const Condition& condition, Duration timeout) {
+  KEEPSET_REAL(_ZN4absl7debian35Mutex19LockWhenWithTimeoutERKNS0_9ConditionENS0_8DurationE);
+  const bool met = real(mutex, condition, timeout);
   __tsan_acquire(mutex);
   return met;
 }
 
-bool KEEPSET_REAL(5Mutex17AwaitWithDeadlineERKNS0_9ConditionENS0_4TimeE)(Mutex* mutex,
-                                                                         const Condition& condition,
-                                                                         absl::Time deadline);
-bool KEEPSET_WRAP(5Mutex17AwaitWithDeadlineERKNS0_9ConditionENS0_4TimeE)(Mutex* mutex,
-                                                                         const Condition& condition,
-                                                                         absl::Time deadline) {
+void _ZN4absl7debian35Mutex5AwaitERKNS0_9ConditionE(Mutex* mutex, const Condition& condition) {
+  KEEPSET_REAL(_ZN4absl7debian35Mutex5AwaitERKNS0_9ConditionE);
   __tsan_release(mutex);
-  const bool met = KEEPSET_REAL(5Mutex17AwaitWithDeadlineERKNS0_9ConditionENS0_4TimeE)(
-      mutex, condition, deadline);
+  real(mutex, condition);
+  __tsan_acquire(mutex);
+}
+
+bool _ZN4absl7debian35Mutex16AwaitWithTimeoutERKNS0_9ConditionENS0_8DurationE(
+    Mutex* mutex, const Condition& condition, Duration timeout) {
+  KEEPSET_REAL(_ZN4absl7debian35Mutex16AwaitWithTimeoutERKNS0_9ConditionENS0_8DurationE);
+  __tsan_release(mutex);
+  const bool met = real(mutex, condition, timeout);
   __tsan_acquire(mutex);
   return met;
 }
 
-void KEEPSET_REAL(7CondVar4WaitEPNS0_5MutexE)(CondVar* condition, Mutex* mutex);
-void KEEPSET_WRAP(7CondVar4WaitEPNS0_5MutexE)(CondVar* condition, Mutex* mutex) {
+bool _ZN4absl7debian35Mutex17AwaitWithDeadlineERKNS0_9ConditionENS0_4TimeE(
+    Mutex* mutex, const Condition& condition, Time deadline) {
+  KEEPSET_REAL(_ZN4absl7debian35Mutex17AwaitWithDeadlineERKNS0_9ConditionENS0_4TimeE);
   __tsan_release(mutex);
-  KEEPSET_REAL(7CondVar4WaitEPNS0_5MutexE)(condition, mutex);
+  const bool met = real(mutex, condition, deadline);
+  __tsan_acquire(mutex);
+  return met;
+}
+
+void _ZN4absl7debian37CondVar4WaitEPNS0_5MutexE(CondVar* condition, Mutex* mutex) {
+  KEEPSET_REAL(_ZN4absl7debian37CondVar4WaitEPNS0_5MutexE);
+  __tsan_release(mutex);
+  real(condition, mutex);
   __tsan_acquire(mutex);
 }
 
-bool KEEPSET_REAL(7CondVar15WaitWithTimeoutEPNS0_5MutexENS0_8DurationE)(CondVar* condition,
-                                                                        Mutex* mutex,
-                                                                        absl::Duration timeout);
-bool KEEPSET_WRAP(7CondVar15WaitWithTimeoutEPNS0_5MutexENS0_8DurationE)(CondVar* condition,
-                                                                        Mutex* mutex,
-                                                                        absl::Duration timeout) {
+bool _ZN4absl7debian37CondVar15WaitWithTimeoutEPNS0_5MutexENS0_8DurationE(CondVar* condition,
+                                                                          Mutex* mutex,
+                                                                          Duration timeout) {
+  KEEPSET_REAL(_ZN4absl7debian37CondVar15WaitWithTimeoutEPNS0_5MutexENS0_8DurationE);
   __tsan_release(mutex);
-  const bool timed_out =
-      KEEPSET_REAL(7CondVar15WaitWithTimeoutEPNS0_5MutexENS0_8DurationE)(condition, mutex, timeout);
-  __tsan_acquire(mutex);
-  return timed_out;
-}
-
-bool KEEPSET_REAL(7CondVar16WaitWithDeadlineEPNS0_5MutexENS0_4TimeE)(CondVar* condition,
-                                                                     Mutex* mutex,
-                                                                     absl::Time deadline);
-bool KEEPSET_WRAP(7CondVar16WaitWithDeadlineEPNS0_5MutexENS0_4TimeE)(CondVar* condition,
-                                                                     Mutex* mutex,
-                                                                     absl::Time deadline) {
-  __tsan_release(mutex);
-  const bool timed_out =
-      KEEPSET_REAL(7CondVar16WaitWithDeadlineEPNS0_5MutexENS0_4TimeE)(condition, mutex, deadline);
+  const bool timed_out = real(condition, mutex, timeout);
   __tsan_acquire(mutex);
   return timed_out;
 }
 
-void KEEPSET_REAL(12Notification6NotifyEv)(Notification* notification);
-void KEEPSET_WRAP(12Notification6NotifyEv)(Notification* notification) {
+bool _ZN4absl7debian37CondVar16WaitWithDeadlineEPNS0_5MutexENS0_4TimeE(CondVar* condition,
+                                                                       Mutex* mutex,
+                                                                       Time deadline) {
+  KEEPSET_REAL(_ZN4absl7debian37CondVar16WaitWithDeadlineEPNS0_5MutexENS0_4TimeE);
+  __tsan_release(mutex);
+  const bool timed_out = real(condition, mutex, deadline);
+  __tsan_acquire(mutex);
+  return timed_out;
+}
+
+void _ZN4absl7debian312Notification6NotifyEv(Notification* notification) {
+  KEEPSET_REAL(_ZN4absl7debian312Notification6NotifyEv);
   __tsan_release(notification);
-  KEEPSET_REAL(12Notification6NotifyEv)(notification);
+  real(notification);
 }
 
-void KEEPSET_REAL_CONST(12Notification19WaitForNotificationEv)(const Notification* notification);
-void KEEPSET_WRAP_CONST(12Notification19WaitForNotificationEv)(const Notification* notification) {
-  KEEPSET_REAL_CONST(12Notification19WaitForNotificationEv)(notification);
+void _ZNK4absl7debian312Notification19WaitForNotificationEv(const Notification* notification) {
+  KEEPSET_REAL(_ZNK4absl7debian312Notification19WaitForNotificationEv);
+  real(notification);
   __tsan_acquire(const_cast<Notification*>(notification));
 }
 
-bool KEEPSET_REAL_CONST(12Notification30WaitForNotificationWithTimeoutENS0_8DurationE)(
-    const Notification* notification, absl::Duration timeout);
-bool KEEPSET_WRAP_CONST(12Notification30WaitForNotificationWithTimeoutENS0_8DurationE)(
-    const Notification* notification, absl::Duration timeout) {
-  const bool notified = KEEPSET_REAL_CONST(
-      12Notification30WaitForNotificationWithTimeoutENS0_8DurationE)(notification, timeout);
+bool _ZNK4absl7debian312Notification30WaitForNotificationWithTimeoutENS0_8DurationE(
+    const Notification* notification, Duration timeout) {
+  KEEPSET_REAL(_ZNK4absl7debian312Notification30WaitForNotificationWithTimeoutENS0_8DurationE);
+  const bool notified = real(notification, timeout);
   if (notified) __tsan_acquire(const_cast<Notification*>(notification));
   return notified;
+}
+
+bool _ZN4absl7debian315BlockingCounter14DecrementCountEv(BlockingCounter* counter) {
+  KEEPSET_REAL(_ZN4absl7debian315BlockingCounter14DecrementCountEv);
+  __tsan_release(counter);
+  return real(counter);
+}
+
+void _ZN4absl7debian315BlockingCounter4WaitEv(BlockingCounter* counter) {
+  KEEPSET_REAL(_ZN4absl7debian315BlockingCounter4WaitEv);
+  real(counter);
+  __tsan_acquire(counter);
 }
 
 }  // extern "C"
