@@ -29,7 +29,7 @@ class BidiStream final : private grpc::ClientBidiReactor<Request, Response> {
   BidiStream(std::function<void(Response&)> on_message, std::function<void(absl::Status)> on_end)
       : on_message_(std::move(on_message)), on_end_(std::move(on_end)) {}
 
-  ~BidiStream() {
+  ~BidiStream() override {
     if (!started_) return;
     context_.TryCancel();
     absl::MutexLock lock(&mutex_);

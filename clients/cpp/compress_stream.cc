@@ -63,7 +63,7 @@ class GrpcCompressStream final : public CompressStream {
             "stream: no layer input was granted within ", absl::FormatDuration(call_timeout_)));
       }
       if (pending.failure.has_value()) {
-        const absl::Status failure = *pending.failure;
+        absl::Status failure = *std::move(pending.failure);
         pending_.erase(found);
         return failure;
       }
@@ -191,7 +191,8 @@ class GrpcCompressStream final : public CompressStream {
         pending.failure = layer.status();
         return;
       }
-      pending.early[layer->layer] = {*std::move(layer)};
+      const auto index = layer->layer;
+      pending.early[index] = {*std::move(layer)};
     } else if (response.has_result()) {
       pending.result = std::move(*response.mutable_result());
     } else if (response.has_error()) {

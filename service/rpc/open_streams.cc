@@ -2,7 +2,7 @@
 
 namespace keepset::service {
 
-std::list<OpenStreams::Closer>::iterator OpenStreams::Add(Closer closer) {
+std::list<OpenStreams::Closer>::iterator OpenStreams::Add(const Closer& closer) {
   bool closed = false;
   std::list<Closer>::iterator stream;
   {

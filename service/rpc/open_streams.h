@@ -16,7 +16,7 @@ class OpenStreams {
   using Closer = std::function<void()>;
 
   // `closer` is called by CloseAll; at once when that has happened already.
-  std::list<Closer>::iterator Add(Closer closer);
+  std::list<Closer>::iterator Add(const Closer& closer);
   void Remove(std::list<Closer>::iterator stream);
   void CloseAll();
 
