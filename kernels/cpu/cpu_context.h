@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <memory>
+#include <new>
 #include <utility>
 #include <vector>
 
@@ -19,7 +20,8 @@
 
 namespace keepset::kernels::cpu {
 
-// Grow-only memory aligned to a cache line.
+// Grow-only memory aligned to a cache line; large sizes are aligned to a huge page and advised to
+// be huge pages.
 class AlignedBuffer {
  public:
   AlignedBuffer() = default;
@@ -38,7 +40,8 @@ class AlignedBuffer {
 
  private:
   struct Free {
-    void operator()(std::byte* data) const;
+    std::align_val_t alignment;
+    void operator()(std::byte* data) const { ::operator delete(data, alignment); }
   };
   std::unique_ptr<std::byte, Free> data_;
   int64_t capacity_ = 0;

@@ -63,7 +63,8 @@ void Report(benchmark::State& state, int64_t seq_len, int num_threads, double be
   state.counters["best_ms"] = best_seconds * 1e3;
 }
 
-// The whole op. range: tokens, threads, 1 with a given log-sum-exp.
+// The whole op. range: tokens, threads, 1 with a given log-sum-exp, 1 with a new context (and so
+// new scratch memory) for each call.
 void BM_WindowColumns(benchmark::State& state) {
   const int64_t seq_len = state.range(0);
   BackendOptions options;
@@ -108,6 +109,10 @@ void BM_WindowColumns(benchmark::State& state) {
   for (auto _ : state) {
     const double cpu_start = ProcessCpuSeconds();
     const auto start = std::chrono::steady_clock::now();
+    if (state.range(3) == 1) {
+      context->reset();
+      context = (*backend)->NewContext();
+    }
     const absl::Status status = (*backend)->WindowColumns(**context, args, **out);
     const std::chrono::duration<double> elapsed = std::chrono::steady_clock::now() - start;
     if (!status.ok()) {
@@ -120,8 +125,10 @@ void BM_WindowColumns(benchmark::State& state) {
   Report(state, seq_len, options.num_threads, best, best_cpu);
 }
 BENCHMARK(BM_WindowColumns)
-    ->ArgNames({"tokens", "threads", "lse"})
-    ->ArgsProduct({{1024, 4096, 8192}, {1, 2}, {0, 1}})
+    ->ArgNames({"tokens", "threads", "lse", "new_context"})
+    ->ArgsProduct({{1024, 4096, 8192}, {1, 2}, {0, 1}, {0}})
+    ->ArgsProduct({{1024, 8192, 32768}, {1}, {0}, {1}})
+    ->Args({32768, 1, 0, 0})
     ->Unit(benchmark::kMillisecond)
     ->UseRealTime();
 
