@@ -1,6 +1,8 @@
 #include "service/rpc/operation_call.h"
 
 #include <algorithm>
+#include <exception>
+#include <new>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -18,6 +20,8 @@ constexpr size_t kMaxLoggedText = 128;
 constexpr size_t kMaxLoggedError = 2048;
 // The fence table remembers thousands of them per session.
 constexpr size_t kMaxRequestIdBytes = 256;
+// Keep indices of one operation, 4 bytes each: 1 GiB here, and a reply gRPC can send.
+constexpr int64_t kMaxReplyPositions = int64_t{1} << 28;
 
 std::string Milliseconds(absl::Duration time) {
   return absl::StrFormat("%.3f", absl::ToDoubleMilliseconds(time));
@@ -53,7 +57,13 @@ absl::Status OperationCall::Admit() {
   if (!wire_.session_id().empty()) {
     KEEPSET_RETURN_IF_ERROR(context_.sessions.CheckSession(wire_.session_id()));
   }
-  return context_.fences.Check(wire_.session_id(), wire_.request_id(), wire_.request_generation());
+  KEEPSET_RETURN_IF_ERROR(
+      context_.fences.Check(wire_.session_id(), wire_.request_id(), wire_.request_generation()));
+  if (wire_.session_id().empty()) return absl::OkStatus();
+  // A session that ended meanwhile must not leave its fences behind.
+  const absl::Status alive = context_.sessions.CheckSession(wire_.session_id());
+  if (!alive.ok()) context_.fences.Forget(wire_.session_id());
+  return alive;
 }
 
 absl::Status OperationCall::LeaseLayer(const v1::LayerInput& layer) {
@@ -96,8 +106,30 @@ absl::Status OperationCall::ResolveTable(engine::OperationSpec& spec) {
   return absl::OkStatus();
 }
 
-absl::Status OperationCall::Begin() {
+absl::Status OperationCall::Guarded(absl::FunctionRef<absl::Status()> work) {
+  try {
+    return work();
+  } catch (const std::bad_alloc&) {
+    return absl::ResourceExhaustedError("the server has no memory for this operation now");
+  } catch (const std::exception& error) {
+    return absl::InternalError(error.what());
+  }
+}
+
+// Policies that look at no tensor make a large answer out of a small request.
+absl::Status OperationCall::CheckReplySize(const engine::OperationSpec& spec) const {
+  KEEPSET_ASSIGN_OR_RETURN(const engine::Scope native, context_.policies.NativeScope(spec.policy));
+  const bool per_head = spec.scope.value_or(native) == engine::Scope::kKvHead;
+  const int64_t sets = spec.model.num_layers * (per_head ? spec.model.num_kv_heads : 1);
+  if (sets <= kMaxReplyPositions / spec.seq_len) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(sets, " keep sets of a prompt of ", spec.seq_len,
+                                                 ", want at most ", kMaxReplyPositions,
+                                                 " positions in one operation"));
+}
+
+absl::Status OperationCall::BeginOperation() {
   KEEPSET_ASSIGN_OR_RETURN(engine::OperationSpec spec, DecodeSpec(wire_, context_.codec));
+  KEEPSET_RETURN_IF_ERROR(CheckReplySize(spec));
   KEEPSET_RETURN_IF_ERROR(ResolveTable(spec));
   if (wire_.deadline_ms() > 0) {
     spec.deadline = arrival_ + absl::Milliseconds(wire_.deadline_ms());
@@ -108,7 +140,7 @@ absl::Status OperationCall::Begin() {
   return absl::OkStatus();
 }
 
-absl::Status OperationCall::Observe(const v1::LayerInput& wire) {
+absl::Status OperationCall::ObserveLayer(const v1::LayerInput& wire) {
   KEEPSET_ASSIGN_OR_RETURN(DecodedLayer layer, DecodeLayer(wire, operation_->spec(), wire_.gather(),
                                                            wire_.block_table(), leases_));
   KEEPSET_RETURN_IF_ERROR(operation_->Observe(wire.layer(), layer.observation));
@@ -123,7 +155,7 @@ bool OperationCall::EarlyResult(int64_t layer, v1::LayerResult* out) const {
   return true;
 }
 
-absl::Status OperationCall::Finish(v1::OperationResult* out) {
+absl::Status OperationCall::FinishOperation(v1::OperationResult* out) {
   KEEPSET_ASSIGN_OR_RETURN(const engine::OperationResult* result, operation_->Finish());
   const absl::Duration start = context_.clock.Monotonic();
   EncodeInto(*result, out);
@@ -139,8 +171,8 @@ absl::Status OperationCall::Finish(v1::OperationResult* out) {
   return absl::OkStatus();
 }
 
-absl::Status OperationCall::FinishShed(v1::OperationResult* out) {
-  if (operation_ == nullptr) KEEPSET_RETURN_IF_ERROR(Begin());
+absl::Status OperationCall::ShedOperation(v1::OperationResult* out) {
+  if (operation_ == nullptr) KEEPSET_RETURN_IF_ERROR(BeginOperation());
   EncodeInto(operation_->FinishKeptFull(engine::Reason::kShed), out);
   ReleaseResources();
   return absl::OkStatus();

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
@@ -50,14 +51,23 @@ class OperationCall {
   // A worker took the operation over: its time in the queue ends.
   void OnDequeued();
 
-  absl::Status Begin();
-  absl::Status Observe(const v1::LayerInput& layer);
+  // What libraries throw is answered too: ResourceExhausted when memory ran out, else Internal.
+  absl::Status Begin() {
+    return Guarded([this] { return BeginOperation(); });
+  }
+  absl::Status Observe(const v1::LayerInput& layer) {
+    return Guarded([this, &layer] { return ObserveLayer(layer); });
+  }
   // The layer's keep set when it is final already.
   bool EarlyResult(int64_t layer, v1::LayerResult* out) const;
   // Result, gathering, encoding; drops the leases.
-  absl::Status Finish(v1::OperationResult* out);
+  absl::Status Finish(v1::OperationResult* out) {
+    return Guarded([this, out] { return FinishOperation(out); });
+  }
   // The answer of an operation the queue had no room for; Begin is not needed before.
-  absl::Status FinishShed(v1::OperationResult* out);
+  absl::Status FinishShed(v1::OperationResult* out) {
+    return Guarded([this, out] { return ShedOperation(out); });
+  }
 
   // Drops leases and the engine's operation, writes log line and metrics, once. Returns what the
   // client may see of `status`.
@@ -67,6 +77,12 @@ class OperationCall {
   bool keeps_messages() const { return wire_.gather() != v1::GATHER_NONE; }
 
  private:
+  static absl::Status Guarded(absl::FunctionRef<absl::Status()> work);
+  absl::Status BeginOperation();
+  absl::Status ObserveLayer(const v1::LayerInput& layer);
+  absl::Status FinishOperation(v1::OperationResult* out);
+  absl::Status ShedOperation(v1::OperationResult* out);
+  absl::Status CheckReplySize(const engine::OperationSpec& spec) const;
   absl::Status ResolveTable(engine::OperationSpec& spec);
   absl::Status GatherLayers(const engine::OperationResult& result, v1::OperationResult* out);
   absl::Status GatherInline(int64_t layer, const engine::LayerResult& result, v1::LayerResult* out);

@@ -138,8 +138,12 @@ class SessionServiceImpl final : public SessionService {
     if (!options_.side_socket_path.empty()) {
       response->set_side_socket_token(info.token.data(), info.token.size());
     }
-    absl::MutexLock lock(&mutex_);
-    lease_seconds_[info.session_id] = response->lease_seconds();
+    {
+      absl::MutexLock lock(&mutex_);
+      lease_seconds_[info.session_id] = response->lease_seconds();
+    }
+    // One that was replaced meanwhile must not leave its entry behind.
+    if (!context_.sessions.CheckSession(info.session_id).ok()) Forget(info.session_id);
     return absl::OkStatus();
   }
 

@@ -3,6 +3,7 @@
 #ifndef KEEPSET_TESTS_FAKES_GATED_BACKEND_H_
 #define KEEPSET_TESTS_FAKES_GATED_BACKEND_H_
 
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -30,11 +31,17 @@ class Gate {
     absl::MutexLock lock(&mutex_);
     failure_ = std::move(status);
   }
+  // Every pass throws `what`() from now on, as a library might.
+  void Throw(std::function<void()> what) {
+    absl::MutexLock lock(&mutex_);
+    throw_ = std::move(what);
+  }
   absl::Status Pass() {
     absl::MutexLock lock(&mutex_);
     ++waiting_;
     mutex_.Await(absl::Condition(&open_));
     --waiting_;
+    if (throw_) throw_();
     return failure_;
   }
   // True when `count` operations stand at the gate before the deadline.
@@ -52,6 +59,7 @@ class Gate {
   int waiting_ ABSL_GUARDED_BY(mutex_) = 0;
   int wanted_ ABSL_GUARDED_BY(mutex_) = 0;
   absl::Status failure_ ABSL_GUARDED_BY(mutex_);
+  std::function<void()> throw_ ABSL_GUARDED_BY(mutex_);
 };
 
 class GatedBackend final : public kernels::ComputeBackend {
