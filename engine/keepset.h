@@ -268,6 +268,48 @@ keepset_status keepset_result_write(const char* path, const char* result_json,
                                     const keepset_index_set* sets, size_t num_sets,
                                     const keepset_gathered_layer* gathered, size_t num_gathered);
 
+/* ---- Compiling tables
+ * ---------------------------------------------------------------------------- */
+
+/* One JSON document about what a long call did. */
+typedef struct keepset_report keepset_report;
+const char* keepset_report_json(const keepset_report* report);
+void keepset_report_destroy(keepset_report* report);
+
+/* Bytes read so far and bytes of all files; from any thread, one call at a time. */
+typedef void (*keepset_progress)(void* user, int64_t bytes_done, int64_t bytes_total);
+
+typedef struct keepset_compile_options {
+  size_t struct_size;
+  const char* const* record_paths; /* [num_record_paths], JSON lines */
+  size_t num_record_paths;
+  const char* model_json; /* model fingerprint */
+  const char* name;
+  const char* version;
+  const char* out_path;         /* table file to write */
+  const char* solver;           /* "exact" (NULL) or "adam" */
+  double conservative_weight;   /* NaN: 0.75 */
+  int64_t entropy_bins;         /* 0: 20 */
+  int64_t ppl_bins;             /* 0: 4 */
+  int64_t default_budget;       /* 0: none */
+  int64_t max_rejected;         /* bad records that are counted before one is an error */
+  int64_t created_unix_seconds; /* written to the file; 0: now */
+  int32_t num_threads;          /* 0: all cores this process may use */
+  int32_t independent_records;  /* 1: records without paired_policy are taken */
+  int32_t compare_solvers;      /* 1: both solvers, the report says where they differ */
+  int32_t reserved;
+  keepset_progress progress; /* may be NULL */
+  void* progress_user;
+} keepset_compile_options;
+
+/* Compiles calibration records to a table file; a failure leaves no file. `out` may be NULL. */
+keepset_status keepset_table_compile(const keepset_compile_options* options, keepset_report** out);
+
+/* What record files hold: counts per state and action, coverage of the risk cells, rejections. Uses
+ * record_paths, bins, num_threads and progress of the options. */
+keepset_status keepset_records_summarize(const keepset_compile_options* options,
+                                         keepset_report** out);
+
 #ifdef __cplusplus
 } /* extern "C" */
 #endif

@@ -53,7 +53,7 @@ absl::Status Dispatch(absl::Span<const std::string> arguments, Console& console)
 std::vector<Command> Commands() {
   return {
       {"compress", "the keep set of a captured prompt, in process or by a server", RunCompress},
-      {"tables", "inspect, validate, compare, import or make decision tables", RunTables},
+      {"tables", "inspect, validate, compare, compile, import or make decision tables", RunTables},
       {"info", "what a server is and which tables it serves", RunInfo},
       {"bench", "speed of the engine, or what the service adds to it", RunBench},
   };

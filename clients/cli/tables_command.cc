@@ -1,8 +1,7 @@
-// keepset tables: inspect | validate | diff | import | uniform.
+// keepset tables: inspect | validate | diff | records | compile | import | uniform.
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
-#include <utility>
 #include <vector>
 
 #include "absl/strings/numbers.h"
@@ -15,6 +14,7 @@
 #include "clients/cli/exit_status.h"
 #include "clients/cli/flag_parser.h"
 #include "clients/cli/model_source.h"
+#include "clients/cli/new_table.h"
 #include "clients/cli/table_text.h"
 
 namespace keepset::cli {
@@ -117,48 +117,6 @@ absl::Status Diff(Arguments arguments, Console& console) {
   return absl::OkStatus();
 }
 
-// Flags of the commands that write a table.
-struct NewTableFlags {
-  ModelSource model;
-  std::optional<std::string> name;
-  std::optional<std::string> version;
-  std::optional<std::string> out;
-  bool json = false;
-
-  void AddTo(FlagParser& parser) {
-    parser.Text("--model-json", "FILE", "the model's fingerprint as a JSON object", &model.file)
-        .Text("--like", "FILE", "take the model from this capture or table", &model.like)
-        .Text("--name", "NAME", "the table's name", &name)
-        .Text("--version", "V", "the table's version", &version)
-        .Text("--out", "FILE", "table file to write", &out)
-        .Switch("--json", "print what was written as JSON", &json)
-        .Alias("-o", "--out");
-  }
-
-  absl::Status Check() const {
-    for (const auto& [flag, value] :
-         {std::pair{"--name", &name}, std::pair{"--version", &version}, std::pair{"--out", &out}}) {
-      if (!value->has_value() || (*value)->empty()) {
-        return UsageError(absl::StrCat(flag, " is missing"));
-      }
-    }
-    return CheckParentExists("--out", *out);
-  }
-
-  // Reads the new file back, so that a reported digest is one of a valid table.
-  absl::Status Report(Console& console) const {
-    KEEPSET_ASSIGN_OR_RETURN(const TableHandle table, LoadTable(*out));
-    const char* digest = keepset_table_digest(table.get());
-    if (json) {
-      console.out
-          << Dump({{"file", *out}, {"name", *name}, {"version", *version}, {"digest", digest}})
-          << "\n";
-    }
-    if (console.wants_summary()) console.out << "wrote " << *out << " " << digest << "\n";
-    return absl::OkStatus();
-  }
-};
-
 absl::StatusOr<std::vector<int64_t>> ParseBudgets(const std::optional<std::string>& text) {
   std::vector<int64_t> budgets;
   if (!text.has_value()) return budgets;
@@ -171,14 +129,6 @@ absl::StatusOr<std::vector<int64_t>> ParseBudgets(const std::optional<std::strin
     budgets.push_back(budget);
   }
   return budgets;
-}
-
-// A result that cannot be written is no fault of the input.
-absl::Status WriteStatus(const absl::Status& status) {
-  if (absl::IsResourceExhausted(status) || absl::IsPermissionDenied(status)) {
-    return WithExitCode(status, ExitCode::kFailed);
-  }
-  return status;
 }
 
 absl::Status Uniform(Arguments arguments, Console& console) {
@@ -249,6 +199,8 @@ constexpr TablesCommand kTablesCommands[] = {
     {"inspect", "what table files say", Inspect},
     {"validate", "whether table files are good", Validate},
     {"diff", "what differs between two tables", Diff},
+    {"records", "what calibration records hold", RunTablesRecords},
+    {"compile", "a table of calibration records", RunTablesCompile},
     {"import", "a table file of a CompilerKV reference directory", Import},
     {"uniform", "a neutral table for a model", Uniform},
 };

@@ -106,9 +106,5 @@ TEST_F(TablesCommand, ImportOfADirectoryWithoutManifestIsUsage) {
   EXPECT_THAT(run.err, HasSubstr("manifest.json"));
 }
 
-TEST_F(TablesCommand, CompileIsNotACommand) {
-  EXPECT_EQ(RunBinary({"tables", "compile"}).exit_code, 2);
-}
-
 }  // namespace
 }  // namespace keepset::cli
