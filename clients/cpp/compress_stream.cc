@@ -63,7 +63,7 @@ class GrpcCompressStream final : public CompressStream {
             "stream: no layer input was granted within ", absl::FormatDuration(call_timeout_)));
       }
       if (pending.failure.has_value()) {
-        absl::Status failure = *std::move(pending.failure);
+        absl::Status failure = *pending.failure;  // before its owner is erased
         pending_.erase(found);
         return failure;
       }
