@@ -12,11 +12,15 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
 #include "base/status_macros.h"
 #include "service/memory/memory_transport.h"
 
 namespace keepset::service {
 namespace {
+
+// In the private directory.
+constexpr absl::string_view kSocketName = "/s";
 
 std::string ErrorText(int error) { return std::strerror(error); }
 
@@ -54,7 +58,7 @@ class PrivateDirListener final : public UnixListener {
       : path_(std::move(path)),
         mode_(mode),
         directory_(std::move(directory)),
-        private_path_(absl::StrCat(directory_, "/s")) {}
+        private_path_(absl::StrCat(directory_, kSocketName)) {}
 
   ~PrivateDirListener() override {
     ::unlink(private_path_.c_str());
@@ -95,7 +99,16 @@ class PrivateDirListener final : public UnixListener {
 absl::StatusOr<std::unique_ptr<UnixListener>> UnixListener::Prepare(const std::string& path,
                                                                     mode_t mode) {
   KEEPSET_RETURN_IF_ERROR(CheckFree(path));
-  std::string directory = absl::StrCat(path.substr(0, path.rfind('/')), "/.ksXXXXXX");
+  const size_t slash = path.rfind('/');
+  const std::string parent = slash == std::string::npos ? "." : path.substr(0, slash);
+  std::string directory = absl::StrCat(parent, "/.ksXXXXXX");
+  if (directory.size() + kSocketName.size() >= sizeof(sockaddr_un::sun_path)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("listen unix:", path, ": its directory has a path of ", parent.size(),
+                     " bytes, want at most ",
+                     sizeof(sockaddr_un::sun_path) - 1 - kSocketName.size() -
+                         (directory.size() - parent.size())));
+  }
   if (::mkdtemp(directory.data()) == nullptr) {
     const int error = errno;
     return absl::FailedPreconditionError(absl::StrCat(

@@ -19,7 +19,8 @@ namespace keepset::service {
 class UnixListener {
  public:
   // AlreadyExists: somebody listens on `path`. FailedPrecondition: something else lies there, or
-  // its directory cannot be used.
+  // its directory cannot be used. InvalidArgument: no room in a socket address for the private
+  // directory.
   static absl::StatusOr<std::unique_ptr<UnixListener>> Prepare(const std::string& path,
                                                                mode_t mode);
   virtual ~UnixListener() = default;  // removes what it published
