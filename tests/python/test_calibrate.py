@@ -44,7 +44,7 @@ def rollouts(engine, adapter, prompts, actions=29):
 
 
 def run(rollouts, adapter, kind, path):
-    with StepFile(path) as file:
+    with StepFile(path, "t/1@0") as file:
         rollouts.run(kind, Weights.neutral(adapter.fingerprint(), 1), "t/1@0", file, lambda done: None)
     return list(read(path))
 
@@ -76,6 +76,13 @@ def test_interrupted_step_goes_on_without_counting_twice(engine, adapter, prompt
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:5]) + lines[5][:20])
     assert run(measured, adapter, "head", path) == whole
+
+
+def test_records_against_another_table_are_not_taken_up(engine, adapter, prompts, tmp_path):
+    path = tmp_path / "g.jsonl"
+    run(rollouts(engine, adapter, prompts[:1], actions=2), adapter, "gate", path)
+    with pytest.raises(ValueError, match="paired_policy=t/1@0, want t/2@1"):
+        StepFile(path, "t/2@1")
 
 
 def test_raising_the_marker_alone_lowers_the_loss(engine, adapter, prompts):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import pathlib
 import sys
 
@@ -43,20 +44,21 @@ class Build:
 
 def calibrate(build: Build, adapter: Adapter, out: pathlib.Path, *, seeds: range,
               budgets: list[int], alpha_scope: str, actions: int, max_rounds: int, name: str,
-              version: str, say: Say) -> Outcome:
-    """From prompts of `seeds` to records in `out` and a table."""
+              version: str, say: Say, bins: tuple[int, int] = (20, 4)) -> Outcome:
+    """From prompts of `seeds` to records in `out` and a table; bins of entropy and of perplexity."""
     model = adapter.fingerprint()
     prompts = list(adapter.prompts(seeds))
     settings = {
         "model": model.to_json(), "adapter": adapter.name, "seeds": [seeds.start, seeds.stop],
         "prompts": [prompt.prompt_id for prompt in prompts],
         "sequence_lengths": [prompt.seq_len for prompt in prompts], "budgets": budgets,
-        "alpha_scope": alpha_scope, "actions_per_state": actions,
+        "alpha_scope": alpha_scope, "actions_per_state": actions, "bins": list(bins),
+        "library": hashlib.sha256(build.library.read_bytes()).hexdigest(),
     }  # fmt: skip
     with Engine(build.library) as engine:
         rollouts = Rollouts(engine, model, prompts, budgets, seed=seeds.start,
                             parameters={"alpha_scope": alpha_scope}, actions_per_state=actions)
-        return alternate(rollouts, Compiler(build.keepset, model), out,
+        return alternate(rollouts, Compiler(build.keepset, model, *bins), out,
                          Weights.neutral(model, len(budgets)), name=name, version=version,
                          max_rounds=max_rounds, settings=settings, say=say)
 
@@ -87,6 +89,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="at most so many")
     parser.add_argument("--name", help="of the table; default: the model's")
     parser.add_argument("--version", default="1", help="of the table")
+    parser.add_argument("--entropy-bins", type=int, default=20)
+    parser.add_argument("--ppl-bins", type=int, default=4)
     group = parser.add_argument_group("constructed model")
     group.add_argument("--contrast", choices=("norm", "mass"), default="norm")
     group.add_argument("--layers", type=int, default=1)
@@ -103,7 +107,8 @@ def main() -> int:
     outcome = calibrate(
         Build(options.build), adapter, options.out, seeds=seeds, budgets=options.budgets,
         alpha_scope=options.alpha_scope, actions=options.actions, max_rounds=options.rounds,
-        name=options.name or adapter.name, version=options.version, say=say)
+        name=options.name or adapter.name, version=options.version, say=say,
+        bins=(options.entropy_bins, options.ppl_bins))
     if options.table:
         table_file.write_atomically(options.table, outcome.table)
     settled = "actions settled" if outcome.settled else "actions still changing"

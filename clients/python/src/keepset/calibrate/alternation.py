@@ -42,7 +42,7 @@ def alternate(rollouts: Rollouts, compiler: Compiler, out: pathlib.Path, neutral
     def measure(label: str, kind: str, frozen: Weights) -> pathlib.Path:
         path = steps / f"{label}.jsonl"
         paired = f"{name}/{label.split('-')[0]}@{frozen.digest()}"
-        with StepFile(path) as file:
+        with StepFile(path, paired) as file:
             progress = Progress(f"round {label}", rollouts.count(kind), len(file), say)
             rollouts.run(kind, frozen, paired, file, progress)
             progress.close(len(file))

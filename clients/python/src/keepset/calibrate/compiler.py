@@ -18,6 +18,8 @@ class Compiler:
 
     program: pathlib.Path
     model: ModelFingerprint
+    entropy_bins: int = 20
+    ppl_bins: int = 4
 
     def compile(self, records: Sequence[pathlib.Path], table: pathlib.Path, *, name: str,
                 version: str) -> str:
@@ -27,7 +29,8 @@ class Compiler:
             file.flush()
             done = subprocess.run(
                 [str(self.program), "tables", "compile", *map(str, records), "-o", str(table),
-                 "--model", file.name, "--name", name, "--version", version],
+                 "--model-json", file.name, "--name", name, "--version", version,
+                 "--entropy-bins", str(self.entropy_bins), "--ppl-bins", str(self.ppl_bins)],
                 capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise RuntimeError(f"keepset tables compile: {done.stderr.strip()}")

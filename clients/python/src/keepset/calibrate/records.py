@@ -20,17 +20,23 @@ def key_of(record: dict) -> Key:
 class StepFile:
     """Appends the records of one step. What an earlier run wrote is kept and not asked for again.
 
-    A last line that was cut in the middle is dropped at opening.
+    A last line that was cut in the middle is dropped at opening. Records that were measured against
+    another table than `paired_policy` are refused: they answer another question.
     """
 
-    def __init__(self, path: pathlib.Path):
+    def __init__(self, path: pathlib.Path, paired_policy: str):
         self._done: set[Key] = set()
         whole = b""
         if path.exists():
             whole = path.read_bytes()
             whole = whole[: whole.rfind(b"\n") + 1]
-            for line in whole.splitlines():
-                self._done.add(key_of(json.loads(line)))
+            for number, line in enumerate(whole.splitlines(), 1):
+                record = json.loads(line)
+                if record["paired_policy"] != paired_policy:
+                    raise ValueError(
+                        f"{path}:{number}: paired_policy={record['paired_policy']}, want "
+                        f"{paired_policy}: remove {path.parent} to start anew")
+                self._done.add(key_of(record))
             os.truncate(path, len(whole))
         self._file = path.open("a", encoding="utf-8")
 

@@ -1,0 +1,113 @@
+"""The claim of the project, end to end: rollouts, fit, serving, test on other prompts."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import binary
+
+import keepset
+from keepset import table_file
+from keepset.calibrate.__main__ import Build
+from keepset.evidence import __main__ as evidence
+from keepset.evidence import report, statistics, tables
+from keepset.server_process import ServerProcess
+
+MODEL = keepset.ModelFingerprint("tiny", 3, 8, 4, 8)
+
+
+@pytest.fixture(scope="module")
+def build():
+    return Build(binary().parent.parent)
+
+
+@pytest.fixture(scope="module")
+def quick(build, tmp_path_factory):
+    """The quick form's exit status and what it wrote."""
+    out, work = tmp_path_factory.mktemp("out"), tmp_path_factory.mktemp("work")
+    done = subprocess.run(
+        [sys.executable, "-m", "keepset.evidence", "--quick", "--build", str(build.root), "--out",
+         str(out), "--work", str(work)], check=False,
+        # Small matrices: BLAS threads would only wait for each other.
+        env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"})
+    return done.returncode, out, work
+
+
+def test_compiled_table_finds_the_marker_head_and_uniform_does_not(quick):
+    status, out, _ = quick
+    (case,) = json.loads((out / "evidence.json").read_text())["constructed"]
+    accuracy = {name: row["accuracy"] for name, row in case["rows"].items()}
+    assert accuracy["uniform"] <= 0.20 and accuracy["shuffled"] <= 0.20
+    assert accuracy["compiled"] >= 0.95
+    assert case["gain_compiled_over_uniform"]["low"] > 0.5
+    assert all(case["marker_has_largest_weight"])
+    assert case["passed"] and status == 0
+
+
+def test_report_says_what_was_measured(quick):
+    _, out, _ = quick
+    found = json.loads((out / "evidence.json").read_text())
+    assert (out / "evidence.md").read_text() == report.markdown(found)
+    assert set(found["constructed"][0]["digests"]) == {"uniform", "compiled", "shuffled"}
+
+
+def test_records_of_a_run_pass_the_tool_that_checks_them(quick, build):
+    *_, work = quick
+    done = subprocess.run(
+        [str(build.keepset), "tables", "records", str(work / "constructed-0" / "records.jsonl"),
+         "--json"], capture_output=True, text=True, check=True)
+    records = json.loads(done.stdout)["records"]
+    assert (records["rejected"], records["head"], records["gate"]) == (0, 928, 84)
+
+
+def test_other_settings_in_the_same_place_are_refused(quick, build):
+    *_, work = quick
+    settings = work / "constructed-0" / "records.jsonl.steps" / "settings.json"
+    settings.write_text(settings.read_text().replace('"global"', '"layer"'))
+    with pytest.raises(ValueError, match="alpha_scope"):
+        evidence.run(build, work / "unused", work, quick=True)
+
+
+def test_table_of_another_model_is_refused(quick):
+    *_, work = quick
+    with ServerProcess(binary(), tables=work / "constructed-0" / "tables") as server, \
+            keepset.Client.connect(server.address) as client:
+        with pytest.raises(keepset.Refused):
+            client.compress(
+                model=MODEL, seq_len=32, softmax_scale=1.0, policy="compilerkv", ppl=2.0,
+                table=keepset.TablePin(name="compiled"), budget=keepset.Budget.tokens(96),
+                layers=[keepset.Layer(q_window=np.ones((8, 2, 8), np.float32),
+                                      k=np.ones((4, 32, 8), np.float32),
+                                      v=np.ones((4, 32, 8), np.float32))] * 3)
+
+
+def test_shuffled_table_holds_the_same_numbers_at_other_places():
+    rng = np.random.default_rng(0)
+    groups = np.stack([rng.permutation(np.linspace(0.8, 1.5, 4)) for _ in range(3)])
+    compiled = table_file.compilerkv_table(
+        MODEL, name="t", version="1", head_weights=np.repeat(groups, 2, 1)[None],
+        gate_thresholds=np.linspace(0.8, 1.0, 18).reshape(1, 3, 3, 2), entropy_edges=[1, 2],
+        ppl_edges=[5], budgets=[96], algorithm={"name": "x"}, source="offline-calibration")
+    before = table_file.read_table(compiled)
+    after = table_file.read_table(tables.shuffled(MODEL, compiled, "s", 3))
+    for name in ("head_weights", "gate_thresholds"):
+        old, new = (getattr(one, name)[0].reshape(3, -1) for one in (before, after))
+        assert np.array_equal(np.sort(old, 1), np.sort(new, 1))
+        assert not (old == new).any()
+    assert after.document["provenance"]["source"] == "hand-written"
+
+
+def test_interval_of_a_constant_is_the_constant():
+    assert statistics.bootstrap_interval([0.25] * 9) == (0.25, 0.25)
+    gap = statistics.paired_difference([1, 1, 0, 1], [0, 0, 0, 0])
+    assert gap["low"] < gap["mean"] == 0.75 < gap["high"]
+
+
+def test_mcnemar_counts_the_questions_that_disagree():
+    split = statistics.mcnemar([True] * 6 + [True, False], [False] * 6 + [True, False])
+    assert (split["only_first"], split["only_second"]) == (6, 0)
+    assert split["p"] == pytest.approx(2 / 64)
+    assert statistics.mcnemar([True], [True])["p"] == 1
