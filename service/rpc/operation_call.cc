@@ -61,7 +61,7 @@ absl::Status OperationCall::Admit() {
       context_.fences.Check(wire_.session_id(), wire_.request_id(), wire_.request_generation()));
   if (wire_.session_id().empty()) return absl::OkStatus();
   // A session that ended meanwhile must not leave its fences behind.
-  const absl::Status alive = context_.sessions.CheckSession(wire_.session_id());
+  absl::Status alive = context_.sessions.CheckSession(wire_.session_id());
   if (!alive.ok()) context_.fences.Forget(wire_.session_id());
   return alive;
 }
@@ -254,7 +254,7 @@ absl::Status OperationCall::End(const absl::Status& status) {
   if (ended_) return absl::OkStatus();
   ended_ = true;
   ReleaseResources();
-  const absl::Status seen = PublicStatus(status, correlation_id_);
+  absl::Status seen = PublicStatus(status, correlation_id_);
   if (!status.ok()) {
     sample_.outcome = absl::IsCancelled(status) ? "cancelled" : "error";
     sample_.reason = absl::StatusCodeToString(status.code());
