@@ -1,0 +1,120 @@
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <string>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "tests/clients/cli_runner.h"
+
+namespace keepset::cli {
+namespace {
+
+using ::testing::AllOf;
+using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+using Json = nlohmann::json;
+
+constexpr const char* kHead =
+    R"({"kind":"head","prompt_id":"p","layer":0,"head":1,"budget":9,"action":1.25,"full_loss":1,)"
+    R"("compressed_loss":1.5,"sequence_length":64,"paired_policy":"g"})";
+constexpr const char* kGate =
+    R"({"kind":"gate","prompt_id":"p","layer":0,"budget":9,"action":0.85,"full_loss":1,)"
+    R"("compressed_loss":1.5,"sequence_length":64,"entropy":3,"ppl":7,"candidate_count":9,)"
+    R"("paired_policy":"h"})";
+
+class TablesCompile : public CliTest {
+ protected:
+  std::string Records(const std::vector<std::string>& lines) {
+    std::ofstream file(Path("records"));
+    for (const std::string& line : lines) file << line << "\n";
+    return Path("records");
+  }
+  CliRun Compile(const std::string& records, const std::vector<std::string>& more = {}) {
+    std::vector<std::string> words = {
+        "tables",     "compile",    records,     "--like", Golden("cli_capture.safetensors"),
+        "--name",     "calibrated", "--version", "1",      "-o",
+        Path("table")};
+    words.insert(words.end(), more.begin(), more.end());
+    return RunBinary(words);
+  }
+};
+
+TEST_F(TablesCompile, MakesATableThatServesItsCapture) {
+  const CliRun run = Compile(Records({kHead, kGate}), {"--json", "--created", "1700000000"});
+  ASSERT_EQ(run.exit_code, 0) << run.err;
+  const Json written = Json::parse(run.out);
+  EXPECT_EQ(written["report"]["head"]["supported_states"], 1);
+  const CliRun inspect = RunBinary({"tables", "inspect", Path("table"), "--json"});
+  EXPECT_EQ(Json::parse(inspect.out)["digest"], written["digest"]);
+  EXPECT_EQ(Json::parse(inspect.out)["provenance"]["source"], "offline-calibration");
+  EXPECT_EQ(
+      Compress({"--policy", "compilerkv", "--budget", "9", "--ppl", "7", "--table", Path("table")})
+          .exit_code,
+      0);
+}
+
+TEST_F(TablesCompile, SameRecordsAndTimeGiveTheSameFile) {
+  const std::string records = Records({kHead, kGate});
+  const CliRun first = Compile(records, {"--json", "--created", "5"});
+  const CliRun second = Compile(records, {"--json", "--created", "5", "--threads", "3"});
+  EXPECT_EQ(Json::parse(first.out)["digest"], Json::parse(second.out)["digest"]);
+}
+
+TEST_F(TablesCompile, ABadRecordIsRefusedAndLeavesNoTable) {
+  const CliRun run = Compile(Records({kHead, kGate, R"({"kind":"head"})"}));
+  EXPECT_EQ(run.exit_code, 3);
+  EXPECT_TRUE(IsOneLine(run.err)) << run.err;
+  EXPECT_THAT(run.err, AllOf(HasSubstr("line 3"), HasSubstr("prompt_id")));
+  EXPECT_THAT(Files(), ::testing::ElementsAre("records"));
+}
+
+TEST_F(TablesCompile, AMissingRecordFileIsUsage) {
+  EXPECT_EQ(Compile(Path("nowhere")).exit_code, 2);
+}
+
+TEST_F(TablesCompile, AnUnknownSolverIsUsage) {
+  const CliRun run = Compile(Records({kHead, kGate}), {"--solver", "magic"});
+  EXPECT_EQ(run.exit_code, 2);
+  EXPECT_THAT(run.err, HasSubstr("want exact or adam"));
+}
+
+TEST_F(TablesCompile, AWeightOutOfRangeIsRefused) {
+  const CliRun run = Compile(Records({kHead, kGate}), {"--conservative-weight", "-1"});
+  EXPECT_EQ(run.exit_code, 3);
+  EXPECT_THAT(run.err, HasSubstr("conservative_weight=-1"));
+}
+
+TEST_F(TablesCompile, ComparisonIsInTheReport) {
+  const CliRun run = Compile(Records({kHead, kGate}), {"--compare-solvers"});
+  ASSERT_EQ(run.exit_code, 0) << run.err;
+  EXPECT_THAT(run.out, HasSubstr("adam chooses otherwise"));
+}
+
+TEST_F(TablesCompile, IndependentRecordsNeedTheirSwitch) {
+  Json head = Json::parse(kHead);
+  head.erase("paired_policy");
+  const std::string records = Records({head.dump(), kGate});
+  EXPECT_EQ(Compile(records).exit_code, 3);
+  EXPECT_EQ(Compile(records, {"--allow-independent-records"}).exit_code, 0);
+}
+
+TEST_F(TablesCompile, RecordsCountsGoodAndBadLines) {
+  const CliRun run =
+      RunBinary({"tables", "records", Records({kHead, kGate, kHead, "{"}), "--json"});
+  ASSERT_EQ(run.exit_code, 0) << run.err;
+  EXPECT_THAT(run.err, IsEmpty());
+  const Json records = Json::parse(run.out)["records"];
+  EXPECT_EQ(records["accepted"], 2);
+  EXPECT_EQ(records["rejected"], 2);
+  EXPECT_EQ(records["duplicates"], 1);
+}
+
+TEST_F(TablesCompile, RecordsForPeopleShowsTheCoverage) {
+  const CliRun run = RunBinary({"tables", "records", Records({kHead, kGate})});
+  ASSERT_EQ(run.exit_code, 0) << run.err;
+  EXPECT_THAT(run.out,
+              AllOf(HasSubstr("risk cells with records: 1 of 80"), HasSubstr("action 1.250  1")));
+}
+
+}  // namespace
+}  // namespace keepset::cli
