@@ -26,6 +26,19 @@ using ::keepset::engine::RequirePointer;
 using ::keepset::engine::RequireStruct;
 namespace tables = ::keepset::tables;
 
+constexpr int32_t kMaxThreads = 1024;
+
+absl::Status CheckStruct(const keepset_compile_options* options) {
+  KEEPSET_RETURN_IF_ERROR(RequirePointer(options, "options"));
+  KEEPSET_RETURN_IF_ERROR(
+      RequireStruct(options->struct_size, sizeof(*options), "keepset_compile_options"));
+  if (options->num_threads < 0 || options->num_threads > kMaxThreads) {
+    return absl::InvalidArgumentError(absl::StrCat("num_threads=", options->num_threads,
+                                                   ", want 0..", kMaxThreads, " (0: all cores)"));
+  }
+  return absl::OkStatus();
+}
+
 absl::StatusOr<std::vector<std::string>> RecordPaths(const keepset_compile_options& options) {
   if (options.num_record_paths == 0) {
     return absl::InvalidArgumentError("num_record_paths=0, want at least 1");
@@ -98,8 +111,7 @@ void keepset_report_destroy(keepset_report* report) { delete report; }
 
 keepset_status keepset_table_compile(const keepset_compile_options* options, keepset_report** out) {
   return Guard([&]() -> absl::Status {
-    KEEPSET_RETURN_IF_ERROR(RequirePointer(options, "options"));
-    KEEPSET_RETURN_IF_ERROR(RequireStruct(options->struct_size, sizeof(*options), "options"));
+    KEEPSET_RETURN_IF_ERROR(CheckStruct(options));
     KEEPSET_ASSIGN_OR_RETURN(const std::vector<std::string> paths, RecordPaths(*options));
     KEEPSET_ASSIGN_OR_RETURN(const tables::CompileOptions compile, CompileOptions(*options));
     auto report = std::make_unique<keepset_report>();
@@ -116,8 +128,7 @@ keepset_status keepset_table_compile(const keepset_compile_options* options, kee
 keepset_status keepset_records_summarize(const keepset_compile_options* options,
                                          keepset_report** out) {
   return Guard([&]() -> absl::Status {
-    KEEPSET_RETURN_IF_ERROR(RequirePointer(options, "options"));
-    KEEPSET_RETURN_IF_ERROR(RequireStruct(options->struct_size, sizeof(*options), "options"));
+    KEEPSET_RETURN_IF_ERROR(CheckStruct(options));
     KEEPSET_RETURN_IF_ERROR(RequirePointer(out, "out"));
     KEEPSET_ASSIGN_OR_RETURN(const std::vector<std::string> paths, RecordPaths(*options));
     auto report = std::make_unique<keepset_report>();
