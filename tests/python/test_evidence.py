@@ -13,7 +13,7 @@ import keepset
 from keepset import table_file
 from keepset.calibrate.__main__ import Build
 from keepset.evidence import __main__ as evidence
-from keepset.evidence import report, statistics, tables
+from keepset.evidence import report, statistics, tables, transfer
 from keepset.server_process import ServerProcess
 
 MODEL = keepset.ModelFingerprint("tiny", 3, 8, 4, 8)
@@ -111,3 +111,31 @@ def test_mcnemar_counts_the_questions_that_disagree():
     assert (split["only_first"], split["only_second"]) == (6, 0)
     assert split["p"] == pytest.approx(2 / 64)
     assert statistics.mcnemar([True], [True])["p"] == 1
+
+
+def test_rank_correlation_shares_ranks_among_ties():
+    assert transfer.spearman(np.array([1.0, 2, 2, 5]), np.array([10.0, 20, 20, 30])) == pytest.approx(1)
+    assert transfer.spearman(np.array([1.0, 2, 3]), np.array([3.0, 2, 1])) == pytest.approx(-1)
+    assert transfer.spearman(np.array([1.0, 1, 1]), np.array([3.0, 2, 1])) is None
+
+
+def test_rewards_of_the_marker_head_spread_widest(quick):
+    *_, work = quick
+    path = work / "constructed-0" / "records.jsonl"
+    agreement = transfer.ranking_agreement(path, path)
+    assert agreement["mean"] == pytest.approx(1)
+    rewards = transfer.mean_rewards(path)
+    spread = {state[2]: max(all_.values()) - min(all_.values()) for state, all_ in rewards.items()}
+    case = json.loads((quick[1] / "evidence.json").read_text())["constructed"][0]
+    assert max(spread, key=spread.get) == case["roles"][0].index("marker")
+
+
+def test_halves_of_a_compiled_table_keep_their_half():
+    compiled = table_file.compilerkv_table(
+        MODEL, name="t", version="1", head_weights=np.full((1, 3, 8), 1.2),
+        gate_thresholds=np.full((1, 3, 1, 1), 0.95), entropy_edges=[], ppl_edges=[], budgets=[96],
+        algorithm={"name": "x"}, source="offline-calibration")
+    heads = table_file.read_table(tables.heads_only(MODEL, compiled, "h"))
+    gates = table_file.read_table(tables.gate_only(MODEL, compiled, "g"))
+    assert np.allclose(heads.head_weights, 1.2) and np.allclose(heads.gate_thresholds, 0.8)
+    assert np.allclose(gates.head_weights, 1.0) and np.allclose(gates.gate_thresholds, 0.95)

@@ -132,7 +132,7 @@ class Engine:
 
     def decide(self, *, model: ModelFingerprint, layers: Sequence[TileLayer], table: bytes,
                budget_tokens: int, ppl: float,
-               parameters: Mapping[str, object] | None = None) -> Decision:
+               parameters: Mapping[str, object] | None = None, protect_window: int = 0) -> Decision:
         """Runs compilerkv with a table given as the bytes of its file."""
         seq_len = layers[0].attn_tile.shape[2]
         listed = [(str(k).encode(), str(v).encode()) for k, v in (parameters or {}).items()]
@@ -142,7 +142,8 @@ class Engine:
             num_rows=layers[0].attn_tile.shape[1], softmax_scale=1.0, kv_dtype=_F32,
             value_head_dim=layers[0].v.shape[2], policy=b"compilerkv",
             parameters=(_Parameter * len(listed))(*listed), num_parameters=len(listed),
-            budget_kind=_BUDGET_TOKENS, budget=budget_tokens, ppl=ppl)
+            budget_kind=_BUDGET_TOKENS, budget=budget_tokens,
+            protect_window=protect_window, ppl=ppl)
         handle, operation = _POINTER(), _POINTER()
         # The library takes tables from files only: every table passes the same strict reader.
         with tempfile.NamedTemporaryFile(suffix=".safetensors", dir=_scratch()) as file:

@@ -14,6 +14,7 @@ import pathlib
 import sys
 
 from keepset import table_file
+from keepset.calibrate import CalibrationError
 from keepset.calibrate.alternation import Outcome, Say, alternate
 from keepset.calibrate.compiler import Compiler
 from keepset.calibrate.prompts import Adapter, ConstructedAdapter, SmallModelAdapter
@@ -44,7 +45,8 @@ class Build:
 
 def calibrate(build: Build, adapter: Adapter, out: pathlib.Path, *, seeds: range,
               budgets: list[int], alpha_scope: str, actions: int, max_rounds: int, name: str,
-              version: str, say: Say, bins: tuple[int, int] = (20, 4)) -> Outcome:
+              version: str, say: Say, bins: tuple[int, int] = (20, 4),
+              protect_window: int = 0) -> Outcome:
     """From prompts of `seeds` to records in `out` and a table; bins of entropy and of perplexity."""
     model = adapter.fingerprint()
     prompts = list(adapter.prompts(seeds))
@@ -53,11 +55,13 @@ def calibrate(build: Build, adapter: Adapter, out: pathlib.Path, *, seeds: range
         "prompts": [prompt.prompt_id for prompt in prompts],
         "sequence_lengths": [prompt.seq_len for prompt in prompts], "budgets": budgets,
         "alpha_scope": alpha_scope, "actions_per_state": actions, "bins": list(bins),
+        "protect_window": protect_window,
         "library": hashlib.sha256(build.library.read_bytes()).hexdigest(),
     }  # fmt: skip
     with Engine(build.library) as engine:
         rollouts = Rollouts(engine, model, prompts, budgets, seed=seeds.start,
-                            parameters={"alpha_scope": alpha_scope}, actions_per_state=actions)
+                            parameters={"alpha_scope": alpha_scope}, actions_per_state=actions,
+                            protect_window=protect_window)
         return alternate(rollouts, Compiler(build.keepset, model, *bins), out,
                          Weights.neutral(model, len(budgets)), name=name, version=version,
                          max_rounds=max_rounds, settings=settings, say=say)
@@ -84,6 +88,8 @@ def main() -> int:
     parser.add_argument("--seq-len", type=int, help="default 2048 constructed, 1024 small")
     parser.add_argument("--budgets", type=int, nargs="+", default=[96])
     parser.add_argument("--alpha-scope", choices=("global", "layer", "head"), default="global")
+    parser.add_argument("--protect-window", type=int, default=0,
+                        help="last positions that stay, inside the budget")
     parser.add_argument("--actions", type=int, default=len(HEAD_ACTIONS),
                         help="actions measured per prompt and state; all by default")
     parser.add_argument("--rounds", type=int, default=3, help="at most so many")
@@ -104,11 +110,23 @@ def main() -> int:
 
     adapter = adapter_of(options)
     seeds = range(options.first_seed, options.first_seed + options.prompts)
-    outcome = calibrate(
-        Build(options.build), adapter, options.out, seeds=seeds, budgets=options.budgets,
-        alpha_scope=options.alpha_scope, actions=options.actions, max_rounds=options.rounds,
-        name=options.name or adapter.name, version=options.version, say=say,
-        bins=(options.entropy_bins, options.ppl_bins))
+    build = Build(options.build)
+    for path in (build.library, build.keepset):
+        if not path.exists():
+            say(f"keepset.calibrate: {path} is missing: run `make build` or name --build")
+            return 2
+    try:
+        outcome = calibrate(
+            build, adapter, options.out, seeds=seeds, budgets=options.budgets,
+            alpha_scope=options.alpha_scope, actions=options.actions, max_rounds=options.rounds,
+            name=options.name or adapter.name, version=options.version, say=say,
+            bins=(options.entropy_bins, options.ppl_bins), protect_window=options.protect_window)
+    except CalibrationError as error:
+        say(f"keepset.calibrate: {error}")
+        return 3
+    except KeyboardInterrupt:
+        say(f"\nkeepset.calibrate: interrupted; the same command goes on from {options.out}.steps")
+        return 130
     if options.table:
         table_file.write_atomically(options.table, outcome.table)
     settled = "actions settled" if outcome.settled else "actions still changing"

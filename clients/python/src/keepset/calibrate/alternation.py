@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 
 from keepset import table_file
+from keepset.calibrate import CalibrationError
 from keepset.calibrate.compiler import Compiler
 from keepset.calibrate.records import StepFile
 from keepset.calibrate.rollouts import Rollouts, Weights
@@ -80,8 +81,8 @@ def _check_settings(path: pathlib.Path, settings: Mapping[str, object]) -> None:
         found = json.loads(path.read_text())
         if found != wanted:
             changed = sorted(k for k in {*found, *wanted} if found.get(k) != wanted.get(k))
-            raise ValueError(f"{path.parent} holds a run with other settings ({', '.join(changed)}): "
-                             "choose another --out or remove it")
+            raise CalibrationError(f"{path.parent} holds a run with other settings ({', '.join(changed)}): "
+                                   "choose another --out or remove it")
     else:
         path.write_text(json.dumps(wanted, indent=1) + "\n")
 

@@ -10,6 +10,7 @@ import tempfile
 from collections.abc import Sequence
 
 from keepset import ModelFingerprint
+from keepset.calibrate import CalibrationError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,5 +34,5 @@ class Compiler:
                  "--entropy-bins", str(self.entropy_bins), "--ppl-bins", str(self.ppl_bins)],
                 capture_output=True, text=True, check=False)
         if done.returncode != 0:
-            raise RuntimeError(f"keepset tables compile: {done.stderr.strip()}")
+            raise CalibrationError(f"keepset tables compile: {done.stderr.strip()}")
         return done.stdout

@@ -99,7 +99,10 @@ class ConstructedAdapter:
 
 @dataclasses.dataclass(frozen=True)
 class SmallModelAdapter:
-    """Facts in text; even seeds ask after the prompt, odd ones inside it, at its end."""
+    """Facts in text; even seeds ask after the prompt, odd ones inside it, at its end.
+
+    text_part: the share of the text that prompts are cut from, (0, 1) for all of it.
+    """
 
     model: SmallModel
     text: str = "Apache-2.0"
@@ -107,6 +110,7 @@ class SmallModelAdapter:
     num_facts: int = 32
     num_questions: int = 16
     window: int = 16
+    text_part: tuple[float, float] = (0.0, 1.0)
 
     name = "small-model"
 
@@ -115,6 +119,8 @@ class SmallModelAdapter:
 
     def prompts(self, seeds: range) -> Iterator[Prompt]:
         words = vocabulary.read_text_words(vocabulary.COMMON_LICENSES / self.text)
+        begin, end = (int(share * len(words)) for share in self.text_part)
+        words = words[begin:end]
         for seed in seeds:
             rng = np.random.default_rng(seed)
             sample = facts.make_sample(rng, words, self.seq_len, self.num_facts)
@@ -150,7 +156,7 @@ class SmallModelAdapter:
             sufficient_layer(one.q_window, one.k, one.v, self.model.config.softmax_scale,
                              prefill.row_positions) for one in prefill.layers)
         everything = [np.arange(prefill.seq_len)] * len(layers)
-        return Prompt(f"{self.name}-{self.text}-{name}", seed, prefill.seq_len,
+        return Prompt(f"{self.name}-{self.text}-{self.text_part}-{name}", seed, prefill.seq_len,
                       prefill.perplexity(self.window), layers, loss(everything), loss)
 
 

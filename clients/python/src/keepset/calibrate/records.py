@@ -8,6 +8,8 @@ import pathlib
 from collections.abc import Iterator
 from types import TracebackType
 
+from keepset.calibrate import CalibrationError
+
 Key = tuple[str, int, int, int, float]
 
 
@@ -33,7 +35,7 @@ class StepFile:
             for number, line in enumerate(whole.splitlines(), 1):
                 record = json.loads(line)
                 if record["paired_policy"] != paired_policy:
-                    raise ValueError(
+                    raise CalibrationError(
                         f"{path}:{number}: paired_policy={record['paired_policy']}, want "
                         f"{paired_policy}: remove {path.parent} to start anew")
                 self._done.add(key_of(record))

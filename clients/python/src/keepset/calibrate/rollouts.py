@@ -74,7 +74,7 @@ class Rollouts:
 
     def __init__(self, engine: Engine, model: ModelFingerprint, prompts: Sequence[Prompt],
                  budgets: Sequence[int], *, parameters: Mapping[str, object], actions_per_state: int,
-                 seed: int):
+                 seed: int, protect_window: int = 0):
         self._engine = engine
         self._model = model
         self._prompts = prompts
@@ -82,6 +82,7 @@ class Rollouts:
         self._parameters = dict(parameters)
         self._actions_per_state = actions_per_state
         self._seed = seed
+        self._protect_window = protect_window
         # Losses by what is kept: many candidate tables keep the same tokens.
         self._losses: list[dict[bytes, float]] = [{} for _ in prompts]
 
@@ -134,7 +135,8 @@ class Rollouts:
             algorithm={"name": "candidate"}, source="hand-written")
         decision = self._engine.decide(
             model=self._model, layers=prompt.layers, table=table,
-            budget_tokens=self._budgets[budget_index], ppl=prompt.ppl, parameters=self._parameters)
+            budget_tokens=self._budgets[budget_index], ppl=prompt.ppl, parameters=self._parameters,
+            protect_window=self._protect_window)
         kept = b"|".join(one.tobytes() for one in decision.keep_indices)
         losses = self._losses[prompt_index]
         if kept not in losses:

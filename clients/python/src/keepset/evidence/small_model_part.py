@@ -11,19 +11,20 @@ import numpy as np
 import keepset
 from keepset import table_file
 from keepset.calibrate.__main__ import Build, calibrate
-from keepset.calibrate.alternation import Say
+from keepset.calibrate.alternation import Outcome, Say
 from keepset.calibrate.prompts import SmallModelAdapter
 from keepset.demo.job import cache_of
 from keepset.eval import facts, vocabulary
 from keepset.eval.kv_cache import KvCache
 from keepset.eval.small_model import Prefill, SmallModel
-from keepset.evidence import tables
-from keepset.evidence.service import candidates_of, shared
-from keepset.evidence.statistics import bootstrap_interval, mcnemar, paired_difference
+from keepset.evidence import tables, transfer
+from keepset.evidence.service import shared
+from keepset.evidence.statistics import mcnemar, paired_difference
+from keepset.evidence.tally import Tally
 from keepset.server_process import ServerProcess
 
 PLAIN = ("streaming_llm", "random", "knorm", "tova", "snapkv")
-TABLES = ("uniform", "compiled", "shuffled")
+CONTROLS = ("uniform", "shuffled", "heads only", "gate only")
 COLUMNS = ("inside", "later")
 
 
@@ -37,88 +38,95 @@ class Settings:
     num_facts: int = 32
     questions_per_prompt: int = 4
     window: int = 16
+    # snapkv keeps its window by definition; the same holds for every method here.
+    protect_window: int = 16
+    alpha_scopes: tuple[str, ...] = ("global", "head")
     budgets: tuple[int, ...] = (64, 128, 256)
-    calibration_seeds: range = range(24)
+    calibration_seeds: range = range(32)
     actions_per_state: int = 29
     max_rounds: int = 3
-    test_seeds: range = range(1000, 1024)
+    test_seeds: range = range(1000, 1040)
+    transfer_seeds: range = range(16)
+    transfer_test_seeds: range = range(2000, 2016)
     entropy_bins: int = 4
     ppl_bins: int = 2
-
-
-class Tally:
-    """Raw outcomes of one method at one budget in one column."""
-
-    def __init__(self) -> None:
-        self.exact: list[list[bool]] = []  # by prompt, by question
-        self.predicted: list[list[str]] = []
-        self.kl: list[float] = []
-        self.bytes_before = 0
-        self.bytes_after = 0
-        self.kept: list[float] = []
-        self.candidates: list[int] = []
-
-    def by_prompt(self) -> list[float]:
-        return [float(np.mean(one)) for one in self.exact]
-
-    def add_result(self, result: keepset.Result) -> None:
-        self.bytes_before += result.bytes_before
-        self.bytes_after += result.bytes_after
-        self.kept += [float(np.mean([len(one.indices) for one in layer.sets]))
-                      for layer in result.layers]
-        self.candidates += candidates_of(result) or []
-
-    def to_json(self) -> dict:
-        mean = float(np.mean(self.by_prompt()))
-        return {
-            "exact": mean, "interval": bootstrap_interval(self.by_prompt()),
-            "kl_mean": float(np.mean(self.kl)), "kl_p95": float(np.percentile(self.kl, 95)),
-            "bytes_before": self.bytes_before, "bytes_after": self.bytes_after,
-            "mean_kept": float(np.mean(self.kept)),
-            "mean_candidates": float(np.mean(self.candidates)) if self.candidates else None,
-            "correct_by_prompt": ["".join("01"[int(x)] for x in one) for one in self.exact],
-            "predicted": self.predicted,
-        }  # fmt: skip
 
 
 def run(build: Build, work: pathlib.Path, settings: Settings, say: Say) -> dict:
     """Calibrates, compiles, serves and tests; returns the part of the report."""
     model = SmallModel.load()
-    adapter = SmallModelAdapter(model, settings.calibration_text, settings.seq_len,
-                                settings.num_facts, window=settings.window)
-    fingerprint = adapter.fingerprint()
-    budgets = list(settings.budgets)
-    work.mkdir(parents=True, exist_ok=True)
-    outcome = calibrate(build, adapter, work / "records.jsonl", seeds=settings.calibration_seeds,
-                        budgets=budgets, alpha_scope="global", actions=settings.actions_per_state,
-                        max_rounds=settings.max_rounds, name="compiled", version="1", say=say,
-                        bins=(settings.entropy_bins, settings.ppl_bins))
-    files = {"uniform": tables.uniform(fingerprint, "uniform", budgets), "compiled": outcome.table,
-             "shuffled": tables.shuffled(fingerprint, outcome.table, "shuffled", seed=0)}
+    fingerprint = keepset.ModelFingerprint(**model.fingerprint())
+    files: dict[str, bytes] = {}
+    calibrations = {}
+    for scope in settings.alpha_scopes:
+        outcome = _calibrate(build, work / scope, model, settings, scope, say)
+        made = _tables(fingerprint, outcome.table, scope, list(settings.budgets))
+        files |= {f"{scope} {kind}": data for kind, data in made.items()}
+        table = table_file.read_table(outcome.table)
+        calibrations[scope] = {
+            "records": outcome.num_records, "rounds": outcome.rounds,
+            "actions_settled": outcome.settled,
+            "head_weights": np.round(table.head_weights, 3).tolist(),
+            "gate_thresholds": np.round(table.gate_thresholds, 3).tolist(),
+            "entropy_edges": np.round(table.entropy_edges, 4).tolist(),
+            "ppl_edges": np.round(table.ppl_edges, 4).tolist(),
+        }  # fmt: skip
     folder = work / "tables"
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, data in files.items():
-        table_file.write_atomically(folder / f"{name}.safetensors", data)
+        table_file.write_atomically(folder / f"{name.replace(' ', '-')}.safetensors", data)
     with ServerProcess(build.keepsetd, tables=folder) as server, keepset.Client.connect(
             server.address) as client:
-        info = client.server_info()
         tallies = Measurement(client, model, settings, files).run(say)
-    compiled = table_file.read_table(outcome.table)
     return {
-        "settings": {**dataclasses.asdict(settings),
-                     "calibration_seeds": [settings.calibration_seeds.start,
-                                           settings.calibration_seeds.stop],
-                     "test_seeds": [settings.test_seeds.start, settings.test_seeds.stop]},
-        "model": fingerprint.to_json(), "backend": info.backend,
-        "calibration": {"records": outcome.num_records, "rounds": outcome.rounds,
-                        "actions_settled": outcome.settled},
+        "settings": {name: [value.start, value.stop] if isinstance(value, range) else value
+                     for name, value in dataclasses.asdict(settings).items()},
+        "model": fingerprint.to_json(), "calibrations": calibrations,
         "digests": {name: table_file.digest(data) for name, data in files.items()},
-        "compiled_head_weights": np.round(compiled.head_weights, 3).tolist(),
-        "compiled_gates": np.round(compiled.gate_thresholds, 3).tolist(),
         "rows": [{"method": method, "budget": budget, "column": column, **tally.to_json()}
                  for (method, budget, column), tally in tallies.items()],
-        "comparisons": _comparisons(tallies, budgets),
+        "comparisons": _comparisons(tallies, settings),
+        "transfer": _transfer(build, work / "transfer", model, settings, say),
     }  # fmt: skip
+
+
+def _calibrate(build: Build, work: pathlib.Path, model: SmallModel, settings: Settings, scope: str,
+               say: Say) -> Outcome:
+    work.mkdir(parents=True, exist_ok=True)
+    say(f"small model, alpha_scope={scope}")
+    adapter = SmallModelAdapter(model, settings.calibration_text, settings.seq_len,
+                                settings.num_facts, window=settings.window)
+    return calibrate(build, adapter, work / "records.jsonl", seeds=settings.calibration_seeds,
+                     budgets=list(settings.budgets), alpha_scope=scope,
+                     actions=settings.actions_per_state, max_rounds=settings.max_rounds,
+                     name=f"{scope}-compiled", version="1", say=say,
+                     bins=(settings.entropy_bins, settings.ppl_bins),
+                     protect_window=settings.protect_window)
+
+
+def _transfer(build: Build, work: pathlib.Path, model: SmallModel, settings: Settings, say: Say
+              ) -> dict:
+    """Tables compiled on the first and on the second half of the calibration text."""
+    halves = [SmallModelAdapter(model, settings.calibration_text, settings.seq_len,
+                                settings.num_facts, window=settings.window, text_part=part)
+              for part in ((0.0, 0.5), (0.5, 1.0))]
+    return transfer.measure(
+        build, halves, work, seeds=settings.transfer_seeds, test_seeds=settings.transfer_test_seeds,
+        budgets=list(settings.budgets), alpha_scope=settings.alpha_scopes[0],
+        actions=settings.actions_per_state, max_rounds=settings.max_rounds,
+        bins=(settings.entropy_bins, settings.ppl_bins), protect_window=settings.protect_window,
+        say=say)
+
+
+def _tables(model: keepset.ModelFingerprint, compiled: bytes, scope: str, budgets: list[int]
+            ) -> dict[str, bytes]:
+    return {
+        "uniform": tables.uniform(model, f"{scope}-uniform", budgets),
+        "compiled": compiled,
+        "shuffled": tables.shuffled(model, compiled, f"{scope}-shuffled", seed=0),
+        "heads only": tables.heads_only(model, compiled, f"{scope}-heads-only"),
+        "gate only": tables.gate_only(model, compiled, f"{scope}-gate-only"),
+    }
 
 
 class Measurement:
@@ -133,9 +141,10 @@ class Measurement:
         self._tallies: dict[tuple[str, int, str], Tally] = {}
         self._specs: dict[str, dict] = {"full": {"policy": "full"}}
         self._specs |= {policy: {"policy": policy} for policy in PLAIN}
-        for name in TABLES:
-            pin = keepset.TablePin(digest=table_file.digest(files[name]))
-            self._specs[f"compilerkv {name}"] = {"policy": "compilerkv", "table": pin}
+        for name, data in files.items():
+            self._specs[f"compilerkv {name}"] = {
+                "policy": "compilerkv", "table": keepset.TablePin(digest=table_file.digest(data)),
+                "parameters": {"alpha_scope": name.split()[0]}}
 
     def run(self, say: Say) -> dict[tuple[str, int, str], Tally]:
         settings = self._settings
@@ -160,8 +169,7 @@ class Measurement:
             return scores[:, -facts.ANSWER_WORDS:]
 
         for key in self._compressions("later", prefill, logits, answers):
-            self._tallies[key].exact.append([])
-            self._tallies[key].predicted.append([])
+            self._tallies[key].begin_prompt()
 
     def _inside(self, sample: facts.Sample, asked: list[facts.Fact]) -> None:
         for number, fact in enumerate(asked):
@@ -174,13 +182,13 @@ class Measurement:
 
             for key in self._compressions("inside", prefill, logits, self._ids(fact.answer)[None]):
                 if number == 0:
-                    self._tallies[key].exact.append([])
-                    self._tallies[key].predicted.append([])
+                    self._tallies[key].begin_prompt()
 
     def _compressions(self, column: str, prefill: Prefill, logits: Callable[[KvCache], np.ndarray],
                       answers: np.ndarray) -> Iterator[tuple[str, int, str]]:
         """Every method and budget on one prompt; yields the tally's key before it is added to."""
         reference = logits(prefill.full_cache())
+        uniform_kept: dict[tuple[str, int], list[np.ndarray]] = {}
         with shared(self._client, prefill.layers) as layers:
             for method, spec in self._specs.items():
                 for budget in self._settings.budgets if method != "full" else (prefill.seq_len,):
@@ -191,16 +199,21 @@ class Measurement:
                         model=self._fingerprint, seq_len=prefill.seq_len, layers=layers, gather=True,
                         softmax_scale=self._model.config.softmax_scale,
                         budget=keepset.Budget.tokens(budget),
+                        protect_window=self._settings.protect_window,
                         ppl=prefill.perplexity(self._settings.window), **spec)
                     scores = logits(cache_of(result))
-                    tally.add_result(result)
-                    result.release()
                     # Greedy decoding gives the answer exactly when both words are the most likely
                     # ones with the answer's own first word fed.
                     best = scores.argmax(-1)
-                    tally.exact[-1] += (best == answers).all(-1).tolist()
-                    tally.predicted[-1] += [" ".join(self._model.detokenize(one)) for one in best]
-                    tally.kl += _kl(reference, scores).tolist()
+                    tally.add(result, (best == answers).all(-1).tolist(),
+                              [" ".join(self._model.detokenize(one)) for one in best],
+                              _kl(reference, scores))
+                    if spec["policy"] == "compilerkv":
+                        kept = [layer.keep_indices for layer in result.layers]
+                        # The uniform table comes first in each scope.
+                        scope = spec["parameters"]["alpha_scope"]
+                        tally.compare_kept(kept, uniform_kept.setdefault((scope, budget), kept))
+                    result.release()
 
     def _prefill(self, words: tuple[str, ...]) -> Prefill:
         return self._model.prefill(self._ids(words), self._settings.window)
@@ -221,17 +234,20 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return wide - np.log(np.exp(wide).sum(-1, keepdims=True))
 
 
-def _comparisons(tallies: dict[tuple[str, int, str], Tally], budgets: list[int]) -> list[dict]:
-    """The compiled table against every other method, on the same prompts."""
+def _comparisons(tallies: dict[tuple[str, int, str], Tally], settings: Settings) -> list[dict]:
+    """The compiled table of each scope against the other methods, on the same prompts."""
     out = []
-    for column in COLUMNS:
-        for budget in budgets:
-            ours = tallies["compilerkv compiled", budget, column]
-            for method in (*PLAIN, "compilerkv uniform", "compilerkv shuffled"):
-                other = tallies[method, budget, column]
-                out.append({
-                    "column": column, "budget": budget, "compiled_against": method,
-                    "difference": paired_difference(ours.by_prompt(), other.by_prompt()),
-                    "mcnemar": mcnemar(sum(ours.exact, []), sum(other.exact, [])),
-                })  # fmt: skip
+    for scope in settings.alpha_scopes:
+        others = [*PLAIN, *(f"compilerkv {scope} {kind}" for kind in CONTROLS)]
+        for column in COLUMNS:
+            for budget in settings.budgets:
+                ours = tallies[f"compilerkv {scope} compiled", budget, column]
+                for method in others:
+                    other = tallies[method, budget, column]
+                    out.append({
+                        "alpha_scope": scope, "column": column, "budget": budget,
+                        "compiled_against": method,
+                        "difference": paired_difference(ours.by_prompt(), other.by_prompt()),
+                        "mcnemar": mcnemar(sum(ours.exact, []), sum(other.exact, [])),
+                    })  # fmt: skip
     return out

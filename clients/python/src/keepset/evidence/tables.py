@@ -1,4 +1,4 @@
-"""The three tables of every comparison: uniform, compiled, and the compiled one shuffled."""
+"""The tables a compiled one is compared with: uniform, shuffled, and halves of itself."""
 
 from __future__ import annotations
 
@@ -31,11 +31,29 @@ def shuffled(model: ModelFingerprint, compiled: bytes, name: str, seed: int) -> 
         heads[:, layer] = heads[:, layer][:, _no_fixed_point(rng, model.num_kv_heads)]
         flat = gates[:, layer].reshape(table.num_budgets, -1)
         gates[:, layer] = flat[:, _no_fixed_point(rng, flat.shape[1])].reshape(gates[:, layer].shape)
+    return _derived(model, compiled, name, heads.reshape(table.head_weights.shape), gates)
+
+
+def heads_only(model: ModelFingerprint, compiled: bytes, name: str) -> bytes:
+    """The compiled head weights with the most permissive gate everywhere."""
+    table = table_file.read_table(compiled)
+    return _derived(model, compiled, name, table.head_weights,
+                    np.full_like(table.gate_thresholds, 0.8))
+
+
+def gate_only(model: ModelFingerprint, compiled: bytes, name: str) -> bytes:
+    """The compiled gates with all head weights 1."""
+    table = table_file.read_table(compiled)
+    return _derived(model, compiled, name, np.ones_like(table.head_weights), table.gate_thresholds)
+
+
+def _derived(model: ModelFingerprint, compiled: bytes, name: str, heads: np.ndarray,
+             gates: np.ndarray) -> bytes:
+    table = table_file.read_table(compiled)
     return table_file.compilerkv_table(
-        model, name=name, version="1", head_weights=heads.reshape(table.head_weights.shape),
-        gate_thresholds=gates, entropy_edges=table.entropy_edges, ppl_edges=table.ppl_edges,
-        budgets=table.budgets, source="hand-written",
-        algorithm={"name": "shuffled", "of": table_file.digest(compiled), "seed": seed})
+        model, name=name, version="1", head_weights=heads, gate_thresholds=gates,
+        entropy_edges=table.entropy_edges, ppl_edges=table.ppl_edges, budgets=table.budgets,
+        source="hand-written", algorithm={"name": "derived", "of": table_file.digest(compiled)})
 
 
 def _no_fixed_point(rng: np.random.Generator, count: int) -> np.ndarray:
