@@ -2,6 +2,9 @@
 BUILD := build/release
 VENV := .venv
 JOBS := $(shell nproc)
+# The numpy models' matrices are small: BLAS threads would only wait for each other.
+export OMP_NUM_THREADS := 1
+export OPENBLAS_NUM_THREADS := 1
 
 .PHONY: demo test evidence build configure python setup check clean
 
@@ -13,12 +16,11 @@ test: build python
 	ctest --test-dir $(BUILD) --output-on-failure -j $(JOBS)
 	KEEPSET_BUILD=$(CURDIR)/$(BUILD) $(VENV)/bin/python -m pytest -q tests/python
 
-# Compiles tables from rollouts and measures whether they help: docs/results. One BLAS thread: the
-# matrices are small and threads only wait for each other. An interrupted run goes on where it was.
+# Compiles tables from rollouts and measures whether they help: docs/results. An interrupted run goes
+# on where it was.
 evidence: configure python
 	ninja -C $(BUILD) keepsetd keepset keepset_shared
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 \
-	  $(VENV)/bin/python -m keepset.evidence --build $(BUILD) --out docs/results --work $(BUILD)/evidence
+	$(VENV)/bin/python -m keepset.evidence --build $(BUILD) --out docs/results --work $(BUILD)/evidence
 	rm -r $(BUILD)/evidence
 
 setup:
