@@ -181,7 +181,7 @@ class ServerImpl final : public Server {
     if (config_.tables_directory().empty()) return absl::OkStatus();
     table_source_ = NewDirectorySource({.directory = config_.tables_directory()}, tables_, clock_,
                                        table_observer_.get());
-    const absl::Status status = table_source_->Start();
+    absl::Status status = table_source_->Start();
     if (status.ok()) return status;
     return {status.code(), absl::StrCat("tables_directory=\"", config_.tables_directory(),
                                         "\": ", status.message())};
