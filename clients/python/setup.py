@@ -15,7 +15,7 @@ def generate() -> None:
         return
     from grpc_tools import protoc
 
-    names = ("common", "compression", "session", "server")
+    names = ("common", "compression", "session", "server", "table")
     files = [str(PROTO / "keepset" / "v1" / f"{name}.proto") for name in names]
     code = protoc.main(
         ["protoc", f"-I{PROTO}", f"--python_out={OUT}", f"--pyi_out={OUT}", f"--grpc_python_out={OUT}"]

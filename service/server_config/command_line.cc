@@ -51,6 +51,17 @@ std::vector<Flag> Flags() {
          config.set_tables_directory(std::string(text));
          return !text.empty();
        }},
+      {"state", "DIRECTORY",
+       "keeps uploaded and active tables for the next start (default: in memory only)",
+       [](absl::string_view text, ServerConfig& config) {
+         config.set_state_directory(std::string(text));
+         return !text.empty();
+       }},
+      {"table-writes", "", "allow Load, Activate, Rollback ... of tables by RPC",
+       [](absl::string_view, ServerConfig& config) {
+         config.set_table_writes(true);
+         return true;
+       }},
       {"side-socket", "PATH",
        "descriptor-passing socket (default: first Unix socket with .fd appended)",
        [](absl::string_view text, ServerConfig& config) {

@@ -76,6 +76,7 @@ absl::Status CheckListen(const v1::ServerConfig& config) {
 
 void FillLimits(v1::ServerConfig::Limits& limits) {
   if (limits.max_inline_bytes() == 0) limits.set_max_inline_bytes(uint64_t{64} << 20);
+  if (limits.max_table_bytes() == 0) limits.set_max_table_bytes(uint64_t{64} << 20);
   if (limits.queue_capacity() == 0) limits.set_queue_capacity(256);
   if (limits.stream_credits() == 0) limits.set_stream_credits(64);
   if (limits.max_seq_len() == 0) limits.set_max_seq_len(uint64_t{1} << 20);
@@ -166,6 +167,8 @@ absl::Status ResolveServerConfig(v1::ServerConfig& config) {
   const auto& limits = config.limits();
   KEEPSET_RETURN_IF_ERROR(CheckRange<uint32_t>("socket_mode", config.socket_mode(), 0, 0777));
   KEEPSET_RETURN_IF_ERROR(CheckRange<uint64_t>("limits.max_inline_bytes", limits.max_inline_bytes(),
+                                               1024, uint64_t{1} << 30));
+  KEEPSET_RETURN_IF_ERROR(CheckRange<uint64_t>("limits.max_table_bytes", limits.max_table_bytes(),
                                                1024, uint64_t{1} << 30));
   KEEPSET_RETURN_IF_ERROR(
       CheckRange<uint32_t>("limits.queue_capacity", limits.queue_capacity(), 1, 1 << 20));

@@ -83,7 +83,7 @@ class Request:
             ],
             ppl=ppl,
             window_logprobs=[float(p) for p in window_logprobs] if window_logprobs is not None else [],
-            table=compression_pb2.TablePin(
+            table=common_pb2.TablePin(
                 name=table.name, version=table.version, digest=table.digest
             ),
             mode=compression_pb2.MODE_SHADOW if shadow else compression_pb2.MODE_DECIDE,
