@@ -44,14 +44,13 @@ absl::StatusOr<int64_t> ResolveBudget(const OperationSpec& spec,
       return budget.bytes / token_bytes;
     }
     case Budget::Kind::kTableDefault: {
-      const tables::CompilerKvTable* compiled = table == nullptr ? nullptr : table->AsCompilerKv();
-      if (compiled == nullptr) {
+      if (table == nullptr) {
         return absl::InvalidArgumentError(
             absl::StrCat("policy ", spec.policy,
                          ": no budget and no table that states one, want tokens, kept_fraction or "
                          "bytes"));
       }
-      return compiled->DefaultBudget();
+      return table->DefaultBudget();
     }
   }
   return absl::InvalidArgumentError(

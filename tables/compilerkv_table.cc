@@ -1,6 +1,5 @@
 #include <algorithm>
 #include <cmath>
-#include <set>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -8,13 +7,12 @@
 #include "base/status_macros.h"
 #include "tables/strict_json.h"
 #include "tables/table_kinds.h"
+#include "tables/table_tensors.h"
 
 namespace keepset::tables {
 namespace {
 
 using Json = nlohmann::json;
-
-constexpr int64_t kMaxBudget = INT32_MAX;
 
 struct ValueRange {
   float low = 0;
@@ -140,40 +138,6 @@ absl::StatusOr<CompilerKvSlice> ParsedCompilerKvTable::Slice(int64_t budget_toke
   return slice;
 }
 
-std::string TensorWhere(const SafetensorsFile& file, absl::string_view name) {
-  return absl::StrCat(file.label(), ": tensor ", name);
-}
-
-std::string ShapeText(absl::Span<const int64_t> shape) {
-  return absl::StrCat("[", absl::StrJoin(shape, ", "), "]");
-}
-
-absl::StatusOr<const TensorInfo*> RequireTensor(const SafetensorsFile& file, absl::string_view name,
-                                                TensorDType dtype, int rank) {
-  const TensorInfo* tensor = file.Find(name);
-  if (tensor == nullptr) {
-    return absl::InvalidArgumentError(absl::StrCat(TensorWhere(file, name), " is missing, want ",
-                                                   TensorDTypeName(dtype), " with ", rank,
-                                                   " dimensions"));
-  }
-  if (tensor->dtype != dtype) {
-    return FieldError(TensorWhere(file, name), "dtype", TensorDTypeName(tensor->dtype),
-                      TensorDTypeName(dtype));
-  }
-  if (tensor->shape.size() != rank) {
-    return FieldError(TensorWhere(file, name), "shape", ShapeText(tensor->shape),
-                      absl::StrCat(rank, " dimensions"));
-  }
-  return tensor;
-}
-
-absl::Status RequireShape(const SafetensorsFile& file, const TensorInfo& tensor,
-                          const std::vector<int64_t>& want, absl::string_view meaning) {
-  if (tensor.shape == want) return absl::OkStatus();
-  return FieldError(TensorWhere(file, tensor.name), "shape", ShapeText(tensor.shape),
-                    absl::StrCat(ShapeText(want), " ", meaning));
-}
-
 absl::StatusOr<std::vector<float>> ReadEdges(const SafetensorsFile& file, absl::string_view name) {
   KEEPSET_ASSIGN_OR_RETURN(const TensorInfo* tensor,
                            RequireTensor(file, name, TensorDType::kF32, 1));
@@ -186,38 +150,6 @@ absl::StatusOr<std::vector<float>> ReadEdges(const SafetensorsFile& file, absl::
     }
   }
   return edges;
-}
-
-absl::StatusOr<std::vector<int64_t>> ReadBudgets(const SafetensorsFile& file) {
-  if (file.Find("budgets") == nullptr) return std::vector<int64_t>();
-  KEEPSET_ASSIGN_OR_RETURN(const TensorInfo* tensor,
-                           RequireTensor(file, "budgets", TensorDType::kI64, 1));
-  KEEPSET_ASSIGN_OR_RETURN(std::vector<int64_t> budgets, ReadInts(file, *tensor));
-  const std::string where = TensorWhere(file, "budgets");
-  if (budgets.empty()) {
-    return FieldError(where, "shape", "[0]", "at least one budget, or no budgets tensor");
-  }
-  std::set<int64_t> seen;
-  for (std::size_t i = 0; i < budgets.size(); ++i) {
-    if (budgets[i] < 1 || budgets[i] > kMaxBudget || !seen.insert(budgets[i]).second) {
-      return FieldError(where, absl::StrCat("element[", i, "]"), absl::StrCat(budgets[i]),
-                        absl::StrCat("distinct budgets in 1..", kMaxBudget));
-    }
-  }
-  return budgets;
-}
-
-absl::StatusOr<std::optional<int64_t>> ReadDefaultBudget(const Json& document,
-                                                         const std::vector<int64_t>& budgets,
-                                                         absl::string_view where) {
-  KEEPSET_ASSIGN_OR_RETURN(const std::optional<int64_t> budget,
-                           OptionalIntField(document, "default_budget", 1, kMaxBudget, where));
-  if (budget.has_value() && !budgets.empty() &&
-      std::find(budgets.begin(), budgets.end(), *budget) == budgets.end()) {
-    return FieldError(where, "default_budget", absl::StrCat(*budget),
-                      absl::StrCat("one of budgets ", absl::StrJoin(budgets, ", ")));
-  }
-  return budget;
 }
 
 // The declared grid, or `fallback`. Head weights must be positive: only the largest weight of a

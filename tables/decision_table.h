@@ -1,9 +1,9 @@
 // A decision table: the immutable content of one table file (formats.md "Table").
 //
 // DecisionTable is the part every kind has: identity, fingerprint, provenance. CompilerKvTable adds
-// the head weights and gate thresholds of CompilerKV (methods.md 1.2). A table is validated
-// completely when it is made and never changes; published tables are shared by shared_ptr<const
-// DecisionTable>.
+// the head weights and gate thresholds of CompilerKV (methods.md 1.2), ObservationHeadsTable
+// (observation_heads_table.h) a list of observing heads. A table is validated completely when it is
+// made and never changes; published tables are shared by shared_ptr<const DecisionTable>.
 #ifndef KEEPSET_TABLES_DECISION_TABLE_H_
 #define KEEPSET_TABLES_DECISION_TABLE_H_
 
@@ -22,6 +22,7 @@
 namespace keepset::tables {
 
 class CompilerKvTable;
+class ObservationHeadsTable;
 
 // What every reply says about the table it used.
 struct TableIdentity {
@@ -36,7 +37,7 @@ class DecisionTable {
  public:
   virtual ~DecisionTable() = default;
 
-  virtual absl::string_view kind() const = 0;  // "compilerkv"
+  virtual absl::string_view kind() const = 0;  // "compilerkv", "observation_heads"
   virtual const TableIdentity& identity() const = 0;
   virtual const ModelFingerprint& model() const = 0;
   // "offline-calibration", "offline-independent-ablation", "uniform" or "hand-written".
@@ -46,8 +47,13 @@ class DecisionTable {
   // Tensors and JSON keys of the file that this version does not know and ignored.
   virtual const std::vector<std::string>& ignored() const = 0;
 
-  // This table as a CompilerKvTable, or nullptr when it is of another kind.
+  // Budget used when a request names none: default_budget, else the only budget, else
+  // InvalidArgument.
+  virtual absl::StatusOr<int64_t> DefaultBudget() const = 0;
+
+  // This table as one of a kind, or nullptr when it is of another.
   virtual const CompilerKvTable* AsCompilerKv() const { return nullptr; }
+  virtual const ObservationHeadsTable* AsObservationHeads() const { return nullptr; }
 };
 
 enum class TableBudgetMatch { kExact, kNearest };
@@ -80,10 +86,6 @@ class CompilerKvTable : public DecisionTable {
   virtual absl::Span<const float> ppl_edges() const = 0;        // [P - 1]
   virtual absl::Span<const float> head_weights() const = 0;     // [N_B or 1, L, H]
   virtual absl::Span<const float> gate_thresholds() const = 0;  // [N_B or 1, L, E, P]
-
-  // Budget used when a request names none: default_budget, else the only budget, else
-  // InvalidArgument.
-  virtual absl::StatusOr<int64_t> DefaultBudget() const = 0;
 
   // `budget_tokens` is the budget as requested, before any clamp to the prompt length.
   // FailedPrecondition lists the compiled budgets when the budget does not match.

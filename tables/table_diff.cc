@@ -1,7 +1,10 @@
 #include <algorithm>
+#include <map>
+#include <tuple>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "tables/observation_heads_table.h"
 #include "tables/strict_json.h"
 #include "tables/table_file.h"
 
@@ -66,6 +69,29 @@ void DiffCompilerKv(const CompilerKvTable& a, const CompilerKvTable& b,
   DiffValues("gate_thresholds", a.gate_thresholds(), b.gate_thresholds(), lines);
 }
 
+// By observation, so that the order of the list is no difference.
+void DiffObservationHeads(const ObservationHeadsTable& a, const ObservationHeadsTable& b,
+                          std::vector<std::string>& lines) {
+  DiffValues("budgets", a.budgets(), b.budgets(), lines);
+  using Key = std::tuple<int64_t, int64_t, ObservedRows>;
+  std::map<Key, std::pair<std::string, std::string>> weights;
+  const auto add = [&](const ObservationHeadsTable& table, auto side) {
+    for (const HeadObservation& one : table.observations()) {
+      std::pair<std::string, std::string>& both =
+          weights.try_emplace({one.layer, one.head, one.rows}, "(none)", "(none)").first->second;
+      both.*side = absl::StrCat(one.weight);
+    }
+  };
+  add(a, &std::pair<std::string, std::string>::first);
+  add(b, &std::pair<std::string, std::string>::second);
+  for (const auto& [key, both] : weights) {
+    if (both.first == both.second) continue;
+    const auto& [layer, head, rows] = key;
+    lines.push_back(absl::StrCat("weight of layer ", layer, " head ", head, " ",
+                                 ObservedRowsName(rows), ": ", both.first, " -> ", both.second));
+  }
+}
+
 }  // namespace
 
 std::vector<std::string> DiffTables(const DecisionTable& a, const DecisionTable& b) {
@@ -79,6 +105,9 @@ std::vector<std::string> DiffTables(const DecisionTable& a, const DecisionTable&
   DiffJson("", &a_document, &b_document, lines);
   if (a.AsCompilerKv() != nullptr && b.AsCompilerKv() != nullptr) {
     DiffCompilerKv(*a.AsCompilerKv(), *b.AsCompilerKv(), lines);
+  }
+  if (a.AsObservationHeads() != nullptr && b.AsObservationHeads() != nullptr) {
+    DiffObservationHeads(*a.AsObservationHeads(), *b.AsObservationHeads(), lines);
   }
   return lines;
 }

@@ -1,5 +1,6 @@
 #include <algorithm>
 
+#include "tables/observation_heads_table.h"
 #include "tables/strict_json.h"
 #include "tables/table_file.h"
 
@@ -44,6 +45,21 @@ void DescribeCompilerKv(const CompilerKvTable& table, OrderedJson& document) {
                          {"gate_thresholds", TensorSummary(gate_shape, table.gate_thresholds())}};
 }
 
+void DescribeObservationHeads(const ObservationHeadsTable& table, OrderedJson& document) {
+  document["budgets"] = std::vector<int64_t>(table.budgets().begin(), table.budgets().end());
+  document["default_budget"] = nullptr;
+  if (table.default_budget().has_value()) document["default_budget"] = *table.default_budget();
+  const OrderedJson stated = OrderedJson::parse(table.metadata_json(), nullptr, false);
+  document["observation_heads"] = stated["observation_heads"];
+  document["observations"] = OrderedJson::array();
+  for (const HeadObservation& one : table.observations()) {
+    document["observations"].push_back({{"layer", one.layer},
+                                        {"head", one.head},
+                                        {"rows", ObservedRowsName(one.rows)},
+                                        {"weight", one.weight}});
+  }
+}
+
 }  // namespace
 
 std::string InspectTable(const DecisionTable& table) {
@@ -59,6 +75,9 @@ std::string InspectTable(const DecisionTable& table) {
   }
   if (const CompilerKvTable* compilerkv = table.AsCompilerKv()) {
     DescribeCompilerKv(*compilerkv, document);
+  }
+  if (const ObservationHeadsTable* heads = table.AsObservationHeads()) {
+    DescribeObservationHeads(*heads, document);
   }
   document["ignored"] = table.ignored();
   return document.dump(-1, ' ', false, OrderedJson::error_handler_t::replace);

@@ -40,6 +40,8 @@ std::vector<TableKind> TableKinds();
 
 absl::StatusOr<std::shared_ptr<const DecisionTable>> ParseCompilerKvTable(
     const SafetensorsFile& file, TableHeader header);
+absl::StatusOr<std::shared_ptr<const DecisionTable>> ParseObservationHeadsTable(
+    const SafetensorsFile& file, TableHeader header);
 
 }  // namespace keepset::tables
 

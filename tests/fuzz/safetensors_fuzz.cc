@@ -5,6 +5,7 @@
 #include "base/check.h"
 #include "tables/capture_file.h"
 #include "tables/npy_reader.h"
+#include "tables/observation_heads_table.h"
 #include "tables/safetensors.h"
 #include "tables/table_file.h"
 
@@ -32,6 +33,12 @@ void UseTable(const DecisionTable& table) {
   if (const CompilerKvTable* compilerkv = table.AsCompilerKv()) {
     KEEPSET_CHECK(
         compilerkv->Slice(100, TableBudgetMatch::kNearest, 3, LayerMatch::kInterpolateDepth).ok());
+  }
+  if (const ObservationHeadsTable* heads = table.AsObservationHeads()) {
+    KEEPSET_CHECK(!heads->observations().empty());
+    for (const HeadObservation& one : heads->observations()) {
+      KEEPSET_CHECK(!ObservedRowsName(one.rows).empty() && one.weight >= 0.0f);
+    }
   }
 }
 

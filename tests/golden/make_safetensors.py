@@ -43,6 +43,25 @@ def write_table(path: pathlib.Path) -> None:
     save_file(tensors, path, metadata={"keepset": json.dumps(document)})
 
 
+def write_observation_heads(path: pathlib.Path) -> None:
+    document = {
+        "format": "keepset.table",
+        "kind": "observation_heads",
+        "format_version": 1,
+        "name": "public-library-heads",
+        "version": "1",
+        "model": MODEL,
+        "provenance": {"source": "hand-written"},
+        "observation_heads": {},
+    }
+    tensors = {
+        "heads": np.array([[1, 2], [0, 1]], dtype=np.int32),
+        "weights": np.array([2.0, 0.5], dtype=np.float32),
+        "rows": np.array([2, 5], dtype=np.int32),
+    }
+    save_file(tensors, path, metadata={"keepset": json.dumps(document)})
+
+
 def write_capture(path: pathlib.Path) -> None:
     seq_len, window = 6, 2
     document = {
@@ -77,6 +96,7 @@ def write_capture(path: pathlib.Path) -> None:
 def main() -> None:
     directory = pathlib.Path(sys.argv[1])
     write_table(directory / "public_library_table.safetensors")
+    write_observation_heads(directory / "public_library_observation_heads.safetensors")
     write_capture(directory / "public_library_capture.safetensors")
 
 

@@ -50,8 +50,8 @@ TEST(TableReader, AbsentKindMeansCompilerKv) {
 
 TEST(TableReader, RefusesAnUnknownKindByName) {
   LooseTable table;
-  table.document["kind"] = "observation_heads";
-  ExpectRefused(table, kUnfit, "kind=\"observation_heads\", want one of compilerkv");
+  table.document["kind"] = "later_family";
+  ExpectRefused(table, kUnfit, "kind=\"later_family\", want one of compilerkv, observation_heads");
 }
 
 TEST(TableReader, RefusesOtherFormats) {
