@@ -11,13 +11,14 @@ constexpr char kCompressionService[] = "keepset.v1.CompressionService";
 
 void HealthBoard::Attach(grpc::HealthCheckServiceInterface* health) {
   absl::MutexLock lock(&mutex_);
-  health_ = health;
+  if (health == nullptr) return;
+  attached_.push_back(health);
   Apply();
 }
 
-void HealthBoard::Detach() {
+void HealthBoard::Detach(grpc::HealthCheckServiceInterface* health) {
   absl::MutexLock lock(&mutex_);
-  health_ = nullptr;
+  std::erase(attached_, health);
 }
 
 void HealthBoard::SetModels(std::set<std::string> models) {
@@ -35,11 +36,12 @@ void HealthBoard::StopServing() {
 
 void HealthBoard::Apply() {
   known_.insert(models_.begin(), models_.end());
-  if (health_ == nullptr) return;
-  for (const std::string& model : known_) {
-    health_->SetServingStatus(model, ready_ && models_.contains(model));
+  for (grpc::HealthCheckServiceInterface* health : attached_) {
+    for (const std::string& model : known_) {
+      health->SetServingStatus(model, ready_ && models_.contains(model));
+    }
+    health->SetServingStatus(kCompressionService, ready_);
   }
-  health_->SetServingStatus(kCompressionService, ready_);
 }
 
 }  // namespace keepset::service

@@ -7,6 +7,7 @@
 
 #include <set>
 #include <string>
+#include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/synchronization/mutex.h"
@@ -15,9 +16,9 @@ namespace keepset::service {
 
 class HealthBoard {
  public:
-  // `health` (may be nullptr) must outlive Detach.
+  // From now on `health` (nullptr: nobody) says what the board knows; it must outlive Detach.
   void Attach(grpc::HealthCheckServiceInterface* health);
-  void Detach();
+  void Detach(grpc::HealthCheckServiceInterface* health);
   // The architectures with an active table now; those of before that are missing stop serving.
   void SetModels(std::set<std::string> models);
   // Everything but "" stops serving.
@@ -27,7 +28,7 @@ class HealthBoard {
   void Apply() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   absl::Mutex mutex_;
-  grpc::HealthCheckServiceInterface* health_ ABSL_GUARDED_BY(mutex_) = nullptr;
+  std::vector<grpc::HealthCheckServiceInterface*> attached_ ABSL_GUARDED_BY(mutex_);
   std::set<std::string> known_ ABSL_GUARDED_BY(mutex_);
   std::set<std::string> models_ ABSL_GUARDED_BY(mutex_);
   bool ready_ ABSL_GUARDED_BY(mutex_) = true;

@@ -11,6 +11,7 @@
 #include "base/log.h"
 #include "service/server.h"
 #include "service/server_config/server_config.h"
+#include "service/supervisor.h"
 
 namespace keepset::service {
 namespace {
@@ -26,6 +27,12 @@ int Complain(const absl::Status& status, int exit_code) {
   return exit_code;
 }
 
+// A supervisor that cannot be told is no reason to end.
+void Tell(absl::string_view notify_socket, absl::string_view state, Logger& log) {
+  const absl::Status status = NotifySupervisor(notify_socket, state);
+  if (!status.ok()) log.Warning("supervisor", {{"error", std::string(status.message())}});
+}
+
 // Waits for running operations; true when a second signal asked to end at once.
 bool DrainUntilIdle(Server& server, const sigset_t& signals, absl::Duration timeout,
                     const Clock& clock) {
@@ -38,7 +45,7 @@ bool DrainUntilIdle(Server& server, const sigset_t& signals, absl::Duration time
   return false;
 }
 
-int Main(absl::Span<const char* const> arguments) {
+int Main(absl::Span<const char* const> arguments, absl::string_view notify_socket) {
   absl::StatusOr<CommandLine> line = ParseCommandLine(arguments);
   if (!line.ok()) {
     return Complain(line.status(), IsUsageError(line.status()) ? kExitUsage : kExitRefused);
@@ -76,9 +83,11 @@ int Main(absl::Span<const char* const> arguments) {
                     absl::IsInvalidArgument(server.status()) ? kExitRefused : kExitFailure);
   }
 
+  Tell(notify_socket, kSupervisorReady, log);
   int signal = 0;
   sigwait(&signals, &signal);
   log.Info("signal", {{"number", absl::StrCat(signal)}});
+  Tell(notify_socket, kSupervisorStopping, log);
   if (DrainUntilIdle(**server, signals, absl::Milliseconds(config.drain_timeout_ms()), clock)) {
     log.Warning("ended_at_once", {{"operations", absl::StrCat((*server)->operations_running())}});
     std::_Exit(kExitFailure);
@@ -93,5 +102,7 @@ int Main(absl::Span<const char* const> arguments) {
 }  // namespace keepset::service
 
 int main(int argc, char** argv) {
-  return keepset::service::Main(absl::MakeConstSpan(argv + 1, argc > 0 ? argc - 1 : 0));
+  const char* const notify_socket = std::getenv("NOTIFY_SOCKET");
+  return keepset::service::Main(absl::MakeConstSpan(argv + 1, argc > 0 ? argc - 1 : 0),
+                                notify_socket == nullptr ? "" : notify_socket);
 }

@@ -1,6 +1,5 @@
 #include "service/server.h"
 
-#include <grpcpp/ext/proto_server_reflection_plugin.h>
 #include <grpcpp/health_check_service_interface.h>
 #include <grpcpp/server.h>
 #include <grpcpp/server_builder.h>
@@ -23,9 +22,11 @@
 #include "engine/policies/policy_registry.h"
 #include "kernels/backend_registry.h"
 #include "service/health_board.h"
+#include "service/health_listener.h"
 #include "service/memory/session_manager.h"
 #include "service/memory/side_socket.h"
 #include "service/metrics/metrics.h"
+#include "service/reflection_choice.h"
 #include "service/registry/table_source.h"
 #include "service/rpc/compression_service.h"
 #include "service/rpc/server_service.h"
@@ -47,24 +48,6 @@ constexpr auto kShutdownGrace = std::chrono::milliseconds(500);
 constexpr absl::string_view kMetricsOff = "off";
 constexpr size_t kFencesPerSession = 4096;
 constexpr int64_t kControlQueueCapacity = 1024;
-enum class Reflection { kOff, kOn };
-
-// Reflection is a process-wide plugin of gRPC; this makes it a choice of one server.
-class ReflectionChoice final : public grpc::ServerBuilderOption {
- public:
-  explicit ReflectionChoice(Reflection reflection) : reflection_(reflection) {}
-  void UpdateArguments(grpc::ChannelArguments* /*arguments*/) override {}
-  void UpdatePlugins(std::vector<std::unique_ptr<grpc::ServerBuilderPlugin>>* plugins) override {
-    std::erase_if(*plugins,
-                  [](const auto& plugin) { return plugin->name() == "proto_server_reflection"; });
-    if (reflection_ == Reflection::kOn) {
-      plugins->push_back(std::make_unique<grpc::reflection::ProtoServerReflectionPlugin>());
-    }
-  }
-
- private:
-  const Reflection reflection_;
-};
 
 absl::StatusOr<std::string> ReadPem(absl::string_view field, const std::string& path) {
   std::ifstream file(path, std::ios::binary);
@@ -110,7 +93,8 @@ class ServerImpl final : public Server {
       StartDraining();
       compression_->CloseStreams();
       session_service_->CloseStreams();
-      health_.Detach();
+      health_listener_.reset();
+      health_.Detach(grpc_server_->GetHealthCheckService());
       grpc_server_->Shutdown(std::chrono::system_clock::now() + kShutdownGrace);
       grpc_server_->Wait();
     }
@@ -163,6 +147,7 @@ class ServerImpl final : public Server {
   const std::vector<std::string>& addresses() const override { return addresses_; }
   const std::string& side_socket() const override { return config_.side_socket(); }
   const std::string& metrics_address() const override { return metrics_address_; }
+  const std::string& health_address() const override { return health_address_; }
   std::string RenderMetrics() const override { return metrics_->Render(); }
 
   void StartDraining() override {
@@ -260,8 +245,8 @@ class ServerImpl final : public Server {
   absl::Status StartListening() {
     grpc::EnableDefaultHealthCheckService(true);
     grpc::ServerBuilder builder;
-    builder.SetOption(std::make_unique<ReflectionChoice>(
-        config_.disable_reflection() ? Reflection::kOff : Reflection::kOn));
+    builder.SetOption(
+        NewReflectionChoice(config_.disable_reflection() ? Reflection::kOff : Reflection::kOn));
     builder.SetMaxReceiveMessageSize(static_cast<int>(std::min<int64_t>(
         static_cast<int64_t>(config_.limits().max_inline_bytes()) + kMessageSlackBytes,
         std::numeric_limits<int>::max())));
@@ -315,6 +300,11 @@ class ServerImpl final : public Server {
     if (config_.metrics_listen() != kMetricsOff) {
       KEEPSET_ASSIGN_OR_RETURN(metrics_address_, metrics_->Serve(config_.metrics_listen()));
     }
+    if (!config_.health_listen().empty()) {
+      KEEPSET_ASSIGN_OR_RETURN(health_listener_,
+                               HealthListener::Start(config_.health_listen(), health_));
+      health_address_ = health_listener_->address();
+    }
     return absl::OkStatus();
   }
 
@@ -334,6 +324,7 @@ class ServerImpl final : public Server {
                         {"listen", absl::StrJoin(addresses_, ",")},
                         {"side_socket", config_.side_socket()},
                         {"metrics", metrics_address_},
+                        {"health", health_address_},
                         {"backend", backend_->name()},
                         {"tables", absl::StrCat(tables_.Snapshot()->tables.size())}});
   }
@@ -362,9 +353,11 @@ class ServerImpl final : public Server {
   std::unique_ptr<WorkQueue> retirement_;
   std::vector<std::unique_ptr<UnixListener>> unix_listeners_;
   std::unique_ptr<grpc::Server> grpc_server_;
+  std::unique_ptr<HealthListener> health_listener_;
   std::unique_ptr<SideSocketServer> side_socket_;
   std::vector<std::string> addresses_;
   std::string metrics_address_;
+  std::string health_address_;
   absl::Notification stop_timer_;
   std::thread timer_;
 };

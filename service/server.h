@@ -44,6 +44,7 @@ class Server {
   virtual const std::vector<std::string>& addresses() const = 0;
   virtual const std::string& side_socket() const = 0;      // empty: none
   virtual const std::string& metrics_address() const = 0;  // empty: none
+  virtual const std::string& health_address() const = 0;   // of health_listen; empty: none
   // The metrics page.
   virtual std::string RenderMetrics() const = 0;
 

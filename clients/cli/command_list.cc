@@ -54,6 +54,7 @@ std::vector<Command> Commands() {
   return {
       {"compress", "the keep set of a captured prompt, in process or by a server", RunCompress},
       {"tables", "inspect, validate, compare, compile, import or make decision tables", RunTables},
+      {"health", "whether a server is live, or ready for work", RunHealth},
       {"info", "what a server is and which tables it serves", RunInfo},
       {"bench", "speed of the engine, or what the service adds to it", RunBench},
   };

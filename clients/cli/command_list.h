@@ -28,6 +28,7 @@ int RunKeepset(absl::Span<const std::string> arguments, Console& console);
 absl::Status RunCompress(absl::Span<const std::string> arguments, Console& console);
 absl::Status RunTables(absl::Span<const std::string> arguments, Console& console);
 absl::Status RunBench(absl::Span<const std::string> arguments, Console& console);
+absl::Status RunHealth(absl::Span<const std::string> arguments, Console& console);
 absl::Status RunInfo(absl::Span<const std::string> arguments, Console& console);
 
 }  // namespace keepset::cli

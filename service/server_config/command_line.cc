@@ -46,6 +46,11 @@ std::vector<Flag> Flags() {
          config.set_metrics_listen(std::string(text));
          return !text.empty();
        }},
+      {"health-listen", "HOST:PORT", "grpc.health.v1 alone, for probes (default: none)",
+       [](absl::string_view text, ServerConfig& config) {
+         config.set_health_listen(std::string(text));
+         return !text.empty();
+       }},
       {"tables", "DIRECTORY", "table files, watched while serving (default: no tables)",
        [](absl::string_view text, ServerConfig& config) {
          config.set_tables_directory(std::string(text));
@@ -145,7 +150,7 @@ std::string HelpText() {
   std::string text =
       "keepsetd: KV-cache retention as a service.\n\n"
       "  keepsetd --listen unix:/run/keepset/keepset.sock --tables /var/lib/keepset/tables\n"
-      "  keepsetd --config /etc/keepset/keepsetd.textproto\n\n"
+      "  keepsetd --config /etc/keepset/keepsetd.conf\n\n"
       "Flags win over the file; every field of the file is described in "
       "proto/keepset/v1/server_config.proto.\n\n";
   absl::StrAppendFormat(&text, "  %-32s %s\n", "--config FILE", "configuration as textproto");

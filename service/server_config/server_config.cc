@@ -155,6 +155,9 @@ absl::Status ResolveServerConfig(v1::ServerConfig& config) {
   if (config.metrics_listen() != "off") {
     KEEPSET_RETURN_IF_ERROR(CheckPort("metrics_listen", config.metrics_listen()));
   }
+  if (!config.health_listen().empty()) {
+    KEEPSET_RETURN_IF_ERROR(CheckPort("health_listen", config.health_listen()));
+  }
   if (config.side_socket().size() > kMaxUnixPath) {
     return absl::InvalidArgumentError(absl::StrCat("side_socket: path of ",
                                                    config.side_socket().size(),

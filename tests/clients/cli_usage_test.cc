@@ -53,6 +53,7 @@ TEST(KeepsetUsage, InfoWithoutServerIsUsage) {
 
 TEST(KeepsetUsage, InfoOfAnAddressWithoutSchemeIsUsage) {
   EXPECT_EQ(RunBinary({"info", "--server", "keepset.sock"}).exit_code, 2);
+  EXPECT_EQ(RunBinary({"health", "--server", "keepset.sock"}).exit_code, 2);
 }
 
 TEST(KeepsetUsage, InfoOfASilentAddressIsUnreachable) {

@@ -111,6 +111,42 @@ TEST_F(ServerTest, InfoListsTheActiveTable) {
   EXPECT_THAT(run.out, HasSubstr("golden-cli"));
 }
 
+TEST_F(ServerTest, HealthTellsLiveReadyAndModels) {
+  const std::string server = "unix:" + Path("k.sock");
+  for (const std::vector<std::string>& service :
+       {std::vector<std::string>{}, {"--service", "keepset.v1.CompressionService"}}) {
+    std::vector<std::string> arguments = {"health", "--server", server};
+    arguments.insert(arguments.end(), service.begin(), service.end());
+    const CliRun run = RunBinary(arguments);
+    EXPECT_EQ(run.exit_code, 0) << run.err;
+    EXPECT_EQ(run.out, "serving\n");
+  }
+}
+
+TEST_F(ServerTest, HealthOfAnUnknownServiceIsRefused) {
+  const CliRun run =
+      RunBinary({"health", "--server", "unix:" + Path("k.sock"), "--service", "nothing"});
+  EXPECT_EQ(run.exit_code, 3);
+  EXPECT_THAT(run.err, HasSubstr("nothing"));
+}
+
+TEST_F(ServerTest, HealthOfADrainingServerIsLiveButNotReady) {
+  server_->StartDraining();
+  const std::vector<std::string> live = {"health", "--server", "unix:" + Path("k.sock")};
+  EXPECT_EQ(RunBinary(live).exit_code, 0);
+  std::vector<std::string> ready = live;
+  for (const char* flag : {"--service", "keepset.v1.CompressionService"}) {
+    ready.emplace_back(flag);
+  }
+  EXPECT_EQ(RunBinary(ready).exit_code, 4);
+}
+
+TEST_F(ServerTest, HealthOfNobodyIsUnreachable) {
+  const CliRun run = RunBinary({"health", "--server", "unix:" + Path("nobody.sock")});
+  EXPECT_EQ(run.exit_code, 4);
+  EXPECT_TRUE(IsOneLine(run.err)) << run.err;
+}
+
 TEST_F(ServerTest, TableThatIsNotActiveIsRefused) {
   ASSERT_EQ(RunBinary({"tables", "uniform", "--like", Golden("cli_capture.safetensors"), "--name",
                        "other", "--version", "1", "--out", Path("other")})

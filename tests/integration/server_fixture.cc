@@ -113,14 +113,14 @@ std::unique_ptr<v1::ServerService::Stub> TestServer::info() const {
   return v1::ServerService::NewStub(NewChannel());
 }
 
-int TestServer::Health(const std::string& service) const {
+int HealthAt(const std::string& address, const std::string& service) {
   // HealthCheckRequest {string service = 1}; HealthCheckResponse {ServingStatus status = 1}.
   const std::string bytes =
       service.empty() ? "" : absl::StrCat("\x0a", std::string(1, char(service.size())), service);
   const grpc::Slice slice(bytes);
   const grpc::ByteBuffer request(&slice, 1);
   grpc::ByteBuffer response;
-  grpc::GenericStub stub(NewChannel());
+  grpc::GenericStub stub(grpc::CreateChannel(address, grpc::InsecureChannelCredentials()));
   const auto context = NewContext();
   absl::Notification done;
   grpc::Status status;

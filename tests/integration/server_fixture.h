@@ -56,6 +56,9 @@ class CapturedLog : private std::streambuf {
 // Polls until `condition` holds; false after kTestDeadline.
 bool Eventually(const std::function<bool()>& condition);
 
+// Status of grpc.health.v1 at `address`: 1 serving, 2 not serving; negative: the gRPC code.
+int HealthAt(const std::string& address, const std::string& service);
+
 class TestServer {
  public:
   // `config`: textproto over what the fixture sets (socket, metrics on a free port).
@@ -75,8 +78,7 @@ class TestServer {
   std::unique_ptr<v1::CompressionService::Stub> compression() const;
   std::unique_ptr<v1::SessionService::Stub> sessions() const;
   std::unique_ptr<v1::ServerService::Stub> info() const;
-  // Status of grpc.health.v1: 1 serving, 2 not serving; negative: the gRPC code.
-  int Health(const std::string& service) const;
+  int Health(const std::string& service) const { return HealthAt(address(), service); }
 
  private:
   TempDir directory_;

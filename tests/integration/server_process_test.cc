@@ -1,8 +1,8 @@
 // keepsetd as a process: killed and started again, asked to drain.
-#include <grpcpp/create_channel.h>
-#include <grpcpp/generic/generic_stub.h>
 #include <gtest/gtest.h>
 #include <signal.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 #include <sys/wait.h>
 
 #include <memory>
@@ -10,7 +10,6 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "absl/synchronization/notification.h"
 #include "tests/integration/child_process.h"
 #include "tests/integration/server_fixture.h"
 #include "tests/integration/typed_worker.h"
@@ -19,18 +18,48 @@ namespace keepset::integration {
 namespace {
 
 constexpr int64_t kBudget = 24;
+constexpr int kServing = 1;
 constexpr int kNotServing = 2;
+
+// The supervisor's side of NOTIFY_SOCKET.
+class NotifySocket {
+ public:
+  explicit NotifySocket(std::string path)
+      : path_(std::move(path)), socket_(::socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0)) {
+    sockaddr_un address = {};
+    address.sun_family = AF_UNIX;
+    path_.copy(address.sun_path, sizeof(address.sun_path) - 1);
+    const timeval wait = absl::ToTimeval(kTestDeadline);
+    EXPECT_EQ(::setsockopt(socket_.get(), SOL_SOCKET, SO_RCVTIMEO, &wait, sizeof(wait)), 0);
+    EXPECT_EQ(::bind(socket_.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)), 0);
+  }
+  const std::string& path() const { return path_; }
+  // The next message; empty when none comes before the deadline of tests.
+  std::string Receive() {
+    char buffer[256];
+    const ssize_t size = ::recv(socket_.get(), buffer, sizeof(buffer), 0);
+    return size < 0 ? "" : std::string(buffer, static_cast<size_t>(size));
+  }
+
+ private:
+  const std::string path_;
+  const service::UniqueFd socket_;
+};
 
 class ServerProcess : public ::testing::Test {
  protected:
   std::string address() const { return absl::StrCat("unix:", directory_.path(), "/k.sock"); }
 
   void Start() {
+    Launch();
+    ASSERT_NE(process_->AwaitLine("ready"), "");
+  }
+
+  void Launch() {
     process_ = std::make_unique<ChildProcess>(
         std::vector<std::string>{KEEPSETD_BINARY, "--listen", address(), "--metrics-listen", "off",
                                  "--threads", "1"},
         ChildProcess::Output::kStderr);
-    ASSERT_NE(process_->AwaitLine("ready"), "");
   }
 
   std::unique_ptr<client::Client> Connect() {
@@ -43,26 +72,7 @@ class ServerProcess : public ::testing::Test {
     return client.ok() ? *std::move(client) : nullptr;
   }
 
-  // Status of grpc.health.v1; negative: the gRPC code.
-  int Health(const std::string& service) {
-    const std::string bytes = absl::StrCat("\x0a", std::string(1, char(service.size())), service);
-    const grpc::Slice slice(bytes);
-    const grpc::ByteBuffer request(&slice, 1);
-    grpc::ByteBuffer response;
-    grpc::GenericStub stub(grpc::CreateChannel(address(), grpc::InsecureChannelCredentials()));
-    const auto context = NewContext();
-    absl::Notification done;
-    grpc::Status status;
-    stub.UnaryCall(context.get(), "/grpc.health.v1.Health/Check", grpc::StubOptions(), &request,
-                   &response, [&](grpc::Status s) {
-                     status = std::move(s);
-                     done.Notify();
-                   });
-    done.WaitForNotification();
-    if (!status.ok()) return -static_cast<int>(status.error_code());
-    grpc::Slice out;
-    return response.DumpToSingleSlice(&out).ok() && out.size() == 2 ? out.begin()[1] : 0;
-  }
+  int Health(const std::string& service) const { return HealthAt(address(), service); }
 
   const TempDir directory_;
   const fakes::SyntheticPrompt prompt_{fakes::PromptShape{}};
@@ -128,6 +138,19 @@ TEST_F(ServerProcess, SigtermAnswersWhatRunsRefusesWhatIsNewAndExitsZero) {
   ASSERT_TRUE(result.ok()) << result.status();
   EXPECT_EQ(result->outcome, client::Outcome::kCompressed);
   EXPECT_NE(process_->AwaitLine("stopped"), "");
+  const int status = process_->Wait();
+  EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
+}
+
+TEST_F(ServerProcess, SupervisorIsToldWhenItServesAndWhenItStops) {
+  NotifySocket supervisor(directory_.path() + "/notify");
+  ASSERT_EQ(::setenv("NOTIFY_SOCKET", supervisor.path().c_str(), 1), 0);
+  Launch();
+  ::unsetenv("NOTIFY_SOCKET");
+  EXPECT_EQ(supervisor.Receive(), "READY=1");
+  EXPECT_EQ(Health(""), kServing);
+  process_->Signal(SIGTERM);
+  EXPECT_EQ(supervisor.Receive(), "STOPPING=1");
   const int status = process_->Wait();
   EXPECT_TRUE(WIFEXITED(status) && WEXITSTATUS(status) == 0) << status;
 }

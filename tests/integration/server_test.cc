@@ -1,6 +1,7 @@
 #include "service/server.h"
 
 #include <gmock/gmock.h>
+#include <grpcpp/create_channel.h>
 #include <gtest/gtest.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -24,6 +25,7 @@ using ::testing::HasSubstr;
 
 constexpr int kServing = 1;
 constexpr int kNotServing = 2;
+constexpr char kCompression[] = "keepset.v1.CompressionService";
 
 absl::Status StartStatus(const std::string& config, CapturedLog& log) {
   absl::StatusOr<v1::ServerConfig> parsed = service::ParseServerConfig(config, "test");
@@ -52,6 +54,37 @@ TEST(Server, LogsOneReadyLineWithItsAddresses) {
   TestServer server;
   EXPECT_TRUE(
       server.log().AwaitLine({"ready", "listen=" + server.address(), "metrics=127.0.0.1:"}));
+}
+
+TEST(Server, HealthListenerSaysWhatTheServerSays) {
+  TestServer server("health_listen: \"127.0.0.1:0\"");
+  const std::string address = server.server().health_address();
+  EXPECT_EQ(HealthAt(address, ""), kServing);
+  EXPECT_EQ(HealthAt(address, kCompression), kServing);
+  server.server().StartDraining();
+  EXPECT_EQ(HealthAt(address, ""), kServing);
+  EXPECT_EQ(HealthAt(address, kCompression), kNotServing);
+}
+
+TEST(Server, HealthListenerServesNothingElse) {
+  TestServer server("health_listen: \"127.0.0.1:0\"");
+  const auto stub = v1::ServerService::NewStub(
+      grpc::CreateChannel(server.server().health_address(), grpc::InsecureChannelCredentials()));
+  v1::GetServerInfoResponse info;
+  EXPECT_EQ(stub->GetServerInfo(NewContext().get(), {}, &info).error_code(),
+            grpc::StatusCode::UNIMPLEMENTED);
+}
+
+TEST(Server, HealthPortInUseNamesTheAddress) {
+  TestServer first("health_listen: \"127.0.0.1:0\"");
+  TempDir directory;
+  CapturedLog log;
+  const absl::Status status =
+      StartStatus("listen: \"unix:" + directory.path() + "/k\" health_listen: \"" +
+                      first.server().health_address() + "\"",
+                  log);
+  EXPECT_EQ(status.code(), absl::StatusCode::kAlreadyExists) << status;
+  EXPECT_THAT(status.message(), HasSubstr(first.server().health_address()));
 }
 
 TEST(Server, SocketHasItsModeFromTheStart) {

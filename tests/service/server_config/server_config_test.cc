@@ -64,6 +64,8 @@ TEST(ResolveServerConfig, RefusesUnknownLogFormatAndBadAddresses) {
   EXPECT_THAT(ResolveServerConfig(config).message(), HasSubstr("want text or json"));
   config = Config("metrics_listen: '127.0.0.1:99999'");
   EXPECT_THAT(ResolveServerConfig(config).message(), HasSubstr("metrics_listen"));
+  config = Config("health_listen: 'unix:/run/h.sock'");
+  EXPECT_THAT(ResolveServerConfig(config).message(), HasSubstr("health_listen"));
   config = Config(absl::StrCat("listen: 'unix:/", std::string(200, 'x'), "'"));
   EXPECT_THAT(ResolveServerConfig(config).message(), HasSubstr("want at most 107"));
 }
