@@ -82,9 +82,10 @@ absl::Status TakeRows(const client::OperationSpec& spec,
 absl::Status ExplainOperationError(const CompressOptions& options, const absl::Status& status) {
   if (absl::IsNotFound(status) && absl::StrContains(status.message(), "table") &&
       options.table.has_value()) {
-    return absl::NotFoundError(absl::StrCat(
-        "table ", *options.table, " is not active on ", *options.server, ": ", status.message(),
-        " (keepset info --server ", *options.server, " lists the active ones)"));
+    return absl::NotFoundError(absl::StrCat("table ", *options.table, " is not active on ",
+                                            *options.server.address, ": ", status.message(),
+                                            " (keepset info --server ", *options.server.address,
+                                            " lists the active ones)"));
   }
   return status;
 }
@@ -100,8 +101,7 @@ absl::StatusOr<CompressAnswer> CompressByServer(const CompressOptions& options,
     KEEPSET_ASSIGN_OR_RETURN(const TableHandle table, LoadTable(*options.table));
     spec.table.digest = keepset_table_digest(table.get());
   }
-  client::ClientOptions client_options;
-  client_options.address = *options.server;
+  client::ClientOptions client_options = options.server.Options();
   client_options.transport = options.transport;
   client_options.engine = absl::StrCat("keepset-cli ", keepset_version());
   client_options.call_timeout = kCallTimeout;

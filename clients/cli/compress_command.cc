@@ -54,7 +54,8 @@ absl::Status WriteAnswer(const CompressOptions& options, const PrefillRequest& r
 absl::Status NameFilesAndFlags(const CompressOptions& options, const absl::Status& status) {
   if (ExitCodeOf(status) != ExitCode::kRefused) return status;
   std::string hint;
-  if (absl::IsNotFound(status) && !options.table.has_value() && !options.server.has_value()) {
+  if (absl::IsNotFound(status) && !options.table.has_value() &&
+      !options.server.address.has_value()) {
     hint = "; give one with --table FILE";
   } else if (absl::IsFailedPrecondition(status) && options.table.has_value()) {
     hint = absl::StrCat("; the table is ", *options.table);
@@ -68,7 +69,7 @@ absl::Status NameFilesAndFlags(const CompressOptions& options, const absl::Statu
 
 absl::StatusOr<CompressAnswer> Answer(const CompressOptions& options,
                                       const PrefillRequest& request) {
-  absl::StatusOr<CompressAnswer> answer = options.server.has_value()
+  absl::StatusOr<CompressAnswer> answer = options.server.address.has_value()
                                               ? CompressByServer(options, request)
                                               : CompressInProcess(options, request);
   if (!answer.ok()) return NameFilesAndFlags(options, answer.status());

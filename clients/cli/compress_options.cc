@@ -51,8 +51,8 @@ FlagParser MakeParser(RawOptions& raw) {
       .List("--protect-span", "NAME", "always keep a span of the capture; may be repeated",
             &options.protect_spans)
       .Real("--ppl", "X", "perplexity of the prompt's end; wins over the capture's", &options.ppl)
-      .Switch("--shadow", "decide and report only", &options.shadow)
-      .Text("--server", "ADDR", "unix:/path/to.sock or host:port", &options.server)
+      .Switch("--shadow", "decide and report only", &options.shadow);
+  AddServerFlags(parser, &options.server)
       .Text("--transport", "T", "auto, memfd or inline", &raw.transport)
       .Text("--table-name", "NAME", "with --server: the table must have this name", &raw.table_name)
       .Text("--table-version", "V", "with --server: ... this version", &raw.table_version)
@@ -66,7 +66,8 @@ FlagParser MakeParser(RawOptions& raw) {
 }
 
 absl::Status CheckServerFlags(const RawOptions& raw) {
-  if (raw.options.server.has_value()) {
+  KEEPSET_RETURN_IF_ERROR(raw.options.server.Check());
+  if (raw.options.server.address.has_value()) {
     if (raw.threads.has_value()) {
       return UsageError("--threads is for work in this process, remove it or --server");
     }

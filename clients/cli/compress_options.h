@@ -10,6 +10,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
+#include "clients/cli/server_connection.h"
 #include "clients/cpp/client.h"
 
 namespace keepset::cli {
@@ -28,7 +29,7 @@ struct CompressOptions {
   std::vector<std::string> protect_spans;
   std::optional<double> ppl;
   bool shadow = false;
-  std::optional<std::string> server;
+  ServerFlags server;
   client::Transport transport = client::Transport::kAuto;
   client::TablePin pin;
   bool gather = false;

@@ -74,22 +74,21 @@ void PrintInfo(const client::ServerInfo& info, std::ostream& out) {
 }  // namespace
 
 absl::Status RunInfo(absl::Span<const std::string> arguments, Console& console) {
-  std::optional<std::string> server;
+  ServerFlags server;
   bool json = false;
   FlagParser parser("info", "info --server ADDR [--json]",
                     "What a server is, what it can do and which tables are active.");
-  parser.Text("--server", "ADDR", "unix:/path/to.sock or host:port", &server)
-      .Switch("--json", "one JSON document", &json);
+  AddServerFlags(parser, &server).Switch("--json", "one JSON document", &json);
   if (FlagParser::HelpAsked(arguments)) {
     console.out << parser.Help();
     return absl::OkStatus();
   }
   KEEPSET_RETURN_IF_ERROR(parser.Parse(arguments, 0, 0).status());
-  if (!server.has_value()) {
+  KEEPSET_RETURN_IF_ERROR(server.Check());
+  if (!server.address.has_value()) {
     return UsageError("--server is missing, want unix:/path/to.sock or host:port");
   }
-  client::ClientOptions options;
-  options.address = *server;
+  client::ClientOptions options = server.Options();
   options.transport = client::Transport::kInline;
   KEEPSET_ASSIGN_OR_RETURN(const std::unique_ptr<client::Client> client, ConnectToServer(options));
   KEEPSET_ASSIGN_OR_RETURN(const client::ServerInfo info, client->GetServerInfo());

@@ -11,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "base/status_macros.h"
+#include "clients/cpp/channel.h"
 #include "clients/cpp/compress_stream.h"
 #include "clients/cpp/rpc_status.h"
 #include "clients/cpp/session.h"
@@ -22,26 +23,11 @@
 namespace keepset::client {
 namespace {
 
-constexpr int kInitialReconnectMs = 100;
-constexpr int kMaxReconnectMs = 2000;
-
 std::string RandomUuid() {
   std::random_device device;
   std::string uuid(16, '\0');
   for (char& byte : uuid) byte = static_cast<char>(device());
   return uuid;
-}
-
-std::shared_ptr<grpc::Channel> NewChannel(const std::string& address) {
-  grpc::ChannelArguments arguments;
-  arguments.SetMaxReceiveMessageSize(-1);
-  arguments.SetMaxSendMessageSize(-1);
-  arguments.SetInt(GRPC_ARG_INITIAL_RECONNECT_BACKOFF_MS, kInitialReconnectMs);
-  arguments.SetInt(GRPC_ARG_MIN_RECONNECT_BACKOFF_MS, kInitialReconnectMs);
-  arguments.SetInt(GRPC_ARG_MAX_RECONNECT_BACKOFF_MS, kMaxReconnectMs);
-  // Proxies of the environment are meant for other hosts than a sidecar.
-  arguments.SetInt(GRPC_ARG_ENABLE_HTTP_PROXY, 0);
-  return grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments);
 }
 
 template <typename Repeated>
@@ -80,12 +66,12 @@ ServerInfo DecodeInfo(const v1::GetServerInfoResponse& response) {
 
 class GrpcClient final : public Client {
  public:
-  explicit GrpcClient(const ClientOptions& options)
+  GrpcClient(const ClientOptions& options, std::shared_ptr<grpc::Channel> channel)
       : options_(options),
         client_uuid_(options.client_uuid.has_value()
                          ? std::string(options.client_uuid->begin(), options.client_uuid->end())
                          : RandomUuid()),
-        channel_(NewChannel(options.address)),
+        channel_(std::move(channel)),
         compression_(v1::CompressionService::NewStub(channel_)),
         sessions_(v1::SessionService::NewStub(channel_)),
         server_(v1::ServerService::NewStub(channel_)) {}
@@ -267,11 +253,8 @@ absl::string_view TransportName(Transport transport) {
 }
 
 absl::StatusOr<std::unique_ptr<Client>> Client::Connect(const ClientOptions& options) {
-  if (options.address.empty() || options.address.find(':') == std::string::npos) {
-    return absl::InvalidArgumentError(absl::StrCat("server address \"", options.address,
-                                                   "\", want unix:/path/to.sock or host:port"));
-  }
-  auto client = std::make_unique<GrpcClient>(options);
+  KEEPSET_ASSIGN_OR_RETURN(std::shared_ptr<grpc::Channel> channel, NewChannel(options));
+  auto client = std::make_unique<GrpcClient>(options, std::move(channel));
   KEEPSET_RETURN_IF_ERROR(client->Open());
   return client;
 }

@@ -37,8 +37,17 @@ absl::string_view TransportName(Transport transport);
 
 enum class RegionAccess { kReadOnly, kReadWrite };
 
+// PEM files. The certificate and its key are for servers that ask clients for one.
+struct TlsOptions {
+  std::string ca_file;  // whom to trust; empty: the system's certificates
+  std::string certificate_file;
+  std::string key_file;
+  std::string server_name;  // expected in the server's certificate; empty: the address's host
+};
+
 struct ClientOptions {
-  std::string address;  // "unix:/path" or "host:port"
+  std::string address;            // "unix:/path" or "host:port"
+  std::optional<TlsOptions> tls;  // for host:port; absent: plain text
   Transport transport = Transport::kAuto;
   std::string engine = "keepset-cpp";  // free text for the server's log
   std::string tenant;
@@ -103,7 +112,8 @@ class CompressStream {
 class Client {
  public:
   // Unavailable: nobody answers at the address. FailedPrecondition: memfd was asked for and this
-  // server or address cannot do it. InvalidArgument: address of another form.
+  // server or address cannot do it. InvalidArgument: address of another form, or TLS options that
+  // cannot be used.
   static absl::StatusOr<std::unique_ptr<Client>> Connect(const ClientOptions& options);
   virtual ~Client() = default;
 

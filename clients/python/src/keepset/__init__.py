@@ -22,7 +22,7 @@ from keepset.types import (
 )
 
 if TYPE_CHECKING:
-    from keepset.client import Client
+    from keepset.client import Client, TlsFiles
     from keepset.errors import (
         InvalidInput,
         KeepsetError,
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 # Loaded when first used: keepset.eval runs, and trains under the system's Python, without gRPC.
 _NEEDS_GRPC = {
     "Client": "keepset.client",
+    "TlsFiles": "keepset.client",
     "Operation": "keepset.operation",
     "InvalidInput": "keepset.errors",
     "KeepsetError": "keepset.errors",
@@ -64,6 +65,7 @@ __all__ = [
     "Span",
     "TableIdentity",
     "TablePin",
+    "TlsFiles",
     "Unreachable",
     "kept_tokens_of_compression_ratio",
 ]

@@ -1,0 +1,119 @@
+// The TCP edge with certificates: who gets in, who does not.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include "absl/strings/str_cat.h"
+#include "clients/cpp/client.h"
+#include "tests/fakes/certificates.h"
+#include "tests/integration/server_fixture.h"
+
+namespace keepset::integration {
+namespace {
+
+using ::testing::HasSubstr;
+
+class TlsTest : public ::testing::Test {
+ protected:
+  TlsTest() : authority_(directory_.path()) {
+    authority_.Issue("server.test");
+    authority_.Issue("worker.test");
+  }
+
+  std::string ServerConfig(const std::string& client_ca_file = "") const {
+    return absl::StrCat("listen: \"127.0.0.1:0\" tls { certificate_file: \"",
+                        authority_.Path("server.test.pem"), "\" key_file: \"",
+                        authority_.Path("server.test.key"), "\" client_ca_file: \"", client_ca_file,
+                        "\" }");
+  }
+
+  client::ClientOptions Options(TestServer& server) const {
+    client::ClientOptions options;
+    options.address = server.server().addresses()[0];
+    // Only the refused wait so long.
+    options.connect_timeout = absl::Seconds(2);
+    options.tls = {.ca_file = authority_.Path("ca.pem"),
+                   .certificate_file = "",
+                   .key_file = "",
+                   .server_name = "server.test"};
+    return options;
+  }
+
+  TempDir directory_;
+  fakes::CertificateAuthority authority_;
+};
+
+TEST_F(TlsTest, ClientThatTrustsTheAuthorityIsServed) {
+  TestServer server(ServerConfig());
+  const auto client = client::Client::Connect(Options(server));
+  ASSERT_TRUE(client.ok()) << client.status();
+  EXPECT_TRUE((*client)->GetServerInfo().ok());
+  EXPECT_EQ((*client)->transport(), client::Transport::kInline);
+}
+
+TEST_F(TlsTest, AnotherAuthorityIsRefused) {
+  const TempDir elsewhere;
+  const fakes::CertificateAuthority other(elsewhere.path());
+  TestServer server(ServerConfig());
+  client::ClientOptions options = Options(server);
+  options.tls->ca_file = other.Path("ca.pem");
+  EXPECT_EQ(client::Client::Connect(options).status().code(), absl::StatusCode::kUnavailable);
+}
+
+TEST_F(TlsTest, AnotherServerNameIsRefused) {
+  TestServer server(ServerConfig());
+  client::ClientOptions options = Options(server);
+  options.tls->server_name = "elsewhere.test";
+  EXPECT_EQ(client::Client::Connect(options).status().code(), absl::StatusCode::kUnavailable);
+}
+
+TEST_F(TlsTest, PlainTextIsRefused) {
+  TestServer server(ServerConfig());
+  client::ClientOptions options = Options(server);
+  options.tls.reset();
+  EXPECT_EQ(client::Client::Connect(options).status().code(), absl::StatusCode::kUnavailable);
+}
+
+TEST_F(TlsTest, ClientWithoutACertificateIsRefusedWhereOneIsAsked) {
+  TestServer server(ServerConfig(authority_.Path("ca.pem")));
+  EXPECT_EQ(client::Client::Connect(Options(server)).status().code(),
+            absl::StatusCode::kUnavailable);
+}
+
+TEST_F(TlsTest, ClientCertificateIsAccepted) {
+  TestServer server(ServerConfig(authority_.Path("ca.pem")));
+  client::ClientOptions options = Options(server);
+  options.tls->certificate_file = authority_.Path("worker.test.pem");
+  options.tls->key_file = authority_.Path("worker.test.key");
+  const auto client = client::Client::Connect(options);
+  EXPECT_TRUE(client.ok()) << client.status();
+}
+
+TEST_F(TlsTest, CertificateWithoutItsKeyIsAnError) {
+  TestServer server(ServerConfig());
+  client::ClientOptions options = Options(server);
+  options.tls->certificate_file = authority_.Path("worker.test.pem");
+  const absl::Status status = client::Client::Connect(options).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(status.message(), HasSubstr("needs both"));
+}
+
+TEST_F(TlsTest, MissingAuthorityFileIsNamed) {
+  TestServer server(ServerConfig());
+  client::ClientOptions options = Options(server);
+  options.tls->ca_file = authority_.Path("absent.pem");
+  const absl::Status status = client::Client::Connect(options).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(status.message(), HasSubstr("absent.pem"));
+}
+
+TEST_F(TlsTest, TlsOverAUnixSocketIsAnError) {
+  TestServer server;
+  client::ClientOptions options = Options(server);
+  options.address = server.address();
+  const absl::Status status = client::Client::Connect(options).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(status.message(), HasSubstr("file mode"));
+}
+
+}  // namespace
+}  // namespace keepset::integration
