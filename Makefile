@@ -1,12 +1,13 @@
 # The front door. Every target installs what it needs and works a second time in seconds.
 BUILD := build/release
 VENV := .venv
+VENV_HF := .venv-hf
 JOBS := $(shell nproc)
 # The numpy models' matrices are small: BLAS threads would only wait for each other.
 export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: demo test evidence build configure python setup check clean
+.PHONY: demo test test-hf evidence build configure python setup check clean
 
 demo: configure python
 	ninja -C $(BUILD) keepsetd keepset
@@ -15,6 +16,12 @@ demo: configure python
 test: build python
 	ctest --test-dir $(BUILD) --output-on-failure -j $(JOBS)
 	KEEPSET_BUILD=$(CURDIR)/$(BUILD) $(VENV)/bin/python -m pytest -q tests/python
+
+# The optional extras `hf` and `ray`. torch, transformers and ray take 6 GB in an environment of their own.
+test-hf: configure
+	ninja -C $(BUILD) keepset keepset_shared
+	@tools/venv $(VENV_HF) test,hf,ray tools/hf-constraints.txt
+	KEEPSET_BUILD=$(CURDIR)/$(BUILD) $(VENV_HF)/bin/python -m pytest -q tests/python_hf
 
 # Compiles tables from rollouts and measures whether they help: docs/results. An interrupted run goes
 # on where it was.
@@ -41,4 +48,4 @@ check:
 	tools/check
 
 clean:
-	rm -rf build $(VENV)
+	rm -rf build $(VENV) $(VENV_HF)

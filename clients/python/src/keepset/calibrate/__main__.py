@@ -8,6 +8,7 @@ the chosen actions stop changing. An interrupted run goes on where it stopped wh
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import pathlib
@@ -46,22 +47,35 @@ class Build:
 def calibrate(build: Build, adapter: Adapter, out: pathlib.Path, *, seeds: range,
               budgets: list[int], alpha_scope: str, actions: int, max_rounds: int, name: str,
               version: str, say: Say, bins: tuple[int, int] = (20, 4),
-              protect_window: int = 0) -> Outcome:
-    """From prompts of `seeds` to records in `out` and a table; bins of entropy and of perplexity."""
+              protect_window: int = 0, workers: int = 0, ray_address: str | None = None) -> Outcome:
+    """From prompts of `seeds` to records in `out` and a table; bins of entropy and of perplexity.
+
+    workers: Ray workers that measure, on this machine or on the cluster at `ray_address`; 0 measures
+    in this process. The records are the same, in another order.
+    """
     model = adapter.fingerprint()
-    prompts = list(adapter.prompts(seeds))
-    settings = {
-        "model": model.to_json(), "adapter": adapter.name, "seeds": [seeds.start, seeds.stop],
-        "prompts": [prompt.prompt_id for prompt in prompts],
-        "sequence_lengths": [prompt.seq_len for prompt in prompts], "budgets": budgets,
-        "alpha_scope": alpha_scope, "actions_per_state": actions, "bins": list(bins),
-        "protect_window": protect_window,
-        "library": hashlib.sha256(build.library.read_bytes()).hexdigest(),
-    }  # fmt: skip
-    with Engine(build.library) as engine:
-        rollouts = Rollouts(engine, model, prompts, budgets, seed=seeds.start,
-                            parameters={"alpha_scope": alpha_scope}, actions_per_state=actions,
-                            protect_window=protect_window)
+    with contextlib.ExitStack() as stack:
+        measuring = {"seed": seeds.start, "parameters": {"alpha_scope": alpha_scope},
+                     "actions_per_state": actions, "protect_window": protect_window}
+        if workers:
+            # Ray is an optional extra.
+            from keepset.calibrate.ray_rollouts import RayRollouts
+
+            rollouts = stack.enter_context(RayRollouts(
+                build.library, adapter, seeds, budgets, num_workers=workers, address=ray_address,
+                **measuring))
+        else:
+            engine = stack.enter_context(Engine(build.library))
+            rollouts = Rollouts(engine, model, list(adapter.prompts(seeds)), budgets, **measuring)
+        headers = rollouts.headers()
+        settings = {
+            "model": model.to_json(), "adapter": adapter.name, "seeds": [seeds.start, seeds.stop],
+            "prompts": [prompt_id for prompt_id, _ in headers],
+            "sequence_lengths": [seq_len for _, seq_len in headers], "budgets": budgets,
+            "alpha_scope": alpha_scope, "actions_per_state": actions, "bins": list(bins),
+            "protect_window": protect_window,
+            "library": hashlib.sha256(build.library.read_bytes()).hexdigest(),
+        }  # fmt: skip
         return alternate(rollouts, Compiler(build.keepset, model, *bins), out,
                          Weights.neutral(model, len(budgets)), name=name, version=version,
                          max_rounds=max_rounds, settings=settings, say=say)
@@ -97,6 +111,9 @@ def main() -> int:
     parser.add_argument("--version", default="1", help="of the table")
     parser.add_argument("--entropy-bins", type=int, default=20)
     parser.add_argument("--ppl-bins", type=int, default=4)
+    parser.add_argument("--workers", type=int, default=0,
+                        help="Ray workers that measure (extra `ray`); 0: in this process")
+    parser.add_argument("--ray-address", help="of a running Ray cluster; default: this machine")
     group = parser.add_argument_group("constructed model")
     group.add_argument("--contrast", choices=("norm", "mass"), default="norm")
     group.add_argument("--layers", type=int, default=1)
@@ -120,7 +137,8 @@ def main() -> int:
             build, adapter, options.out, seeds=seeds, budgets=options.budgets,
             alpha_scope=options.alpha_scope, actions=options.actions, max_rounds=options.rounds,
             name=options.name or adapter.name, version=options.version, say=say,
-            bins=(options.entropy_bins, options.ppl_bins), protect_window=options.protect_window)
+            bins=(options.entropy_bins, options.ppl_bins), protect_window=options.protect_window,
+            workers=options.workers, ray_address=options.ray_address)
     except CalibrationError as error:
         say(f"keepset.calibrate: {error}")
         return 3

@@ -9,14 +9,24 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from keepset import table_file
 from keepset.calibrate import CalibrationError
 from keepset.calibrate.compiler import Compiler
 from keepset.calibrate.records import StepFile
-from keepset.calibrate.rollouts import Rollouts, Weights
+from keepset.calibrate.rollouts import Weights
 
 Say = Callable[[str], None]
+
+
+class Measurer(Protocol):
+    """Measures the entries of a table one by one; in this process or spread over workers."""
+
+    def count(self, kind: str) -> int: ...
+
+    def run(self, kind: str, frozen: Weights, paired_policy: str, file: StepFile,
+            progress: Callable[[int], None]) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +39,7 @@ class Outcome:
     num_records: int
 
 
-def alternate(rollouts: Rollouts, compiler: Compiler, out: pathlib.Path, neutral: Weights, *, name: str,
+def alternate(rollouts: Measurer, compiler: Compiler, out: pathlib.Path, neutral: Weights, *, name: str,
               version: str, max_rounds: int, settings: Mapping[str, object], say: Say) -> Outcome:
     """Runs rounds of a head step and a gate step and writes the records of the last ones to `out`.
 

@@ -69,22 +69,16 @@ class Entry:
     action: float
 
 
-class Rollouts:
-    """Measures candidate tables on prompts that were read once."""
+class Plan:
+    """Which entries of a table are measured on which prompt."""
 
-    def __init__(self, engine: Engine, model: ModelFingerprint, prompts: Sequence[Prompt],
-                 budgets: Sequence[int], *, parameters: Mapping[str, object], actions_per_state: int,
-                 seed: int, protect_window: int = 0):
-        self._engine = engine
+    def __init__(self, model: ModelFingerprint, num_prompts: int, budgets: Sequence[int], *,
+                 actions_per_state: int, seed: int):
         self._model = model
-        self._prompts = prompts
+        self._num_prompts = num_prompts
         self._budgets = budgets
-        self._parameters = dict(parameters)
         self._actions_per_state = actions_per_state
         self._seed = seed
-        self._protect_window = protect_window
-        # Losses by what is kept: many candidate tables keep the same tokens.
-        self._losses: list[dict[bytes, float]] = [{} for _ in prompts]
 
     def head_entries(self, prompt_index: int) -> Iterator[Entry]:
         for budget_index in range(len(self._budgets)):
@@ -108,19 +102,47 @@ class Rollouts:
             states *= self._model.num_kv_heads
         per_state = min(self._actions_per_state,
                         len(HEAD_ACTIONS if kind == "head" else GATE_ACTIONS))
-        return len(self._prompts) * states * per_state
+        return self._num_prompts * states * per_state
+
+    def missing(self, kind: str, prompt_index: int, prompt_id: str, file: StepFile) -> list[Entry]:
+        """The entries of one prompt that `file` has no record of. kind: "head" or "gate"."""
+        entries = self.head_entries if kind == "head" else self.gate_entries
+        return [entry for entry in entries(prompt_index)
+                if (prompt_id, self._budgets[entry.budget_index], entry.layer,
+                    -1 if entry.kv_head is None else entry.kv_head, entry.action) not in file]
+
+    def _actions(self, grid: Sequence[float], state: tuple[int, ...], prompt_index: int
+                 ) -> list[float]:
+        """The share of one prompt: consecutive places of one shuffled order per state."""
+        count = min(self._actions_per_state, len(grid))
+        order = np.random.default_rng([self._seed, len(grid), *state]).permutation(len(grid))
+        return [grid[order[(prompt_index * count + i) % len(grid)]] for i in range(count)]
+
+
+class Rollouts(Plan):
+    """Measures candidate tables on prompts that were read once."""
+
+    def __init__(self, engine: Engine, model: ModelFingerprint, prompts: Sequence[Prompt],
+                 budgets: Sequence[int], *, parameters: Mapping[str, object], actions_per_state: int,
+                 seed: int, protect_window: int = 0):
+        super().__init__(model, len(prompts), budgets, actions_per_state=actions_per_state, seed=seed)
+        self._engine = engine
+        self._prompts = prompts
+        self._parameters = dict(parameters)
+        self._protect_window = protect_window
+        # Losses by what is kept: many candidate tables keep the same tokens.
+        self._losses: list[dict[bytes, float]] = [{} for _ in range(len(prompts))]
+
+    def headers(self) -> list[tuple[str, int]]:
+        """Id and length of every prompt."""
+        return [(prompt.prompt_id, prompt.seq_len) for prompt in self._prompts]
 
     def run(self, kind: str, frozen: Weights, paired_policy: str, file: StepFile,
             progress: Callable[[int], None]) -> None:
         """Fills `file` with the records that it lacks. kind: "head" or "gate"."""
-        entries = self.head_entries if kind == "head" else self.gate_entries
         for index, prompt in enumerate(self._prompts):
-            for entry in entries(index):
-                kv_head = -1 if entry.kv_head is None else entry.kv_head
-                budget = self._budgets[entry.budget_index]
-                if (prompt.prompt_id, budget, entry.layer, kv_head, entry.action) in file:
-                    continue
-                file.append(self._record(kind, index, entry, frozen, paired_policy))
+            for entry in self.missing(kind, index, prompt.prompt_id, file):
+                file.append(self.record(kind, index, entry, frozen, paired_policy))
                 progress(len(file))
 
     def evaluate(self, prompt_index: int, weights: Weights, budget_index: int
@@ -137,14 +159,16 @@ class Rollouts:
             model=self._model, layers=prompt.layers, table=table,
             budget_tokens=self._budgets[budget_index], ppl=prompt.ppl, parameters=self._parameters,
             protect_window=self._protect_window)
-        kept = b"|".join(one.tobytes() for one in decision.keep_indices)
+        # A digest: the sets themselves are tens of kilobytes a candidate on a model of many layers.
+        kept = hashlib.sha256(b"|".join(one.tobytes() for one in decision.keep_indices)).digest()
         losses = self._losses[prompt_index]
         if kept not in losses:
             losses[kept] = prompt.loss(list(decision.keep_indices))
         return decision, losses[kept]
 
-    def _record(self, kind: str, index: int, entry: Entry, frozen: Weights,
-                paired_policy: str) -> dict:
+    def record(self, kind: str, index: int, entry: Entry, frozen: Weights,
+               paired_policy: str) -> dict:
+        """Measures one entry of one prompt."""
         prompt = self._prompts[index]
         decision, loss = self.evaluate(index, self._perturbed(frozen, entry), entry.budget_index)
         record: dict = {
@@ -171,10 +195,3 @@ class Rollouts:
         first = entry.kv_head * group
         heads[entry.budget_index, entry.layer, first : first + group] = entry.action
         return dataclasses.replace(frozen, head_weights=heads)
-
-    def _actions(self, grid: Sequence[float], state: tuple[int, ...], prompt_index: int
-                 ) -> list[float]:
-        """The share of one prompt: consecutive places of one shuffled order per state."""
-        count = min(self._actions_per_state, len(grid))
-        order = np.random.default_rng([self._seed, len(grid), *state]).permutation(len(grid))
-        return [grid[order[(prompt_index * count + i) % len(grid)]] for i in range(count)]
