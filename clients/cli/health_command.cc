@@ -2,21 +2,22 @@
 // while every session is taken.
 #include <google/protobuf/io/coded_stream.h>
 #include <google/protobuf/io/zero_copy_stream_impl_lite.h>
-#include <grpcpp/create_channel.h>
 #include <grpcpp/generic/generic_stub.h>
 
 #include <chrono>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
 
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/notification.h"
 #include "base/status_macros.h"
 #include "clients/cli/command_list.h"
 #include "clients/cli/exit_status.h"
 #include "clients/cli/flag_parser.h"
+#include "clients/cli/server_connection.h"
+#include "clients/cpp/channel.h"
 
 namespace keepset::cli {
 namespace {
@@ -54,13 +55,16 @@ uint32_t DecodeStatus(const grpc::ByteBuffer& response) {
   return status;
 }
 
-absl::Status CheckHealth(const std::string& server, const std::string& service,
+absl::Status CheckHealth(const client::ClientOptions& options, const std::string& service,
                          std::chrono::milliseconds timeout) {
+  absl::StatusOr<std::shared_ptr<grpc::Channel>> channel = client::NewChannel(options);
+  if (!channel.ok()) return WithExitCode(channel.status(), ExitCode::kUsage);
+  const std::string& server = options.address;
   const std::string bytes = EncodeRequest(service);
   const grpc::Slice slice(bytes);
   const grpc::ByteBuffer request(&slice, 1);
   grpc::ByteBuffer response;
-  grpc::GenericStub stub(grpc::CreateChannel(server, grpc::InsecureChannelCredentials()));
+  grpc::GenericStub stub(*std::move(channel));
   grpc::ClientContext context;
   context.set_deadline(std::chrono::system_clock::now() + timeout);
   grpc::Status status;
@@ -93,14 +97,14 @@ absl::Status CheckHealth(const std::string& server, const std::string& service,
 
 absl::Status RunHealth(absl::Span<const std::string> arguments, Console& console) {
   constexpr int64_t kMaxTimeoutMs = 600000;
-  std::optional<std::string> server;
+  ServerFlags server;
   std::optional<std::string> service;
   std::optional<int64_t> timeout_ms;
   bool json = false;
   FlagParser parser("health", "health --server ADDR [--service NAME] [--timeout-ms N] [--json]",
                     "Exit code 0 when the server, or one of its services, is serving; 4 when not "
                     "or when\nnobody answers in time.");
-  parser.Text("--server", "ADDR", "unix:/path/to.sock or host:port", &server)
+  AddServerFlags(parser, &server)
       .Text("--service", "NAME",
             "keepset.v1.CompressionService (ready for work) or an architecture; default: live",
             &service)
@@ -111,19 +115,16 @@ absl::Status RunHealth(absl::Span<const std::string> arguments, Console& console
     return absl::OkStatus();
   }
   KEEPSET_RETURN_IF_ERROR(parser.Parse(arguments, 0, 0).status());
-  if (!server.has_value()) {
+  KEEPSET_RETURN_IF_ERROR(server.Check());
+  if (!server.address.has_value()) {
     return UsageError("--server is missing, want unix:/path/to.sock or host:port");
-  }
-  if (!absl::StrContains(*server, ':')) {
-    return UsageError(
-        absl::StrCat("--server=\"", *server, "\", want unix:/path/to.sock or host:port"));
   }
   const int64_t wait_ms = timeout_ms.value_or(1000);
   if (wait_ms < 1 || wait_ms > kMaxTimeoutMs) {
     return UsageError(absl::StrCat("--timeout-ms=", wait_ms, ", want 1..", kMaxTimeoutMs));
   }
   KEEPSET_RETURN_IF_ERROR(
-      CheckHealth(*server, service.value_or(""), std::chrono::milliseconds(wait_ms)));
+      CheckHealth(server.Options(), service.value_or(""), std::chrono::milliseconds(wait_ms)));
   console.out << (json ? "{\"status\":\"serving\"}" : "serving") << "\n";
   return absl::OkStatus();
 }
