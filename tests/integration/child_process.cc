@@ -9,13 +9,14 @@
 #include <unistd.h>
 
 #include "base/clock.h"
-#include "tests/integration/server_fixture.h"
+#include "tests/integration/eventually.h"
 
 extern char** environ;
 
 namespace keepset::integration {
 
-ChildProcess::ChildProcess(const std::vector<std::string>& arguments, Output output) {
+ChildProcess::ChildProcess(const std::vector<std::string>& arguments, Output output,
+                           const std::vector<std::string>& environment) {
   int ends[2] = {-1, -1};
   EXPECT_EQ(::pipe2(ends, O_CLOEXEC), 0);
   output_.Reset(ends[0]);
@@ -27,7 +28,12 @@ ChildProcess::ChildProcess(const std::vector<std::string>& arguments, Output out
   std::vector<char*> argv;
   for (const std::string& argument : arguments) argv.push_back(const_cast<char*>(argument.c_str()));
   argv.push_back(nullptr);
-  EXPECT_EQ(::posix_spawn(&pid_, argv[0], &actions, nullptr, argv.data(), environ), 0) << argv[0];
+  std::vector<char*> envp;
+  for (const std::string& entry : environment) envp.push_back(const_cast<char*>(entry.c_str()));
+  for (char** entry = environ; *entry != nullptr; ++entry) envp.push_back(*entry);
+  envp.push_back(nullptr);
+  EXPECT_EQ(::posix_spawn(&pid_, argv[0], &actions, nullptr, argv.data(), envp.data()), 0)
+      << argv[0];
   posix_spawn_file_actions_destroy(&actions);
 }
 
@@ -59,11 +65,13 @@ void ChildProcess::Signal(int number) {
   if (pid_ > 0) ::kill(pid_, number);
 }
 
+bool ChildProcess::HasEnded() {
+  if (pid_ > 0 && ::waitpid(pid_, &status_, WNOHANG) == pid_) pid_ = -1;
+  return pid_ < 0;
+}
+
 int ChildProcess::Wait() {
-  if (pid_ > 0 && Eventually([this] { return ::waitpid(pid_, &status_, WNOHANG) == pid_; })) {
-    pid_ = -1;
-  }
-  return pid_ > 0 ? -1 : status_;
+  return Eventually([this] { return HasEnded(); }) ? status_ : -1;
 }
 
 void ChildProcess::Kill() {

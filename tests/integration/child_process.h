@@ -16,8 +16,10 @@ class ChildProcess {
  public:
   enum class Output { kStdout, kStderr };
 
-  // Starts `arguments[0]` and reads `output` of it; the other one is the test's own.
-  ChildProcess(const std::vector<std::string>& arguments, Output output);
+  // Starts `arguments[0]` and reads `output` of it; the other one is the test's own. `environment`:
+  // "NAME=value" beside the test's own.
+  ChildProcess(const std::vector<std::string>& arguments, Output output,
+               const std::vector<std::string>& environment = {});
   // Kills what still runs.
   ~ChildProcess();
   ChildProcess(const ChildProcess&) = delete;
@@ -27,6 +29,7 @@ class ChildProcess {
   // nothing of the kind before the deadline of tests.
   std::string AwaitLine(const std::string& part);
   void Signal(int number);
+  bool HasEnded();
   // The status of waitpid; -1 when it does not end before the deadline of tests.
   int Wait();
   // SIGKILL and Wait.

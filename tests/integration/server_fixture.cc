@@ -8,7 +8,6 @@
 #include <chrono>
 #include <cstdlib>
 #include <filesystem>
-#include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -58,15 +57,6 @@ bool CapturedLog::AwaitLine(const std::vector<std::string>& parts) const {
     }
     return false;
   });
-}
-
-bool Eventually(const std::function<bool()>& condition) {
-  const auto end = std::chrono::steady_clock::now() + absl::ToChronoSeconds(kTestDeadline);
-  while (!condition()) {
-    if (std::chrono::steady_clock::now() > end) return false;
-    std::this_thread::yield();
-  }
-  return true;
 }
 
 TestServer::TestServer(const std::string& config) {

@@ -4,25 +4,21 @@
 
 #include <grpcpp/channel.h>
 
-#include <functional>
 #include <memory>
 #include <sstream>
 #include <streambuf>
 #include <string>
 
 #include "absl/synchronization/mutex.h"
-#include "absl/time/time.h"
 #include "base/log.h"
 #include "keepset/v1/compression.grpc.pb.h"
 #include "keepset/v1/server.grpc.pb.h"
 #include "keepset/v1/session.grpc.pb.h"
 #include "service/server.h"
 #include "tests/fakes/gated_backend.h"
+#include "tests/integration/eventually.h"
 
 namespace keepset::integration {
-
-// Long: only a failing test waits so long.
-inline constexpr absl::Duration kTestDeadline = absl::Seconds(30);
 
 class TempDir {
  public:
@@ -52,9 +48,6 @@ class CapturedLog : private std::streambuf {
   std::ostream stream_;
   Logger logger_;
 };
-
-// Polls until `condition` holds; false after kTestDeadline.
-bool Eventually(const std::function<bool()>& condition);
 
 // Status of grpc.health.v1 at `address`: 1 serving, 2 not serving; negative: the gRPC code.
 int HealthAt(const std::string& address, const std::string& service);

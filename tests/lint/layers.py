@@ -30,6 +30,7 @@ ALLOWED = {
     },
     "service/memory": {"base", "kernels", "proto/side_socket_wire.h"},
     "service/registry": {"base", "tables"},
+    "service/registry/etcd": {"base", "tables", "service/registry", "etcd"},
     "service/metrics": {"base"},
     "service/server_config": {"base", "keepset/v1"},
     "service/rpc": {
@@ -66,7 +67,15 @@ THIRD_PARTY = {
     r"hwy/": {"kernels/cpu", "tests"},
     r"tbb/|oneapi/tbb": {"kernels/cpu", "service/rpc", "tests"},
     r"cuda|cublas": {"kernels/cuda", "tests"},
-    r"grpc": {"proto", "service/rpc", "service", "clients/cpp", "clients/cli", "tests"},
+    r"grpc": {
+        "proto",
+        "service/rpc",
+        "service/registry/etcd",
+        "service",
+        "clients/cpp",
+        "clients/cli",
+        "tests",
+    },
     r"google/protobuf": {
         "proto",
         "service/rpc",
@@ -93,9 +102,10 @@ def room_of(path: str) -> str | None:
 
 
 def targets_of(include: str) -> str | None:
-    """The room an include points into; generated wire types count as keepset/v1."""
-    if include.startswith("keepset/v1/"):
-        return "keepset/v1"
+    """The room an include points into; generated wire types count as keepset/v1 and etcd."""
+    for wire in ("keepset/v1", "etcd"):
+        if include.startswith(wire + "/"):
+            return wire
     return room_of(include)
 
 
