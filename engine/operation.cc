@@ -313,7 +313,9 @@ class OperationImpl final : public Operation {
     result_.ppl = diagnostics.ppl;
     result_.entropy_bin = diagnostics.entropy_bin;
     result_.ppl_bin = diagnostics.ppl_bin;
-    result_.defaulted_inputs = std::move(diagnostics.defaulted_inputs);
+    for (const DefaultedInput input : diagnostics.defaulted_inputs) {
+      result_.defaulted_inputs.emplace_back(DefaultedInputName(input));
+    }
     result_.relaxed = std::move(diagnostics.relaxed);
     result_.backend = backend_.name();
     const int64_t num_kv_heads = spec().model.num_kv_heads;

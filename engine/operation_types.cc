@@ -49,6 +49,14 @@ absl::string_view ReasonName(Reason reason) {
   return "";
 }
 
+absl::string_view DefaultedInputName(DefaultedInput input) {
+  switch (input) {
+    case DefaultedInput::kPpl:
+      return "ppl";
+  }
+  return "";
+}
+
 absl::StatusOr<Scope> ParseScope(absl::string_view name) {
   for (const Scope scope :
        {Scope::kLayerElastic, Scope::kLayerEqual, Scope::kSequence, Scope::kKvHead}) {

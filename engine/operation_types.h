@@ -108,6 +108,10 @@ struct LayerResult {
   std::optional<int64_t> entropy_bin;
 };
 
+// Inputs a policy may go on without when the request allows it; the result names those that were.
+enum class DefaultedInput { kPpl };
+inline constexpr DefaultedInput kDefaultedInputs[] = {DefaultedInput::kPpl};
+
 struct StageTimes {
   absl::Duration score;
   absl::Duration select;
@@ -141,6 +145,7 @@ struct OperationResult {
 absl::string_view ScopeName(Scope scope);
 absl::string_view OutcomeName(Outcome outcome);
 absl::string_view ReasonName(Reason reason);
+absl::string_view DefaultedInputName(DefaultedInput input);  // "ppl"
 // InvalidArgument lists the known scopes.
 absl::StatusOr<Scope> ParseScope(absl::string_view name);
 

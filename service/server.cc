@@ -19,6 +19,7 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/synchronization/notification.h"
 #include "base/status_macros.h"
+#include "engine/operation_types.h"
 #include "engine/policies/policy_registry.h"
 #include "kernels/backend_registry.h"
 #include "service/health_board.h"
@@ -26,7 +27,9 @@
 #include "service/memory/session_manager.h"
 #include "service/memory/side_socket.h"
 #include "service/metrics/metrics.h"
+#include "service/metrics/process_usage.h"
 #include "service/reflection_choice.h"
+#include "service/registry/source_registry.h"
 #include "service/registry/table_source.h"
 #include "service/rpc/compression_service.h"
 #include "service/rpc/server_service.h"
@@ -43,6 +46,8 @@ namespace {
 constexpr int64_t kMessageSlackBytes = int64_t{16} << 20;
 // How often leases are checked and gauges written.
 constexpr absl::Duration kTimerPeriod = absl::Milliseconds(500);
+// Counting descriptors and mappings takes longer than the other gauges and moves slowly.
+constexpr int64_t kTicksPerUsage = 10;
 // After the last answer: time for replies on their way, then open calls are cut.
 constexpr auto kShutdownGrace = std::chrono::milliseconds(500);
 constexpr absl::string_view kMetricsOff = "off";
@@ -73,6 +78,21 @@ absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> TcpCredentials(
     ssl.client_certificate_request = GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY;
   }
   return grpc::SslServerCredentials(ssl);
+}
+
+std::vector<std::string> DefaultedInputNames() {
+  std::vector<std::string> names;
+  for (const engine::DefaultedInput input : engine::kDefaultedInputs) {
+    names.emplace_back(engine::DefaultedInputName(input));
+  }
+  return names;
+}
+
+// Uploads come from nobody's watcher: they are one more source.
+std::vector<std::string> TableSourceNames() {
+  std::vector<std::string> names = ListTableSources();
+  names.emplace_back("upload");
+  return names;
 }
 
 class ServerImpl final : public Server {
@@ -121,8 +141,13 @@ class ServerImpl final : public Server {
           return kind != "posix_shm" || config_.memory().allow_posix_shm();
         });
     for (const auto& transport : transports) transport_kinds_.emplace_back(transport->kind());
-    metrics_ = Metrics::New({std::string(ServerVersion()), backend_->name()}, policies_->Names(),
-                            transport_kinds_);
+    metrics_ = Metrics::New({std::string(ServerVersion()), backend_->name()},
+                            {.policies = policies_->Names(),
+                             .region_kinds = transport_kinds_,
+                             .defaulted_inputs = DefaultedInputNames(),
+                             .table_sources = TableSourceNames()});
+    metrics_->SetQueueCapacity(config_.limits().queue_capacity());
+    metrics_->SetProcessUsage(ReadProcessUsage());
     session_observer_ = std::make_unique<ServerSessionObserver>(
         *metrics_, log_, [this](absl::string_view session_id) {
           fences_.Forget(session_id);
@@ -166,6 +191,7 @@ class ServerImpl final : public Server {
     if (config_.tables_directory().empty()) return absl::OkStatus();
     table_source_ = NewDirectorySource({.directory = config_.tables_directory()}, tables_, clock_,
                                        table_observer_.get());
+    metrics_->EnableTableSource(table_source_->kind());
     absl::Status status = table_source_->Start();
     if (status.ok()) return status;
     return {status.code(), absl::StrCat("tables_directory=\"", config_.tables_directory(),
@@ -309,14 +335,16 @@ class ServerImpl final : public Server {
   }
 
   void RunTimer() {
-    do {
+    for (int64_t tick = 0;; ++tick) {
       sessions_->ReapExpired();
       const SessionCounts counts = sessions_->Counts();
       metrics_->SetSessions(counts.sessions);
       for (const SessionCounts::ByKind& kind : counts.regions) {
         metrics_->SetRegions(kind.kind, kind.regions, kind.bytes);
       }
-    } while (!stop_timer_.WaitForNotificationWithTimeout(kTimerPeriod));
+      if (tick % kTicksPerUsage == 0) metrics_->SetProcessUsage(ReadProcessUsage());
+      if (stop_timer_.WaitForNotificationWithTimeout(kTimerPeriod)) return;
+    }
   }
 
   void LogReady() {

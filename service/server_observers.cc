@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "tables/table_file.h"
 
 namespace keepset::service {
 namespace {
@@ -54,13 +55,26 @@ void ServerSessionObserver::OnRegionRefused(absl::string_view kind, const absl::
                {{"kind", std::string(kind)}, {"error", std::string(why.message())}});
 }
 
+TableInfoSample TableSampleOf(const tables::DecisionTable& table) {
+  TableInfoSample sample;
+  sample.model = table.model().architecture;
+  sample.name = table.identity().name;
+  sample.version = table.identity().version;
+  sample.digest = table.identity().digest;
+  sample.created = tables::TableCreated(table).value_or(absl::UnixEpoch());
+  if (const tables::CompilerKvTable* grid = table.AsCompilerKv()) {
+    sample.num_entropy_bins = static_cast<int64_t>(grid->entropy_edges().size()) + 1;
+    sample.num_ppl_bins = static_cast<int64_t>(grid->ppl_edges().size()) + 1;
+  }
+  return sample;
+}
+
 void ServerTableObserver::OnPublished(const tables::TableSnapshot& snapshot) {
   std::vector<TableInfoSample> samples;
   std::set<std::string> models;
   for (const auto& table : snapshot.tables) {
     const tables::TableIdentity& identity = table->identity();
-    samples.push_back(
-        {table->model().architecture, identity.name, identity.version, identity.digest});
+    samples.push_back(TableSampleOf(*table));
     models.insert(table->model().architecture);
     log_.Info("table_active", {{"name", identity.name},
                                {"version", identity.version},
@@ -69,6 +83,7 @@ void ServerTableObserver::OnPublished(const tables::TableSnapshot& snapshot) {
   }
   metrics_.SetTables(samples, clock_.Now());
   metrics_.RecordReload(Metrics::Reload::kSuccess);
+  metrics_.RecordSourceSync("directory", clock_.Now());
   health_.SetModels(std::move(models));
 }
 

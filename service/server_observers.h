@@ -35,6 +35,9 @@ class ServerSessionObserver final : public SessionObserver {
   const std::function<void(absl::string_view)> forget_;
 };
 
+// What the metrics say of an active table.
+TableInfoSample TableSampleOf(const tables::DecisionTable& table);
+
 class ServerTableObserver final : public TableSourceObserver {
  public:
   ServerTableObserver(Metrics& metrics, Logger& log, HealthBoard& health, const Clock& clock)

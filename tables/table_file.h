@@ -12,6 +12,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "tables/decision_table.h"
 
@@ -69,6 +70,10 @@ absl::StatusOr<CompilerKvTableContent> ImportReferenceDirectory(const std::strin
 // evaluation, ignored, and what the kind holds (compilerkv: tensors with shape and range, budgets,
 // bins, edges).
 std::string InspectTable(const DecisionTable& table);
+
+// When the table was made, as its provenance says ("created", RFC 3339); nothing when it says
+// nothing of the kind.
+std::optional<absl::Time> TableCreated(const DecisionTable& table);
 
 // What differs between two tables, a line each; empty when the content is the same.
 std::vector<std::string> DiffTables(const DecisionTable& a, const DecisionTable& b);

@@ -202,7 +202,7 @@ class CompilerKvPolicy final : public RetentionPolicy {
               "missing_ppl=median");
         }
         diagnostics_.ppl = MedianEdge(table_->ppl_edges());
-        diagnostics_.defaulted_inputs.emplace_back("ppl");
+        diagnostics_.defaulted_inputs.push_back(DefaultedInput::kPpl);
       }
       ppl_bin_ = tables::BinOf(table_->ppl_edges(), *diagnostics_.ppl);
     }

@@ -69,7 +69,7 @@ struct PolicyDiagnostics {
   std::optional<double> ppl;
   std::optional<int64_t> entropy_bin;
   std::optional<int64_t> ppl_bin;
-  std::vector<std::string> defaulted_inputs;
+  std::vector<DefaultedInput> defaulted_inputs;
   std::vector<std::string> relaxed;
 };
 

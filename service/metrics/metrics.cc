@@ -3,7 +3,6 @@
 #include <array>
 #include <cstddef>
 #include <iterator>
-#include <map>
 #include <set>
 #include <string>
 #include <utility>
@@ -14,7 +13,6 @@
 #include "absl/strings/ascii.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
-#include "base/check.h"
 #include "base/status_macros.h"
 #include "prometheus/counter.h"
 #include "prometheus/family.h"
@@ -22,8 +20,10 @@
 #include "prometheus/histogram.h"
 #include "prometheus/registry.h"
 #include "prometheus/text_serializer.h"
+#include "service/metrics/families.h"
 #include "service/metrics/metric_names.h"
 #include "service/metrics/metrics_endpoint.h"
+#include "service/metrics/table_series.h"
 
 namespace keepset::service {
 namespace {
@@ -33,63 +33,15 @@ using prometheus::Family;
 using prometheus::Gauge;
 using prometheus::Histogram;
 
+static_assert(std::size(kShadowValues) == static_cast<size_t>(ShadowSample::Result::kFailed) + 1);
 static_assert(std::size(kStageValues) == kNumStages);
 static_assert(std::size(kRejectValues) == static_cast<size_t>(Reject::kFence) + 1);
 
 constexpr absl::string_view kUnknownPolicy = "unknown";
 
-Family<Counter>& CounterFamily(prometheus::Registry& registry, const MetricInfo& info) {
-  KEEPSET_CHECK(info.type == MetricType::kCounter);
-  return prometheus::BuildCounter()
-      .Name(std::string(info.name))
-      .Help(std::string(info.help))
-      .Register(registry);
-}
-
-Family<Gauge>& GaugeFamily(prometheus::Registry& registry, const MetricInfo& info) {
-  KEEPSET_CHECK(info.type == MetricType::kGauge);
-  return prometheus::BuildGauge()
-      .Name(std::string(info.name))
-      .Help(std::string(info.help))
-      .Register(registry);
-}
-
-Family<Histogram>& HistogramFamily(prometheus::Registry& registry, const MetricInfo& info) {
-  KEEPSET_CHECK(info.type == MetricType::kHistogram);
-  return prometheus::BuildHistogram()
-      .Name(std::string(info.name))
-      .Help(std::string(info.help))
-      .Register(registry);
-}
-
-// The series of a family with one label, made at construction; a value outside the set is
-// kOtherValue's series.
-template <typename T>
-class LabelledSeries {
- public:
-  template <typename Values>
-  LabelledSeries(Family<T>& family, const MetricInfo& info, const Values& values) {
-    for (const auto& value : values) Add(family, info, value);
-    Add(family, info, kOtherValue);
-  }
-
-  T& Of(absl::string_view value) const {
-    const auto it = series_.find(value);
-    return it == series_.end() ? *series_.find(kOtherValue)->second : *it->second;
-  }
-
- private:
-  void Add(Family<T>& family, const MetricInfo& info, absl::string_view value) {
-    series_[std::string(value)] = &family.Add({{std::string(info.labels), std::string(value)}});
-  }
-
-  absl::flat_hash_map<std::string, T*> series_;
-};
-
 class PrometheusMetrics : public Metrics {
  public:
-  PrometheusMetrics(const BuildInfo& build, const std::vector<std::string>& policies,
-                    const std::vector<std::string>& region_kinds)
+  PrometheusMetrics(const BuildInfo& build, const LabelValues& values)
       : registry_(std::make_shared<prometheus::Registry>()),
         input_tokens_(CounterFamily(*registry_, kInputTokensTotal).Add({})),
         retained_tokens_(CounterFamily(*registry_, kRetainedTokensTotal).Add({})),
@@ -99,24 +51,49 @@ class PrometheusMetrics : public Metrics {
                            .Add({}, Histogram::BucketBoundaries(std::begin(kKeptFractionBuckets),
                                                                 std::end(kKeptFractionBuckets)))),
         defaulted_inputs_(CounterFamily(*registry_, kDefaultedInputsTotal), kDefaultedInputsTotal,
-                          kDefaultedInputValues),
+                          values.defaulted_inputs),
         reloads_(CounterFamily(*registry_, kTableReloadsTotal), kTableReloadsTotal, kReloadValues),
+        source_enabled_(GaugeFamily(*registry_, kTableSourceEnabled), kTableSourceEnabled,
+                        values.table_sources),
+        source_healthy_(GaugeFamily(*registry_, kTableSourceHealthy), kTableSourceHealthy,
+                        values.table_sources),
+        source_last_sync_(GaugeFamily(*registry_, kTableSourceLastSyncTimestampSeconds),
+                          kTableSourceLastSyncTimestampSeconds, values.table_sources),
+        source_failures_(CounterFamily(*registry_, kTableSourceFailuresTotal),
+                         kTableSourceFailuresTotal, values.table_sources),
+        shadow_operations_(CounterFamily(*registry_, kShadowOperationsTotal),
+                           kShadowOperationsTotal, kShadowValues),
+        shadow_overlap_(HistogramFamily(*registry_, kShadowKeptOverlap)
+                            .Add({}, Histogram::BucketBoundaries(std::begin(kOverlapBuckets),
+                                                                 std::end(kOverlapBuckets)))),
+        shadow_decided_bytes_(CounterFamily(*registry_, kShadowDecidedBytesTotal).Add({})),
+        shadow_would_be_bytes_(CounterFamily(*registry_, kShadowWouldBeBytesTotal).Add({})),
+        shadow_duration_(HistogramFamily(*registry_, kShadowDurationSeconds)
+                             .Add({}, Histogram::BucketBoundaries(std::begin(kStageBucketsSeconds),
+                                                                  std::end(kStageBucketsSeconds)))),
         last_success_(GaugeFamily(*registry_, kTableLastSuccessTimestampSeconds).Add({})),
         sessions_(GaugeFamily(*registry_, kSessions).Add({})),
         sessions_ended_(CounterFamily(*registry_, kSessionsEndedTotal), kSessionsEndedTotal,
                         kSessionEndValues),
-        regions_(GaugeFamily(*registry_, kRegions), kRegions, region_kinds),
-        region_bytes_(GaugeFamily(*registry_, kRegionBytes), kRegionBytes, region_kinds),
+        regions_(GaugeFamily(*registry_, kRegions), kRegions, values.region_kinds),
+        region_bytes_(GaugeFamily(*registry_, kRegionBytes), kRegionBytes, values.region_kinds),
         import_failures_(CounterFamily(*registry_, kRegionImportFailuresTotal),
-                         kRegionImportFailuresTotal, region_kinds),
+                         kRegionImportFailuresTotal, values.region_kinds),
         queue_depth_(GaugeFamily(*registry_, kQueueDepth).Add({})),
+        queue_capacity_(GaugeFamily(*registry_, kQueueCapacity).Add({})),
         in_flight_(GaugeFamily(*registry_, kOperationsInFlight).Add({})),
         rejected_(CounterFamily(*registry_, kRejectedTotal), kRejectedTotal, kRejectValues),
-        table_info_(GaugeFamily(*registry_, kTableInfo)) {
-    AddOperationSeries(policies);
+        open_fds_(GaugeFamily(*registry_, kProcessOpenFds).Add({})),
+        max_fds_(GaugeFamily(*registry_, kProcessMaxFds).Add({})),
+        memory_mappings_(GaugeFamily(*registry_, kProcessMemoryMappings).Add({})),
+        max_memory_mappings_(GaugeFamily(*registry_, kProcessMaxMemoryMappings).Add({})),
+        locked_bytes_(GaugeFamily(*registry_, kProcessLockedMemoryBytes).Add({})),
+        max_locked_bytes_(GaugeFamily(*registry_, kProcessMaxLockedMemoryBytes).Add({})),
+        resident_bytes_(GaugeFamily(*registry_, kProcessResidentMemoryBytes).Add({})),
+        tables_(*registry_) {
+    AddOperationSeries(values.policies);
     AddStageSeries();
     for (size_t i = 0; i < rejects_.size(); ++i) rejects_[i] = &rejected_.Of(kRejectValues[i]);
-    tables_[{}] = &table_info_.Add(Labels({}));
     GaugeFamily(*registry_, kBuildInfo)
         .Add({{"version", build.version}, {"backend", build.backend}})
         .Set(1);
@@ -141,34 +118,29 @@ class PrometheusMetrics : public Metrics {
     for (const std::string& input : sample.defaulted_inputs) {
       defaulted_inputs_.Of(input).Increment();
     }
+    tables_.RecordOperation(sample);
+  }
+
+  void RecordShadow(const ShadowSample& sample) override {
+    shadow_operations_.Of(kShadowValues[static_cast<size_t>(sample.result)]).Increment();
+    if (sample.result != ShadowSample::Result::kScored) return;
+    shadow_overlap_.Observe(sample.kept_overlap);
+    shadow_decided_bytes_.Increment(static_cast<double>(sample.decided_bytes));
+    shadow_would_be_bytes_.Increment(static_cast<double>(sample.would_be_bytes));
+    shadow_duration_.Observe(absl::ToDoubleSeconds(sample.time));
   }
 
   void RecordReject(Reject why) override { rejects_[static_cast<size_t>(why)]->Increment(); }
   void SetQueueDepth(int64_t waiting) override { queue_depth_.Set(static_cast<double>(waiting)); }
+  void SetQueueCapacity(int64_t capacity) override {
+    queue_capacity_.Set(static_cast<double>(capacity));
+  }
   void SetOperationsInFlight(int64_t running) override {
     in_flight_.Set(static_cast<double>(running));
   }
 
   void SetTables(const std::vector<TableInfoSample>& tables, absl::Time now) override {
-    std::set<TableKey> wanted;
-    for (const TableInfoSample& t : tables) wanted.insert({t.model, t.name, t.version, t.digest});
-    const bool none = wanted.empty();
-    if (none) wanted.insert(TableKey{});
-    absl::MutexLock lock(&mutex_);
-    // New series appear before old ones go: a scrape in between never finds a gap.
-    for (const TableKey& key : wanted) {
-      Gauge*& gauge = tables_[key];
-      if (gauge == nullptr) gauge = &table_info_.Add(Labels(key));
-      gauge->Set(none ? 0 : 1);
-    }
-    for (auto it = tables_.begin(); it != tables_.end();) {
-      if (wanted.count(it->first) != 0) {
-        ++it;
-        continue;
-      }
-      table_info_.Remove(it->second);
-      it = tables_.erase(it);
-    }
+    tables_.SetTables(tables);
     last_success_.Set(absl::ToDoubleSeconds(now - absl::UnixEpoch()));
   }
 
@@ -176,6 +148,25 @@ class PrometheusMetrics : public Metrics {
     reloads_.Of(kReloadValues[result == Reload::kSuccess ? 0 : 1]).Increment();
   }
 
+  void EnableTableSource(absl::string_view source) override { source_enabled_.Of(source).Set(1); }
+  void RecordSourceSync(absl::string_view source, absl::Time now) override {
+    source_last_sync_.Of(source).Set(absl::ToDoubleSeconds(now - absl::UnixEpoch()));
+    source_healthy_.Of(source).Set(1);
+  }
+  void RecordSourceFailure(absl::string_view source) override {
+    source_healthy_.Of(source).Set(0);
+    source_failures_.Of(source).Increment();
+  }
+
+  void SetProcessUsage(const ProcessUsage& usage) override {
+    open_fds_.Set(usage.open_fds);
+    max_fds_.Set(usage.max_fds);
+    memory_mappings_.Set(usage.memory_mappings);
+    max_memory_mappings_.Set(usage.max_memory_mappings);
+    locked_bytes_.Set(usage.locked_bytes);
+    max_locked_bytes_.Set(usage.max_locked_bytes);
+    resident_bytes_.Set(usage.resident_bytes);
+  }
   void SetSessions(int64_t sessions) override { sessions_.Set(static_cast<double>(sessions)); }
   void SetRegions(absl::string_view kind, int64_t regions, uint64_t bytes) override {
     regions_.Of(kind).Set(static_cast<double>(regions));
@@ -201,12 +192,7 @@ class PrometheusMetrics : public Metrics {
   }
 
  private:
-  using TableKey = std::array<std::string, 4>;  // model, name, version, digest
   using OperationKey = std::pair<std::string, std::string>;
-
-  static prometheus::Labels Labels(const TableKey& key) {
-    return {{"model", key[0]}, {"name", key[1]}, {"version", key[2]}, {"digest", key[3]}};
-  }
 
   void AddOperationSeries(const std::vector<std::string>& policies) {
     Family<Counter>& by_outcome = CounterFamily(*registry_, kCompressOperationsTotal);
@@ -273,6 +259,15 @@ class PrometheusMetrics : public Metrics {
   Histogram& kept_fraction_;
   const LabelledSeries<Counter> defaulted_inputs_;
   const LabelledSeries<Counter> reloads_;
+  const LabelledSeries<Gauge> source_enabled_;
+  const LabelledSeries<Gauge> source_healthy_;
+  const LabelledSeries<Gauge> source_last_sync_;
+  const LabelledSeries<Counter> source_failures_;
+  const LabelledSeries<Counter> shadow_operations_;
+  Histogram& shadow_overlap_;
+  Counter& shadow_decided_bytes_;
+  Counter& shadow_would_be_bytes_;
+  Histogram& shadow_duration_;
   Gauge& last_success_;
   Gauge& sessions_;
   const LabelledSeries<Counter> sessions_ended_;
@@ -280,23 +275,28 @@ class PrometheusMetrics : public Metrics {
   const LabelledSeries<Gauge> region_bytes_;
   const LabelledSeries<Counter> import_failures_;
   Gauge& queue_depth_;
+  Gauge& queue_capacity_;
   Gauge& in_flight_;
   const LabelledSeries<Counter> rejected_;
   std::array<Counter*, std::size(kRejectValues)> rejects_ = {};
-  Family<Gauge>& table_info_;
+  Gauge& open_fds_;
+  Gauge& max_fds_;
+  Gauge& memory_mappings_;
+  Gauge& max_memory_mappings_;
+  Gauge& locked_bytes_;
+  Gauge& max_locked_bytes_;
+  Gauge& resident_bytes_;
+  TableSeries tables_;
 
   absl::Mutex mutex_;
-  std::map<TableKey, Gauge*> tables_ ABSL_GUARDED_BY(mutex_);
   // Last: stops serving before anything above goes.
   std::unique_ptr<MetricsEndpoint> endpoint_ ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace
 
-std::unique_ptr<Metrics> Metrics::New(const BuildInfo& build,
-                                      const std::vector<std::string>& policies,
-                                      const std::vector<std::string>& region_kinds) {
-  return std::make_unique<PrometheusMetrics>(build, policies, region_kinds);
+std::unique_ptr<Metrics> Metrics::New(const BuildInfo& build, const LabelValues& values) {
+  return std::make_unique<PrometheusMetrics>(build, values);
 }
 
 }  // namespace keepset::service

@@ -7,12 +7,14 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
+#include "service/metrics/process_usage.h"
 
 namespace keepset::service {
 
@@ -23,6 +25,7 @@ inline constexpr int kNumStages = 6;
 // What one ended operation adds. Names are those of formats.md.
 struct OperationSample {
   std::string policy;   // a known policy, else "unknown"
+  std::string model;    // architecture the request states
   std::string outcome;  // "compressed", "kept_full", "shadow", "error", "cancelled"
   std::string reason;   // "none", "below_budget" ..., or the canonical code of an error
   absl::Duration stages[kNumStages] = {};
@@ -30,7 +33,25 @@ struct OperationSample {
   int64_t kept_tokens = 0;   // sum over layers (mean over KV heads in scope kv_head)
   int64_t bytes_before = 0;
   int64_t bytes_after = 0;
+  // Cell of the table's grid, where the operation has one.
+  std::optional<int64_t> entropy_bin;
+  std::optional<int64_t> ppl_bin;
   std::vector<std::string> defaulted_inputs;
+};
+
+// What asking a second table about an operation came to.
+struct ShadowSample {
+  enum class Result {
+    kScored,
+    kSkipped,  // the operation decided nothing, or there was no time to spare
+    kFailed,
+  };
+  Result result = Result::kScored;
+  // kScored only.
+  double kept_overlap = 0;
+  int64_t decided_bytes = 0;
+  int64_t would_be_bytes = 0;
+  absl::Duration time;
 };
 
 struct TableInfoSample {
@@ -38,6 +59,10 @@ struct TableInfoSample {
   std::string name;
   std::string version;
   std::string digest;
+  absl::Time created = absl::UnixEpoch();  // the epoch: not known
+  // Cells of its grid; 0 for kinds without one.
+  int64_t num_entropy_bins = 0;
+  int64_t num_ppl_bins = 0;
 };
 
 enum class Reject {
@@ -56,22 +81,33 @@ class Metrics {
     std::string version;
     std::string backend;
   };
-  // `policies` and `region_kinds` bound the labels.
-  static std::unique_ptr<Metrics> New(const BuildInfo& build,
-                                      const std::vector<std::string>& policies,
-                                      const std::vector<std::string>& region_kinds);
+  // The values labels are bounded by.
+  struct LabelValues {
+    std::vector<std::string> policies;
+    std::vector<std::string> region_kinds;
+    std::vector<std::string> defaulted_inputs;
+    std::vector<std::string> table_sources;
+  };
+  static std::unique_ptr<Metrics> New(const BuildInfo& build, const LabelValues& values);
   virtual ~Metrics() = default;
 
   virtual void RecordOperation(const OperationSample& sample) = 0;
   virtual void RecordReject(Reject why) = 0;
+  virtual void RecordShadow(const ShadowSample& sample) = 0;
   virtual void SetQueueDepth(int64_t waiting) = 0;
+  virtual void SetQueueCapacity(int64_t capacity) = 0;
   virtual void SetOperationsInFlight(int64_t running) = 0;
 
-  // Replaces the table_info series.
+  // Replaces the series of tables and models, and makes room for their grids.
   virtual void SetTables(const std::vector<TableInfoSample>& tables, absl::Time now) = 0;
   enum class Reload { kSuccess, kRefused };
   virtual void RecordReload(Reload result) = 0;
 
+  virtual void EnableTableSource(absl::string_view source) = 0;
+  virtual void RecordSourceSync(absl::string_view source, absl::Time now) = 0;
+  virtual void RecordSourceFailure(absl::string_view source) = 0;
+
+  virtual void SetProcessUsage(const ProcessUsage& usage) = 0;
   virtual void SetSessions(int64_t sessions) = 0;
   virtual void SetRegions(absl::string_view kind, int64_t regions, uint64_t bytes) = 0;
   virtual void RecordSessionEnd(absl::string_view why) = 0;  // "closed", "replaced", "hang_up", ...

@@ -1,8 +1,8 @@
 #include "service/rpc/compress_reactor.h"
 
-#include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <iterator>
 #include <memory>
 #include <utility>
 
@@ -13,8 +13,6 @@
 namespace keepset::service {
 namespace {
 
-// A W3C traceparent has 55 characters.
-constexpr size_t kMaxTraceparent = 64;
 // The client's cancellation at its deadline comes before the deadline as the server counts it, from
 // the arrival of the call and rounded up.
 constexpr auto kDeadlineSlack = std::chrono::milliseconds(50);
@@ -126,9 +124,10 @@ grpc::ServerUnaryReactor* StartCompress(const ServiceContext& context,
 CallInfo CallInfoOf(const char* method, const grpc::CallbackServerContext& call) {
   CallInfo info;
   info.method = method;
-  const auto it = call.client_metadata().find("traceparent");
-  if (it != call.client_metadata().end()) {
-    info.traceparent.assign(it->second.data(), std::min(it->second.size(), kMaxTraceparent));
+  const auto [begin, end] = call.client_metadata().equal_range("traceparent");
+  // Of several ones nobody can say which counts.
+  if (begin != end && std::next(begin) == end) {
+    info.trace = ParseTraceparent({begin->second.data(), begin->second.size()});
   }
   return info;
 }

@@ -17,7 +17,7 @@ grpc::ServerUnaryReactor* StartCompress(const ServiceContext& context,
                                         const v1::CompressRequest& request,
                                         v1::CompressResponse& response);
 
-// Value of the call's "traceparent" metadata, shortened to a log's measure; empty without one.
+// With the trace context of the call's metadata, when there is exactly one and it is valid.
 CallInfo CallInfoOf(const char* method, const grpc::CallbackServerContext& call);
 
 }  // namespace keepset::service

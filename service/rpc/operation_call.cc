@@ -39,6 +39,7 @@ OperationCall::OperationCall(const ServiceContext& context, const CallInfo& info
       snapshot_(context.tables.Snapshot()),
       leases_(context.sessions, spec.session_id()) {
   sample_.policy = spec.policy();
+  sample_.model = spec.model().architecture();
 }
 
 OperationCall::~OperationCall() { End(absl::CancelledError("dropped")).IgnoreError(); }
@@ -190,6 +191,8 @@ void OperationCall::EncodeInto(const engine::OperationResult& result, v1::Operat
   sample_.kept_tokens = KeptTokens(result);
   sample_.bytes_before = result.bytes_before;
   sample_.bytes_after = result.bytes_after;
+  sample_.entropy_bin = result.entropy_bin;
+  sample_.ppl_bin = result.ppl_bin;
   sample_.defaulted_inputs = result.defaulted_inputs;
   sample_.stages[static_cast<int>(Stage::kScore)] = result.times.score;
   sample_.stages[static_cast<int>(Stage::kSelect)] = result.times.select;
@@ -259,6 +262,7 @@ absl::Status OperationCall::End(const absl::Status& status) {
     sample_.outcome = absl::IsCancelled(status) ? "cancelled" : "error";
     sample_.reason = absl::StatusCodeToString(status.code());
     sample_.kept_tokens = sample_.bytes_before = sample_.bytes_after = 0;
+    sample_.entropy_bin.reset();
     RecordReject(status);
   }
   sample_.stages[static_cast<int>(Stage::kQueue)] = queue_time_;
@@ -321,7 +325,10 @@ void OperationCall::WriteLogLine(const absl::Status& status) {
   if (table_.has_value()) {
     fields.emplace_back("table", absl::StrCat(table_->name, "@", table_->version));
   }
-  if (!info_.traceparent.empty()) fields.emplace_back("traceparent", info_.traceparent);
+  if (info_.trace.has_value()) {
+    fields.emplace_back("trace_id", info_.trace->trace_id);
+    fields.emplace_back("span_id", info_.trace->span_id);
+  }
   if (!status.ok()) {
     fields.emplace_back("error", std::string(status.message().substr(0, kMaxLoggedError)));
   }

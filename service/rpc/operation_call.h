@@ -24,13 +24,14 @@
 #include "keepset/v1/compression.pb.h"
 #include "service/rpc/lease_set.h"
 #include "service/rpc/service_context.h"
+#include "service/rpc/trace_context.h"
 
 namespace keepset::service {
 
 // What is known of the call an operation came in with.
 struct CallInfo {
-  std::string method;       // "Compress", "CompressStream"
-  std::string traceparent;  // W3C trace context of the call's metadata, may be empty
+  std::string method;                 // "Compress", "CompressStream"
+  std::optional<TraceContext> trace;  // of the call's metadata
 };
 
 class OperationCall {

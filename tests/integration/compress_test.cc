@@ -387,7 +387,27 @@ TEST(Compress, WritesOneLogLineWithTheCallersIds) {
                   .ok());
   EXPECT_TRUE(server.log().AwaitLine({"operation", "request_id=request-1", "policy=tova",
                                       "outcome=compressed", "reason=none", "transport=inline",
-                                      "traceparent=00-0af7651916cd43dd8448eb211c80319c"}));
+                                      "trace_id=0af7651916cd43dd8448eb211c80319c",
+                                      "span_id=b7ad6b7169203331"}));
+}
+
+TEST(Compress, LeavesAnInvalidTraceContextOutOfTheLog) {
+  for (const std::vector<const char*>& headers : std::vector<std::vector<const char*>>{
+           {"00-00000000000000000000000000000000-b7ad6b7169203331-01"},
+           {"not a trace"},
+           {"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+            "00-1af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}}) {
+    TestServer server;
+    const fakes::SyntheticPrompt prompt({});
+    const auto context = NewContext();
+    for (const char* header : headers) context->AddMetadata("traceparent", header);
+    v1::CompressResponse response;
+    ASSERT_TRUE(server.compression()
+                    ->Compress(context.get(), WireRequest(prompt, "tova", kBudget), &response)
+                    .ok());
+    ASSERT_TRUE(server.log().AwaitLine({"operation", "request_id=request-1"}));
+    EXPECT_THAT(server.log().text(), ::testing::Not(HasSubstr("trace_id")));
+  }
 }
 
 TEST(Compress, CountsTheOperationInTheMetrics) {

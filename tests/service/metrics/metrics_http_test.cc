@@ -24,7 +24,7 @@ namespace keepset::service {
 namespace {
 
 std::unique_ptr<Metrics> NewTestMetrics() {
-  return Metrics::New({"0.1.0", "cpu/scalar"}, {"full"}, {"memfd"});
+  return Metrics::New({"0.1.0", "cpu/scalar"}, {{"full"}, {"memfd"}, {"ppl"}, {"directory"}});
 }
 
 // The body of one GET /metrics, or "" with a test failure.
@@ -137,6 +137,16 @@ TEST(MetricsPage, PassesPromtool) {
   sample.stages[0] = absl::Microseconds(20);
   sample.input_tokens = sample.kept_tokens = 10;
   metrics->RecordOperation(sample);
+  sample.policy = "compilerkv";
+  sample.entropy_bin = 3;
+  metrics->RecordOperation(sample);
+  ShadowSample shadow;
+  shadow.kept_overlap = 0.75;
+  shadow.time = absl::Milliseconds(1);
+  metrics->RecordShadow(shadow);
+  metrics->SetProcessUsage(ReadProcessUsage());
+  metrics->EnableTableSource("directory");
+  metrics->RecordSourceSync("directory", absl::Now());
   metrics->SetTables({{"llama", "name \"quoted\"\\\n", "1", "sha256:aa"}}, absl::UnixEpoch());
   const std::string path = testing::TempDir() + absl::StrCat("/keepset_page_", getpid(), ".txt");
   std::ofstream(path) << metrics->Render();

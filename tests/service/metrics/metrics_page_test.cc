@@ -11,6 +11,7 @@
 #include "absl/strings/str_replace.h"
 #include "absl/strings/str_split.h"
 #include "absl/strings/string_view.h"
+#include "engine/operation_types.h"
 #include "gtest/gtest.h"
 #include "service/metrics/metric_names.h"
 #include "service/metrics/metrics.h"
@@ -48,7 +49,8 @@ std::string WantedPage() {
       "Written from `service/metrics/metric_names.h` by `metrics_page_test --update`; a test fails "
       "when the two differ.\n\n",
       "`keepsetd` serves these series at `/metrics` on `--metrics-listen`, in Prometheus text "
-      "format. All exist from the start, with value 0. The listener adds its own `exposer_*` "
+      "format. All exist from the start, with value 0; the exceptions are the series whose "
+      "labels follow the active tables. The listener adds its own `exposer_*` "
       "series to the page it serves.\n\n",
       "| name | type | labels | meaning |\n|---|---|---|---|\n");
   for (const MetricInfo& info : kAllMetrics) {
@@ -66,17 +68,27 @@ std::string WantedPage() {
     }
     absl::StrAppend(&page, ValueRow(absl::StrCat("reason` of outcome `", outcome), of_outcome));
   }
+  std::vector<absl::string_view> inputs;
+  for (engine::DefaultedInput input : engine::kDefaultedInputs) {
+    inputs.push_back(engine::DefaultedInputName(input));
+  }
   absl::StrAppend(
       &page, ValueRow("outcome", kOutcomes),
       absl::StrCat("| `stage` | `", absl::StrJoin(kStageValues, "`, `"), "` |\n"),
-      ValueRow("input", kDefaultedInputValues),
-      ValueRow("result` of `keepset_table_reloads_total", kReloadValues),
+      ValueRow("input", inputs), ValueRow("result` of `keepset_table_reloads_total", kReloadValues),
       ValueRow("reason` of `keepset_sessions_ended_total", kSessionEndValues),
       ValueRow("reason` of `keepset_rejected_total", kRejectValues),
+      ValueRow("result` of `keepset_shadow_operations_total", kShadowValues),
       "| `policy` | the policies of this build, `unknown`, `other` |\n",
       "| `kind` | the memory transports of this build, `other` |\n",
+      "| `source` | the table sources of this build, `upload`, `other` |\n",
+      absl::StrCat("| `model` | architectures of active tables (at most ", kMaxModelValues,
+                   "), `other` |\n"),
+      absl::StrCat("| `entropy_bin`, `ppl_bin` | bins of the active tables' grids (at most ",
+                   kMaxEntropyBins, " and ", kMaxPplBins, "), `other` for cells beyond |\n"),
       "\nBuckets in seconds: ", absl::StrJoin(kStageBucketsSeconds, ", "),
-      ". Buckets of `keepset_kept_fraction`: ", absl::StrJoin(kKeptFractionBuckets, ", "), ".\n");
+      ". Buckets of `keepset_kept_fraction`: ", absl::StrJoin(kKeptFractionBuckets, ", "),
+      ". Buckets of `keepset_shadow_kept_overlap`: ", absl::StrJoin(kOverlapBuckets, ", "), ".\n");
   return page;
 }
 
@@ -92,7 +104,8 @@ TEST(MetricsDocument, EqualsTheListOfNames) {
 }
 
 TEST(MetricsDocument, NamesWhatAFreshServerExportsAndNothingElse) {
-  const auto metrics = Metrics::New({"0.1.0", "cpu/scalar"}, {"full"}, {"memfd"});
+  const auto metrics =
+      Metrics::New({"0.1.0", "cpu/scalar"}, {{"full"}, {"memfd"}, {"ppl"}, {"directory"}});
   const ExpositionPage exported = ParsePage(metrics->Render());
   std::set<std::string> documented;
   std::istringstream lines(ReadPage());

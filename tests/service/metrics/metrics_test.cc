@@ -20,8 +20,10 @@ namespace keepset::service {
 namespace {
 
 std::unique_ptr<Metrics> NewTestMetrics() {
-  return Metrics::New({"0.1.0", "cpu/scalar"}, {"compilerkv", "snapkv", "full"},
-                      {"memfd", "posix_shm"});
+  return Metrics::New({"0.1.0", "cpu/scalar"}, {.policies = {"compilerkv", "snapkv", "full"},
+                                                .region_kinds = {"memfd", "posix_shm"},
+                                                .defaulted_inputs = {"ppl"},
+                                                .table_sources = {"directory", "etcd"}});
 }
 
 std::set<std::string> SeriesNames(const Metrics& metrics) {
