@@ -56,6 +56,7 @@ std::vector<Command> Commands() {
       {"tables", "inspect, validate, compare, compile, import or make decision tables", RunTables},
       {"health", "whether a server is live, or ready for work", RunHealth},
       {"info", "what a server is and which tables it serves", RunInfo},
+      {"registry", "list, load, activate, roll back and watch a server's tables", RunRegistry},
       {"bench", "speed of the engine, or what the service adds to it", RunBench},
   };
 }

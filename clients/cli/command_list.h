@@ -30,6 +30,7 @@ absl::Status RunTables(absl::Span<const std::string> arguments, Console& console
 absl::Status RunBench(absl::Span<const std::string> arguments, Console& console);
 absl::Status RunHealth(absl::Span<const std::string> arguments, Console& console);
 absl::Status RunInfo(absl::Span<const std::string> arguments, Console& console);
+absl::Status RunRegistry(absl::Span<const std::string> arguments, Console& console);
 
 }  // namespace keepset::cli
 

@@ -55,6 +55,7 @@ ExitCode ExitCodeOf(const absl::Status& status) {
       return ExitCode::kRefused;
     case absl::StatusCode::kFailedPrecondition:
     case absl::StatusCode::kOutOfRange:
+    case absl::StatusCode::kAborted:
     case absl::StatusCode::kAlreadyExists:
     case absl::StatusCode::kPermissionDenied:
       return ExitCode::kRefused;

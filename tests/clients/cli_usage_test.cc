@@ -60,6 +60,53 @@ TEST(KeepsetUsage, InfoOfASilentAddressIsUnreachable) {
   EXPECT_EQ(RunBinary({"info", "--server", "unix:/nonexistent/keepset.sock"}).exit_code, 4);
 }
 
+TEST(RegistryUsage, ActivateWantsAVersion) {
+  const CliRun run = RunBinary({"registry", "activate", "tiny", "--server", "unix:/nowhere.sock"});
+  EXPECT_EQ(run.exit_code, 2);
+  EXPECT_THAT(run.err, HasSubstr("NAME@VERSION"));
+}
+
+TEST(RegistryUsage, RollbackTakesANameAlone) {
+  EXPECT_EQ(
+      RunBinary({"registry", "rollback", "tiny@1", "--server", "unix:/nowhere.sock"}).exit_code, 2);
+}
+
+TEST(RegistryUsage, CanaryWantsAShareOrItsEnd) {
+  const CliRun run = RunBinary({"registry", "canary", "tiny@1", "--server", "unix:/nowhere.sock"});
+  EXPECT_EQ(run.exit_code, 2);
+  EXPECT_THAT(run.err, HasSubstr("--percent"));
+}
+
+TEST(RegistryUsage, ShareOutOfRangeNamesTheRange) {
+  const CliRun run = RunBinary(
+      {"registry", "canary", "tiny@1", "--percent", "120", "--server", "unix:/nowhere.sock"});
+  EXPECT_EQ(run.exit_code, 2);
+  EXPECT_THAT(run.err, HasSubstr("0.01..100"));
+}
+
+TEST(RegistryUsage, LoadOfAMissingFileIsUsage) {
+  EXPECT_EQ(
+      RunBinary({"registry", "load", "/nowhere.safetensors", "--server", "unix:/nowhere.sock"})
+          .exit_code,
+      2);
+}
+
+TEST(RegistryUsage, SilentServerIsUnreachable) {
+  EXPECT_EQ(RunBinary({"registry", "list", "--server", "unix:/nowhere.sock"}).exit_code, 4);
+}
+
+TEST(RegistryUsage, UnknownSubcommandSuggestsOne) {
+  const CliRun run = RunBinary({"registry", "rolback"});
+  EXPECT_EQ(run.exit_code, 2);
+  EXPECT_THAT(run.err, HasSubstr("did you mean rollback?"));
+}
+
+TEST(KeepsetUsage, TlsFlagsWithoutTlsAreUsage) {
+  const CliRun run = RunBinary({"info", "--server", "localhost:1", "--tls-server-name", "x"});
+  EXPECT_EQ(run.exit_code, 2);
+  EXPECT_THAT(run.err, HasSubstr("--tls-ca"));
+}
+
 TEST(KeepsetUsage, ServerFlagsWithoutServerAreUsage) {
   const CliRun run = RunBinary(
       {"compress", "capture", "--policy", "full", "--out", "result", "--transport", "inline"});

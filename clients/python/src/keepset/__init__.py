@@ -22,7 +22,8 @@ from keepset.types import (
 )
 
 if TYPE_CHECKING:
-    from keepset.client import Client, TlsFiles
+    from keepset.channel import TlsFiles
+    from keepset.client import Client
     from keepset.errors import (
         InvalidInput,
         KeepsetError,
@@ -31,11 +32,13 @@ if TYPE_CHECKING:
         Refused,
         Unreachable,
     )
+    from keepset.registry import TableRegistry
 
 # Loaded when first used: keepset.eval runs, and trains under the system's Python, without gRPC.
 _NEEDS_GRPC = {
     "Client": "keepset.client",
-    "TlsFiles": "keepset.client",
+    "TableRegistry": "keepset.registry",
+    "TlsFiles": "keepset.channel",
     "Operation": "keepset.operation",
     "InvalidInput": "keepset.errors",
     "KeepsetError": "keepset.errors",
@@ -65,6 +68,7 @@ __all__ = [
     "Span",
     "TableIdentity",
     "TablePin",
+    "TableRegistry",
     "TlsFiles",
     "Unreachable",
     "kept_tokens_of_compression_ratio",
