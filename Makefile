@@ -7,7 +7,7 @@ JOBS := $(shell nproc)
 export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: demo test test-hf evidence build configure python setup check clean
+.PHONY: demo test test-hf evidence package test-package build configure python setup check clean
 
 demo: configure python
 	ninja -C $(BUILD) keepsetd keepset
@@ -15,7 +15,7 @@ demo: configure python
 
 test: build python
 	ctest --test-dir $(BUILD) --output-on-failure -j $(JOBS)
-	KEEPSET_BUILD=$(CURDIR)/$(BUILD) $(VENV)/bin/python -m pytest -q tests/python
+	KEEPSET_BUILD=$(CURDIR)/$(BUILD) $(VENV)/bin/python -m pytest -q tests/python tests/package
 
 # The optional extras `hf` and `ray`. torch, transformers and ray take 6 GB in an environment of their own.
 test-hf: configure
@@ -29,6 +29,17 @@ evidence: configure python
 	ninja -C $(BUILD) keepsetd keepset keepset_shared
 	$(VENV)/bin/python -m keepset.evidence --build $(BUILD) --out docs/results --work $(BUILD)/evidence
 	rm -r $(BUILD)/evidence
+
+# Debian packages in build/release/packages.
+package: configure
+	ninja -C $(BUILD) keepsetd keepset keepset_shared man
+	cd $(BUILD) && cpack
+
+# Installs, runs and purges the packages in a clean Debian 12. Root, some 250 MB of archive the first time.
+test-package: package
+	@tools/setup package
+	lintian --allow-root --fail-on error $(BUILD)/packages/*.deb
+	tests/package/install_test $(BUILD)/packages $(BUILD)/package-test
 
 setup:
 	@tools/setup build test
