@@ -2,12 +2,13 @@
 BUILD := build/release
 VENV := .venv
 VENV_HF := .venv-hf
+VENV_DEPLOY := .venv-deploy
 JOBS := $(shell nproc)
 # The numpy models' matrices are small: BLAS threads would only wait for each other.
 export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: demo test test-hf evidence package test-package build configure python setup check clean
+.PHONY: demo test test-hf evidence package test-package test-deploy build configure python setup check clean
 
 demo: configure python
 	ninja -C $(BUILD) keepsetd keepset
@@ -33,13 +34,20 @@ evidence: configure python
 # Debian packages in build/release/packages.
 package: configure
 	ninja -C $(BUILD) keepsetd keepset keepset_shared man
-	cd $(BUILD) && cpack
+	cpack --config $(BUILD)/CPackConfig.cmake
 
 # Installs, runs and purges the packages in a clean Debian 12. Root, some 250 MB of archive the first time.
 test-package: package
 	@tools/setup package
 	lintian --allow-root --fail-on error $(BUILD)/packages/*.deb
 	tests/package/install_test $(BUILD)/packages $(BUILD)/package-test
+
+# Manifests, chart and container file without a cluster: rendered, held against schemas and against each other.
+test-deploy: configure
+	ninja -C $(BUILD) keepsetd keepset
+	@tools/venv $(VENV_DEPLOY) test,deploy
+	@tools/kube_tools $(VENV_DEPLOY)/kube
+	KEEPSET_BUILD=$(CURDIR)/$(BUILD) $(VENV_DEPLOY)/bin/python -m pytest -q tests/deploy
 
 setup:
 	@tools/setup build test
