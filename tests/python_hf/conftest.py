@@ -4,8 +4,21 @@ import os
 import pathlib
 
 import pytest
+import torch
 
 from keepset.calibrate.__main__ import Build
+from keepset.eval import export_llama
+
+# The models are so small that threads would only wait for each other.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory) -> pathlib.Path:
+    """The shipped small model as a Llama directory."""
+    directory = tmp_path_factory.mktemp("small-llama")
+    export_llama.main(["--out", str(directory)])
+    return directory
 
 
 @pytest.fixture(scope="session")

@@ -20,9 +20,12 @@ from keepset.calibrate.alternation import Outcome, Say, alternate
 from keepset.calibrate.compiler import Compiler
 from keepset.calibrate.prompts import Adapter, ConstructedAdapter, SmallModelAdapter
 from keepset.calibrate.rollouts import HEAD_ACTIONS, Rollouts, Weights
-from keepset.eval import constructed
+from keepset.eval import constructed, vocabulary
 from keepset.eval.small_model import SmallModel
 from keepset.in_process import Engine
+
+
+_HF = "hf:"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +84,25 @@ def calibrate(build: Build, adapter: Adapter, out: pathlib.Path, *, seeds: range
                          max_rounds=max_rounds, settings=settings, say=say)
 
 
+def model_name(text: str) -> str:
+    if text in ("constructed", "small") or text.startswith(_HF):
+        return text
+    raise argparse.ArgumentTypeError(f"{text}, want constructed, small or hf:DIRECTORY")
+
+
 def adapter_of(options: argparse.Namespace) -> Adapter:
     if options.model == "small":
         return SmallModelAdapter(SmallModel.load(), seq_len=options.seq_len or 1024)
+    if options.model.startswith(_HF):
+        try:
+            from keepset.calibrate.hf_prompts import HfTextAdapter
+        except ImportError as error:
+            raise CalibrationError(f"--model {options.model}: {error}; install keepset[hf]") from error
+        return HfTextAdapter(
+            pathlib.Path(options.model.removeprefix(_HF)),
+            tuple(options.text or [vocabulary.COMMON_LICENSES / "GPL-3"]),
+            seq_len=options.seq_len or 1024, continuation=options.continuation,
+            window=options.window, device=options.device)
     model = constructed.marker_model(
         options.contrast, num_layers=options.layers, group_size=options.group_size,
         noise=options.noise, permute_heads=options.permute_heads)
@@ -92,14 +111,15 @@ def adapter_of(options: argparse.Namespace) -> Adapter:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m keepset.calibrate", description=__doc__)
-    parser.add_argument("--model", choices=("constructed", "small"), required=True)
+    parser.add_argument("--model", type=model_name, required=True,
+                        help="constructed, small or hf:DIRECTORY, a Hugging Face model (extra `hf`)")
     parser.add_argument("--out", type=pathlib.Path, required=True,
                         help="records (JSON lines) of the last round; every step is in OUT.steps")
     parser.add_argument("--table", type=pathlib.Path, help="where the compiled table goes")
     parser.add_argument("--build", type=pathlib.Path, default=pathlib.Path("build/release"))
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--seq-len", type=int, help="default 2048 constructed, 1024 small")
+    parser.add_argument("--seq-len", type=int, help="default 2048 constructed, 1024 otherwise")
     parser.add_argument("--budgets", type=int, nargs="+", default=[96])
     parser.add_argument("--alpha-scope", choices=("global", "layer", "head"), default="global")
     parser.add_argument("--protect-window", type=int, default=0,
@@ -120,12 +140,17 @@ def main() -> int:
     group.add_argument("--group-size", type=int, default=1, help="query heads per KV head")
     group.add_argument("--noise", type=float, default=0.3, help="of the attention logits")
     group.add_argument("--permute-heads", action="store_true")
+    group = parser.add_argument_group("Hugging Face model")
+    group.add_argument("--text", type=pathlib.Path, action="append",
+                       help="prompts are passages of it; may be given again")
+    group.add_argument("--continuation", type=int, default=128, help="tokens whose loss is measured")
+    group.add_argument("--window", type=int, default=64, help="observed rows")
+    group.add_argument("--device", default="cpu")
     options = parser.parse_args()
 
     def say(line: str) -> None:
         print(line, file=sys.stderr)
 
-    adapter = adapter_of(options)
     seeds = range(options.first_seed, options.first_seed + options.prompts)
     build = Build(options.build)
     for path in (build.library, build.keepset):
@@ -133,6 +158,7 @@ def main() -> int:
             say(f"keepset.calibrate: {path} is missing: run `make build` or name --build")
             return 2
     try:
+        adapter = adapter_of(options)
         outcome = calibrate(
             build, adapter, options.out, seeds=seeds, budgets=options.budgets,
             alpha_scope=options.alpha_scope, actions=options.actions, max_rounds=options.rounds,

@@ -11,7 +11,8 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
+import types
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -124,6 +125,10 @@ class SmallModel:
             "rope": {"theta": self.config.rope_theta},
             "revision": self.revision,
         }
+
+    def weights(self) -> Mapping[str, FloatArray]:
+        """The fp32 weights, named as in Hugging Face's Llama; read only."""
+        return types.MappingProxyType(self._weights)
 
     def tokenize(self, words: Iterable[str]) -> npt.NDArray[np.int32]:
         """Returns ids [num_words]; unknown words become `<unk>`."""

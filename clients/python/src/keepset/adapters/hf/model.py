@@ -1,0 +1,282 @@
+"""Runs a Hugging Face causal LM: prefill with what a retention service needs, and decode from what was
+kept. The same methods as the small model's runner (keepset.eval.small_model), so tasks take either."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+
+from keepset.adapters.hf.attention import KEYWORD, Interposer, interposed
+from keepset.adapters.hf.cache import CompactedAttention, HfCache, KeepSet, full_attention_layers
+from keepset.eval.kv_cache import FloatArray
+from keepset.eval.small_model import LayerObservation
+
+# Continuations that are scored in one pass; each holds a copy of the cache.
+_BATCH = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class HfPrefill:
+    """Result of a prefill of T tokens. Layers are the model's full-attention layers, L of them."""
+
+    input_ids: npt.NDArray[np.int32]  # [T]
+    row_positions: npt.NDArray[np.int64]  # [W], ascending
+    token_logprobs: FloatArray  # [T], log p(token t | tokens before t); NaN where it was not computed
+    logits_last: FloatArray  # [vocab_size], after the last token
+    softmax_scale: float
+    cache: HfCache  # holds every token
+    q_windows: tuple[torch.Tensor, ...]  # per layer [num_qo_heads, W, head_dim], after RoPE
+
+    @property
+    def seq_len(self) -> int:
+        return len(self.input_ids)
+
+    @functools.cached_property
+    def layers(self) -> tuple[LayerObservation, ...]:
+        """What each of the L layers shows, fp32; shares the cache's memory where that is fp32 in
+        ordinary memory."""
+        return tuple(self._observation(index, q) for index, q in
+                     zip(self.cache.compacted_layers, self.q_windows))
+
+    def perplexity(self, window: int) -> float:
+        """Returns exp(-mean log p) over the last `window` tokens."""
+        known = int(np.isfinite(self.token_logprobs).sum())
+        if not 1 <= window <= known:
+            raise ValueError(f"window={window}, want 1..{known}")
+        return float(np.exp(-self.token_logprobs[-window:].mean(dtype=np.float64)))
+
+    def full_cache(self) -> HfCache:
+        return self.cache
+
+    def compact(self, keep_sets: Sequence[KeepSet]) -> HfCache:
+        """Returns a cache with the positions of keep_sets[l]: [n_l], or one [n_g] per KV head."""
+        return self.cache.compact(keep_sets)
+
+    def _observation(self, layer_index: int, q: torch.Tensor) -> LayerObservation:
+        layer = self.cache.layers[layer_index]
+        q, k, v = (one.float() for one in (q, layer.keys[0], layer.values[0]))
+        rows = torch.as_tensor(self.row_positions, device=q.device)
+        future = torch.arange(k.shape[1], device=q.device) > rows[:, None]
+        group = len(q) // len(k)
+        lse = torch.stack([
+            (self.softmax_scale * (one @ k[head // group].T)).masked_fill(future, -torch.inf)
+            .logsumexp(-1) for head, one in enumerate(q)])
+        return LayerObservation(*(one.cpu().numpy() for one in (q, k, v, lse)))
+
+
+class HfModel:
+    """A causal LM in evaluation mode; use from one thread.
+
+    The model is changed only inside a call of this class: see keepset.adapters.hf.attention.
+    """
+
+    def __init__(self, model: PreTrainedModel, revision: str) -> None:
+        """revision: stands for the weights in fingerprints."""
+        if model.training:
+            raise ValueError("the model is in training mode: call model.eval() first")
+        self.model = model
+        self.revision = revision
+        self.full_layers = full_attention_layers(model.config)
+
+    @classmethod
+    def load(cls, directory: str | pathlib.Path, *, dtype: torch.dtype | str = "auto",
+             attn_implementation: str = "sdpa", device: str = "cpu") -> HfModel:
+        """Reads a model directory (config.json and safetensors files); nothing is downloaded."""
+        path = pathlib.Path(directory)
+        return cls(
+            AutoModelForCausalLM.from_pretrained(
+                path, local_files_only=True, use_safetensors=True, dtype=dtype,
+                attn_implementation=attn_implementation).to(device).eval(), revision_of(path))
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Returns the model facts that captures, tables and requests carry.
+
+        num_layers counts the layers with full attention: those that Keepset sees.
+        """
+        return fingerprint_of(self.model.config, self.revision)
+
+    @torch.no_grad()
+    def prefill(self, input_ids: npt.ArrayLike, window: int = 64,
+                row_positions: npt.ArrayLike | None = None) -> HfPrefill:
+        """Reads a prompt of ids [T] and observes its last min(window, T) rows, or the given rows.
+
+        `row_positions` are ascending positions below T and win over `window`. Log-probabilities are
+        those of the last W tokens, W the number of observed rows.
+        """
+        ids = np.asarray(input_ids, np.int32)
+        if ids.ndim != 1 or not len(ids):
+            raise ValueError(f"input_ids {list(ids.shape)}, want [T] with T >= 1")
+        rows = _rows(len(ids), window, row_positions)
+        cache = DynamicCache(config=self.model.config)
+        observer = _Observer(self.full_layers, torch.as_tensor(rows, device=self.model.device))
+        with self._running(observer):
+            logits = self._forward(ids[None], cache, 0, observer, logits_to_keep=len(rows) + 1)[0]
+        logprobs = np.full(len(ids), np.nan, np.float32)
+        told = logits[:-1].log_softmax(-1)
+        known = torch.as_tensor(ids[len(ids) - len(told):], device=told.device).long()
+        logprobs[len(ids) - len(told):] = told.gather(1, known[:, None])[:, 0].cpu().numpy()
+        return HfPrefill(ids, rows, logprobs, logits[-1].cpu().numpy(), observer.softmax_scale(),
+                         HfCache.of_prefill(cache, len(ids)), observer.q_windows())
+
+    @torch.no_grad()
+    def decode(self, cache: HfCache, input_ids: npt.ArrayLike, position: int,
+               num_new_tokens: int) -> list[int]:
+        """Feeds ids [n] at position, position + 1, ... through `cache`, then decodes greedily.
+
+        `position` is counted in the original prompt (T after a prompt of T tokens), however few tokens
+        the cache holds. Returns the `num_new_tokens` most likely ids, each fed back before the next.
+        """
+        fed = np.asarray(input_ids, np.int32).reshape(1, -1)
+        if not fed.size or num_new_tokens < 1:
+            raise ValueError(f"{fed.size} input ids, num_new_tokens={num_new_tokens}, want at least 1 "
+                             "each")
+        new: list[int] = []
+        with self._decoding(cache, position) as (fork, attention):
+            while True:
+                logits = self._forward(fed, fork, position, attention, logits_to_keep=1)
+                new.append(int(logits[0, -1].argmax()))
+                if len(new) == num_new_tokens:
+                    return new
+                position += fed.shape[1]
+                fed = np.asarray([[new[-1]]], np.int32)
+
+    def score(self, cache: HfCache, input_ids: npt.ArrayLike, position: int) -> FloatArray:
+        """Feeds ids [n] as `decode` does and returns the logits after each [n, vocab_size]."""
+        return self.score_many(cache, np.asarray(input_ids).reshape(1, -1), position)[0]
+
+    @torch.no_grad()
+    def score_many(self, cache: HfCache, input_ids: npt.ArrayLike, position: int) -> FloatArray:
+        """Scores continuations ids [num, n] of the same cache, each on its own.
+
+        Row [i] of the result [num, n, vocab_size] is what `score` returns for ids [i].
+        """
+        ids = np.asarray(input_ids, np.int32)
+        if ids.ndim != 2 or not ids.size:
+            raise ValueError(f"input_ids {list(ids.shape)}, want [num, n] with both >= 1")
+        out = []
+        for begin in range(0, len(ids), _BATCH):
+            batch = ids[begin : begin + _BATCH]
+            with self._decoding(cache, position, len(batch)) as (fork, attention):
+                out.append(self._forward(batch, fork, position, attention).cpu().numpy())
+        return np.concatenate(out)
+
+    @contextlib.contextmanager
+    def _decoding(self, cache: HfCache, position: int, batch: int = 1
+                  ) -> Iterator[tuple[Cache, CompactedAttention]]:
+        if position != cache.next_position:
+            raise ValueError(f"position={position}, want {cache.next_position}: what follows the cache")
+        fork = cache.fork(batch)
+        attention = CompactedAttention(fork, self.model.config._attn_implementation)
+        with self._running(attention):
+            yield fork, attention
+
+    @contextlib.contextmanager
+    def _running(self, interposer: Interposer) -> Iterator[None]:
+        if self.model.training:
+            raise ValueError("the model is in training mode: call model.eval() first")
+        with interposed(self.model):
+            yield
+
+    def _forward(self, ids: npt.NDArray[np.int32], cache: Cache, position: int,
+                 interposer: Interposer, logits_to_keep: int = 0) -> torch.Tensor:
+        """Logits [batch, n or the last logits_to_keep, vocab_size], fp32, after ids [batch, n]."""
+        positions = torch.arange(position, position + ids.shape[1], device=self.model.device)
+        found = self.model(
+            input_ids=torch.as_tensor(ids, dtype=torch.long, device=self.model.device),
+            position_ids=positions.expand(len(ids), -1), past_key_values=cache, use_cache=True,
+            logits_to_keep=logits_to_keep, **{KEYWORD: interposer})
+        return found.logits.float()
+
+
+class _Observer:
+    """Keeps the queries of some rows of a prefill, per full-attention layer; an Interposer."""
+
+    def __init__(self, layers: Sequence[int], rows: torch.Tensor):
+        self._rows = rows
+        self._found: dict[int, torch.Tensor | None] = dict.fromkeys(layers)
+        self._scales: set[float] = set()
+
+    def attend(self, layer_index: int, query: torch.Tensor, key: torch.Tensor,
+               mask: torch.Tensor | None, scaling: float) -> torch.Tensor | None:
+        if layer_index in self._found:
+            self._found[layer_index] = query[0].index_select(1, self._rows)
+            self._scales.add(float(scaling))
+        return mask
+
+    def q_windows(self) -> tuple[torch.Tensor, ...]:
+        unseen = [layer for layer, q in self._found.items() if q is None]
+        if unseen:
+            raise ValueError(f"layers {unseen}: their attention does not go through transformers' "
+                             "AttentionInterface")
+        return tuple(self._found.values())
+
+    def softmax_scale(self) -> float:
+        if len(self._scales) != 1:
+            raise ValueError(f"softmax scales {sorted(self._scales)}, want one for all layers")
+        return next(iter(self._scales))
+
+
+def fingerprint_of(config: Any, revision: str) -> dict[str, Any]:
+    """The fingerprint of a model that is not loaded; see HfModel.fingerprint."""
+    config = config.get_text_config(decoder=True)
+    rope = getattr(config, "rope_parameters", None) or {}
+    rope = rope.get("full_attention", rope)
+    return {
+        "architecture": config.model_type,
+        "num_layers": len(full_attention_layers(config)),
+        "num_qo_heads": config.num_attention_heads,
+        "num_kv_heads": config.num_key_value_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "rope": _rope(rope),
+        "revision": revision,
+    }
+
+
+def directory_fingerprint(directory: str | pathlib.Path) -> dict[str, Any]:
+    """The fingerprint of a model directory; reads no weights but for their digest."""
+    path = pathlib.Path(directory)
+    return fingerprint_of(AutoConfig.from_pretrained(path, local_files_only=True), revision_of(path))
+
+
+def revision_of(directory: pathlib.Path) -> str:
+    """Twelve hex digits over configuration and weights: what was learned about one training run says
+    nothing about the heads of another."""
+    files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
+    if not files[0].is_file() or len(files) == 1:
+        raise FileNotFoundError(f"{directory}: want a directory with config.json and *.safetensors")
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        with file.open("rb") as opened:
+            while block := opened.read(1 << 24):
+                digest.update(block)
+    return digest.hexdigest()[:12]
+
+
+def _rope(parameters: dict[str, Any]) -> dict[str, Any]:
+    plain = {"rope_theta": "theta", "rope_type": "type"}
+    return {plain.get(name, name): value for name, value in parameters.items()
+            if isinstance(value, (int, float, str)) and (name, value) != ("rope_type", "default")}
+
+
+def _rows(seq_len: int, window: int, row_positions: npt.ArrayLike | None) -> npt.NDArray[np.int64]:
+    if row_positions is None:
+        if window < 1:
+            raise ValueError(f"window={window}, want at least 1")
+        return np.arange(max(0, seq_len - window), seq_len)
+    rows = np.asarray(row_positions, np.int64)
+    if rows.ndim != 1 or not len(rows) or np.any(np.diff(rows) <= 0) or (
+            rows[0] < 0 or rows[-1] >= seq_len):
+        raise ValueError(f"row_positions: want ascending positions in 0..{seq_len - 1}")
+    return rows
