@@ -14,6 +14,7 @@
 #include <thread>
 #include <utility>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/synchronization/mutex.h"
@@ -138,7 +139,9 @@ class ServerImpl final : public Server {
     }
     std::vector<std::unique_ptr<MemoryTransport>> transports =
         NewBuiltinTransports([this](absl::string_view kind) {
-          return kind != "posix_shm" || config_.memory().allow_posix_shm();
+          if (kind == "posix_shm") return config_.memory().allow_posix_shm();
+          // Memory of a device is of use to a backend of that device only.
+          return !absl::StartsWith(kind, "cuda_") || absl::StartsWith(backend_->name(), "cuda/");
         });
     for (const auto& transport : transports) transport_kinds_.emplace_back(transport->kind());
     metrics_ = Metrics::New({std::string(ServerVersion()), backend_->name()},

@@ -42,13 +42,18 @@ class UniqueFd {
 };
 
 enum class RegionAccess { kReadOnly, kReadWrite };
+enum class MemorySpace {
+  kHost,
+  kDevice,  // only a backend of that device may touch the bytes
+};
 
 struct RegionDescriptor {
-  std::string kind;  // "memfd"
-  UniqueFd fd;       // descriptor transports
-  std::string name;  // named transports
+  std::string kind;        // "memfd"
+  UniqueFd fd;             // descriptor transports
+  std::string name;        // named transports
+  std::string ipc_handle;  // "cuda_ipc": the bytes of the driver's handle
   uint64_t allocation_bytes = 0;
-  uint64_t offset = 0;  // page-aligned
+  uint64_t offset = 0;  // page-aligned in host memory
   uint64_t length = 0;
   std::string device_uuid;  // empty: host
   uint64_t generation = 0;
@@ -61,6 +66,7 @@ class MappedRegion {
   virtual ~MappedRegion() = default;
   // Kind of the transport that mapped it; replies name it.
   virtual absl::string_view kind() const { return "region"; }
+  virtual MemorySpace space() const { return MemorySpace::kHost; }
   virtual std::byte* data() const = 0;  // `length` bytes; writable only with kReadWrite
   virtual int64_t size_bytes() const = 0;
   virtual RegionAccess access() const = 0;

@@ -291,7 +291,7 @@ absl::StatusOr<RegionInfo> SessionManagerImpl::Register(absl::string_view sessio
     if (transport->needs_fd() != passed.valid()) {
       return absl::InvalidArgumentError(
           absl::StrCat("kind=\"", info.kind, "\" wants ",
-                       transport->needs_fd() ? "an fd_token" : "a name and no fd_token"));
+                       transport->needs_fd() ? "an fd_token" : "a name or handle and no fd_token"));
     }
     KEEPSET_RETURN_IF_ERROR(session->regions.Reserve(info));
   }

@@ -152,6 +152,7 @@ class SessionServiceImpl final : public SessionService {
     RegionDescriptor descriptor;
     descriptor.kind = request.kind();
     descriptor.name = request.posix_name();
+    descriptor.ipc_handle = request.ipc_handle();
     descriptor.allocation_bytes = request.allocation_bytes();
     descriptor.offset = request.offset();
     descriptor.length = request.length();

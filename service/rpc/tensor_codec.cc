@@ -196,6 +196,14 @@ absl::StatusOr<kernels::LseView> DecodeLse(const v1::RowsTensor& wire, v1::LseBa
   KEEPSET_RETURN_IF_ERROR(kernels::ValidateView(view, where));
   if (base == v1::LSE_BASE_E) return view;
 
+  if (wire.data().source_case() == v1::TensorData::kRegion) {
+    KEEPSET_ASSIGN_OR_RETURN(const MappedRegion* region,
+                             regions.Find(wire.data().region().region_id()));
+    if (region->space() == MemorySpace::kDevice) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          where, ": LSE_BASE_2 in device memory is converted nowhere, want LSE_BASE_E"));
+    }
+  }
   constexpr float kNaturalLogOf2 = 0.6931471805599453f;
   std::vector<float> natural(static_cast<size_t>(heads * rows));
   for (int64_t h = 0; h < heads; ++h) {

@@ -1,0 +1,110 @@
+// The part of the CUDA driver's binary interface that is resolved at run time, declared here so
+// that a build needs no CUDA toolkit. Names and values are those of NVIDIA's driver API reference;
+// entry points carry their versioned symbol names.
+#ifndef KEEPSET_BASE_CUDA_ABI_H_
+#define KEEPSET_BASE_CUDA_ABI_H_
+
+#include <cstddef>
+#include <cstdint>
+
+namespace keepset::cuda_abi {
+
+using Result = int;
+using Device = int;
+using Context = void*;
+using DevicePointer = unsigned long long;
+using AllocationHandle = unsigned long long;
+
+inline constexpr Result kSuccess = 0;
+inline constexpr Result kInvalidValue = 1;
+inline constexpr Result kOutOfMemory = 2;
+inline constexpr Result kNoDevice = 100;
+inline constexpr Result kInvalidContext = 201;
+inline constexpr Result kMapFailed = 205;
+inline constexpr Result kAlreadyMapped = 208;
+inline constexpr Result kPeerAccessUnsupported = 217;
+inline constexpr Result kInvalidHandle = 400;
+inline constexpr Result kNotSupported = 801;
+
+struct Uuid {
+  unsigned char bytes[16];
+};
+struct IpcHandle {
+  unsigned char reserved[64];
+};
+inline constexpr unsigned int kIpcLazyEnablePeerAccess = 1;
+
+inline constexpr int kHandleTypePosixFd = 1;
+inline constexpr int kLocationTypeDevice = 1;
+inline constexpr int kAccessRead = 1;
+inline constexpr int kAccessReadWrite = 3;
+struct Location {
+  int type;
+  int id;
+};
+struct AccessDescriptor {
+  Location location;
+  int flags;
+};
+
+inline constexpr int kPointerAttributeMemoryType = 2;
+inline constexpr int kPointerAttributeBufferId =
+    7;  // tells allocations apart for the life of a process
+inline constexpr int kPointerAttributeDeviceOrdinal = 9;
+inline constexpr int kPointerAttributeIsLegacyIpcCapable = 10;
+inline constexpr int kPointerAttributeAllowedHandleTypes = 14;
+inline constexpr unsigned int kMemoryTypeDevice = 2;
+
+// KEEPSET_CUDA_ENTRY(member, symbol, parameters)
+#define KEEPSET_CUDA_SERVICE_ENTRIES(KEEPSET_CUDA_ENTRY)                                           \
+  KEEPSET_CUDA_ENTRY(init, "cuInit", (unsigned int flags))                                         \
+  KEEPSET_CUDA_ENTRY(error_name, "cuGetErrorName", (Result error, const char** name))              \
+  KEEPSET_CUDA_ENTRY(device_get_count, "cuDeviceGetCount", (int* count))                           \
+  KEEPSET_CUDA_ENTRY(device_get, "cuDeviceGet", (Device * device, int ordinal))                    \
+  KEEPSET_CUDA_ENTRY(device_get_name, "cuDeviceGetName", (char* name, int length, Device device))  \
+  KEEPSET_CUDA_ENTRY(device_get_uuid, "cuDeviceGetUuid", (Uuid * uuid, Device device))             \
+  KEEPSET_CUDA_ENTRY(primary_retain, "cuDevicePrimaryCtxRetain", (Context * context, Device))      \
+  KEEPSET_CUDA_ENTRY(primary_release, "cuDevicePrimaryCtxRelease_v2", (Device device))             \
+  KEEPSET_CUDA_ENTRY(context_push, "cuCtxPushCurrent_v2", (Context context))                       \
+  KEEPSET_CUDA_ENTRY(context_pop, "cuCtxPopCurrent_v2", (Context * context))                       \
+  KEEPSET_CUDA_ENTRY(address_range, "cuMemGetAddressRange_v2",                                     \
+                     (DevicePointer * base, size_t * bytes, DevicePointer pointer))                \
+  KEEPSET_CUDA_ENTRY(ipc_open, "cuIpcOpenMemHandle_v2",                                            \
+                     (DevicePointer * pointer, IpcHandle handle, unsigned int flags))              \
+  KEEPSET_CUDA_ENTRY(ipc_close, "cuIpcCloseMemHandle", (DevicePointer pointer))                    \
+  KEEPSET_CUDA_ENTRY(import_handle, "cuMemImportFromShareableHandle",                              \
+                     (AllocationHandle * handle, void* os_handle, int type))                       \
+  KEEPSET_CUDA_ENTRY(address_reserve, "cuMemAddressReserve",                                       \
+                     (DevicePointer * pointer, size_t bytes, size_t alignment, DevicePointer hint, \
+                      unsigned long long flags))                                                   \
+  KEEPSET_CUDA_ENTRY(address_free, "cuMemAddressFree", (DevicePointer pointer, size_t bytes))      \
+  KEEPSET_CUDA_ENTRY(map, "cuMemMap",                                                              \
+                     (DevicePointer pointer, size_t bytes, size_t offset, AllocationHandle handle, \
+                      unsigned long long flags))                                                   \
+  KEEPSET_CUDA_ENTRY(unmap, "cuMemUnmap", (DevicePointer pointer, size_t bytes))                   \
+  KEEPSET_CUDA_ENTRY(                                                                              \
+      set_access, "cuMemSetAccess",                                                                \
+      (DevicePointer pointer, size_t bytes, const AccessDescriptor* access, size_t count))         \
+  KEEPSET_CUDA_ENTRY(release, "cuMemRelease", (AllocationHandle handle))
+
+// What the exporting side needs.
+#define KEEPSET_CUDA_EXPORT_ENTRIES(KEEPSET_CUDA_ENTRY)                                         \
+  KEEPSET_CUDA_ENTRY(init, "cuInit", (unsigned int flags))                                      \
+  KEEPSET_CUDA_ENTRY(error_name, "cuGetErrorName", (Result error, const char** name))           \
+  KEEPSET_CUDA_ENTRY(device_get, "cuDeviceGet", (Device * device, int ordinal))                 \
+  KEEPSET_CUDA_ENTRY(device_get_uuid, "cuDeviceGetUuid", (Uuid * uuid, Device device))          \
+  KEEPSET_CUDA_ENTRY(address_range, "cuMemGetAddressRange_v2",                                  \
+                     (DevicePointer * base, size_t * bytes, DevicePointer pointer))             \
+  KEEPSET_CUDA_ENTRY(pointer_attribute, "cuPointerGetAttribute",                                \
+                     (void* data, int attribute, DevicePointer pointer))                        \
+  KEEPSET_CUDA_ENTRY(ipc_get, "cuIpcGetMemHandle", (IpcHandle * handle, DevicePointer pointer)) \
+  KEEPSET_CUDA_ENTRY(retain_handle, "cuMemRetainAllocationHandle",                              \
+                     (AllocationHandle * handle, void* address))                                \
+  KEEPSET_CUDA_ENTRY(                                                                           \
+      export_handle, "cuMemExportToShareableHandle",                                            \
+      (void* os_handle, AllocationHandle handle, int type, unsigned long long flags))           \
+  KEEPSET_CUDA_ENTRY(release, "cuMemRelease", (AllocationHandle handle))
+
+}  // namespace keepset::cuda_abi
+
+#endif  // KEEPSET_BASE_CUDA_ABI_H_

@@ -1,0 +1,241 @@
+#include "service/memory/cuda_driver.h"
+
+#include <dlfcn.h>
+
+#include <cstring>
+#include <utility>
+
+#include "absl/cleanup/cleanup.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "base/cuda_abi.h"
+#include "base/status_macros.h"
+
+namespace keepset::service {
+namespace {
+
+using cuda_abi::Result;
+
+#define KEEPSET_CUDA_MEMBER(member, symbol, parameters) Result(*member) parameters = nullptr;
+struct Api {
+  using Context = cuda_abi::Context;
+  using Device = cuda_abi::Device;
+  using DevicePointer = cuda_abi::DevicePointer;
+  using AllocationHandle = cuda_abi::AllocationHandle;
+  using AccessDescriptor = cuda_abi::AccessDescriptor;
+  using IpcHandle = cuda_abi::IpcHandle;
+  using Uuid = cuda_abi::Uuid;
+  KEEPSET_CUDA_SERVICE_ENTRIES(KEEPSET_CUDA_MEMBER)
+};
+#undef KEEPSET_CUDA_MEMBER
+
+constexpr size_t kMaxDeviceName = 256;
+
+std::string UuidText(const cuda_abi::Uuid& uuid) {
+  std::string text = "GPU-";
+  for (size_t i = 0; i < sizeof(uuid.bytes); ++i) {
+    if (i == 4 || i == 6 || i == 8 || i == 10) text += '-';
+    absl::StrAppendFormat(&text, "%02x", uuid.bytes[i]);
+  }
+  return text;
+}
+
+class Libcuda final : public CudaDriver {
+ public:
+  explicit Libcuda(const Api& api) : api_(api) {}
+
+  ~Libcuda() override {
+    for (size_t i = 0; i < contexts_.size(); ++i) {
+      static_cast<void>(api_.primary_release(devices_[i].ordinal));
+    }
+  }
+
+  absl::Status Init() {
+    if (const Result result = api_.init(0); result != cuda_abi::kSuccess) {
+      return absl::FailedPreconditionError(absl::StrCat("cuInit: ", Name(result)));
+    }
+    int count = 0;
+    KEEPSET_RETURN_IF_ERROR(Check(api_.device_get_count(&count), "cuDeviceGetCount"));
+    if (count < 1) return absl::FailedPreconditionError("the CUDA driver sees no device");
+    for (int ordinal = 0; ordinal < count; ++ordinal) {
+      cuda_abi::Device device = 0;
+      KEEPSET_RETURN_IF_ERROR(Check(api_.device_get(&device, ordinal), "cuDeviceGet"));
+      char name[kMaxDeviceName] = {};
+      KEEPSET_RETURN_IF_ERROR(
+          Check(api_.device_get_name(name, kMaxDeviceName - 1, device), "cuDeviceGetName"));
+      cuda_abi::Uuid uuid = {};
+      KEEPSET_RETURN_IF_ERROR(Check(api_.device_get_uuid(&uuid, device), "cuDeviceGetUuid"));
+      cuda_abi::Context context = nullptr;
+      KEEPSET_RETURN_IF_ERROR(
+          Check(api_.primary_retain(&context, device), "cuDevicePrimaryCtxRetain"));
+      devices_.push_back({device, UuidText(uuid), name});
+      contexts_.push_back(context);
+    }
+    return absl::OkStatus();
+  }
+
+  const std::vector<CudaDevice>& devices() const override { return devices_; }
+
+  absl::StatusOr<DeviceRange> OpenIpc(int device, absl::string_view handle) override {
+    if (handle.size() != kIpcHandleBytes) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("ipc_handle of ", handle.size(), " bytes, want ", kIpcHandleBytes));
+    }
+    cuda_abi::IpcHandle raw;
+    std::memcpy(raw.reserved, handle.data(), handle.size());
+    return In<DeviceRange>(device, [&]() -> absl::StatusOr<DeviceRange> {
+      cuda_abi::DevicePointer base = 0;
+      const Result opened = api_.ipc_open(&base, raw, cuda_abi::kIpcLazyEnablePeerAccess);
+      // The driver uses this code for an exporter that it takes for this very process.
+      if (opened == cuda_abi::kInvalidContext) {
+        return absl::FailedPreconditionError(
+            "cuIpcOpenMemHandle: exporter and keepsetd have the same process id: they are one "
+            "process, or two containers whose process ids happen to be equal; share the PID "
+            "namespace or use cuda_vmm");
+      }
+      KEEPSET_RETURN_IF_ERROR(Check(opened, "cuIpcOpenMemHandle"));
+      cuda_abi::DevicePointer range_base = 0;
+      size_t bytes = 0;
+      const absl::Status range =
+          Check(api_.address_range(&range_base, &bytes, base), "cuMemGetAddressRange");
+      if (!range.ok() || range_base != base) {
+        static_cast<void>(api_.ipc_close(base));
+        if (!range.ok()) return range;
+        return absl::InternalError("the driver mapped an IPC handle away from its base");
+      }
+      return DeviceRange{base, bytes};
+    });
+  }
+
+  absl::Status CloseIpc(int device, uint64_t base) override {
+    return In<bool>(device,
+                    [&]() -> absl::StatusOr<bool> {
+                      KEEPSET_RETURN_IF_ERROR(Check(api_.ipc_close(base), "cuIpcCloseMemHandle"));
+                      return true;
+                    })
+        .status();
+  }
+
+  absl::StatusOr<DeviceRange> MapVmm(int device, int fd, uint64_t bytes,
+                                     RegionAccess access) override {
+    return In<DeviceRange>(device, [&]() -> absl::StatusOr<DeviceRange> {
+      cuda_abi::AllocationHandle handle = 0;
+      // The descriptor travels in the pointer argument.
+      void* const os_handle = reinterpret_cast<void*>(static_cast<intptr_t>(fd));
+      KEEPSET_RETURN_IF_ERROR(
+          Check(api_.import_handle(&handle, os_handle, cuda_abi::kHandleTypePosixFd),
+                "cuMemImportFromShareableHandle"));
+      // The mapping keeps the memory; the handle is not needed beside it.
+      const absl::Cleanup release = [&] { static_cast<void>(api_.release(handle)); };
+      cuda_abi::DevicePointer base = 0;
+      KEEPSET_RETURN_IF_ERROR(
+          Check(api_.address_reserve(&base, bytes, 0, 0, 0), "cuMemAddressReserve"));
+      absl::Cleanup free = [&] { static_cast<void>(api_.address_free(base, bytes)); };
+      KEEPSET_RETURN_IF_ERROR(Check(api_.map(base, bytes, 0, handle, 0), "cuMemMap"));
+      absl::Cleanup unmap = [&] { static_cast<void>(api_.unmap(base, bytes)); };
+      const cuda_abi::AccessDescriptor descriptor = {
+          {cuda_abi::kLocationTypeDevice, device},
+          access == RegionAccess::kReadWrite ? cuda_abi::kAccessReadWrite : cuda_abi::kAccessRead};
+      KEEPSET_RETURN_IF_ERROR(
+          Check(api_.set_access(base, bytes, &descriptor, 1), "cuMemSetAccess"));
+      std::move(unmap).Cancel();
+      std::move(free).Cancel();
+      return DeviceRange{base, bytes};
+    });
+  }
+
+  absl::Status UnmapVmm(int device, const DeviceRange& range) override {
+    return In<bool>(device,
+                    [&]() -> absl::StatusOr<bool> {
+                      const absl::Status unmapped =
+                          Check(api_.unmap(range.base, range.bytes), "cuMemUnmap");
+                      const absl::Status freed =
+                          Check(api_.address_free(range.base, range.bytes), "cuMemAddressFree");
+                      KEEPSET_RETURN_IF_ERROR(unmapped);
+                      KEEPSET_RETURN_IF_ERROR(freed);
+                      return true;
+                    })
+        .status();
+  }
+
+ private:
+  // Runs `work` with the device's primary context current on this thread.
+  template <typename Value, typename Work>
+  absl::StatusOr<Value> In(int device, Work work) {
+    for (size_t i = 0; i < devices_.size(); ++i) {
+      if (devices_[i].ordinal != device) continue;
+      KEEPSET_RETURN_IF_ERROR(Check(api_.context_push(contexts_[i]), "cuCtxPushCurrent"));
+      const absl::Cleanup pop = [&] {
+        cuda_abi::Context ignored = nullptr;
+        static_cast<void>(api_.context_pop(&ignored));
+      };
+      return work();
+    }
+    return absl::InternalError(absl::StrCat("device ordinal ", device, " is not the driver's"));
+  }
+
+  std::string Name(Result result) const {
+    const char* name = nullptr;
+    if (api_.error_name(result, &name) != cuda_abi::kSuccess || name == nullptr) {
+      return absl::StrCat("error ", result);
+    }
+    return absl::StrCat(name, " (", result, ")");
+  }
+
+  absl::Status Check(Result result, absl::string_view call) const {
+    const auto say = [&](absl::string_view why) {
+      return absl::StrCat(call, ": ", Name(result), why.empty() ? "" : ", ", why);
+    };
+    switch (result) {
+      case cuda_abi::kSuccess:
+        return absl::OkStatus();
+      case cuda_abi::kInvalidValue:
+      case cuda_abi::kInvalidHandle:
+        return absl::InvalidArgumentError(say(
+            "the handle is of freed memory, of another device, of another kind of allocation, or "
+            "the sizes do not fit it"));
+      case cuda_abi::kOutOfMemory:
+        return absl::ResourceExhaustedError(say("no memory or address space left"));
+      case cuda_abi::kMapFailed:
+      case cuda_abi::kAlreadyMapped:
+        return absl::FailedPreconditionError(say("the allocation cannot be mapped here"));
+      case cuda_abi::kPeerAccessUnsupported:
+      case cuda_abi::kNotSupported:
+        return absl::FailedPreconditionError(say("this device or driver cannot share that way"));
+      default:
+        return absl::InternalError(say(""));
+    }
+  }
+
+  const Api api_;
+  std::vector<CudaDevice> devices_;
+  std::vector<cuda_abi::Context> contexts_;  // beside devices_
+};
+
+}  // namespace
+
+absl::StatusOr<std::shared_ptr<CudaDriver>> CudaDriver::Load(const std::string& library) {
+  // Never closed: the driver keeps threads of its own.
+  void* const handle = ::dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
+  if (handle == nullptr) {
+    const char* const error = ::dlerror();
+    return absl::NotFoundError(
+        absl::StrCat("no CUDA driver: ", error == nullptr ? library : std::string(error)));
+  }
+  Api api;
+  const char* missing = nullptr;
+#define KEEPSET_CUDA_RESOLVE(member, symbol, parameters)                          \
+  api.member = reinterpret_cast<decltype(api.member)>(::dlsym(handle, (symbol))); \
+  if (api.member == nullptr) missing = (symbol);
+  KEEPSET_CUDA_SERVICE_ENTRIES(KEEPSET_CUDA_RESOLVE)
+#undef KEEPSET_CUDA_RESOLVE
+  if (missing != nullptr) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(library, ": no entry point ", missing, ", the driver is too old"));
+  }
+  auto driver = std::make_shared<Libcuda>(api);
+  KEEPSET_RETURN_IF_ERROR(driver->Init());
+  return driver;
+}
+
+}  // namespace keepset::service

@@ -1,0 +1,63 @@
+// The CUDA driver as the memory transports need it, resolved from libcuda at run time: nothing
+// links it, and a host without a driver runs the same binary.
+//
+// Thread-safe. Every call works in the primary context of its device, whatever thread it is on.
+#ifndef KEEPSET_SERVICE_MEMORY_CUDA_DRIVER_H_
+#define KEEPSET_SERVICE_MEMORY_CUDA_DRIVER_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "service/memory/memory_transport.h"
+
+namespace keepset::service {
+
+inline constexpr char kLibcuda[] = "libcuda.so.1";
+// Bytes of a legacy IPC handle.
+inline constexpr size_t kIpcHandleBytes = 64;
+
+struct CudaDevice {
+  int ordinal = 0;   // as this process sees it
+  std::string uuid;  // "GPU-xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx"
+  std::string name;
+};
+
+// A mapped range of device memory.
+struct DeviceRange {
+  uint64_t base = 0;
+  uint64_t bytes = 0;
+};
+
+class CudaDriver {
+ public:
+  // NotFound: no such library. FailedPrecondition: it has no device, or lacks an entry point.
+  static absl::StatusOr<std::shared_ptr<CudaDriver>> Load(const std::string& library = kLibcuda);
+  virtual ~CudaDriver() = default;
+
+  virtual const std::vector<CudaDevice>& devices() const = 0;
+
+  // Maps the whole allocation behind a legacy IPC handle of kIpcHandleBytes and asks the driver for
+  // its extent. The driver has one mapping per allocation and process: opening one that is open
+  // answers the same address, and one close unmaps it for everybody (ipc_allocations.h counts).
+  //
+  // InvalidArgument: the handle is of freed memory, of another device or not of this kind.
+  // FailedPrecondition: exporter and this process have the same process id, or the devices are no
+  // peers. ResourceExhausted: no memory or address space. Internal: the device is faulty.
+  virtual absl::StatusOr<DeviceRange> OpenIpc(int device, absl::string_view handle) = 0;
+  virtual absl::Status CloseIpc(int device, uint64_t base) = 0;
+
+  // Maps `bytes` of the VMM allocation behind a POSIX descriptor, which stays the caller's.
+  // Errors as OpenIpc.
+  virtual absl::StatusOr<DeviceRange> MapVmm(int device, int fd, uint64_t bytes,
+                                             RegionAccess access) = 0;
+  virtual absl::Status UnmapVmm(int device, const DeviceRange& range) = 0;
+};
+
+}  // namespace keepset::service
+
+#endif  // KEEPSET_SERVICE_MEMORY_CUDA_DRIVER_H_

@@ -1,0 +1,89 @@
+// Device memory by legacy CUDA IPC: works for cudaMalloc allocations, maps the whole allocation.
+#include <utility>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
+#include "base/status_macros.h"
+#include "service/memory/cuda_transports.h"
+#include "service/memory/device_region.h"
+#include "service/memory/ipc_allocations.h"
+
+namespace keepset::service {
+namespace {
+
+constexpr absl::string_view kKind = "cuda_ipc";
+
+class CudaIpcTransport final : public MemoryTransport {
+ public:
+  explicit CudaIpcTransport(CudaDriverSource source) : source_(std::move(source)) {}
+
+  absl::string_view kind() const override { return kKind; }
+  bool needs_fd() const override { return false; }
+
+  absl::StatusOr<std::unique_ptr<MappedRegion>> Open(RegionDescriptor descriptor) override {
+    if (descriptor.ipc_handle.size() != kIpcHandleBytes) {
+      return absl::InvalidArgumentError(absl::StrCat("ipc_handle of ", descriptor.ipc_handle.size(),
+                                                     " bytes, want ", kIpcHandleBytes));
+    }
+    KEEPSET_RETURN_IF_ERROR(CheckDeviceExtent(descriptor));
+    KEEPSET_ASSIGN_OR_RETURN(const std::shared_ptr<Opened> opened, Driver());
+    KEEPSET_ASSIGN_OR_RETURN(const int device, FindDevice(*opened->driver, descriptor));
+    KEEPSET_ASSIGN_OR_RETURN(
+        std::shared_ptr<IpcAllocations::Use> use,
+        opened->allocations->Open(device, descriptor.ipc_handle, descriptor.generation));
+    const DeviceRange range = use->range();
+    if (range.bytes != descriptor.allocation_bytes) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          "allocation_bytes=", descriptor.allocation_bytes, ", the driver says ", range.bytes));
+    }
+    return NewDeviceRegion(kKind, range, descriptor,
+                           [use = std::move(use)]() mutable { use.reset(); });
+  }
+
+ private:
+  struct Opened {
+    std::shared_ptr<CudaDriver> driver;
+    std::shared_ptr<IpcAllocations> allocations;
+  };
+
+  absl::StatusOr<std::shared_ptr<Opened>> Driver() {
+    absl::MutexLock lock(&mutex_);
+    if (opened_ != nullptr) return opened_;
+    KEEPSET_ASSIGN_OR_RETURN(std::shared_ptr<CudaDriver> driver, source_());
+    auto allocations = std::make_shared<IpcAllocations>(driver);
+    opened_ = std::make_shared<Opened>(Opened{std::move(driver), std::move(allocations)});
+    return opened_;
+  }
+
+  const CudaDriverSource source_;
+  absl::Mutex mutex_;
+  std::shared_ptr<Opened> opened_ ABSL_GUARDED_BY(mutex_);
+};
+
+}  // namespace
+
+CudaDriverSource LoadOnce(const std::string& library) {
+  struct State {
+    absl::Mutex mutex;
+    std::shared_ptr<CudaDriver> driver ABSL_GUARDED_BY(mutex);
+  };
+  return [library,
+          state = std::make_shared<State>()]() -> absl::StatusOr<std::shared_ptr<CudaDriver>> {
+    absl::MutexLock lock(&state->mutex);
+    if (state->driver == nullptr) {
+      KEEPSET_ASSIGN_OR_RETURN(state->driver, CudaDriver::Load(library));
+    }
+    return state->driver;
+  };
+}
+
+std::unique_ptr<MemoryTransport> NewCudaIpcTransport(CudaDriverSource driver) {
+  return std::make_unique<CudaIpcTransport>(std::move(driver));
+}
+
+std::unique_ptr<MemoryTransport> NewBuiltinCudaIpcTransport() {
+  return NewCudaIpcTransport(LoadOnce(kLibcuda));
+}
+
+}  // namespace keepset::service

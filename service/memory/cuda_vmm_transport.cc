@@ -1,0 +1,50 @@
+// Device memory of the virtual memory management API by POSIX descriptor: what engines with
+// expandable segments or a sleep mode allocate.
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "service/memory/cuda_transports.h"
+#include "service/memory/device_region.h"
+
+namespace keepset::service {
+namespace {
+
+constexpr absl::string_view kKind = "cuda_vmm";
+
+class CudaVmmTransport final : public MemoryTransport {
+ public:
+  explicit CudaVmmTransport(CudaDriverSource source) : source_(std::move(source)) {}
+
+  absl::string_view kind() const override { return kKind; }
+  bool needs_fd() const override { return true; }
+
+  absl::StatusOr<std::unique_ptr<MappedRegion>> Open(RegionDescriptor descriptor) override {
+    KEEPSET_RETURN_IF_ERROR(CheckDeviceExtent(descriptor));
+    KEEPSET_ASSIGN_OR_RETURN(const std::shared_ptr<CudaDriver> driver, source_());
+    KEEPSET_ASSIGN_OR_RETURN(const int device, FindDevice(*driver, descriptor));
+    // The driver maps nothing but what the allocation holds, so its size needs no other check.
+    KEEPSET_ASSIGN_OR_RETURN(const DeviceRange range,
+                             driver->MapVmm(device, descriptor.fd.get(),
+                                            descriptor.allocation_bytes, descriptor.access));
+    return NewDeviceRegion(kKind, range, descriptor, [driver, device, range] {
+      // A driver that refuses has lost the mapping already (the device failed).
+      static_cast<void>(driver->UnmapVmm(device, range));
+    });
+  }
+
+ private:
+  const CudaDriverSource source_;
+};
+
+}  // namespace
+
+std::unique_ptr<MemoryTransport> NewCudaVmmTransport(CudaDriverSource driver) {
+  return std::make_unique<CudaVmmTransport>(std::move(driver));
+}
+
+std::unique_ptr<MemoryTransport> NewBuiltinCudaVmmTransport() {
+  return NewCudaVmmTransport(LoadOnce(kLibcuda));
+}
+
+}  // namespace keepset::service

@@ -1,0 +1,79 @@
+#include "service/memory/device_region.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+
+namespace keepset::service {
+namespace {
+
+class DeviceRegion final : public MappedRegion {
+ public:
+  DeviceRegion(absl::string_view kind, const DeviceRange& range, const RegionDescriptor& descriptor,
+               std::function<void()> unmap)
+      : kind_(kind),
+        data_(reinterpret_cast<std::byte*>(range.base + descriptor.offset)),
+        size_bytes_(static_cast<int64_t>(descriptor.length)),
+        access_(descriptor.access),
+        unmap_(std::move(unmap)) {}
+  ~DeviceRegion() override { unmap_(); }
+
+  absl::string_view kind() const override { return kind_; }
+  MemorySpace space() const override { return MemorySpace::kDevice; }
+  std::byte* data() const override { return data_; }
+  int64_t size_bytes() const override { return size_bytes_; }
+  RegionAccess access() const override { return access_; }
+  // The mapping holds the memory; nobody can shrink it.
+  absl::Status Verify() const override { return absl::OkStatus(); }
+
+ private:
+  const absl::string_view kind_;  // a transport's constant
+  std::byte* const data_;
+  const int64_t size_bytes_;
+  const RegionAccess access_;
+  const std::function<void()> unmap_;
+};
+
+}  // namespace
+
+absl::Status CheckDeviceExtent(const RegionDescriptor& descriptor) {
+  if (descriptor.length == 0) return absl::InvalidArgumentError("length=0, want 1 or more bytes");
+  if (descriptor.offset > descriptor.allocation_bytes ||
+      descriptor.length > descriptor.allocation_bytes - descriptor.offset) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("offset=", descriptor.offset, " + length=", descriptor.length,
+                     " is beyond allocation_bytes=", descriptor.allocation_bytes));
+  }
+  if (descriptor.offset % kDeviceAlignment != 0) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "offset=", descriptor.offset, " in device memory, want a multiple of ", kDeviceAlignment));
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<int> FindDevice(const CudaDriver& driver, const RegionDescriptor& descriptor) {
+  const auto known = [&] {
+    return absl::StrJoin(driver.devices(), ", ", [](std::string* out, const CudaDevice& device) {
+      absl::StrAppend(out, device.uuid);
+    });
+  };
+  if (descriptor.device_uuid.empty()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("no device_uuid, want the device of the memory, one of: ", known()));
+  }
+  for (const CudaDevice& device : driver.devices()) {
+    if (device.uuid == descriptor.device_uuid) return device.ordinal;
+  }
+  return absl::NotFoundError(
+      absl::StrCat("device_uuid \"", descriptor.device_uuid,
+                   "\" is no device of this server, want one of: ", known()));
+}
+
+std::unique_ptr<MappedRegion> NewDeviceRegion(absl::string_view kind, const DeviceRange& range,
+                                              const RegionDescriptor& descriptor,
+                                              std::function<void()> unmap) {
+  return std::make_unique<DeviceRegion>(kind, range, descriptor, std::move(unmap));
+}
+
+}  // namespace keepset::service

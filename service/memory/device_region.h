@@ -1,0 +1,34 @@
+// What both CUDA transports check before the driver is asked, and the region they answer.
+#ifndef KEEPSET_SERVICE_MEMORY_DEVICE_REGION_H_
+#define KEEPSET_SERVICE_MEMORY_DEVICE_REGION_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "service/memory/cuda_driver.h"
+#include "service/memory/memory_transport.h"
+
+namespace keepset::service {
+
+// Kernels load 16 bytes at a time.
+inline constexpr uint64_t kDeviceAlignment = 16;
+
+// InvalidArgument: length 0, offset + length beyond allocation_bytes (overflow included), offset
+// not a multiple of kDeviceAlignment.
+absl::Status CheckDeviceExtent(const RegionDescriptor& descriptor);
+// The ordinal of descriptor.device_uuid. InvalidArgument: none given. NotFound: not a device of
+// this host, naming those there are.
+absl::StatusOr<int> FindDevice(const CudaDriver& driver, const RegionDescriptor& descriptor);
+
+// `length` bytes at `offset` of a mapped allocation; `unmap` runs at destruction.
+std::unique_ptr<MappedRegion> NewDeviceRegion(absl::string_view kind, const DeviceRange& range,
+                                              const RegionDescriptor& descriptor,
+                                              std::function<void()> unmap);
+
+}  // namespace keepset::service
+
+#endif  // KEEPSET_SERVICE_MEMORY_DEVICE_REGION_H_

@@ -1,0 +1,65 @@
+// Allocations of other processes mapped through legacy CUDA IPC, counted: the driver has one
+// mapping per allocation and process, and one close takes it from every user.
+#ifndef KEEPSET_SERVICE_MEMORY_IPC_ALLOCATIONS_H_
+#define KEEPSET_SERVICE_MEMORY_IPC_ALLOCATIONS_H_
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "service/memory/cuda_driver.h"
+
+namespace keepset::service {
+
+// Thread-safe; opening and closing are serialised, so that no close meets the open of the next
+// user.
+class IpcAllocations : public std::enable_shared_from_this<IpcAllocations> {
+ public:
+  explicit IpcAllocations(std::shared_ptr<CudaDriver> driver) : driver_(std::move(driver)) {}
+
+  // One user of a mapping; unmaps with the last one. Move-free: held by pointer.
+  class Use {
+   public:
+    Use(std::shared_ptr<IpcAllocations> owner, std::pair<int, std::string> key, DeviceRange range)
+        : owner_(std::move(owner)), key_(std::move(key)), range_(range) {}
+    ~Use() { owner_->Drop(key_); }
+    Use(const Use&) = delete;
+    Use& operator=(const Use&) = delete;
+    const DeviceRange& range() const { return range_; }
+
+   private:
+    const std::shared_ptr<IpcAllocations> owner_;
+    const std::pair<int, std::string> key_;
+    const DeviceRange range_;
+  };
+
+  // The whole allocation behind `handle`. Handle bytes are no identity: a driver may hand out the
+  // same ones for a new allocation at a freed address, so `generation` (the exporter's count of its
+  // allocations) tells them apart. FailedPrecondition: another generation of these bytes is still
+  // mapped, or a later one was. Otherwise the errors of CudaDriver::OpenIpc.
+  absl::StatusOr<std::unique_ptr<Use>> Open(int device, const std::string& handle,
+                                            uint64_t generation);
+
+  int64_t mapped() const;
+
+ private:
+  struct Entry {
+    DeviceRange range;
+    uint64_t generation = 0;
+    int64_t users = 0;  // 0: closed, kept for its generation
+  };
+  void Drop(const std::pair<int, std::string>& key);
+
+  const std::shared_ptr<CudaDriver> driver_;
+  mutable absl::Mutex mutex_;
+  std::map<std::pair<int, std::string>, Entry> entries_ ABSL_GUARDED_BY(mutex_);
+};
+
+}  // namespace keepset::service
+
+#endif  // KEEPSET_SERVICE_MEMORY_IPC_ALLOCATIONS_H_

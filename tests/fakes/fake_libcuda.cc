@@ -1,0 +1,341 @@
+// A libcuda.so of host memory, for tests of everything around the driver: entry points, sharing
+// between processes, counted mappings, errors. One device; "device memory" is a memfd, an IPC
+// handle names it by process, descriptor and serial number.
+//
+// What it imitates of the driver: one mapping per allocation and process, gone with one close; an
+// exporter that is this very process is refused as an invalid context; legacy handles for plain
+// allocations only; a VMM mapping beyond the allocation is an invalid value.
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <map>
+#include <mutex>
+
+#include "base/cuda_abi.h"
+
+namespace {
+
+using namespace keepset::cuda_abi;
+
+constexpr size_t kGranularity = 2 << 20;
+
+struct RawHandle {
+  int64_t process = 0;
+  int32_t fd = -1;
+  uint32_t serial = 0;
+  uint64_t bytes = 0;
+  uint64_t inode = 0;
+};
+static_assert(sizeof(RawHandle) <= sizeof(IpcHandle));
+
+enum class Kind { kPlain, kVmm, kImported };
+struct Allocation {
+  Kind kind = Kind::kPlain;
+  int fd = -1;
+  uint64_t bytes = 0;
+  uint32_t serial = 0;
+  RawHandle from;               // kImported
+  AllocationHandle handle = 0;  // kVmm
+};
+
+struct State {
+  std::mutex mutex;
+  std::map<uint64_t, Allocation> mapped;    // by base address
+  std::map<AllocationHandle, int> handles;  // VMM: descriptor
+  uint32_t next_serial = 1;
+  AllocationHandle next_handle = 1;
+};
+State& state() {
+  static State instance;
+  return instance;
+}
+
+const std::pair<const uint64_t, Allocation>* Find(uint64_t pointer) {
+  auto it = state().mapped.upper_bound(pointer);
+  if (it == state().mapped.begin()) return nullptr;
+  --it;
+  return pointer < it->first + it->second.bytes ? &*it : nullptr;
+}
+
+void* MapShared(int fd, size_t bytes) {
+  void* const data = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+  return data == MAP_FAILED ? nullptr : data;
+}
+
+int NewMemory(size_t bytes) {
+  const int fd = ::memfd_create("fake device memory", MFD_CLOEXEC);
+  if (fd >= 0 && ::ftruncate(fd, static_cast<off_t>(bytes)) != 0) {
+    ::close(fd);
+    return -1;
+  }
+  return fd;
+}
+
+}  // namespace
+
+extern "C" {
+
+Result cuInit(unsigned int) { return kSuccess; }
+
+Result cuGetErrorName(Result error, const char** name) {
+  switch (error) {
+    case kInvalidValue:
+      *name = "CUDA_ERROR_INVALID_VALUE";
+      return kSuccess;
+    case kInvalidContext:
+      *name = "CUDA_ERROR_INVALID_CONTEXT";
+      return kSuccess;
+    case kInvalidHandle:
+      *name = "CUDA_ERROR_INVALID_HANDLE";
+      return kSuccess;
+    default:
+      *name = nullptr;
+      return kInvalidValue;
+  }
+}
+
+Result cuDeviceGetCount(int* count) {
+  *count = 1;
+  return kSuccess;
+}
+Result cuDeviceGet(Device* device, int ordinal) {
+  *device = ordinal;
+  return ordinal == 0 ? kSuccess : kInvalidValue;
+}
+Result cuDeviceGetName(char* name, int length, Device) {
+  std::snprintf(name, static_cast<size_t>(length), "fake device");
+  return kSuccess;
+}
+Result cuDeviceGetUuid(Uuid* uuid, Device) {
+  for (int i = 0; i < 16; ++i) uuid->bytes[i] = static_cast<unsigned char>(i * 17);
+  return kSuccess;
+}
+Result cuDevicePrimaryCtxRetain(Context* context, Device) {
+  *context = &state();
+  return kSuccess;
+}
+Result cuDevicePrimaryCtxRelease_v2(Device) { return kSuccess; }
+thread_local int context_depth = 0;
+Result cuCtxPushCurrent_v2(Context) {
+  ++context_depth;
+  return kSuccess;
+}
+Result cuCtxPopCurrent_v2(Context*) { return --context_depth >= 0 ? kSuccess : kInvalidContext; }
+
+Result cuMemAlloc_v2(DevicePointer* pointer, size_t bytes) {
+  const std::lock_guard lock(state().mutex);
+  const int fd = NewMemory(bytes);
+  void* const data = fd < 0 ? nullptr : MapShared(fd, bytes);
+  if (data == nullptr) return kOutOfMemory;
+  *pointer = reinterpret_cast<uint64_t>(data);
+  state().mapped[*pointer] = {Kind::kPlain, fd, bytes, state().next_serial++, {}, 0};
+  return kSuccess;
+}
+Result cuMemFree_v2(DevicePointer pointer) {
+  const std::lock_guard lock(state().mutex);
+  const auto it = state().mapped.find(pointer);
+  if (it == state().mapped.end() || it->second.kind != Kind::kPlain) return kInvalidValue;
+  ::munmap(reinterpret_cast<void*>(pointer), it->second.bytes);
+  ::close(it->second.fd);
+  state().mapped.erase(it);
+  return kSuccess;
+}
+
+Result cuMemGetAddressRange_v2(DevicePointer* base, size_t* bytes, DevicePointer pointer) {
+  if (context_depth < 1) return kInvalidContext;
+  const std::lock_guard lock(state().mutex);
+  const auto* found = Find(pointer);
+  if (found == nullptr) return kInvalidValue;
+  *base = found->first;
+  *bytes = found->second.bytes;
+  return kSuccess;
+}
+
+Result cuPointerGetAttribute(void* data, int attribute, DevicePointer pointer) {
+  const std::lock_guard lock(state().mutex);
+  const auto* found = Find(pointer);
+  if (found == nullptr) return kInvalidValue;
+  switch (attribute) {
+    case kPointerAttributeMemoryType:
+      *static_cast<unsigned int*>(data) = kMemoryTypeDevice;
+      return kSuccess;
+    case kPointerAttributeDeviceOrdinal:
+      *static_cast<int*>(data) = 0;
+      return kSuccess;
+    case kPointerAttributeBufferId:
+      *static_cast<unsigned long long*>(data) = found->second.serial;
+      return kSuccess;
+    case kPointerAttributeIsLegacyIpcCapable:
+      *static_cast<unsigned int*>(data) = found->second.kind == Kind::kPlain ? 1 : 0;
+      return kSuccess;
+    case kPointerAttributeAllowedHandleTypes:
+      *static_cast<unsigned long long*>(data) =
+          found->second.kind == Kind::kVmm ? kHandleTypePosixFd : 0;
+      return kSuccess;
+    default:
+      return kInvalidValue;
+  }
+}
+
+Result cuIpcGetMemHandle(IpcHandle* handle, DevicePointer pointer) {
+  const std::lock_guard lock(state().mutex);
+  const auto* found = Find(pointer);
+  if (found == nullptr || found->second.kind != Kind::kPlain) return kInvalidValue;
+  struct stat info;
+  if (::fstat(found->second.fd, &info) != 0) return kInvalidValue;
+  const RawHandle raw = {::getpid(), found->second.fd, found->second.serial, found->second.bytes,
+                         info.st_ino};
+  std::memset(handle, 0, sizeof(*handle));
+  std::memcpy(handle, &raw, sizeof(raw));
+  return kSuccess;
+}
+
+Result cuIpcOpenMemHandle_v2(DevicePointer* pointer, IpcHandle handle, unsigned int flags) {
+  if (context_depth < 1 || flags != kIpcLazyEnablePeerAccess) return kInvalidContext;
+  const std::lock_guard lock(state().mutex);
+  RawHandle raw;
+  std::memcpy(static_cast<void*>(&raw), &handle, sizeof(raw));
+  if (raw.process == ::getpid()) return kInvalidContext;
+  for (const auto& [base, allocation] : state().mapped) {
+    if (allocation.kind == Kind::kImported &&
+        std::memcmp(&allocation.from, &raw, sizeof(raw)) == 0) {
+      *pointer = base;
+      return kSuccess;
+    }
+  }
+  char path[64];
+  std::snprintf(path, sizeof(path), "/proc/%lld/fd/%d", static_cast<long long>(raw.process),
+                raw.fd);
+  const int fd = ::open(path, O_RDWR | O_CLOEXEC);
+  struct stat info;
+  if (fd < 0 || ::fstat(fd, &info) != 0 || info.st_ino != raw.inode ||
+      static_cast<uint64_t>(info.st_size) != raw.bytes || raw.bytes == 0) {
+    if (fd >= 0) ::close(fd);
+    return kInvalidHandle;
+  }
+  void* const data = MapShared(fd, raw.bytes);
+  ::close(fd);
+  if (data == nullptr) return kOutOfMemory;
+  *pointer = reinterpret_cast<uint64_t>(data);
+  state().mapped[*pointer] = {Kind::kImported, -1, raw.bytes, raw.serial, raw, 0};
+  return kSuccess;
+}
+
+Result cuIpcCloseMemHandle(DevicePointer pointer) {
+  const std::lock_guard lock(state().mutex);
+  const auto it = state().mapped.find(pointer);
+  if (it == state().mapped.end() || it->second.kind != Kind::kImported) return kInvalidValue;
+  ::munmap(reinterpret_cast<void*>(pointer), it->second.bytes);
+  state().mapped.erase(it);
+  return kSuccess;
+}
+
+// ---- virtual memory management
+
+Result cuMemCreate(AllocationHandle* handle, size_t bytes, const void*, unsigned long long) {
+  const std::lock_guard lock(state().mutex);
+  if (bytes % kGranularity != 0) return kInvalidValue;
+  const int fd = NewMemory(bytes);
+  if (fd < 0) return kOutOfMemory;
+  *handle = state().next_handle++;
+  state().handles[*handle] = fd;
+  return kSuccess;
+}
+Result cuMemExportToShareableHandle(void* os_handle, AllocationHandle handle, int type,
+                                    unsigned long long) {
+  const std::lock_guard lock(state().mutex);
+  const auto it = state().handles.find(handle);
+  if (it == state().handles.end() || type != kHandleTypePosixFd) return kInvalidValue;
+  *static_cast<int*>(os_handle) = ::fcntl(it->second, F_DUPFD_CLOEXEC, 0);
+  return kSuccess;
+}
+Result cuMemImportFromShareableHandle(AllocationHandle* handle, void* os_handle, int type) {
+  const std::lock_guard lock(state().mutex);
+  const int fd =
+      ::fcntl(static_cast<int>(reinterpret_cast<intptr_t>(os_handle)), F_DUPFD_CLOEXEC, 0);
+  if (fd < 0 || type != kHandleTypePosixFd) return kInvalidValue;
+  // A descriptor of something else is no handle of the driver.
+  char target[64] = {};
+  char path[64];
+  std::snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
+  if (::readlink(path, target, sizeof(target) - 1) < 0 ||
+      std::strstr(target, "fake device memory") == nullptr) {
+    ::close(fd);
+    return kInvalidValue;
+  }
+  *handle = state().next_handle++;
+  state().handles[*handle] = fd;
+  return kSuccess;
+}
+Result cuMemRelease(AllocationHandle handle) {
+  const std::lock_guard lock(state().mutex);
+  const auto it = state().handles.find(handle);
+  if (it == state().handles.end()) return kInvalidValue;
+  ::close(it->second);
+  state().handles.erase(it);
+  return kSuccess;
+}
+Result cuMemRetainAllocationHandle(AllocationHandle* handle, void* address) {
+  const std::lock_guard lock(state().mutex);
+  const auto* found = Find(reinterpret_cast<uint64_t>(address));
+  if (found == nullptr || found->second.kind != Kind::kVmm) return kInvalidValue;
+  *handle = state().next_handle++;
+  state().handles[*handle] = ::fcntl(found->second.fd, F_DUPFD_CLOEXEC, 0);
+  return kSuccess;
+}
+Result cuMemAddressReserve(DevicePointer* pointer, size_t bytes, size_t, DevicePointer,
+                           unsigned long long) {
+  void* const data = ::mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (data == MAP_FAILED) return kOutOfMemory;
+  *pointer = reinterpret_cast<uint64_t>(data);
+  return kSuccess;
+}
+Result cuMemAddressFree(DevicePointer pointer, size_t bytes) {
+  return ::munmap(reinterpret_cast<void*>(pointer), bytes) == 0 ? kSuccess : kInvalidValue;
+}
+Result cuMemMap(DevicePointer pointer, size_t bytes, size_t, AllocationHandle handle,
+                unsigned long long) {
+  const std::lock_guard lock(state().mutex);
+  const auto it = state().handles.find(handle);
+  struct stat info;
+  if (it == state().handles.end() || ::fstat(it->second, &info) != 0 ||
+      static_cast<uint64_t>(info.st_size) < bytes) {
+    return kInvalidValue;
+  }
+  void* const data = ::mmap(reinterpret_cast<void*>(pointer), bytes, PROT_NONE,
+                            MAP_SHARED | MAP_FIXED, it->second, 0);
+  if (data == MAP_FAILED) return kMapFailed;
+  state().mapped[pointer] = {Kind::kVmm, ::fcntl(it->second, F_DUPFD_CLOEXEC, 0),
+                             bytes,      state().next_serial++,
+                             {},         handle};
+  return kSuccess;
+}
+Result cuMemSetAccess(DevicePointer pointer, size_t bytes, const AccessDescriptor* access, size_t) {
+  const int protection = access->flags == kAccessReadWrite ? PROT_READ | PROT_WRITE : PROT_READ;
+  return ::mprotect(reinterpret_cast<void*>(pointer), bytes, protection) == 0 ? kSuccess
+                                                                              : kInvalidValue;
+}
+Result cuMemUnmap(DevicePointer pointer, size_t bytes) {
+  const std::lock_guard lock(state().mutex);
+  const auto it = state().mapped.find(pointer);
+  if (it == state().mapped.end() || it->second.kind != Kind::kVmm) return kInvalidValue;
+  ::close(it->second.fd);
+  state().mapped.erase(it);
+  void* const data = ::mmap(reinterpret_cast<void*>(pointer), bytes, PROT_NONE,
+                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED, -1, 0);
+  return data == MAP_FAILED ? kInvalidValue : kSuccess;
+}
+
+// For tests: mappings of this process, and the depth of pushed contexts on this thread.
+int fake_cuda_mappings() {
+  const std::lock_guard lock(state().mutex);
+  return static_cast<int>(state().mapped.size());
+}
+int fake_cuda_context_depth() { return context_depth; }
+
+}  // extern "C"

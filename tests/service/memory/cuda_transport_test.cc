@@ -1,0 +1,274 @@
+// Device memory of another process, over a driver of host memory (tests/fakes/fake_libcuda.cc).
+#include <dlfcn.h>
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <unistd.h>
+
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/clock.h"
+#include "service/memory/cuda_transports.h"
+#include "service/memory/ipc_allocations.h"
+#include "service/memory/session_manager.h"
+#include "tests/fakes/device_exporter.h"
+#include "tests/service/memory/memory_test_support.h"
+
+namespace keepset::service {
+namespace {
+
+using fakes::DeviceExporter;
+using fakes::DeviceMemory;
+using ::testing::HasSubstr;
+
+constexpr uint64_t kBytes = 2 << 20;
+
+int CallFake(const char* symbol) {
+  void* const library = ::dlopen(KEEPSET_FAKE_LIBCUDA, RTLD_NOW);
+  return reinterpret_cast<int (*)()>(::dlsym(library, symbol))();
+}
+// Mappings the driver holds in this process.
+int DriverMappings() { return CallFake("fake_cuda_mappings"); }
+
+RegionDescriptor IpcRegion(const DeviceExporter& exporter, uint64_t offset, uint64_t length) {
+  RegionDescriptor descriptor;
+  descriptor.kind = "cuda_ipc";
+  descriptor.ipc_handle = exporter.ipc_handle();
+  descriptor.allocation_bytes = kBytes;
+  descriptor.offset = offset;
+  descriptor.length = length;
+  descriptor.device_uuid = fakes::kFakeDeviceUuid;
+  descriptor.generation = 1;
+  return descriptor;
+}
+
+bool HoldsPattern(const MappedRegion& region, uint64_t offset) {
+  for (int64_t i = 0; i < region.size_bytes(); ++i) {
+    if (region.data()[i] != std::byte((offset + i) % 251)) return false;
+  }
+  return true;
+}
+
+class CudaIpcTransportTest : public ::testing::Test {
+ protected:
+  absl::StatusOr<std::unique_ptr<MappedRegion>> Open(RegionDescriptor descriptor) {
+    return transport_->Open(std::move(descriptor));
+  }
+  absl::Status Refusal(RegionDescriptor descriptor) {
+    const absl::Status status = Open(std::move(descriptor)).status();
+    EXPECT_EQ(DriverMappings(), 0) << "a refused region left a mapping";
+    return status;
+  }
+
+  const std::unique_ptr<MemoryTransport> transport_ =
+      NewCudaIpcTransport(LoadOnce(KEEPSET_FAKE_LIBCUDA));
+  DeviceExporter exporter_{KEEPSET_FAKE_LIBCUDA, DeviceMemory::kPlain, kBytes};
+};
+
+TEST_F(CudaIpcTransportTest, RegionIsAPieceOfTheWholeAllocation) {
+  const auto region = Open(IpcRegion(exporter_, 4096, 1000));
+  ASSERT_TRUE(region.ok()) << region.status();
+  EXPECT_EQ((*region)->size_bytes(), 1000);
+  EXPECT_EQ((*region)->space(), MemorySpace::kDevice);
+  EXPECT_TRUE(HoldsPattern(**region, 4096));
+}
+
+TEST_F(CudaIpcTransportTest, RegionsOfOneAllocationShareOneMapping) {
+  auto first = Open(IpcRegion(exporter_, 0, 64));
+  auto second = Open(IpcRegion(exporter_, 4096, 64));
+  ASSERT_TRUE(first.ok() && second.ok());
+  EXPECT_EQ(DriverMappings(), 1);
+  first->reset();
+  EXPECT_TRUE(HoldsPattern(**second, 4096));
+  second->reset();
+  EXPECT_EQ(DriverMappings(), 0);
+}
+
+TEST_F(CudaIpcTransportTest, AllocationIsMappedAgainAfterItsLastUser) {
+  { const auto first = Open(IpcRegion(exporter_, 0, 64)); }
+  const auto again = Open(IpcRegion(exporter_, 0, 64));
+  ASSERT_TRUE(again.ok()) << again.status();
+  EXPECT_TRUE(HoldsPattern(**again, 0));
+}
+
+TEST_F(CudaIpcTransportTest, WrongAllocationSizeNamesTheDrivers) {
+  RegionDescriptor descriptor = IpcRegion(exporter_, 0, 64);
+  descriptor.allocation_bytes = kBytes / 2;
+  const absl::Status status = Refusal(std::move(descriptor));
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(status.message(), HasSubstr("the driver says 2097152"));
+}
+
+TEST_F(CudaIpcTransportTest, FreedMemoryIsRefused) {
+  exporter_.FreeMemory();
+  EXPECT_EQ(Refusal(IpcRegion(exporter_, 0, 64)).code(), absl::StatusCode::kInvalidArgument);
+}
+
+TEST_F(CudaIpcTransportTest, HandleOfADeadExporterIsRefused) {
+  exporter_.Kill();
+  EXPECT_EQ(Refusal(IpcRegion(exporter_, 0, 64)).code(), absl::StatusCode::kInvalidArgument);
+}
+
+TEST_F(CudaIpcTransportTest, MappingOfAnExporterThatDiedIsStillGivenBack) {
+  auto region = Open(IpcRegion(exporter_, 0, 64));
+  ASSERT_TRUE(region.ok());
+  exporter_.Kill();
+  region->reset();
+  EXPECT_EQ(DriverMappings(), 0);
+}
+
+TEST_F(CudaIpcTransportTest, EqualProcessIdsAreExplained) {
+  RegionDescriptor descriptor = IpcRegion(exporter_, 0, 64);
+  const int64_t own = ::getpid();
+  std::memcpy(descriptor.ipc_handle.data(), &own, sizeof(own));
+  const absl::Status status = Refusal(std::move(descriptor));
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(status.message(), HasSubstr("same process id"));
+  EXPECT_THAT(status.message(), HasSubstr("cuda_vmm"));
+}
+
+TEST_F(CudaIpcTransportTest, UnknownDeviceNamesTheKnownOnes) {
+  RegionDescriptor descriptor = IpcRegion(exporter_, 0, 64);
+  descriptor.device_uuid = "GPU-ffffffff-0000-0000-0000-000000000000";
+  const absl::Status status = Refusal(std::move(descriptor));
+  EXPECT_EQ(status.code(), absl::StatusCode::kNotFound);
+  EXPECT_THAT(status.message(), HasSubstr(fakes::kFakeDeviceUuid));
+}
+
+TEST_F(CudaIpcTransportTest, DeviceMustBeNamed) {
+  RegionDescriptor descriptor = IpcRegion(exporter_, 0, 64);
+  descriptor.device_uuid.clear();
+  EXPECT_EQ(Refusal(std::move(descriptor)).code(), absl::StatusCode::kInvalidArgument);
+}
+
+TEST_F(CudaIpcTransportTest, ExtentsOutsideTheAllocationAreRefused) {
+  constexpr uint64_t kHuge = std::numeric_limits<uint64_t>::max();
+  const std::pair<uint64_t, uint64_t> extents[] = {
+      {0, 0}, {0, kBytes + 1}, {kBytes, 16}, {kHuge - 15, 32}, {16, kHuge}};
+  for (const auto& [offset, length] : extents) {
+    EXPECT_EQ(Refusal(IpcRegion(exporter_, offset, length)).code(),
+              absl::StatusCode::kInvalidArgument)
+        << offset << " " << length;
+  }
+}
+
+TEST_F(CudaIpcTransportTest, MisalignedOffsetNamesTheAlignment) {
+  EXPECT_THAT(Refusal(IpcRegion(exporter_, 8, 64)).message(), HasSubstr("multiple of 16"));
+}
+
+TEST_F(CudaIpcTransportTest, HandleOfAnotherLengthIsRefused) {
+  RegionDescriptor descriptor = IpcRegion(exporter_, 0, 64);
+  descriptor.ipc_handle.resize(63);
+  EXPECT_THAT(Refusal(std::move(descriptor)).message(), HasSubstr("63 bytes, want 64"));
+}
+
+TEST_F(CudaIpcTransportTest, AnotherGenerationWaitsForTheMappedOne) {
+  const auto first = Open(IpcRegion(exporter_, 0, 64));
+  ASSERT_TRUE(first.ok());
+  RegionDescriptor descriptor = IpcRegion(exporter_, 0, 64);
+  descriptor.generation = 2;
+  const absl::Status status = Open(std::move(descriptor)).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(status.message(), HasSubstr("still mapped"));
+}
+
+TEST_F(CudaIpcTransportTest, EarlierGenerationIsStale) {
+  RegionDescriptor descriptor = IpcRegion(exporter_, 0, 64);
+  descriptor.generation = 5;
+  ASSERT_TRUE(Open(std::move(descriptor)).ok());
+  EXPECT_EQ(Refusal(IpcRegion(exporter_, 0, 64)).code(), absl::StatusCode::kFailedPrecondition);
+}
+
+TEST_F(CudaIpcTransportTest, EveryCallLeavesTheThreadWithoutAContext) {
+  { const auto region = Open(IpcRegion(exporter_, 0, 64)); }
+  EXPECT_EQ(CallFake("fake_cuda_context_depth"), 0);
+}
+
+TEST(CudaDriverTest, HostWithoutADriverSaysSo) {
+  const absl::Status status = CudaDriver::Load("libcuda-that-is-not-there.so").status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kNotFound);
+  EXPECT_THAT(status.message(), HasSubstr("no CUDA driver"));
+}
+
+TEST(CudaDriverTest, LibraryWithoutTheEntryPointsIsTooOld) {
+  const absl::Status status = CudaDriver::Load("libm.so.6").status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(status.message(), HasSubstr("too old"));
+}
+
+TEST(CudaDriverTest, DevicesHaveTheirUuidAsToolsPrintIt) {
+  const auto driver = CudaDriver::Load(KEEPSET_FAKE_LIBCUDA);
+  ASSERT_TRUE(driver.ok()) << driver.status();
+  ASSERT_EQ((*driver)->devices().size(), 1u);
+  EXPECT_EQ((*driver)->devices()[0].uuid, fakes::kFakeDeviceUuid);
+}
+
+class CudaVmmTransportTest : public ::testing::Test {
+ protected:
+  RegionDescriptor Region(uint64_t allocation_bytes = kBytes) const {
+    RegionDescriptor descriptor;
+    descriptor.kind = "cuda_vmm";
+    descriptor.fd.Reset(exporter_.OpenFd());
+    descriptor.allocation_bytes = allocation_bytes;
+    descriptor.offset = 32;
+    descriptor.length = 1000;
+    descriptor.device_uuid = fakes::kFakeDeviceUuid;
+    return descriptor;
+  }
+
+  const std::unique_ptr<MemoryTransport> transport_ =
+      NewCudaVmmTransport(LoadOnce(KEEPSET_FAKE_LIBCUDA));
+  const DeviceExporter exporter_{KEEPSET_FAKE_LIBCUDA, DeviceMemory::kVmm, kBytes};
+};
+
+TEST_F(CudaVmmTransportTest, RegionIsAPieceOfTheAllocation) {
+  const auto region = transport_->Open(Region());
+  ASSERT_TRUE(region.ok()) << region.status();
+  EXPECT_TRUE(HoldsPattern(**region, 32));
+  EXPECT_EQ((*region)->space(), MemorySpace::kDevice);
+}
+
+TEST_F(CudaVmmTransportTest, MappingEndsWithTheRegion) {
+  { const auto region = transport_->Open(Region()); }
+  EXPECT_EQ(DriverMappings(), 0);
+}
+
+TEST_F(CudaVmmTransportTest, MoreThanTheAllocationIsRefusedAndLeavesNothing) {
+  EXPECT_EQ(transport_->Open(Region(2 * kBytes)).status().code(),
+            absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(DriverMappings(), 0);
+}
+
+TEST_F(CudaVmmTransportTest, DescriptorOfOtherMemoryIsRefused) {
+  RegionDescriptor descriptor = Region();
+  descriptor.fd = testing::NewMemfd("ordinary", kBytes);
+  EXPECT_EQ(transport_->Open(std::move(descriptor)).status().code(),
+            absl::StatusCode::kInvalidArgument);
+}
+
+TEST(DeviceRegions, EndOfTheSessionGivesTheMappingBackAfterTheLastLease) {
+  const DeviceExporter exporter(KEEPSET_FAKE_LIBCUDA, DeviceMemory::kPlain, kBytes);
+  std::vector<std::unique_ptr<MemoryTransport>> transports;
+  transports.push_back(NewCudaIpcTransport(LoadOnce(KEEPSET_FAKE_LIBCUDA)));
+  const auto sessions = SessionManager::New({}, std::move(transports), SystemClock(), nullptr);
+  OpenSessionArgs opening;
+  opening.client_uuid = std::string(16, 'u');
+  const auto session = sessions->OpenSession(opening);
+  ASSERT_TRUE(session.ok()) << session.status();
+  const auto region =
+      sessions->RegisterRegion(session->session_id, "kv", 0, IpcRegion(exporter, 0, kBytes));
+  ASSERT_TRUE(region.ok()) << region.status();
+  {
+    const auto lease = sessions->Lease(session->session_id, region->region_id);
+    ASSERT_TRUE(lease.ok()) << lease.status();
+    ASSERT_TRUE(sessions->CloseSession(session->session_id).ok());
+    EXPECT_EQ(DriverMappings(), 1);
+  }
+  EXPECT_EQ(DriverMappings(), 0);
+}
+
+}  // namespace
+}  // namespace keepset::service
