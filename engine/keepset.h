@@ -98,6 +98,15 @@ const char* keepset_table_inspect(const keepset_table* table);
 /* Newline-separated differences, empty when equal. The text belongs to `a` until its next diff. */
 keepset_status keepset_table_diff(keepset_table* a, const keepset_table* b, const char** out);
 
+/* How two tables decide differently: a JSON document with the correlation of the head rankings per
+ * layer and the head weights and gates that changed, largest first; null where the tables cannot be
+ * compared. The text belongs to `a` until its next comparison. */
+keepset_status keepset_table_compare(keepset_table* a, const keepset_table* b, const char** out);
+/* The values of a tensor that keepset_table_inspect lists, row-major; they belong to the table.
+ * NOT_FOUND for another name. */
+keepset_status keepset_table_values(const keepset_table* table, const char* tensor,
+                                    const float** values, size_t* count);
+
 /* Writes a table file with one head weight and one gate everywhere, provenance "uniform".
  * model_json: a model fingerprint; budgets may be NULL (any budget). */
 keepset_status keepset_table_write_uniform(const char* path, const char* name, const char* version,

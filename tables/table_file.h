@@ -75,6 +75,13 @@ std::string InspectTable(const DecisionTable& table);
 // nothing of the kind.
 std::optional<absl::Time> TableCreated(const DecisionTable& table);
 
+// How two tables decide differently, one JSON document; keys without meaning for the pair are null:
+// shared_budgets; head_rankings {mean_spearman, mean_kendall, by_layer [{budget, layer, spearman,
+// kendall}]}; head_weights and gate_thresholds {compared, changed, largest, mean, cells [{budget,
+// layer, head | entropy_bin, ppl_bin, a, b}]}, the 50 largest changes first. Needs equal layer and
+// head counts and a shared budget, gates equal bin edges too.
+std::string CompareTables(const DecisionTable& a, const DecisionTable& b);
+
 // What differs between two tables, a line each; empty when the content is the same.
 std::vector<std::string> DiffTables(const DecisionTable& a, const DecisionTable& b);
 

@@ -13,6 +13,7 @@ namespace keepset::cli {
 
 enum class OutputFormat { kText, kJson };
 enum class StreamKind { kTerminal, kPipe };
+enum class TextColor { kPlain, kColor };
 
 struct Console {
   std::ostream& out;
@@ -20,6 +21,9 @@ struct Console {
   StreamKind out_kind = StreamKind::kPipe;
   StreamKind err_kind = StreamKind::kPipe;
   OutputFormat format = OutputFormat::kText;
+  // How `out` may be drawn on: colour by escape codes, and characters in a line.
+  TextColor color = TextColor::kPlain;
+  int columns = 80;
   std::string program_path;  // argv[0] resolved; finds keepsetd beside it
 
   bool wants_summary() const {

@@ -13,9 +13,9 @@
 #include "clients/cli/engine_handles.h"
 #include "clients/cli/exit_status.h"
 #include "clients/cli/flag_parser.h"
+#include "clients/cli/inspect_command.h"
 #include "clients/cli/model_source.h"
 #include "clients/cli/new_table.h"
-#include "clients/cli/table_text.h"
 
 namespace keepset::cli {
 namespace {
@@ -29,29 +29,6 @@ constexpr int kManyFiles = 1 << 20;
 
 std::string Dump(const Json& json) {
   return json.dump(-1, ' ', false, Json::error_handler_t::replace);
-}
-
-absl::Status Inspect(Arguments arguments, Console& console) {
-  bool json = false;
-  FlagParser parser("tables inspect", "tables inspect FILE... [--json]",
-                    "What a table file says: identity, model, provenance, tensors, bins.");
-  parser.Switch("--json", "one JSON document per file", &json);
-  if (FlagParser::HelpAsked(arguments)) {
-    console.out << parser.Help();
-    return absl::OkStatus();
-  }
-  KEEPSET_ASSIGN_OR_RETURN(const std::vector<std::string> files,
-                           parser.Parse(arguments, 1, kManyFiles));
-  for (const std::string& file : files) {
-    KEEPSET_ASSIGN_OR_RETURN(const TableHandle table, LoadTable(file));
-    const char* document = keepset_table_inspect(table.get());
-    if (json) {
-      console.out << document << "\n";
-    } else {
-      console.out << TableText(file, document);
-    }
-  }
-  return absl::OkStatus();
 }
 
 absl::Status Validate(Arguments arguments, Console& console) {
@@ -91,30 +68,6 @@ absl::Status Validate(Arguments arguments, Console& console) {
     }
   }
   return last;
-}
-
-absl::Status Diff(Arguments arguments, Console& console) {
-  bool json = false;
-  FlagParser parser("tables diff", "tables diff A B [--json]",
-                    "What differs between two tables, a line each; nothing when nothing does.");
-  parser.Switch("--json", "one JSON document", &json);
-  if (FlagParser::HelpAsked(arguments)) {
-    console.out << parser.Help();
-    return absl::OkStatus();
-  }
-  KEEPSET_ASSIGN_OR_RETURN(const std::vector<std::string> files, parser.Parse(arguments, 2, 2));
-  KEEPSET_ASSIGN_OR_RETURN(const TableHandle a, LoadTable(files[0]));
-  KEEPSET_ASSIGN_OR_RETURN(const TableHandle b, LoadTable(files[1]));
-  const char* text = nullptr;
-  KEEPSET_RETURN_IF_ERROR(FromEngine(keepset_table_diff(a.get(), b.get(), &text)));
-  const std::vector<std::string> lines = absl::StrSplit(text, '\n', absl::SkipEmpty());
-  if (json) {
-    console.out << Dump({{"a", files[0]}, {"b", files[1]}, {"differences", lines}}) << "\n";
-    return absl::OkStatus();
-  }
-  for (const std::string& line : lines) console.out << line << "\n";
-  if (lines.empty() && console.wants_summary()) console.out << "no difference\n";
-  return absl::OkStatus();
 }
 
 absl::StatusOr<std::vector<int64_t>> ParseBudgets(const std::optional<std::string>& text) {
@@ -196,9 +149,9 @@ struct TablesCommand {
 };
 
 constexpr TablesCommand kTablesCommands[] = {
-    {"inspect", "what table files say", Inspect},
+    {"inspect", "what table files say", RunTablesInspect},
     {"validate", "whether table files are good", Validate},
-    {"diff", "what differs between two tables", Diff},
+    {"diff", "what differs between two tables", RunTablesDiff},
     {"records", "what calibration records hold", RunTablesRecords},
     {"compile", "a table of calibration records", RunTablesCompile},
     {"import", "a table file of a CompilerKV reference directory", Import},

@@ -34,6 +34,7 @@ struct keepset_table {
   std::string kind;
   std::string inspection;
   std::string difference;
+  std::string comparison;
 };
 
 struct keepset_result {

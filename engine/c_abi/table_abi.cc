@@ -4,7 +4,10 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/string_view.h"
+#include "absl/types/span.h"
 #include "base/status_macros.h"
 #include "engine/c_abi/handles.h"
 #include "tables/safetensors.h"
@@ -49,6 +52,40 @@ keepset_status keepset_table_diff(keepset_table* a, const keepset_table* b, cons
     KEEPSET_RETURN_IF_ERROR(RequirePointer(out, "out"));
     a->difference = absl::StrJoin(keepset::tables::DiffTables(*a->table, *b->table), "\n");
     *out = a->difference.c_str();
+    return absl::OkStatus();
+  });
+}
+
+keepset_status keepset_table_compare(keepset_table* a, const keepset_table* b, const char** out) {
+  return Guard([&]() -> absl::Status {
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(a, "a"));
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(b, "b"));
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(out, "out"));
+    a->comparison = keepset::tables::CompareTables(*a->table, *b->table);
+    *out = a->comparison.c_str();
+    return absl::OkStatus();
+  });
+}
+
+keepset_status keepset_table_values(const keepset_table* table, const char* tensor,
+                                    const float** values, size_t* count) {
+  return Guard([&]() -> absl::Status {
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(table, "table"));
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(tensor, "tensor"));
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(values, "values"));
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(count, "count"));
+    const keepset::tables::CompilerKvTable* compilerkv = table->table->AsCompilerKv();
+    absl::Span<const float> found;
+    if (compilerkv != nullptr && absl::string_view(tensor) == "head_weights") {
+      found = compilerkv->head_weights();
+    } else if (compilerkv != nullptr && absl::string_view(tensor) == "gate_thresholds") {
+      found = compilerkv->gate_thresholds();
+    } else {
+      return absl::NotFoundError(absl::StrCat("tensor ", tensor, ", want head_weights or ",
+                                              "gate_thresholds of a compilerkv table"));
+    }
+    *values = found.data();
+    *count = found.size();
     return absl::OkStatus();
   });
 }

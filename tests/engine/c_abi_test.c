@@ -150,6 +150,8 @@ static void WritesAndLoadsATable(void) {
   const int64_t budgets[] = {3, 5};
   keepset_table* table = NULL;
   const char* difference = NULL;
+  const float* values = NULL;
+  size_t count = 0;
 
   EXPECT(mkdtemp(directory) != NULL);
   snprintf(path, sizeof(path), "%s/uniform.safetensors", directory);
@@ -164,6 +166,11 @@ static void WritesAndLoadsATable(void) {
     EXPECT(strstr(keepset_table_inspect(table), "uniform") != NULL);
     EXPECT(keepset_table_diff(table, table, &difference) == KEEPSET_OK);
     EXPECT(difference != NULL && difference[0] == '\0');
+    EXPECT(keepset_table_compare(table, table, &difference) == KEEPSET_OK);
+    EXPECT(strstr(difference, "head_rankings") != NULL);
+    EXPECT(keepset_table_values(table, "gate_thresholds", &values, &count) == KEEPSET_OK);
+    EXPECT(count > 0 && values[count - 1] == 0.9f);
+    EXPECT(keepset_table_values(table, "weights", &values, &count) == KEEPSET_NOT_FOUND);
   }
   keepset_table_destroy(table);
   EXPECT(keepset_table_write_uniform(path, "plain-c", "1", kModel, 9.0f, 0.9f, NULL, 0) ==

@@ -30,6 +30,7 @@ void TouchTensors(const SafetensorsFile& file) {
 void UseTable(const DecisionTable& table) {
   KEEPSET_CHECK(!InspectTable(table).empty());
   KEEPSET_CHECK(DiffTables(table, table).empty());
+  KEEPSET_CHECK(!CompareTables(table, table).empty());
   if (const CompilerKvTable* compilerkv = table.AsCompilerKv()) {
     KEEPSET_CHECK(
         compilerkv->Slice(100, TableBudgetMatch::kNearest, 3, LayerMatch::kInterpolateDepth).ok());
