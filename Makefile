@@ -3,6 +3,7 @@ BUILD := build/release
 VENV := .venv
 VENV_HF := .venv-hf
 VENV_DEPLOY := .venv-deploy
+VENV_EVIDENCE := .venv-evidence
 JOBS := $(shell nproc)
 # The numpy models' matrices are small: BLAS threads would only wait for each other.
 export OMP_NUM_THREADS := 1
@@ -26,9 +27,10 @@ test-hf: configure
 
 # Compiles tables from rollouts and measures whether they help: docs/results. An interrupted run goes
 # on where it was.
-evidence: configure python
+evidence: configure
 	ninja -C $(BUILD) keepsetd keepset keepset_shared
-	$(VENV)/bin/python -m keepset.evidence --build $(BUILD) --out docs/results --work $(BUILD)/evidence
+	@tools/venv $(VENV_EVIDENCE) plots
+	$(VENV_EVIDENCE)/bin/python -m keepset.evidence --build $(BUILD) --out docs/results --work $(BUILD)/evidence
 	rm -r $(BUILD)/evidence
 
 # Debian packages in build/release/packages.
@@ -67,4 +69,4 @@ check:
 	tools/check
 
 clean:
-	rm -rf build $(VENV) $(VENV_HF)
+	rm -rf build $(VENV) $(VENV_HF) $(VENV_DEPLOY) $(VENV_EVIDENCE)

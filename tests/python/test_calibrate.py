@@ -1,6 +1,8 @@
 """Rollouts and their records; the fit itself is tested where it lives."""
 
+import io
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -8,10 +10,14 @@ from conftest import binary
 
 import keepset
 from keepset import table_file
-from keepset.calibrate.__main__ import Build
+from keepset.calibrate import CalibrationError, stratify
+from keepset.calibrate.__main__ import Build, calibrate
+from keepset.calibrate.alternation import NEUTRAL, Progress, steps_of
+from keepset.calibrate.convergence import change
 from keepset.calibrate.prompts import ConstructedAdapter, Prompt, SmallModelAdapter
 from keepset.calibrate.records import StepFile, read
-from keepset.calibrate.rollouts import GATE_ACTIONS, HEAD_ACTIONS, Rollouts, Weights
+from keepset.calibrate.rollouts import GATE_ACTIONS, HEAD_ACTIONS, Entry, Rollouts, Weights
+from keepset.calibrate.stratify import Signals, choose
 from keepset.eval import constructed
 from keepset.eval.small_model import SmallModel
 from keepset.in_process import Engine, EngineError, TileLayer
@@ -167,3 +173,240 @@ def test_table_reads_back_as_written(adapter):
     np.testing.assert_array_equal(found.head_weights, heads.astype(np.float32))
     assert (found.budgets, found.document["version"]) == ([64, 96], "2")
     assert json.loads(json.dumps(found.document["model"])) == model.to_json()
+
+
+def signals(entropies, ppls):
+    return [Signals(seed, f"p{seed}", entropy, ppl)
+            for seed, (entropy, ppl) in enumerate(zip(entropies, ppls))]
+
+
+def test_chosen_prompts_cover_every_cell_that_the_pool_reaches():
+    # Low entropy and low perplexity go together in 90 of 100 prompts: drawn by chance, few of the
+    # other two cells would be chosen.
+    rng = np.random.default_rng(1)
+    entropies = rng.normal(4, 1, 100)
+    ppls = np.where(np.arange(100) < 90, entropies, 8 - entropies) + 20
+    made = choose(signals(entropies, ppls), 12, (2, 2))
+    assert made.covered_cells == made.reachable_cells == 4
+    assert {count for row in made.chosen_per_cell for count in row} == {3}
+    assert sum(map(sum, made.pool_per_cell)) == 100
+
+
+def test_fewer_prompts_than_cells_are_spread_and_always_the_same():
+    entropies = np.linspace(0, 9, 200)
+    pool = signals(entropies, np.linspace(2, 90, 200)[::-1])
+    made = choose(pool, 5, (20, 4))
+    assert made == choose(pool[::-1], 5, (20, 4))
+    assert made.covered_cells == 5
+    rows = [row for row, counts in enumerate(made.chosen_per_cell) if any(counts)]
+    assert max(rows) - min(rows) >= 8
+
+
+def test_more_prompts_than_the_pool_holds_are_refused():
+    with pytest.raises(CalibrationError, match="5 prompts of a pool of 2, want 1..2"):
+        choose(signals([1, 2], [3, 4]), 5, (2, 2))
+
+
+def test_signals_are_those_that_the_engine_decides_by(engine, adapter, prompts):
+    table = table_file.uniform_table(adapter.fingerprint(), name="t", version="1")
+    found = stratify.signals_of(prompts[0])
+    decided = engine.decide(model=adapter.fingerprint(), layers=prompts[0].layers, table=table,
+                            budget_tokens=BUDGET, ppl=prompts[0].ppl)
+    assert found.entropy == pytest.approx(decided.entropy[0], abs=1e-4)
+    assert (found.seed, found.ppl) == (0, prompts[0].ppl)
+
+
+class CountedAdapter:
+    """Hands on a shorter adapter's prompts and counts how many were read."""
+
+    def __init__(self, adapter):
+        self._adapter, self.name, self.read = adapter, adapter.name, 0
+
+    def fingerprint(self):
+        return self._adapter.fingerprint()
+
+    def prompts(self, seeds):
+        for prompt in self._adapter.prompts(seeds):
+            self.read += 1
+            yield prompt
+
+
+def test_pool_is_read_once_for_all_runs_and_belongs_to_its_adapter(adapter, tmp_path):
+    counted = CountedAdapter(adapter)
+
+    def chosen(pool):
+        return stratify.stratified_seeds(counted, pool, 2, (2, 2), tmp_path / "pool.json",
+                                         lambda line: None)
+
+    first = chosen(range(3))
+    assert chosen(range(3)) == first and counted.read == 3
+    with pytest.raises(CalibrationError, match="another pool"):
+        chosen(range(4))
+
+
+def weights(heads, gates, entropy_edges=()):
+    return Weights(np.array(heads, np.float32), np.array(gates, np.float32),
+                   np.array(entropy_edges, np.float32), np.zeros(0, np.float32))
+
+
+def head_record(action, loss, kv_head=0, prompt="p"):
+    return {"kind": "head", "prompt_id": prompt, "seed": 0, "budget": 64, "layer": 0, "kv_head": kv_head,
+            "action": action, "full_loss": 0.5, "compressed_loss": loss, "sequence_length": 100,
+            "paired_policy": "t/1@0"}
+
+
+def gate_record(action, loss, entropy, candidates):
+    return {"kind": "gate", "prompt_id": "p", "seed": 0, "budget": 64, "layer": 0, "action": action,
+            "full_loss": 0.5, "compressed_loss": loss, "sequence_length": 100, "entropy": entropy,
+            "ppl": 5.0, "candidate_count": candidates, "paired_policy": "t/1@0"}
+
+
+def changed(tmp_path, records, before, after):
+    path = tmp_path / "records.jsonl"
+    path.write_text("".join(json.dumps(one) + "\n" for one in records))
+    return change(before, after, [path], [64], group_size=2)
+
+
+def test_a_flat_state_that_flips_has_settled_and_a_steep_one_has_not(tmp_path):
+    records = [head_record(1.0, 2.0), head_record(1.2, 2.01), head_record(1.2, 2.01, prompt="q"),
+               head_record(1.0, 2.0, kv_head=1), head_record(1.5, 1.0, kv_head=1)]
+    gates = [[[[0.8]]]]
+    flat = changed(tmp_path, records, weights([[[1, 1, 1, 1]]], gates),
+                   weights([[[1.2, 1.2, 1, 1]]], gates))
+    assert (flat.changed_head_states, flat.changed_gate_states, flat.states) == (1, 0, 3)
+    assert flat.largest_difference == pytest.approx(0.01)
+    assert flat.within(0.02) and not flat.within(0.005)
+    steep = changed(tmp_path, records, weights([[[1, 1, 1, 1]]], gates),
+                    weights([[[1.2, 1.2, 1.5, 1.5]]], gates))
+    assert steep.largest_difference == pytest.approx(1.0) and not steep.within(0.02)
+
+
+def test_gates_are_compared_in_their_own_cell_with_the_price_of_candidates(tmp_path):
+    records = [gate_record(0.8, 1.0, 2.0, 74), gate_record(0.9, 1.0, 2.0, 64),
+               gate_record(0.8, 9.0, 6.0, 64), gate_record(0.9, 1.0, 6.0, 64)]
+    heads = [[[1, 1, 1, 1]]]
+    found = changed(tmp_path, records, weights(heads, [[[[0.8]]]]),
+                    weights(heads, [[[[0.9], [0.8]]]], entropy_edges=[4.0]))
+    assert (found.changed_gate_states, found.unmeasured) == (1, 0)
+    assert found.largest_difference == pytest.approx(0.1)  # (74 - 64) / 100
+
+
+def test_a_change_that_the_round_did_not_measure_has_not_settled(tmp_path):
+    found = changed(tmp_path, [head_record(1.2, 2.0)], weights([[[1, 1, 1, 1]]], [[[[0.8]]]]),
+                    weights([[[1.2, 1.2, 1, 1]]], [[[[0.8]]]]))
+    assert found.unmeasured == 1 and not found.within(100)
+
+
+def test_nothing_changed_has_settled(tmp_path):
+    same = weights([[[1, 1, 1, 1]]], [[[[0.8]]]])
+    found = changed(tmp_path, [], same, same)
+    assert found.largest_difference is None and found.within(0)
+
+
+@pytest.mark.parametrize("field,value,message", [
+    ("compressed_loss", float("nan"), "compressed_loss=nan"),
+    ("full_loss", float("inf"), "full_loss=inf"),
+    ("sequence_length", 0, "sequence_length=0, want 1 or more")])
+def test_what_nobody_can_have_measured_is_refused_by_name(tmp_path, field, value, message):
+    with StepFile(tmp_path / "h.jsonl", "t/1@0") as file:
+        with pytest.raises(CalibrationError, match=message):
+            file.append(head_record(1.0, 2.0) | {field: value})
+    assert (tmp_path / "h.jsonl").read_bytes() == b""
+
+
+@pytest.fixture(scope="module")
+def small_run(engine, adapter, tmp_path_factory):
+    """A whole small calibration: what it says, its outcome and where it lies."""
+    out = tmp_path_factory.mktemp("run") / "records.jsonl"
+    said: list[str] = []
+
+    def run():
+        return calibrate(Build(binary().parent.parent), adapter, out, seeds=range(6), num_prompts=3,
+                         budgets=[BUDGET], alpha_scope="global", actions=29, action_step=4,
+                         max_rounds=4, name="t", version="1", say=said.append, bins=(2, 1))
+
+    return run, run(), out, said
+
+
+def test_alternation_stops_when_what_still_changes_is_worth_nothing(small_run):
+    _, outcome, _, said = small_run
+    assert outcome.settled and 2 <= outcome.rounds <= 4
+    assert outcome.changes[0].largest_difference > 1
+    assert outcome.changes[-1].within(outcome.tolerance)
+    assert any("states changed, worth" in line for line in said)
+
+
+def test_coverage_of_the_risk_cells_is_reported(small_run):
+    _, outcome, _, said = small_run
+    assert outcome.coverage["chosen"] == 3 and outcome.coverage["pool"] == 6
+    assert outcome.coverage["covered_cells"] == outcome.coverage["reachable_cells"] == 2
+    assert any("2 of 2 risk cells covered" in line for line in said)
+
+
+def test_every_record_leads_to_its_prompt_seed_and_table(small_run, engine, adapter):
+    _, outcome, out, _ = small_run
+    steps = steps_of(out)
+    settings = json.loads((steps / "settings.json").read_text())
+    seeds = dict(zip(settings["prompts"], settings["seeds"]))
+    tables = json.loads((steps / "rounds.json").read_text())["paired_policies"]
+    found = [record for path in steps.glob("*.jsonl") for record in read(path)]
+    assert len(found) == outcome.num_records
+    assert all(seeds[record["prompt_id"]] == record["seed"] for record in found)
+    # Any record can be measured again from what it names.
+    record = found[len(found) // 2]
+    name = tables[record["paired_policy"]]
+    frozen = Weights.neutral(adapter.fingerprint(), 1) if name == NEUTRAL else Weights.of(
+        table_file.read_table((steps / name).read_bytes()))
+    assert record["paired_policy"].endswith("@" + frozen.digest())
+    again = rollouts(engine, adapter, list(adapter.prompts([record["seed"]])))
+    entry = Entry(0, record["layer"], record.get("kv_head"), record["action"])
+    assert again.record(record["kind"], 0, entry, frozen, record["paired_policy"]) == record
+
+
+def test_a_finished_run_started_again_measures_nothing_and_gives_the_same_table(small_run):
+    run, outcome, out, said = small_run
+    before = {path.name: path.read_bytes() for path in steps_of(out).glob("*.jsonl")}
+    del said[:]
+    again = run()
+    assert {path.name: path.read_bytes() for path in steps_of(out).glob("*.jsonl")} == before
+    assert (again.rounds, again.num_records) == (outcome.rounds, outcome.num_records)
+    first, second = (table_file.read_table(one.table) for one in (outcome, again))
+    np.testing.assert_array_equal(first.head_weights, second.head_weights)
+    assert all("from an earlier run" in line for line in said if "records in" in line)
+
+
+def test_an_interrupted_run_ends_as_an_undisturbed_one(small_run, adapter, tmp_path):
+    _, outcome, out, _ = small_run
+    steps = tmp_path / "records.jsonl.steps"
+    steps.mkdir()
+    for name in ("settings.json", "pool.json", "0-gate.jsonl"):
+        (steps / name).write_bytes((steps_of(out) / name).read_bytes())
+    whole = (steps_of(out) / "1-head.jsonl").read_bytes()
+    (steps / "1-head.jsonl").write_bytes(whole[: len(whole) // 3])  # cut in the middle of a line
+    resumed = calibrate(Build(binary().parent.parent), adapter, tmp_path / "records.jsonl",
+                        seeds=range(6), num_prompts=3, budgets=[BUDGET], alpha_scope="global",
+                        actions=29, action_step=4, max_rounds=4, name="t", version="1",
+                        say=lambda line: None, bins=(2, 1))
+    assert (tmp_path / "records.jsonl").read_bytes() == out.read_bytes()
+    assert resumed.num_records == outcome.num_records
+
+
+def test_progress_tells_a_terminal_the_time_left_and_a_pipe_the_end_alone(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    def shown(stream):
+        said: list[str] = []
+        monkeypatch.setattr(sys, "stderr", stream)
+        progress = Progress("round 1-head", 100, 20, said.append)
+        progress._shown = float("-inf")  # as if the last line were old
+        progress(60)
+        progress.close(100)
+        return stream.getvalue(), said
+
+    line, said = shown(Terminal())
+    assert "round 1-head: 60/100 records, 0 s left" in line
+    assert said[0].startswith("round 1-head: 100 records in")
+    assert said[0].endswith("20 of them from an earlier run")
+    assert shown(io.StringIO())[0] == ""

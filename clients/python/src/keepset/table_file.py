@@ -62,12 +62,14 @@ def compilerkv_table(
     source: str,
     budgets: Sequence[int] | None = None,
     provenance: Mapping[str, object] | None = None,
+    grid: Mapping[str, Sequence[float]] | None = None,
 ) -> bytes:
     """The bytes of a table.
 
     head_weights [L, H] and gate_thresholds [L, E, P] of a table for any budget, or with a leading axis
     of `budgets`. entropy_edges [E - 1], ppl_edges [P - 1]. `source` says where the numbers come from
-    ("offline-calibration", "hand-written" ...); `provenance` adds to it.
+    ("offline-calibration", "hand-written" ...); `provenance` adds to it. `grid` declares other ranges of
+    values than 0.8..1.5 and 0.8..1.0: {"head": [low, high], "gate": [low, high]}.
     """
     tensors: dict[str, np.ndarray] = {
         "head_weights": np.array(head_weights, np.float32),
@@ -92,6 +94,8 @@ def compilerkv_table(
             **(provenance or {}),
         },
     }
+    if grid is not None:
+        document["grid"] = {name: list(ends) for name, ends in grid.items()}
     return safetensors.numpy.save(tensors, metadata={"keepset": json.dumps(document)})
 
 

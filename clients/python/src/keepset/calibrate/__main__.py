@@ -13,18 +13,22 @@ import dataclasses
 import hashlib
 import pathlib
 import sys
+from collections.abc import Mapping, Sequence
 
 from keepset import table_file
 from keepset.calibrate import CalibrationError
-from keepset.calibrate.alternation import Outcome, Say, alternate
+from keepset.calibrate.alternation import Outcome, Say, alternate, steps_of
 from keepset.calibrate.compiler import Compiler
 from keepset.calibrate.prompts import Adapter, ConstructedAdapter, SmallModelAdapter
 from keepset.calibrate.rollouts import HEAD_ACTIONS, Rollouts, Weights
+from keepset.calibrate.stratify import stratified_seeds
 from keepset.eval import constructed, vocabulary
 from keepset.eval.small_model import SmallModel
 from keepset.in_process import Engine
 
 
+# Nats of mean reward, see convergence.py.
+TOLERANCE = 0.02
 _HF = "hf:"
 
 
@@ -49,39 +53,54 @@ class Build:
 
 def calibrate(build: Build, adapter: Adapter, out: pathlib.Path, *, seeds: range,
               budgets: list[int], alpha_scope: str, actions: int, max_rounds: int, name: str,
-              version: str, say: Say, bins: tuple[int, int] = (20, 4),
-              protect_window: int = 0, workers: int = 0, ray_address: str | None = None) -> Outcome:
+              version: str, say: Say, bins: tuple[int, int] = (20, 4), protect_window: int = 0,
+              parameters: Mapping[str, object] | None = None, num_prompts: int | None = None,
+              tolerance: float = TOLERANCE, action_step: int = 1, workers: int = 0, ray_address: str | None = None) -> Outcome:
     """From prompts of `seeds` to records in `out` and a table; bins of entropy and of perplexity.
 
+    parameters: of the policy, beside alpha_scope.
+    num_prompts: so many of the prompts are chosen, stratified over the risk cells; all when None.
+    tolerance: see convergence.py.
+    action_step: every so many-th action of the grids is measured.
     workers: Ray workers that measure, on this machine or on the cluster at `ray_address`; 0 measures
     in this process. The records are the same, in another order.
     """
     model = adapter.fingerprint()
+    budgets = sorted(set(budgets))
+    chosen: Sequence[int] = seeds
+    coverage = None
+    if num_prompts is not None and num_prompts != len(seeds):
+        stratified = stratified_seeds(adapter, seeds, num_prompts, bins, steps_of(out) / "pool.json",
+                                      say)
+        chosen, coverage = stratified.seeds, stratified.coverage()
     with contextlib.ExitStack() as stack:
-        measuring = {"seed": seeds.start, "parameters": {"alpha_scope": alpha_scope},
-                     "actions_per_state": actions, "protect_window": protect_window}
+        measuring = {"seed": seeds.start, "actions_per_state": actions, "action_step": action_step,
+                     "protect_window": protect_window,
+                     "parameters": {"alpha_scope": alpha_scope, **(parameters or {})}}
         if workers:
             # Ray is an optional extra.
             from keepset.calibrate.ray_rollouts import RayRollouts
 
             rollouts = stack.enter_context(RayRollouts(
-                build.library, adapter, seeds, budgets, num_workers=workers, address=ray_address,
+                build.library, adapter, chosen, budgets, num_workers=workers, address=ray_address,
                 **measuring))
         else:
             engine = stack.enter_context(Engine(build.library))
-            rollouts = Rollouts(engine, model, list(adapter.prompts(seeds)), budgets, **measuring)
+            rollouts = Rollouts(engine, model, list(adapter.prompts(chosen)), budgets, **measuring)
         headers = rollouts.headers()
         settings = {
-            "model": model.to_json(), "adapter": adapter.name, "seeds": [seeds.start, seeds.stop],
-            "prompts": [prompt_id for prompt_id, _ in headers],
+            "model": model.to_json(), "adapter": adapter.name, "pool": [seeds.start, seeds.stop],
+            "seeds": list(chosen), "prompts": [prompt_id for prompt_id, _ in headers],
             "sequence_lengths": [seq_len for _, seq_len in headers], "budgets": budgets,
-            "alpha_scope": alpha_scope, "actions_per_state": actions, "bins": list(bins),
+            "parameters": measuring["parameters"], "actions_per_state": actions, "action_step": action_step, "bins": list(bins),
             "protect_window": protect_window,
             "library": hashlib.sha256(build.library.read_bytes()).hexdigest(),
         }  # fmt: skip
-        return alternate(rollouts, Compiler(build.keepset, model, *bins), out,
-                         Weights.neutral(model, len(budgets)), name=name, version=version,
-                         max_rounds=max_rounds, settings=settings, say=say)
+        outcome = alternate(rollouts, Compiler(build.keepset, model, *bins), out,
+                            Weights.neutral(model, len(budgets)), name=name, version=version,
+                            max_rounds=max_rounds, tolerance=tolerance, budgets=budgets,
+                            settings=settings, say=say)
+        return dataclasses.replace(outcome, coverage=coverage)
 
 
 def model_name(text: str) -> str:
@@ -109,6 +128,14 @@ def adapter_of(options: argparse.Namespace) -> Adapter:
     return ConstructedAdapter(model, seq_len=options.seq_len or 2048)
 
 
+def parameters_of(listed: Sequence[str]) -> dict[str, str]:
+    """Of NAME=VALUE texts; the engine refuses what it does not know."""
+    for one in listed:
+        if "=" not in one:
+            raise CalibrationError(f"--param {one}, want NAME=VALUE")
+    return dict(one.split("=", 1) for one in listed)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m keepset.calibrate", description=__doc__)
     parser.add_argument("--model", type=model_name, required=True,
@@ -117,16 +144,26 @@ def main() -> int:
                         help="records (JSON lines) of the last round; every step is in OUT.steps")
     parser.add_argument("--table", type=pathlib.Path, help="where the compiled table goes")
     parser.add_argument("--build", type=pathlib.Path, default=pathlib.Path("build/release"))
-    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--prompts", type=int, default=8, help="calibration prompts")
+    parser.add_argument("--pool", type=int,
+                        help="prompts read to choose --prompts of them, so that the cells of entropy x "
+                             "perplexity are covered; default 3 * --prompts")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--seq-len", type=int, help="default 2048 constructed, 1024 otherwise")
     parser.add_argument("--budgets", type=int, nargs="+", default=[96])
     parser.add_argument("--alpha-scope", choices=("global", "layer", "head"), default="global")
+    parser.add_argument("--param", action="append", default=[], metavar="NAME=VALUE",
+                        help="parameter of the policy, such as pool_kernel=3")
     parser.add_argument("--protect-window", type=int, default=0,
                         help="last positions that stay, inside the budget")
     parser.add_argument("--actions", type=int, default=len(HEAD_ACTIONS),
                         help="actions measured per prompt and state; all by default")
-    parser.add_argument("--rounds", type=int, default=3, help="at most so many")
+    parser.add_argument("--action-step", type=int, default=1,
+                        help="measure every so many-th action of the grids; 1 all, 4 is 0.8 0.9 .. 1.5")
+    parser.add_argument("--rounds", type=int, default=5, help="at most so many")
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE,
+                        help="nats of mean reward that a changed state may gain or lose while the run "
+                             f"counts as settled, default {TOLERANCE}")
     parser.add_argument("--name", help="of the table; default: the model's")
     parser.add_argument("--version", default="1", help="of the table")
     parser.add_argument("--entropy-bins", type=int, default=20)
@@ -151,7 +188,11 @@ def main() -> int:
     def say(line: str) -> None:
         print(line, file=sys.stderr)
 
-    seeds = range(options.first_seed, options.first_seed + options.prompts)
+    pool = 3 * options.prompts if options.pool is None else options.pool
+    if not 1 <= options.prompts <= pool:
+        say(f"keepset.calibrate: --prompts {options.prompts} of --pool {pool}, want 1..{pool}")
+        return 2
+    seeds = range(options.first_seed, options.first_seed + pool)
     build = Build(options.build)
     for path in (build.library, build.keepset):
         if not path.exists():
@@ -164,7 +205,9 @@ def main() -> int:
             alpha_scope=options.alpha_scope, actions=options.actions, max_rounds=options.rounds,
             name=options.name or adapter.name, version=options.version, say=say,
             bins=(options.entropy_bins, options.ppl_bins), protect_window=options.protect_window,
-            workers=options.workers, ray_address=options.ray_address)
+            num_prompts=options.prompts, tolerance=options.tolerance,
+            action_step=options.action_step, workers=options.workers,
+            ray_address=options.ray_address, parameters=parameters_of(options.param))
     except CalibrationError as error:
         say(f"keepset.calibrate: {error}")
         return 3
@@ -173,7 +216,7 @@ def main() -> int:
         return 130
     if options.table:
         table_file.write_atomically(options.table, outcome.table)
-    settled = "actions settled" if outcome.settled else "actions still changing"
+    settled = f"{'settled' if outcome.settled else 'not settled'} within {outcome.tolerance} nats"
     say(f"{outcome.num_records} records, {outcome.rounds} rounds, {settled}; "
         f"table {table_file.digest(outcome.table)}")
     return 0

@@ -14,10 +14,13 @@ from typing import Protocol
 from keepset import table_file
 from keepset.calibrate import CalibrationError
 from keepset.calibrate.compiler import Compiler
+from keepset.calibrate.convergence import RoundChange, change
 from keepset.calibrate.records import StepFile
 from keepset.calibrate.rollouts import Weights
 
 Say = Callable[[str], None]
+# In rounds.json: the table of ones and most permissive gates that a run starts from.
+NEUTRAL = "neutral"
 
 
 class Measurer(Protocol):
@@ -37,22 +40,34 @@ class Outcome:
     rounds: int
     settled: bool
     num_records: int
+    tolerance: float
+    changes: tuple[RoundChange, ...]  # of every round
+    coverage: dict | None = None  # of the risk cells by the chosen prompts; None: nothing was chosen
 
 
 def alternate(rollouts: Measurer, compiler: Compiler, out: pathlib.Path, neutral: Weights, *, name: str,
-              version: str, max_rounds: int, settings: Mapping[str, object], say: Say) -> Outcome:
+              version: str, max_rounds: int, tolerance: float, budgets: list[int],
+              settings: Mapping[str, object], say: Say) -> Outcome:
     """Runs rounds of a head step and a gate step and writes the records of the last ones to `out`.
 
-    Beside `out` stands `<out>.steps` with the records of every step. Called again with the same
-    settings after an interruption it goes on where the records end; other settings are refused.
+    A run has settled when a round changes nothing, or nothing worth more than `tolerance` nats of mean
+    reward in any state (convergence.py). `budgets` ascend, as in the table.
+
+    Beside `out` stands `<out>.steps`: settings, the records and the table of every step, and in
+    rounds.json which table each `paired_policy` of a record names. Called again with the same settings
+    after an interruption it goes on where the records end; other settings are refused.
     """
-    steps = out.with_name(out.name + ".steps")
+    steps = steps_of(out)
     steps.mkdir(parents=True, exist_ok=True)
     _check_settings(steps / "settings.json", settings)
+    group_size = compiler.model.num_qo_heads // compiler.model.num_kv_heads
+    policies: dict[str, str] = {}
+    changes: list[RoundChange] = []
 
-    def measure(label: str, kind: str, frozen: Weights) -> pathlib.Path:
+    def measure(label: str, kind: str, frozen: Weights, frozen_file: str) -> pathlib.Path:
         path = steps / f"{label}.jsonl"
         paired = f"{name}/{label.split('-')[0]}@{frozen.digest()}"
+        policies[paired] = frozen_file
         with StepFile(path, paired) as file:
             progress = Progress(f"round {label}", rollouts.count(kind), len(file), say)
             rollouts.run(kind, frozen, paired, file, progress)
@@ -66,23 +81,41 @@ def alternate(rollouts: Measurer, compiler: Compiler, out: pathlib.Path, neutral
         return data, Weights.of(table_file.read_table(data))
 
     # The fit needs both kinds of record, so the gate is measured against neutral heads first.
-    gate_records = measure("0-gate", "gate", neutral)
-    weights, settled, rounds = neutral, False, 0
+    gate_records = measure("0-gate", "gate", neutral, NEUTRAL)
+    weights, weights_file, settled, rounds = neutral, NEUTRAL, False, 0
     for rounds in range(1, max_rounds + 1):
-        head_records = measure(f"{rounds}-head", "head", weights)
+        head_records = measure(f"{rounds}-head", "head", weights, weights_file)
         _, with_heads = compile_(f"{rounds}-head", head_records, gate_records)
-        gate_records = measure(f"{rounds}-gate", "gate", with_heads)
+        gate_records = measure(f"{rounds}-gate", "gate", with_heads, f"{rounds}-head.safetensors")
         data, compiled = compile_(f"{rounds}-gate", head_records, gate_records)
-        settled = rounds > 1 and compiled.same_actions(weights)
-        weights = compiled
+        changes.append(change(weights, compiled, (head_records, gate_records), budgets, group_size))
+        # The first round leaves the neutral table, which no state chose.
+        settled = rounds > 1 and changes[-1].within(tolerance)
+        weights, weights_file = compiled, f"{rounds}-gate.safetensors"
+        _say_change(changes[-1], rounds, say)
         if settled:
             break
+    (steps / "rounds.json").write_text(json.dumps(
+        {"rounds": [one.to_json() for one in changes], "settled": settled, "tolerance": tolerance,
+         "table": weights_file, "paired_policies": policies}, indent=1) + "\n")
     with out.open("wb") as file:
         for path in (head_records, gate_records):
             with path.open("rb") as source:
                 shutil.copyfileobj(source, file)
     num_records = sum(1 for path in steps.glob("*.jsonl") for _ in path.open("rb"))
-    return Outcome(data, rounds, settled, num_records)
+    return Outcome(data, rounds, settled, num_records, tolerance, tuple(changes))
+
+
+def steps_of(out: pathlib.Path) -> pathlib.Path:
+    """The folder of a run's steps."""
+    return out.with_name(out.name + ".steps")
+
+
+def _say_change(one: RoundChange, number: int, say: Say) -> None:
+    worth = "nothing" if one.largest_difference is None else f"at most {one.largest_difference:.4f} nats"
+    say(f"round {number}: {one.changed_head_states + one.changed_gate_states} of {one.states} states "
+        f"changed, worth {worth} each"
+        + (f"; {one.unmeasured} of them not measured" if one.unmeasured else ""))
 
 
 def _check_settings(path: pathlib.Path, settings: Mapping[str, object]) -> None:

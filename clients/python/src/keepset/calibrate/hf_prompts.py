@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -40,7 +40,7 @@ class HfTextAdapter:
     def fingerprint(self) -> ModelFingerprint:
         return self._fingerprint
 
-    def prompts(self, seeds: range) -> Iterator[Prompt]:
+    def prompts(self, seeds: Sequence[int]) -> Iterator[Prompt]:
         for seed in seeds:
             rng = np.random.default_rng(seed)
             prefix, text = self._tokens

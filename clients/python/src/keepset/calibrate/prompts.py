@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -37,7 +37,7 @@ class Adapter(Protocol):
 
     def fingerprint(self) -> ModelFingerprint: ...
 
-    def prompts(self, seeds: range) -> Iterator[Prompt]: ...
+    def prompts(self, seeds: Sequence[int]) -> Iterator[Prompt]: ...
 
 
 def sufficient_layer(q_window: np.ndarray, k: np.ndarray, v: np.ndarray, softmax_scale: float,
@@ -74,7 +74,7 @@ class ConstructedAdapter:
     def fingerprint(self) -> ModelFingerprint:
         return ModelFingerprint(**self.model.fingerprint())
 
-    def prompts(self, seeds: range) -> Iterator[Prompt]:
+    def prompts(self, seeds: Sequence[int]) -> Iterator[Prompt]:
         rows = np.arange(self.seq_len - constructed.WINDOW, self.seq_len)
         for seed in seeds:
             prefill = self.model.prefill(self.model.make_facts(seed, self.seq_len, self.num_facts))
@@ -117,7 +117,7 @@ class SmallModelAdapter:
     def fingerprint(self) -> ModelFingerprint:
         return ModelFingerprint(**self.model.fingerprint())
 
-    def prompts(self, seeds: range) -> Iterator[Prompt]:
+    def prompts(self, seeds: Sequence[int]) -> Iterator[Prompt]:
         words = vocabulary.read_text_words(vocabulary.COMMON_LICENSES / self.text)
         begin, end = (int(share * len(words)) for share in self.text_part)
         words = words[begin:end]

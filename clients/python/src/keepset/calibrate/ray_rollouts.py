@@ -42,7 +42,7 @@ class Unit:
 class SeededPrompts(Sequence[Prompt]):
     """The prompts of an adapter, read when they are asked for; holds the latest few."""
 
-    def __init__(self, adapter: Adapter, seeds: range):
+    def __init__(self, adapter: Adapter, seeds: Sequence[int]):
         self._adapter = adapter
         self._seeds = seeds
         self._read: collections.OrderedDict[int, Prompt] = collections.OrderedDict()
@@ -63,7 +63,7 @@ class SeededPrompts(Sequence[Prompt]):
 class Worker:
     """One Ray actor: an engine and a model of its own."""
 
-    def __init__(self, library: str, adapter_ref: list[ray.ObjectRef], seeds: range,
+    def __init__(self, library: str, adapter_ref: list[ray.ObjectRef], seeds: Sequence[int],
                  budgets: Sequence[int], measuring: Mapping):
         (adapter,) = ray.get(adapter_ref)
         self._engine = Engine(library)
@@ -91,7 +91,7 @@ class RayRollouts:
     adapter must mean the same on every machine of a cluster. A worker that dies is started again.
     """
 
-    def __init__(self, library: pathlib.Path, adapter: Adapter, seeds: range, budgets: Sequence[int],
+    def __init__(self, library: pathlib.Path, adapter: Adapter, seeds: Sequence[int], budgets: Sequence[int],
                  *, num_workers: int, address: str | None = None, **measuring):
         self._settings = (str(library.resolve()), adapter, seeds, list(budgets), measuring)
         self._num_workers = num_workers
@@ -101,7 +101,8 @@ class RayRollouts:
         self._workers: list = []
         self._headers: list[tuple[str, int]] = []
         self._plan = Plan(adapter.fingerprint(), len(seeds), budgets,
-                          actions_per_state=measuring["actions_per_state"], seed=measuring["seed"])
+                          actions_per_state=measuring["actions_per_state"], seed=measuring["seed"],
+                          action_step=measuring["action_step"])
 
     def __enter__(self) -> RayRollouts:
         if ray.is_initialized():

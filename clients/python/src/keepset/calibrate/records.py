@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 from collections.abc import Iterator
@@ -56,13 +57,27 @@ class StepFile:
         return key in self._done
 
     def append(self, record: dict) -> None:
-        """Adds one record and hands it to the system; a record that is there already is an error."""
+        """Adds one record and hands it to the system; a record that is there already is an error.
+
+        CalibrationError for what no prompt and no model can have measured: no tokens, a loss that is no
+        number.
+        """
+        _check(record)
         key = key_of(record)
         if key in self._done:
             raise ValueError(f"record {key} is there already")
         self._done.add(key)
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
+
+
+def _check(record: dict) -> None:
+    where = f"prompt {record['prompt_id']}"
+    if record["sequence_length"] < 1:
+        raise CalibrationError(f"{where}: sequence_length={record['sequence_length']}, want 1 or more")
+    for name in ("full_loss", "compressed_loss", "entropy", "ppl"):
+        if name in record and not math.isfinite(record[name]):
+            raise CalibrationError(f"{where}: {name}={record[name]}, want a finite number")
 
 
 def read(path: pathlib.Path) -> Iterator[dict]:

@@ -54,10 +54,6 @@ class Weights:
         parts = (self.head_weights, self.gate_thresholds, self.entropy_edges, self.ppl_edges)
         return hashlib.sha256(b"".join(part.tobytes() for part in parts)).hexdigest()[:12]
 
-    def same_actions(self, other: Weights) -> bool:
-        return np.array_equal(self.head_weights, other.head_weights) and np.array_equal(
-            self.gate_thresholds, other.gate_thresholds)
-
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
@@ -73,11 +69,14 @@ class Plan:
     """Which entries of a table are measured on which prompt."""
 
     def __init__(self, model: ModelFingerprint, num_prompts: int, budgets: Sequence[int], *,
-                 actions_per_state: int, seed: int):
+                 actions_per_state: int, seed: int, action_step: int = 1):
+        """action_step: every so many-th action of the grids is measured, the first one included."""
         self._model = model
         self._num_prompts = num_prompts
         self._budgets = budgets
         self._actions_per_state = actions_per_state
+        self._head_actions = HEAD_ACTIONS[::action_step]
+        self._gate_actions = GATE_ACTIONS[::action_step]
         self._seed = seed
 
     def head_entries(self, prompt_index: int) -> Iterator[Entry]:
@@ -85,14 +84,14 @@ class Plan:
             for layer in range(self._model.num_layers):
                 for kv_head in range(self._model.num_kv_heads):
                     state = (budget_index, layer, kv_head)
-                    for action in self._actions(HEAD_ACTIONS, state, prompt_index):
+                    for action in self._actions(self._head_actions, state, prompt_index):
                         yield Entry(budget_index, layer, kv_head, action)
 
     def gate_entries(self, prompt_index: int) -> Iterator[Entry]:
         for budget_index in range(len(self._budgets)):
             for layer in range(self._model.num_layers):
                 state = (budget_index, layer, self._model.num_kv_heads)
-                for action in self._actions(GATE_ACTIONS, state, prompt_index):
+                for action in self._actions(self._gate_actions, state, prompt_index):
                     yield Entry(budget_index, layer, None, action)
 
     def count(self, kind: str) -> int:
@@ -101,7 +100,7 @@ class Plan:
         if kind == "head":
             states *= self._model.num_kv_heads
         per_state = min(self._actions_per_state,
-                        len(HEAD_ACTIONS if kind == "head" else GATE_ACTIONS))
+                        len(self._head_actions if kind == "head" else self._gate_actions))
         return self._num_prompts * states * per_state
 
     def missing(self, kind: str, prompt_index: int, prompt_id: str, file: StepFile) -> list[Entry]:
@@ -124,12 +123,16 @@ class Rollouts(Plan):
 
     def __init__(self, engine: Engine, model: ModelFingerprint, prompts: Sequence[Prompt],
                  budgets: Sequence[int], *, parameters: Mapping[str, object], actions_per_state: int,
-                 seed: int, protect_window: int = 0):
-        super().__init__(model, len(prompts), budgets, actions_per_state=actions_per_state, seed=seed)
+                 seed: int, protect_window: int = 0, action_step: int = 1,
+                 grid: Mapping[str, Sequence[float]] | None = None):
+        """grid: ranges that candidate tables declare; None: those of the paper."""
+        super().__init__(model, len(prompts), budgets, actions_per_state=actions_per_state, seed=seed,
+                         action_step=action_step)
         self._engine = engine
         self._prompts = prompts
         self._parameters = dict(parameters)
         self._protect_window = protect_window
+        self._grid = grid
         # Losses by what is kept: many candidate tables keep the same tokens.
         self._losses: list[dict[bytes, float]] = [{} for _ in range(len(prompts))]
 
@@ -154,7 +157,7 @@ class Rollouts(Plan):
             head_weights=weights.head_weights[budget_index],
             gate_thresholds=weights.gate_thresholds[budget_index],
             entropy_edges=weights.entropy_edges, ppl_edges=weights.ppl_edges,
-            algorithm={"name": "candidate"}, source="hand-written")
+            algorithm={"name": "candidate"}, source="hand-written", grid=self._grid)
         decision = self._engine.decide(
             model=self._model, layers=prompt.layers, table=table,
             budget_tokens=self._budgets[budget_index], ppl=prompt.ppl, parameters=self._parameters,

@@ -1,4 +1,4 @@
-"""Measures whether compiled tables help and writes evidence.json and evidence.md."""
+"""Measures whether compiled tables help and writes evidence.json, evidence.md and its pictures."""
 
 from __future__ import annotations
 
@@ -20,20 +20,26 @@ from keepset.in_process import Engine
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m keepset.evidence", description=__doc__)
     parser.add_argument("--build", type=pathlib.Path, default=pathlib.Path("build/release"))
-    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the two files")
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the report's files")
     parser.add_argument("--work", type=pathlib.Path,
                         help="folder for records and tables; kept, and an interrupted run goes on "
                              "there. Without it a temporary one")
     parser.add_argument("--quick", action="store_true",
                         help="one constructed model only; exit status 1 when it does not pass")
+    parser.add_argument("--no-plots", action="store_true",
+                        help="a report without pictures, which need the extra `plots` (matplotlib)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="keepset-evidence-") as temporary:
         return run(Build(options.build), options.out, options.work or pathlib.Path(temporary),
-                   quick=options.quick)
+                   quick=options.quick, with_plots=not options.no_plots)
 
 
-def run(build: Build, out: pathlib.Path, work: pathlib.Path, *, quick: bool) -> int:
+def run(build: Build, out: pathlib.Path, work: pathlib.Path, *, quick: bool,
+        with_plots: bool = False) -> int:
     started = time.monotonic()
+    if with_plots:
+        # An optional extra: missing, it is missed before the work and not after it.
+        from keepset.evidence import plots
 
     def say(line: str) -> None:
         print(f"[{time.monotonic() - started:6.1f} s] {line}", file=sys.stderr, flush=True)
@@ -55,9 +61,10 @@ def run(build: Build, out: pathlib.Path, work: pathlib.Path, *, quick: bool) -> 
         found["small_model"] = small_model_part.run(build, work / "small-model",
                                                     small_model_part.Settings(), say)
     out.mkdir(parents=True, exist_ok=True)
+    found["plots"] = plots.draw(found, out) if with_plots else []
     (out / "evidence.json").write_text(json.dumps(found, separators=(",", ":")) + "\n")
     (out / "evidence.md").write_text(report.markdown(found))
-    say(f"wrote {out / 'evidence.json'} and {out / 'evidence.md'}")
+    say(f"wrote {out / 'evidence.json'}, {out / 'evidence.md'} and {len(found['plots'])} pictures")
     unexpected = [one["title"] for one in found["constructed"]
                   if one["passed"] != one["expected_to_pass"]]
     for title in unexpected:

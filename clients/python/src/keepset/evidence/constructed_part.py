@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import pathlib
 
@@ -12,14 +13,19 @@ from keepset import table_file
 from keepset.calibrate.__main__ import Build, calibrate
 from keepset.calibrate.alternation import Say
 from keepset.calibrate.prompts import ConstructedAdapter
+from keepset.calibrate.rollouts import HEAD_ACTIONS
 from keepset.eval import constructed
-from keepset.evidence import tables
-from keepset.evidence.service import candidates_of, shared
+from keepset.evidence import tables, transfer
+from keepset.evidence.service import candidates_of, candidates_summary, cells_of, shared
 from keepset.evidence.statistics import bootstrap_interval, paired_difference
 from keepset.server_process import ServerProcess
 
 BUDGET = 96
+ACTION_STEP = 4  # head weights 0.8, 0.9 .. 1.5
+BINS = (4, 2)  # of entropy and of perplexity
 TEST_SEEDS = range(1000, 1012)
+# Calibration and test prompts of each half, four ranges without a seed in common.
+HALVES = ((range(100, 106), range(2000, 2006)), (range(200, 206), range(3000, 3006)))
 MAX_UNIFORM, MIN_COMPILED = 0.20, 0.95
 
 
@@ -31,27 +37,33 @@ class Case:
     model: constructed.ConstructedModel
     alpha_scope: str = "global"
     proves: bool = True
-    calibration_seeds: range = range(6)
-    max_rounds: int = 3
+    transfer: bool = False  # also calibrated on two disjoint halves
+    calibration_pool: range = range(16)
+    calibration_prompts: int = 8
+    max_rounds: int = 4
 
 
 def quick_cases() -> list[Case]:
     model = constructed.marker_model(permute_heads=True, seed=1)
-    return [Case("norm contrast, heads permuted", model, calibration_seeds=range(4), max_rounds=2)]
+    return [Case("norm contrast, heads permuted", model, calibration_pool=range(6),
+                 calibration_prompts=4, max_rounds=2)]
 
 
 def all_cases() -> list[Case]:
     make = constructed.marker_model
     return [
         Case("norm contrast", make()),
-        Case("norm contrast, heads permuted", make(permute_heads=True, seed=1)),
+        Case("norm contrast, heads permuted", make(permute_heads=True, seed=1), transfer=True),
         Case("norm contrast, attention noise 1.0", make(noise=1.0, permute_heads=True, seed=2)),
+        Case("norm contrast, 2 query heads per KV head",
+             make(group_size=2, permute_heads=True, seed=6)),
         Case("norm contrast, 4 query heads per KV head",
              make(group_size=4, permute_heads=True, seed=3)),
         Case("norm contrast, 3 layers", make(num_layers=3, group_size=2, permute_heads=True, seed=4),
-             max_rounds=4),
+             max_rounds=5),
         Case("norm contrast", make(permute_heads=True, seed=1), alpha_scope="head"),
-        Case("mass contrast", make("mass", permute_heads=True, seed=5), alpha_scope="head"),
+        Case("mass contrast", make("mass", permute_heads=True, seed=5), alpha_scope="head",
+             transfer=True),
         Case("mass contrast", make("mass", permute_heads=True, seed=5), proves=False, max_rounds=2),
     ]
 
@@ -61,15 +73,19 @@ def run_case(case: Case, build: Build, work: pathlib.Path, say: Say) -> dict:
     adapter = ConstructedAdapter(case.model)
     model = adapter.fingerprint()
     work.mkdir(parents=True, exist_ok=True)
-    outcome = calibrate(build, adapter, work / "records.jsonl", seeds=case.calibration_seeds,
-                        budgets=[BUDGET], alpha_scope=case.alpha_scope, actions=29,
-                        max_rounds=case.max_rounds, name="compiled", version="1", say=say)
+    outcome = calibrate(build, adapter, work / "records.jsonl", seeds=case.calibration_pool,
+                        num_prompts=case.calibration_prompts, budgets=[BUDGET],
+                        alpha_scope=case.alpha_scope, actions=len(HEAD_ACTIONS),
+                        action_step=ACTION_STEP, max_rounds=case.max_rounds, name="compiled",
+                        version="1", say=say, bins=BINS)
     files = {"uniform": tables.uniform(model, "uniform", [BUDGET]), "compiled": outcome.table,
-             "shuffled": tables.shuffled(model, outcome.table, "shuffled", seed=0)}
+             "shuffled": tables.shuffled(model, outcome.table, "shuffled", seed=0),
+             "heads only": tables.heads_only(model, outcome.table, "heads-only"),
+             "gate only": tables.gate_only(model, outcome.table, "gate-only")}
     folder = work / "tables"
     folder.mkdir(exist_ok=True)
     for name, data in files.items():
-        table_file.write_atomically(folder / f"{name}.safetensors", data)
+        table_file.write_atomically(folder / f"{name.replace(' ', '-')}.safetensors", data)
     with ServerProcess(build.keepsetd, tables=folder) as server, keepset.Client.connect(
             server.address) as client:
         rows = _measure(client, case, adapter, files)
@@ -77,21 +93,31 @@ def run_case(case: Case, build: Build, work: pathlib.Path, say: Say) -> dict:
                              rows["uniform"]["accuracy_by_prompt"])
     found = _marker_found(case.model, files["compiled"])
     passed = (rows["uniform"]["accuracy"] <= MAX_UNIFORM and gain["low"] > 0.5
-              and rows["compiled"]["accuracy"] >= MIN_COMPILED and all(found))
+              and rows["compiled"]["accuracy"] >= MIN_COMPILED and all(found)
+              and rows["shuffled"]["accuracy"] <= MAX_UNIFORM)
     weights = table_file.read_table(files["compiled"]).head_weights[0]
-    return {
+    entry = {
         "title": case.title, "alpha_scope": case.alpha_scope, "layers": case.model.num_layers,
         "query_heads_per_kv_head": case.model.group_size, "seq_len": adapter.seq_len,
         "facts": adapter.num_facts, "budget": BUDGET, "expected_to_pass": case.proves,
         "passed": bool(passed), "rows": rows, "gain_compiled_over_uniform": gain,
         "roles": case.model.roles, "marker_has_largest_weight": found,
         "compiled_head_weights": np.round(weights[:, :: case.model.group_size], 3).tolist(),
-        "calibration": {"seeds": [case.calibration_seeds.start, case.calibration_seeds.stop],
-                        "records": outcome.num_records, "rounds": outcome.rounds,
-                        "actions_settled": outcome.settled},
+        "calibration": {"pool": [case.calibration_pool.start, case.calibration_pool.stop],
+                        "prompts": case.calibration_prompts, "records": outcome.num_records,
+                        "rounds": outcome.rounds, "settled": outcome.settled,
+                        "tolerance": outcome.tolerance,
+                        "changes": [one.to_json() for one in outcome.changes],
+                        "coverage": outcome.coverage},
         "test_seeds": [TEST_SEEDS.start, TEST_SEEDS.stop],
         "digests": {name: table_file.digest(data) for name, data in files.items()},
     }  # fmt: skip
+    if case.transfer:
+        entry["transfer"] = transfer.measure(
+            build, [transfer.Half(adapter, *seeds) for seeds in HALVES], work / "transfer",
+            budgets=[BUDGET], alpha_scope=case.alpha_scope, parameters={}, action_step=ACTION_STEP,
+            max_rounds=case.max_rounds, bins=BINS, protect_window=0, say=say)
+    return entry
 
 
 def _measure(client: keepset.Client, case: Case, adapter: ConstructedAdapter,
@@ -100,6 +126,7 @@ def _measure(client: keepset.Client, case: Case, adapter: ConstructedAdapter,
     answers: dict[str, list[str]] = {name: [] for name in accuracy}
     kept: dict[str, list[float]] = {name: [] for name in accuracy}
     above: dict[str, list[int]] = {name: [] for name in accuracy}
+    cells: dict[str, collections.Counter] = {name: collections.Counter() for name in accuracy}
     for seed in TEST_SEEDS:
         prefill = case.model.prefill(
             case.model.make_facts(seed, adapter.seq_len, adapter.num_facts))
@@ -119,12 +146,13 @@ def _measure(client: keepset.Client, case: Case, adapter: ConstructedAdapter,
                 answers[name].append("".join("01"[int(one)] for one in correct))
                 kept[name].append(np.mean([len(one.keep_indices) for one in result.layers]))
                 above[name] += candidates_of(result) or []
+                cells[name].update(cells_of(result))
                 result.release()
     return {
         name: {"accuracy": float(np.mean(values)), "interval": bootstrap_interval(values),
                "accuracy_by_prompt": values, "correct_by_prompt": answers[name],
-               "mean_kept": float(np.mean(kept[name])),
-               "mean_candidates": float(np.mean(above[name])) if above[name] else None}
+               "mean_kept": float(np.mean(kept[name])), **candidates_summary(above[name], BUDGET),
+               "hits_by_entropy_and_ppl_bin": dict(sorted(cells[name].items()))}
         for name, values in accuracy.items()
     }  # fmt: skip
 

@@ -43,3 +43,19 @@ def candidates_of(result: keepset.Result) -> list[int] | None:
     if not result.has_candidates:
         return None
     return [layer.sets[0].candidates for layer in result.layers]
+
+
+def candidates_summary(candidates: Sequence[int], budget: int) -> dict[str, float | None]:
+    """Mean, and the share of decisions with fewer candidates than the budget: they keep less than they may."""
+    if not candidates:
+        return {"mean_candidates": None, "under_filled": None}
+    values = np.asarray(candidates)
+    return {"mean_candidates": float(values.mean()), "under_filled": float((values < budget).mean())}
+
+
+def cells_of(result: keepset.Result) -> list[str]:
+    """"entropy bin,perplexity bin" of every layer's decision; empty without a table."""
+    if result.table is None:
+        return []
+    return [f"{result.entropy_bin if layer.entropy_bin is None else layer.entropy_bin},{result.ppl_bin}"
+            for layer in result.layers]

@@ -7,14 +7,15 @@ import collections
 import numpy as np
 
 import keepset
-from keepset.evidence.service import candidates_of
+from keepset.evidence.service import candidates_of, candidates_summary, cells_of
 from keepset.evidence.statistics import bootstrap_interval
 
 
 class Tally:
     """Filled prompt by prompt: `begin_prompt`, then any number of `add`."""
 
-    def __init__(self) -> None:
+    def __init__(self, budget: int) -> None:
+        self._budget = budget
         self.exact: list[list[bool]] = []  # by prompt, by question
         self._predicted: list[list[str]] = []
         self._kl: list[float] = []
@@ -39,10 +40,7 @@ class Tally:
         self._kept += [float(np.mean([len(one.indices) for one in layer.sets]))
                        for layer in result.layers]
         self._candidates += candidates_of(result) or []
-        if result.table is not None:
-            for layer in result.layers:
-                entropy = result.entropy_bin if layer.entropy_bin is None else layer.entropy_bin
-                self._cells[f"{entropy},{result.ppl_bin}"] += 1
+        self._cells.update(cells_of(result))
 
     def compare_kept(self, kept: list[np.ndarray], reference: list[np.ndarray]) -> None:
         """Notes the Jaccard overlap of what two tables kept, layer by layer."""
@@ -60,7 +58,7 @@ class Tally:
             "kl_mean": float(np.mean(self._kl)), "kl_p95": float(np.percentile(self._kl, 95)),
             "bytes_before": self._bytes_before, "bytes_after": self._bytes_after,
             "mean_kept": float(np.mean(self._kept)),
-            "mean_candidates": float(np.mean(self._candidates)) if self._candidates else None,
+            **candidates_summary(self._candidates, self._budget),
             "kept_in_common_with_uniform": float(np.mean(self._common)) if self._common else None,
             "hits_by_entropy_and_ppl_bin": dict(sorted(self._cells.items())),
             "correct_by_prompt": ["".join("01"[int(x)] for x in one) for one in self.exact],
