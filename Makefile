@@ -38,11 +38,14 @@ package: configure
 	ninja -C $(BUILD) keepsetd keepset keepset_shared man
 	cpack --config $(BUILD)/CPackConfig.cmake
 
-# Installs, runs and purges the packages in a clean Debian 12. Root, some 250 MB of archive the first time.
+# Installs, runs and purges the packages in a clean Debian 12, runs the unit under a booted systemd, and the container image.
+# Root, some 250 MB of archive the first time.
 test-package: package
 	@tools/setup package
 	lintian --allow-root --fail-on error $(BUILD)/packages/*.deb
 	tests/package/install_test $(BUILD)/packages $(BUILD)/package-test
+	tests/package/unit_test $(BUILD)/packages $(BUILD)/package-test
+	tests/package/image_test $(BUILD)/packages $(BUILD)/package-test
 
 # Manifests, chart and container file without a cluster: rendered, held against schemas and against each other.
 test-deploy: configure

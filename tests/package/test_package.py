@@ -1,7 +1,7 @@
 """The Debian packages without installing them: files, control fields, unit, configuration, man pages.
 
-Packages the programs of KEEPSET_BUILD (build/release by default), which must be built. Installation, removal and the
-service at work are tests/package/install_test (make test-package).
+Packages the programs of KEEPSET_BUILD (build/release by default), which must be built. What needs root and a clean system is
+make test-package: install_test, unit_test and image_test beside this file.
 """
 
 from __future__ import annotations
