@@ -9,11 +9,20 @@ JOBS := $(shell nproc)
 export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: demo test test-hf evidence package test-package test-deploy build configure python setup check clean
+.PHONY: demo demo-table test test-hf evidence package test-package test-deploy build configure python setup check clean
 
 demo: configure python
 	ninja -C $(BUILD) keepsetd keepset
 	$(VENV)/bin/python -m keepset.demo --keepsetd $(BUILD)/service/keepsetd
+
+# Compiles the demo's table anew from rollouts on the shipped small model, in a few minutes.
+demo-table: configure python
+	ninja -C $(BUILD) keepset keepset_shared
+	$(VENV)/bin/python -m keepset.calibrate --model small --build $(BUILD) --out $(BUILD)/demo-table/records.jsonl \
+	  --table clients/python/src/keepset/eval/data/small_model_table.safetensors --name small-model --version 1 \
+	  --param pool_kernel=3 --budgets 32 64 128 256 --protect-window 16 --prompts 24 --pool 60 --action-step 4 \
+	  --rounds 6 --entropy-bins 4 --ppl-bins 2
+	rm -r $(BUILD)/demo-table
 
 test: build python
 	ctest --test-dir $(BUILD) --output-on-failure -j $(JOBS)

@@ -7,6 +7,10 @@ import sys
 import pytest
 from conftest import binary
 
+from keepset import table_file
+from keepset.demo.__main__ import COMPILED_TABLE
+from keepset.eval.small_model import SmallModel
+
 
 @pytest.fixture(scope="module")
 def output() -> str:
@@ -20,7 +24,7 @@ def output() -> str:
 
 def rows(output: str) -> dict[tuple[str, str], list[str]]:
     """Rows of the quality table by policy and budget."""
-    pattern = re.compile(r"^(\w+) +(all|\d+) +([\d.]+) +([\d.]+) +(\d+) KiB +(\d+) KiB", re.M)
+    pattern = re.compile(r"^ *(\w+) +(all|\d+) +([\d.]+) +([\d.]+) +(\d+) KiB +(\d+) KiB", re.M)
     return {(m[0], m[1]): list(m[2:]) for m in pattern.findall(output)}
 
 
@@ -33,13 +37,23 @@ def test_full_cache_answers_everything(output):
 def test_every_policy_saves_bytes_at_every_budget(output):
     table = rows(output)
     policies = {policy for policy, _ in table} - {"full"}
-    assert policies == {"streaming_llm", "random", "knorm", "tova", "snapkv", "compilerkv"}
+    assert policies == {"streaming_llm", "random", "knorm", "tova", "snapkv", "compilerkv",
+                        "uniform"}
     for (policy, _), (_, _, before, after) in table.items():
         assert policy == "full" or int(after) < int(before)
 
 
-def test_uniform_table_is_named_as_such(output):
-    assert "UNIFORM" in output and "(uniform)" in output
+def test_compiled_table_decides_and_is_named(output):
+    found = table_file.read_table(COMPILED_TABLE.read_bytes())
+    assert found.document["provenance"]["source"] == "offline-calibration"
+    assert found.document["model"]["revision"] == SmallModel.load().fingerprint()["revision"]
+    digest = table_file.digest(COMPILED_TABLE.read_bytes())
+    assert "table small-model version 1, offline-calibration" in output
+    assert output.count(digest) == 2  # above the quality table, and in the explained reply
+
+
+def test_what_the_table_gains_is_said_in_words(output):
+    assert re.search(r"The compiled table against the uniform one, .*inside [+-]\d", output)
 
 
 def test_swap_under_load_fails_nothing_and_the_next_reply_shows_it(output):

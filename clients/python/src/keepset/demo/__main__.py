@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import dataclasses
 import threading
 import time
 import urllib.request
@@ -15,13 +16,38 @@ import keepset
 from keepset import table_file
 from keepset.demo import job
 from keepset.eval import facts, vocabulary
-from keepset.eval.small_model import SmallModel
+from keepset.eval.small_model import CHECKPOINT, SmallModel
 from keepset.server_process import ServerProcess
 
-POLICIES = ("full", "streaming_llm", "random", "knorm", "tova", "snapkv", "compilerkv")
-BUDGETS = (128, 256, 512)
-TABLE_NAME = "small-model-uniform"
+# Compiled by `make demo-table` for the shipped model, for the parameters and the budgets below.
+COMPILED_TABLE = CHECKPOINT.with_name("small_model_table.safetensors")
+COMPILERKV_PARAMETERS = {"pool_kernel": 3}
+BUDGETS = (32, 64, 128, 256)
+TABLE_NAME = "small-model"
+UNIFORM_NAME = "small-model-uniform"
 HELD_OUT_TEXT = "MPL-2.0"
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A row of the quality table."""
+
+    label: str
+    policy: str
+    spec: dict = dataclasses.field(default_factory=dict)
+
+
+def compilerkv(table: str) -> dict:
+    """Of a request; one of the two tables of the server."""
+    return {"parameters": COMPILERKV_PARAMETERS, "table": keepset.TablePin(name=table)}
+
+
+METHODS = (
+    *(Method(policy, policy)
+      for policy in ("full", "streaming_llm", "random", "knorm", "tova", "snapkv")),
+    Method("compilerkv", "compilerkv", compilerkv(TABLE_NAME)),
+    Method("  uniform", "compilerkv", compilerkv(UNIFORM_NAME)),
+)
 METRIC_LINES = (
     "keepset_compress_operations_total",
     "keepset_policy_operations_total",
@@ -52,16 +78,19 @@ def main() -> None:
     show_prompt(model, sample, asked)
 
     with ServerProcess(options.keepsetd) as server:
-        publish(server, model, version="1", gate=0.8)
+        compiled = COMPILED_TABLE.read_bytes()
+        publish(server, TABLE_NAME, compiled)
+        publish(server, UNIFORM_NAME, table_file.uniform_table(
+            job.fingerprint(model), name=UNIFORM_NAME, version="1"))
         with keepset.Client.connect(server.address) as client:
             wait_for_version(client, "1")
             info = client.server_info()
             print(f"\nkeepsetd {info.version} on {server.address}: backend {info.backend}; "
                   f"K, V and queries travel by {client.transport}")
             context, prompts = prefill(client, model, sample, asked)
-            show_table(client, model, context, prompts, asked)
+            show_table(client, model, compiled, context, prompts, asked)
             show_explanation(client, model, prompts[0])
-            show_reload(client, server, model, prompts[0])
+            show_reload(client, server, model, compiled, prompts[0])
         show_metrics(server)
 
 
@@ -77,11 +106,18 @@ def show_prompt(model: SmallModel, sample: facts.Sample, asked) -> None:
     print(f"Question: '{' '.join(first.question)}' -> '{' '.join(first.answer)}'")
 
 
-def publish(server: ServerProcess, model: SmallModel, version: str, gate: float) -> None:
-    data = table_file.uniform_table(
-        job.fingerprint(model), name=TABLE_NAME, version=version, gate=gate
-    )
-    table_file.write_atomically(server.tables / "small-model.safetensors", data)
+def publish(server: ServerProcess, name: str, table: bytes) -> None:
+    table_file.write_atomically(server.tables / f"{name}.safetensors", table)
+
+
+def stricter(compiled: bytes, model: SmallModel) -> bytes:
+    """Version 2 of the table for the swap: the same head weights behind gates of 0.9."""
+    table = table_file.read_table(compiled)
+    return table_file.compilerkv_table(
+        job.fingerprint(model), name=TABLE_NAME, version="2", head_weights=table.head_weights,
+        gate_thresholds=np.full_like(table.gate_thresholds, 0.9), budgets=table.budgets,
+        entropy_edges=table.entropy_edges, ppl_edges=table.ppl_edges, source="hand-written",
+        algorithm={"name": "derived", "of": table_file.digest(compiled)})
 
 
 def wait_for_version(client: keepset.Client, version: str, timeout_seconds: float = 10.0) -> None:
@@ -105,27 +141,48 @@ def prefill(client, model: SmallModel, sample: facts.Sample, asked):
     return context, prompts
 
 
-def show_table(client, model, context, prompts, asked) -> None:
+def show_table(client, model, compiled: bytes, context, prompts, asked) -> None:
+    document = table_file.read_table(compiled).document
+    counts = document["provenance"]["records_per_state"]
     print(f"\nExact two-word answers of {len(asked)} questions. 'inside': the question stands in the "
           "compressed prompt; 'later': it is asked of the compacted cache.")
-    print("compilerkv runs on a UNIFORM table here: it has learned nothing yet.")
+    print(f"compilerkv decides by the table {document['name']} version {document['version']}, "
+          f"{document['provenance']['source']}, compiled by `make demo-table` from rollouts on another "
+          f"text\n(records per state: {counts}; {table_file.digest(compiled)}), with "
+          f"{COMPILERKV_PARAMETERS}; 'uniform' below it is the same\npolicy on a table that has learned "
+          f"nothing. Every policy keeps the last {job.WINDOW} positions, inside the budget.")
     header = f"{'policy':14s} {'budget':>6s} {'inside':>8s} {'later':>8s} {'KV before':>10s} " \
              f"{'KV after':>10s} {'service':>9s}"
     print(header + "\n" + "-" * len(header))
-    for policy in POLICIES:
-        for budget in BUDGETS if policy != "full" else (None,):
+    exact: dict[tuple[str, int | None], tuple[int, int]] = {}
+    for method in METHODS:
+        for budget in BUDGETS if method.policy != "full" else (None,):
             asked_budget = keepset.Budget.tokens(budget or context.prefill.seq_len)
-            inside = job.run_inside(client, model, prompts, asked, policy, asked_budget)
-            later = job.run_later(client, model, context, asked, policy, asked_budget)
+            inside = job.run_inside(client, model, prompts, asked, method.policy, asked_budget,
+                                    **method.spec)
+            later = job.run_later(client, model, context, asked, method.policy, asked_budget,
+                                  **method.spec)
+            exact[method.label, budget] = (inside.exact, later.exact)
             count = inside.operations
-            print(f"{policy:14s} {budget or 'all':>6} {inside.exact / inside.questions:8.2f} "
+            print(f"{method.label:14s} {budget or 'all':>6} {inside.exact / inside.questions:8.2f} "
                   f"{later.exact / later.questions:8.2f} {inside.bytes_before / count / 1024:7.0f} KiB "
                   f"{inside.bytes_after / count / 1024:7.0f} KiB "
                   f"{1e3 * inside.service_seconds / count:6.2f} ms")
+    gains = [tuple(a - b for a, b in zip(exact["compilerkv", budget], exact["  uniform", budget]))
+             for budget in BUDGETS]
+    print(f"The compiled table against the uniform one, right answers of {len(asked)} more or fewer at "
+          f"budgets {', '.join(map(str, BUDGETS))}: inside "
+          f"{', '.join(f'{inside:+d}' for inside, _ in gains)}; later "
+          f"{', '.join(f'{later:+d}' for _, later in gains)}.")
+    if not any(any(gain) for gain in gains):
+        print("It gains nothing in this run.")
+    print("So few questions prove nothing; docs/results/evidence.md has the intervals, and where a table "
+          "can gain and where it cannot.")
 
 
 def show_explanation(client, model, shared) -> None:
-    result = job.compress(client, model, shared, "compilerkv", keepset.Budget.tokens(256))
+    result = job.compress(client, model, shared, "compilerkv", keepset.Budget.tokens(256),
+                          **compilerkv(TABLE_NAME))
     assert result.table is not None
     print("\nOne decision explained (compilerkv, budget 256):")
     print(f"  outcome {result.outcome}, reason {result.reason}, scope {result.scope}, "
@@ -147,7 +204,14 @@ def version_of(result: keepset.Result) -> str:
     return result.table.version if result.table else ""
 
 
-def show_reload(client, server, model, shared) -> None:
+def wait_for_replies(seen: collections.Counter, version: str, timeout_seconds: float = 20.0) -> None:
+    """Until 20 replies named the version, or the time is up."""
+    deadline = time.monotonic() + timeout_seconds
+    while seen[version] < 20 and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
+def show_reload(client, server, model, compiled: bytes, shared) -> None:
     """Swaps the table file while requests run; every reply must name exactly one of the versions."""
     seen: collections.Counter = collections.Counter()
     failures: list[str] = []
@@ -158,7 +222,8 @@ def show_reload(client, server, model, shared) -> None:
             mine = job.share(own, shared.prefill)
             while not stop.is_set():
                 try:
-                    result = job.compress(own, model, mine, "compilerkv", keepset.Budget.tokens(256))
+                    result = job.compress(own, model, mine, "compilerkv", keepset.Budget.tokens(256),
+                                          **compilerkv(TABLE_NAME))
                 except keepset.KeepsetError as error:
                     failures.append(str(error))
                     continue
@@ -167,11 +232,12 @@ def show_reload(client, server, model, shared) -> None:
 
     worker = threading.Thread(target=load)
     worker.start()
-    publish(server, model, version="2", gate=0.9)
+    wait_for_replies(seen, "1")
+    publish(server, TABLE_NAME, stricter(compiled, model))
     wait_for_version(client, "2")
-    result = job.compress(client, model, shared, "compilerkv", keepset.Budget.tokens(256))
-    while seen["2"] < 20 and worker.is_alive():
-        time.sleep(0.005)
+    result = job.compress(client, model, shared, "compilerkv", keepset.Budget.tokens(256),
+                          **compilerkv(TABLE_NAME))
+    wait_for_replies(seen, "2")
     stop.set()
     worker.join()
     print(f"\nTable swapped while requests ran: {dict(sorted(seen.items()))} replies by version, "

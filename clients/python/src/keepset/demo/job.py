@@ -54,7 +54,10 @@ def share(client: keepset.Client, prefill: Prefill) -> SharedPrefill:
 
 def compress(client: keepset.Client, model: SmallModel, shared: SharedPrefill, policy: str,
              budget: keepset.Budget, **spec) -> keepset.Result:
-    """Hands the prompt over by reference and returns keep sets and compacted K/V."""
+    """Hands the prompt over by reference and returns keep sets and compacted K/V.
+
+    The observed rows stay, inside the budget, as snapkv keeps them by definition.
+    """
     return client.compress(
         model=fingerprint(model),
         seq_len=shared.prefill.seq_len,
@@ -64,6 +67,7 @@ def compress(client: keepset.Client, model: SmallModel, shared: SharedPrefill, p
         budget=budget,
         ppl=shared.prefill.perplexity(WINDOW),
         gather=True,
+        protect_window=WINDOW,
         **spec,
     )
 
@@ -107,21 +111,21 @@ def answer_later(model: SmallModel, prefill: Prefill, cache: KvCache,
 
 
 def run_inside(client: keepset.Client, model: SmallModel, prompts: Sequence[SharedPrefill],
-               asked: Sequence[facts.Fact], policy: str, budget: keepset.Budget) -> Score:
+               asked: Sequence[facts.Fact], policy: str, budget: keepset.Budget, **spec) -> Score:
     """Every prompt ends in its own question and is compressed as a whole."""
     score = Score()
     for shared, fact in zip(prompts, asked):
-        result = compress(client, model, shared, policy, budget)
+        result = compress(client, model, shared, policy, budget, **spec)
         answer = answer_inside(model, shared.prefill, cache_of(result))
         _add(score, result, int(answer == fact.answer), 1)
     return score
 
 
 def run_later(client: keepset.Client, model: SmallModel, shared: SharedPrefill,
-              asked: Sequence[facts.Fact], policy: str, budget: keepset.Budget) -> Score:
+              asked: Sequence[facts.Fact], policy: str, budget: keepset.Budget, **spec) -> Score:
     """One context, compressed once; all questions are asked of what was kept."""
     score = Score()
-    result = compress(client, model, shared, policy, budget)
+    result = compress(client, model, shared, policy, budget, **spec)
     cache = cache_of(result)
     exact = sum(answer_later(model, shared.prefill, cache, fact) == fact.answer for fact in asked)
     _add(score, result, exact, len(asked))
