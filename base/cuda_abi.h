@@ -6,6 +6,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <string>
 
 namespace keepset::cuda_abi {
 
@@ -29,6 +30,17 @@ inline constexpr Result kNotSupported = 801;
 struct Uuid {
   unsigned char bytes[16];
 };
+// As the vendor's tools print it: "GPU-xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx".
+inline std::string UuidText(const Uuid& uuid) {
+  constexpr char kHex[] = "0123456789abcdef";
+  std::string text = "GPU-";
+  for (size_t i = 0; i < sizeof(uuid.bytes); ++i) {
+    if (i == 4 || i == 6 || i == 8 || i == 10) text += '-';
+    text += kHex[uuid.bytes[i] >> 4];
+    text += kHex[uuid.bytes[i] & 15];
+  }
+  return text;
+}
 struct IpcHandle {
   unsigned char reserved[64];
 };
@@ -93,6 +105,10 @@ inline constexpr unsigned int kMemoryTypeDevice = 2;
   KEEPSET_CUDA_ENTRY(error_name, "cuGetErrorName", (Result error, const char** name))           \
   KEEPSET_CUDA_ENTRY(device_get, "cuDeviceGet", (Device * device, int ordinal))                 \
   KEEPSET_CUDA_ENTRY(device_get_uuid, "cuDeviceGetUuid", (Uuid * uuid, Device device))          \
+  KEEPSET_CUDA_ENTRY(primary_retain, "cuDevicePrimaryCtxRetain", (Context * context, Device))   \
+  KEEPSET_CUDA_ENTRY(primary_release, "cuDevicePrimaryCtxRelease_v2", (Device device))          \
+  KEEPSET_CUDA_ENTRY(context_push, "cuCtxPushCurrent_v2", (Context context))                    \
+  KEEPSET_CUDA_ENTRY(context_pop, "cuCtxPopCurrent_v2", (Context * context))                    \
   KEEPSET_CUDA_ENTRY(address_range, "cuMemGetAddressRange_v2",                                  \
                      (DevicePointer * base, size_t * bytes, DevicePointer pointer))             \
   KEEPSET_CUDA_ENTRY(pointer_attribute, "cuPointerGetAttribute",                                \

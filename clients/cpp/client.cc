@@ -117,6 +117,17 @@ class GrpcClient final : public Client {
     return session->RegisterRegion(region, name, access);
   }
 
+  absl::Status RegisterRegion(const DeviceRegion& region, const std::string& name,
+                              RegionAccess access) override {
+    const std::shared_ptr<Session> session = CurrentSession();
+    if (session == nullptr) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("region \"", name, "\": device memory cannot travel inline (", reason_,
+                       "), want a Unix socket and transport memfd"));
+    }
+    return session->RegisterRegion(region, name, access);
+  }
+
   absl::Status RetireRegion(const std::string& name) override {
     const std::shared_ptr<Session> session = CurrentSession();
     if (session == nullptr) return absl::OkStatus();

@@ -23,6 +23,7 @@
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
+#include "clients/cpp/device_memory.h"
 #include "clients/cpp/operation.h"
 #include "clients/cpp/shared_region.h"
 
@@ -126,6 +127,10 @@ class Client {
   // Makes `region` known to the server under `name`; from then on tensors inside it travel as
   // slices. With inline transport nothing is sent. AlreadyExists: name taken.
   virtual absl::Status RegisterRegion(const SharedRegion& region, const std::string& name,
+                                      RegionAccess access) = 0;
+  // The same for device memory, for servers that list its kind among their transports.
+  // FailedPrecondition: no session (inline transport).
+  virtual absl::Status RegisterRegion(const DeviceRegion& region, const std::string& name,
                                       RegionAccess access) = 0;
   // Answers when no operation uses the region any more. NotFound: no such name.
   virtual absl::Status RetireRegion(const std::string& name) = 0;

@@ -65,20 +65,44 @@ absl::Status Session::RegisterRegion(const SharedRegion& region, const std::stri
                                      RegionAccess access) {
   KEEPSET_ASSIGN_OR_RETURN(const uint64_t fd_token, side_socket_->PassFd(region.fd()));
   v1::RegisterRegionRequest request;
-  request.set_session_id(id_);
-  request.set_name(name);
   request.set_kind("memfd");
   request.set_fd_token(fd_token);
   request.set_allocation_bytes(region.size_bytes());
   request.set_length(region.size_bytes());
-  request.set_access(access == RegionAccess::kReadWrite ? v1::REGION_ACCESS_READ_WRITE
-                                                        : v1::REGION_ACCESS_READ_ONLY);
+  return Register(std::move(request), name, {&region, access, ""});
+}
+
+absl::Status Session::RegisterRegion(const DeviceRegion& region, const std::string& name,
+                                     RegionAccess access) {
+  v1::RegisterRegionRequest request;
+  request.set_kind(region.kind());
+  if (region.fd() >= 0) {
+    KEEPSET_ASSIGN_OR_RETURN(const uint64_t fd_token, side_socket_->PassFd(region.fd()));
+    request.set_fd_token(fd_token);
+  } else {
+    request.set_ipc_handle(region.ipc_handle());
+  }
+  request.set_allocation_bytes(region.allocation_bytes());
+  request.set_offset(region.offset());
+  request.set_length(region.size_bytes());
+  request.set_device_uuid(region.device_uuid());
+  request.set_generation(region.generation());
+  return Register(std::move(request), name, {&region, access, ""});
+}
+
+absl::Status Session::Register(v1::RegisterRegionRequest request, const std::string& name,
+                               Region region) {
+  request.set_session_id(id_);
+  request.set_name(name);
+  request.set_access(region.access == RegionAccess::kReadWrite ? v1::REGION_ACCESS_READ_WRITE
+                                                               : v1::REGION_ACCESS_READ_ONLY);
   v1::RegisterRegionResponse response;
   grpc::ClientContext context;
   context.set_deadline(absl::ToChronoTime(absl::Now() + call_timeout_));
   KEEPSET_RETURN_IF_ERROR(FromRpcStatus(stub_->RegisterRegion(&context, request, &response)));
+  region.region_id = response.region_id();
   absl::MutexLock lock(&mutex_);
-  regions_[name] = {&region, access, response.region_id()};
+  regions_[name] = std::move(region);
   return absl::OkStatus();
 }
 
@@ -107,7 +131,11 @@ absl::Status Session::AdoptRegions(const Session& other) {
     regions = other.regions_;
   }
   for (const auto& [name, region] : regions) {
-    KEEPSET_RETURN_IF_ERROR(RegisterRegion(*region.memory, name, region.access));
+    KEEPSET_RETURN_IF_ERROR(std::visit(
+        [&, &name = name, access = region.access](const auto* memory) {
+          return RegisterRegion(*memory, name, access);
+        },
+        region.memory));
   }
   return absl::OkStatus();
 }
@@ -115,9 +143,16 @@ absl::Status Session::AdoptRegions(const Session& other) {
 bool Session::Resolve(const void* data, int64_t size_bytes, v1::RegionSlice* slice) const {
   absl::MutexLock lock(&mutex_);
   for (const auto& [name, region] : regions_) {
-    if (!region.memory->Contains(data, size_bytes)) continue;
+    const auto offset = std::visit(
+        [&](const auto* memory) {
+          return memory->Contains(data, size_bytes)
+                     ? static_cast<const std::byte*>(data) - memory->data()
+                     : ptrdiff_t{-1};
+        },
+        region.memory);
+    if (offset < 0) continue;
     slice->set_region_id(region.region_id);
-    slice->set_offset(static_cast<const std::byte*>(data) - region.memory->data());
+    slice->set_offset(static_cast<uint64_t>(offset));
     slice->set_length(size_bytes);
     return true;
   }

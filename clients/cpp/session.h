@@ -7,6 +7,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <variant>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
@@ -34,6 +35,8 @@ class Session {
 
   absl::Status RegisterRegion(const SharedRegion& region, const std::string& name,
                               RegionAccess access);
+  absl::Status RegisterRegion(const DeviceRegion& region, const std::string& name,
+                              RegionAccess access);
   absl::Status RetireRegion(const std::string& name);
   // Registers in this session whatever `other` had.
   absl::Status AdoptRegions(const Session& other);
@@ -43,10 +46,11 @@ class Session {
 
  private:
   struct Region {
-    const SharedRegion* memory;
+    std::variant<const SharedRegion*, const DeviceRegion*> memory;
     RegionAccess access;
     std::string region_id;
   };
+  absl::Status Register(v1::RegisterRegionRequest request, const std::string& name, Region region);
 
   Session(v1::SessionService::Stub* stub, const ClientOptions& options)
       : stub_(stub), call_timeout_(options.call_timeout) {}

@@ -7,7 +7,6 @@
 
 #include "absl/cleanup/cleanup.h"
 #include "absl/strings/str_cat.h"
-#include "absl/strings/str_format.h"
 #include "base/cuda_abi.h"
 #include "base/status_macros.h"
 
@@ -30,15 +29,6 @@ struct Api {
 #undef KEEPSET_CUDA_MEMBER
 
 constexpr size_t kMaxDeviceName = 256;
-
-std::string UuidText(const cuda_abi::Uuid& uuid) {
-  std::string text = "GPU-";
-  for (size_t i = 0; i < sizeof(uuid.bytes); ++i) {
-    if (i == 4 || i == 6 || i == 8 || i == 10) text += '-';
-    absl::StrAppendFormat(&text, "%02x", uuid.bytes[i]);
-  }
-  return text;
-}
 
 class Libcuda final : public CudaDriver {
  public:
@@ -68,7 +58,7 @@ class Libcuda final : public CudaDriver {
       cuda_abi::Context context = nullptr;
       KEEPSET_RETURN_IF_ERROR(
           Check(api_.primary_retain(&context, device), "cuDevicePrimaryCtxRetain"));
-      devices_.push_back({device, UuidText(uuid), name});
+      devices_.push_back({device, cuda_abi::UuidText(uuid), name});
       contexts_.push_back(context);
     }
     return absl::OkStatus();

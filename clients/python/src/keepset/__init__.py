@@ -24,6 +24,7 @@ from keepset.types import (
 if TYPE_CHECKING:
     from keepset.channel import TlsFiles
     from keepset.client import Client
+    from keepset.device_memory import DeviceRegion
     from keepset.errors import (
         InvalidInput,
         KeepsetError,
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 # Loaded when first used: keepset.eval runs, and trains under the system's Python, without gRPC.
 _NEEDS_GRPC = {
     "Client": "keepset.client",
+    "DeviceRegion": "keepset.device_memory",
     "TableRegistry": "keepset.registry",
     "TlsFiles": "keepset.channel",
     "Operation": "keepset.operation",
@@ -52,6 +54,7 @@ __all__ = [
     "BFLOAT16",
     "Budget",
     "Client",
+    "DeviceRegion",
     "InvalidInput",
     "KeepSet",
     "KeepsetError",

@@ -15,6 +15,7 @@ from keepset import _codec, types
 from keepset._request import Request
 from keepset._side_socket import SideSocket
 from keepset.channel import TlsFiles, open_channel
+from keepset.device_memory import DeviceRegion
 from keepset.errors import InvalidInput, KeepsetError, error_of_rpc
 from keepset.memory import SharedRegion
 from keepset.operation import Operation
@@ -45,7 +46,7 @@ class Client:
         self.compression_stub = compression_pb2_grpc.CompressionServiceStub(channel)
         self._sessions = session_pb2_grpc.SessionServiceStub(channel)
         self._server = server_pb2_grpc.ServerServiceStub(channel)
-        self._regions: list[tuple[SharedRegion, str]] = []
+        self._regions: list[tuple[SharedRegion | DeviceRegion, str]] = []
         self._spare: list[SharedRegion] = []
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -121,31 +122,56 @@ class Client:
             raise KeepsetError("FAILED_PRECONDITION", "shared regions need transport 'memfd'")
         region = SharedRegion(num_bytes)
         try:
-            token = self._side.pass_fd(region.fd)
-            with self._lock:
-                name = f"region-{len(self._regions)}"
-            registered = self._call(
-                self._sessions.RegisterRegion,
+            self._register(
+                region,
                 session_pb2.RegisterRegionRequest(
-                    session_id=self.session_id,
-                    name=f"{name}-{uuid.uuid4().hex[:8]}",
                     kind="memfd",
-                    fd_token=token,
+                    fd_token=self._side.pass_fd(region.fd),
                     allocation_bytes=region.size_bytes,
                     length=region.size_bytes,
-                    access=session_pb2.REGION_ACCESS_READ_WRITE
-                    if writable_by_server
-                    else session_pb2.REGION_ACCESS_READ_ONLY,
                 ),
+                writable_by_server,
             )
         except BaseException:
             region.close()
             raise
-        with self._lock:
-            self._regions.append((region, registered.region_id))
         return region
 
-    def retire(self, region: SharedRegion) -> None:
+    def register(self, region: DeviceRegion, *, writable_by_server: bool = False) -> None:
+        """Makes device memory known to a server that lists `region.kind` among its transports.
+
+        Layers then name it by `region.array(tensor)`. `retire` and `close` close the region.
+        """
+        if self._side is None:
+            raise KeepsetError("FAILED_PRECONDITION", "device memory needs transport 'memfd'")
+        request = session_pb2.RegisterRegionRequest(
+            kind=region.kind,
+            allocation_bytes=region.allocation_bytes,
+            offset=region.offset,
+            length=region.size_bytes,
+            device_uuid=region.device_uuid,
+            generation=region.generation,
+        )
+        if region.fd >= 0:
+            request.fd_token = self._side.pass_fd(region.fd)
+        else:
+            request.ipc_handle = region.ipc_handle
+        self._register(region, request, writable_by_server)
+
+    def _register(self, region: SharedRegion | DeviceRegion,
+                  request: session_pb2.RegisterRegionRequest, writable_by_server: bool) -> None:
+        request.session_id = self.session_id
+        request.name = f"region-{uuid.uuid4().hex[:12]}"
+        request.access = (
+            session_pb2.REGION_ACCESS_READ_WRITE
+            if writable_by_server
+            else session_pb2.REGION_ACCESS_READ_ONLY
+        )
+        registered = self._call(self._sessions.RegisterRegion, request)
+        with self._lock:
+            self._regions.append((region, registered.region_id))
+
+    def retire(self, region: SharedRegion | DeviceRegion) -> None:
         """Unregisters a region; returns when no operation uses it any more."""
         with self._lock:
             found = next((r for r in self._regions if r[0] is region), None)
