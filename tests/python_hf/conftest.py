@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import tempfile
 
 import pytest
 import torch
@@ -11,6 +12,15 @@ from keepset.eval import export_llama
 
 # The models are so small that threads would only wait for each other.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ray_folder():
+    """Sockets and logs of local Ray instances; a short path, for the sockets."""
+    with tempfile.TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder:
+        os.environ["RAY_TMPDIR"] = folder
+        yield
+        del os.environ["RAY_TMPDIR"]
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,6 @@ from families import (
 from transformers.cache_utils import DynamicCache
 
 from keepset.adapters.hf import HfModel
-from keepset.adapters.hf.attention import KEYWORD
 
 SEQ_LEN = 60
 OBSERVED = 8
@@ -52,7 +51,7 @@ def plain_logits(model: HfModel, ids: np.ndarray, fed: np.ndarray) -> np.ndarray
     with torch.no_grad():
         model.model(input_ids=torch.as_tensor(ids)[None], past_key_values=cache, use_cache=True)
         return model.model(input_ids=torch.as_tensor(fed)[None], past_key_values=cache,
-                           use_cache=True).logits[0].numpy()
+                           use_cache=True).logits[0].float().numpy()
 
 
 class HideDropped:
@@ -88,6 +87,25 @@ def test_keeping_everything_changes_no_bit(family, implementation):
     everything = [np.arange(SEQ_LEN)] * len(model.full_layers)
     found = model.score(prefill.compact(everything), fed, SEQ_LEN)
     assert np.array_equal(found, plain_logits(model, ids, fed))
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_sixteen_bit_models_are_observed_in_fp32_and_compacted_in_their_own_type(implementation):
+    plain = plain_model(config_of("llama"), implementation).to(torch.bfloat16)
+    model = HfModel(plain, "bf16")
+    ids, fed = prompt(), prompt(1, 7)
+    prefill = model.prefill(ids, OBSERVED)
+    everything = [np.arange(SEQ_LEN)] * 4
+    cache = prefill.compact(everything)
+    assert np.array_equal(model.score(cache, fed, SEQ_LEN), plain_logits(model, ids, fed))
+    # One unused row in a head, so that its mask is an additive one in eager attention.
+    ragged = prefill.compact([[np.arange(SEQ_LEN), np.arange(1, SEQ_LEN)]] * 4)
+    assert np.isfinite(model.score(ragged, fed, SEQ_LEN)).all()
+    assert {layer.keys.dtype for layer in (*cache.layers, *ragged.layers)} == {torch.bfloat16}
+    for layer, one in enumerate(prefill.layers):
+        assert {getattr(one, name).dtype for name in ("q_window", "k", "v", "window_lse")} == {
+            np.dtype(np.float32)}
+        assert np.array_equal(one.k, prefill.cache.layers[layer].keys[0].float().numpy())
 
 
 @pytest.mark.parametrize("per_head", [False, True], ids=["per_layer", "per_head"])

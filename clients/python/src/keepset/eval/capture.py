@@ -6,18 +6,35 @@ import json
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save
 
-from keepset.eval.small_model import Prefill
+from keepset.eval.small_model import LayerObservation
 
 FORMAT_VERSION = 1
 
 
-def write_capture(path: str | pathlib.Path, prefill: Prefill, model: dict[str, Any], *,
+class Observed(Protocol):
+    """What a capture takes of a prefill: the small model's Prefill, or keepset.adapters.hf's."""
+
+    @property
+    def input_ids(self) -> npt.NDArray[np.int32]: ...  # [T]
+    @property
+    def row_positions(self) -> npt.NDArray[np.int64]: ...  # [W]
+    @property
+    def layers(self) -> Sequence[LayerObservation]: ...
+    @property
+    def token_logprobs(self) -> npt.NDArray[np.float32]: ...  # [T]
+    @property
+    def softmax_scale(self) -> float: ...
+    @property
+    def seq_len(self) -> int: ...
+
+
+def write_capture(path: str | pathlib.Path, prefill: Observed, model: dict[str, Any], *,
                   dtype: npt.DTypeLike = np.float32, ppl: float | None = None,
                   spans: Sequence[tuple[str, int, int]] = ()) -> None:
     """Writes queries, K, V, LSE, log-probabilities and ids of `prefill`; replaces a file at `path`.
@@ -41,7 +58,7 @@ def write_capture(path: str | pathlib.Path, prefill: Prefill, model: dict[str, A
         "num_qo_heads": num_qo_heads,
         "num_kv_heads": len(prefill.layers[0].k),
         "head_dim": head_dim,
-        "softmax_scale": float(head_dim**-.5),
+        "softmax_scale": prefill.softmax_scale,
     }
     if ppl is not None:
         document["ppl"] = float(ppl)

@@ -70,6 +70,10 @@ class Prefill:
     def seq_len(self) -> int:
         return len(self.input_ids)
 
+    @property
+    def softmax_scale(self) -> float:
+        return float(self.layers[0].k.shape[-1]**-.5)
+
     def perplexity(self, window: int) -> float:
         """Returns exp(-mean log p) over the last `window` tokens; the first token has no p."""
         if not 1 <= window < self.seq_len:

@@ -237,7 +237,8 @@ def fingerprint_of(config: Any, revision: str) -> dict[str, Any]:
         "num_layers": len(full_attention_layers(config)),
         "num_qo_heads": config.num_attention_heads,
         "num_kv_heads": config.num_key_value_heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        "head_dim": (getattr(config, "head_dim", None)
+                     or config.hidden_size // config.num_attention_heads),
         "rope": _rope(rope),
         "revision": revision,
     }
