@@ -1,5 +1,6 @@
 """Calibration of a model directory: `--model hf:DIRECTORY`."""
 
+import dataclasses
 import json
 import pathlib
 import pickle
@@ -51,9 +52,16 @@ def adapter(directory):
 def test_the_same_seed_is_the_same_prompt(adapter):
     first, second = adapter.prompts(range(2))
     (again,) = adapter.prompts(range(1, 2))
-    assert (first.seq_len, first.prompt_id.startswith("hf-words-0-at-")) == (160, True)
+    assert (first.seq_len, first.prompt_id.startswith(f"{adapter.name}-0-at-")) == (160, True)
     assert (second.prompt_id, second.full_loss) == (again.prompt_id, again.full_loss)
     assert first.prompt_id != second.prompt_id
+
+
+def test_other_texts_or_lengths_have_another_name(adapter):
+    assert adapter.name.startswith("hf-words-")
+    other = dataclasses.replace(adapter, texts=(vocabulary.COMMON_LICENSES / "MPL-2.0",))
+    longer = dataclasses.replace(adapter, continuation=25)
+    assert len({adapter.name, other.name, longer.name, dataclasses.replace(adapter).name}) == 3
 
 
 def test_loss_is_that_of_the_continuation(adapter):
@@ -117,7 +125,7 @@ def test_the_command_compiles_a_table_of_a_model_directory(build, directory, tmp
     assert done.returncode == 0, done.stderr
     found = table_file.read_table(table.read_bytes())
     assert found.document["model"]["architecture"] == "llama"
-    assert found.document["name"] == "hf-words"
+    assert found.document["name"].startswith("hf-words-")
     assert found.head_weights.shape == (1, 2, 4)
     settings = json.loads((tmp_path / "r.jsonl.steps" / "settings.json").read_text())
     assert settings["sequence_lengths"] == [120, 120]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import pathlib
 from collections.abc import Iterator, Sequence
 
@@ -33,9 +34,17 @@ class HfTextAdapter:
     window: int = 64
     device: str = "cpu"
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
-        return f"hf-{self.directory.resolve().name}"
+        """The directory's name and eight hex digits of what prompts and losses are made from, so that a
+        run on other texts is not mistaken for the rest of this one."""
+        digest = hashlib.sha256(f"{self.seq_len} {self.continuation} {self.window}".encode())
+        for path in self.texts:
+            try:
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
+            except OSError as error:
+                raise _refused("text", error) from error
+        return f"hf-{self.directory.resolve().name}-{digest.hexdigest()[:8]}"
 
     def fingerprint(self) -> ModelFingerprint:
         return self._fingerprint

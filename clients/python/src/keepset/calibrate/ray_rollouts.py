@@ -102,7 +102,7 @@ class RayRollouts:
         self._headers: list[tuple[str, int]] = []
         self._plan = Plan(adapter.fingerprint(), len(seeds), budgets,
                           actions_per_state=measuring["actions_per_state"], seed=measuring["seed"],
-                          action_step=measuring["action_step"])
+                          action_step=measuring.get("action_step", 1))
 
     def __enter__(self) -> RayRollouts:
         if ray.is_initialized():
