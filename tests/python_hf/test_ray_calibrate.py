@@ -1,12 +1,39 @@
-"""A whole calibration by Ray workers; apart from the other Ray tests, whose workers hold every CPU."""
+"""Ray workers of their own for each test; apart from the other Ray tests, whose workers hold every CPU."""
+
+import os
 
 import numpy as np
+import pytest
 
 from keepset import table_file
+from keepset.calibrate import CalibrationError
 from keepset.calibrate.__main__ import calibrate
-from keepset.calibrate.prompts import SmallModelAdapter
+from keepset.calibrate.prompts import ConstructedAdapter, SmallModelAdapter
+from keepset.calibrate.ray_rollouts import RayRollouts
 from keepset.calibrate.rollouts import Weights
+from keepset.eval import constructed
 from keepset.eval.small_model import SmallModel
+
+
+def test_a_prompt_that_ends_every_worker_ends_the_run(build):
+    # A local class travels to the workers by value: they cannot import this file.
+    class Deadly(ConstructedAdapter):
+        def prompts(self, seeds):
+            os._exit(1)
+
+    adapter = Deadly(constructed.marker_model(), 640, 4)
+    with RayRollouts(build.library, adapter, range(1), [48], num_workers=1, seed=0, parameters={},
+                     actions_per_state=1) as rollouts:
+        with pytest.raises(CalibrationError, match="died 3 times over the same prompt"):
+            rollouts.headers()
+
+
+def test_a_worker_that_cannot_start_says_why(tmp_path):
+    adapter = ConstructedAdapter(constructed.marker_model(), 640, 4)
+    with RayRollouts(tmp_path / "absent.so", adapter, range(1), [48], num_workers=1, seed=0,
+                     parameters={}, actions_per_state=1) as rollouts:
+        with pytest.raises(CalibrationError, match="a worker cannot start: .*absent.so"):
+            rollouts.headers()
 
 
 def test_calibration_with_workers_compiles_the_same_actions(build, tmp_path):

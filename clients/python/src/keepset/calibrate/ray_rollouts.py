@@ -29,6 +29,8 @@ from keepset.in_process import Engine
 # Units a worker gets in a step: more even out their run times, fewer read prompts less often.
 _UNITS_PER_WORKER = 4
 _PROMPTS_IN_MEMORY = 16
+# A unit that ends its worker so many times and once more ends the run.
+_RETRIES = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +119,7 @@ class RayRollouts:
                 "_node_ip_address": "127.0.0.1"}
             ray.init(address=self._address, log_to_driver=False, logging_level="warning", **local)
             self._owns_ray = True
-        actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=-1)(Worker)
+        actor = ray.remote(num_cpus=1, max_restarts=-1, max_task_retries=_RETRIES)(Worker)
         library, adapter, *rest = self._settings
         # In a list it stays a reference, which a worker that is started again can still resolve.
         self._adapter_ref = [ray.put(adapter)]
@@ -138,8 +140,8 @@ class RayRollouts:
     def headers(self) -> list[tuple[str, int]]:
         """Id and length of every prompt; each is read by one worker."""
         if not self._headers:
-            found = self._pool().map_unordered(
-                lambda worker, index: worker.header.remote(index), range(len(self._settings[2])))
+            found = self._spread(lambda worker, index: worker.header.remote(index),
+                                 range(len(self._settings[2])))
             self._headers = [header[1:] for header in sorted(found)]
         return self._headers
 
@@ -150,7 +152,7 @@ class RayRollouts:
             progress: Callable[[int], None]) -> None:
         """Fills `file` with the records that it lacks, in the order in which units are done."""
         weights = ray.put(frozen)
-        measured = self._pool().map_unordered(
+        measured = self._spread(
             lambda worker, unit: worker.measure.remote(kind, unit, weights, paired_policy),
             list(self._units(kind, file)))
         for records in measured:
@@ -158,8 +160,15 @@ class RayRollouts:
                 file.append(record)
             progress(len(file))
 
-    def _pool(self) -> ActorPool:
-        return ActorPool(self._workers)
+    def _spread(self, call: Callable, values: Sequence) -> Iterator:
+        """Results of call(worker, value) as they come."""
+        try:
+            yield from ActorPool(self._workers).map_unordered(call, values)
+        except ray.exceptions.RayActorError as error:
+            if error.actor_init_failed:
+                raise CalibrationError(f"a worker cannot start: {str(error).splitlines()[-1]}") from error
+            raise CalibrationError(f"a worker died {_RETRIES + 1} times over the same prompt: too little "
+                                   "memory for so many workers?") from error
 
     def _units(self, kind: str, file: StepFile) -> Iterator[Unit]:
         missing = [self._plan.missing(kind, index, prompt_id, file)
