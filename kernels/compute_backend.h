@@ -58,6 +58,9 @@ struct WindowArgs {
   float softmax_scale = 0.0f;
   RowReduction reduction = RowReduction::kMean;
   absl::string_view what;  // Prefix of error messages, for example "layer 3".
+  // Optional: [Hkv, T] receives the RowNorms of v, which a backend may read along with k.
+  KvView v;  // [Hkv, T, dv]
+  ScoreBuffer* value_norms = nullptr;
 };
 
 struct TileArgs {
@@ -91,8 +94,11 @@ class ComputeBackend {
  public:
   virtual ~ComputeBackend() = default;
 
-  // "cpu/avx512", "cpu/avx2", "cuda/sm_90a" ...: what results report as the backend.
+  // "cpu/avx512", "cpu/avx2", "cuda/sm_90" ...: what results report as the backend.
   virtual std::string name() const = 0;
+
+  // OK, or the error after which the device answers nothing until the process is restarted.
+  virtual absl::Status Health() const { return absl::OkStatus(); }
 
   virtual absl::StatusOr<std::unique_ptr<OpContext>> NewContext() = 0;
   // Zero-filled.

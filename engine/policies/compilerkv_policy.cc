@@ -121,11 +121,10 @@ class CompilerKvPolicy final : public RetentionPolicy {
                      kernels::ScoreBuffer& scores) override {
     kernels::ComputeBackend& backend = context.backend;
     kernels::OpContext& op = context.op_context;
-    KEEPSET_RETURN_IF_ERROR(WindowColumnMeans(context, layer, observation, num_rows_, *columns_));
+    KEEPSET_RETURN_IF_ERROR(
+        WindowColumnMeans(context, layer, observation, num_rows_, *columns_, rho_.get()));
     KEEPSET_RETURN_IF_ERROR(
         backend.MergeRows(op, *columns_, kernels::Merge::kMean, {}, *layer_mean_));
-    KEEPSET_RETURN_IF_ERROR(
-        backend.RowNorms(op, observation.v, absl::StrCat("layer ", layer, ": v"), *rho_));
     KEEPSET_RETURN_IF_ERROR(backend.DivideByRowMean(op, kEpsilon, *rho_));
     if (settings_.alpha_scope == AlphaScope::kHead) {
       KEEPSET_RETURN_IF_ERROR(

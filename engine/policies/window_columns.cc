@@ -21,7 +21,8 @@ View SkipRows(View view, int64_t rows, int64_t row_stride) {
 
 absl::Status WindowColumnMeans(PolicyContext& context, int64_t layer,
                                const LayerObservation& observation, int64_t num_rows,
-                               kernels::ScoreBuffer& columns) {
+                               kernels::ScoreBuffer& columns,
+                               kernels::ScoreBuffer* value_norms) {
   const int64_t skipped = static_cast<int64_t>(context.row_positions.size()) - num_rows;
   const absl::Span<const int64_t> row_positions = context.row_positions.subspan(skipped);
   const std::string what = absl::StrCat("layer ", layer);
@@ -30,7 +31,10 @@ absl::Status WindowColumnMeans(PolicyContext& context, int64_t layer,
     args.tile = SkipRows(observation.attn_tile, skipped, observation.attn_tile.row_stride);
     args.row_positions = row_positions;
     args.what = what;
-    return context.backend.TileColumns(context.op_context, args, columns);
+    const absl::Status status = context.backend.TileColumns(context.op_context, args, columns);
+    if (!status.ok() || value_norms == nullptr) return status;
+    return context.backend.RowNorms(context.op_context, observation.v, absl::StrCat(what, ": v"),
+                                    *value_norms);
   }
   kernels::WindowArgs args;
   args.q = SkipRows(observation.q_window, skipped, observation.q_window.row_stride);
@@ -41,6 +45,8 @@ absl::Status WindowColumnMeans(PolicyContext& context, int64_t layer,
   }
   args.softmax_scale = context.spec.softmax_scale;
   args.what = what;
+  args.v = observation.v;
+  args.value_norms = value_norms;
   return context.backend.WindowColumns(context.op_context, args, columns);
 }
 

@@ -12,6 +12,7 @@
 #include "kernels/cpu/cpu_context.h"
 #include "kernels/cpu/ops.h"
 #include "kernels/cpu/simd_target.h"
+#include "kernels/op_checks.h"
 
 namespace keepset::kernels {
 namespace {
@@ -85,13 +86,15 @@ class CpuBackend : public ComputeBackend {
 
   absl::Status CopyToHost(OpContext& /*context*/, const ScoreBuffer& x,
                           absl::Span<float> out) override {
-    if (absl::Status status = CheckSize(x, out.size()); !status.ok()) return status;
+    if (absl::Status status = CheckCopySize(x, static_cast<int64_t>(out.size())); !status.ok())
+      return status;
     std::memcpy(out.data(), x.data(), out.size() * sizeof(float));
     return absl::OkStatus();
   }
   absl::Status CopyFromHost(OpContext& /*context*/, absl::Span<const float> in,
                             ScoreBuffer& out) override {
-    if (absl::Status status = CheckSize(out, in.size()); !status.ok()) return status;
+    if (absl::Status status = CheckCopySize(out, static_cast<int64_t>(in.size())); !status.ok())
+      return status;
     std::memcpy(out.data(), in.data(), in.size() * sizeof(float));
     return absl::OkStatus();
   }
@@ -99,12 +102,6 @@ class CpuBackend : public ComputeBackend {
   absl::Status Wait(OpContext& /*context*/) override { return absl::OkStatus(); }
 
  private:
-  static absl::Status CheckSize(const ScoreBuffer& x, size_t count) {
-    if (static_cast<int64_t>(count) == x.rows() * x.cols()) return absl::OkStatus();
-    return absl::InvalidArgumentError(absl::StrCat("copy: ", count, " values, want ", x.rows(),
-                                                   " x ", x.cols(), " of the score buffer"));
-  }
-
   const std::unique_ptr<cpu::ThreadArena> arena_;
 };
 

@@ -178,10 +178,4 @@ absl::StatusOr<std::unique_ptr<ScoreBuffer>> CpuScoreBuffer::New(int64_t rows, i
       new CpuScoreBuffer(std::move(memory), static_cast<float*>(aligned), rows, cols));
 }
 
-absl::Status CheckShape(const ScoreBuffer& x, int64_t rows, int64_t cols, absl::string_view name) {
-  if (x.rows() == rows && x.cols() == cols) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat(name, ": shape [", x.rows(), ", ", x.cols(),
-                                                 "], want [", rows, ", ", cols, "]"));
-}
-
 }  // namespace keepset::kernels::cpu

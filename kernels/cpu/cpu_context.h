@@ -117,9 +117,6 @@ class CpuScoreBuffer : public ScoreBuffer {
   int64_t cols_;
 };
 
-// InvalidArgument unless `x` is [rows, cols].
-absl::Status CheckShape(const ScoreBuffer& x, int64_t rows, int64_t cols, absl::string_view name);
-
 }  // namespace keepset::kernels::cpu
 
 #endif  // KEEPSET_KERNELS_CPU_CPU_CONTEXT_H_

@@ -37,10 +37,6 @@ absl::Status GatherRows(CpuContext& context, const KvView& in,
                         absl::Span<const absl::Span<const int32_t>> keep_indices,
                         const MutableKvView& out);
 
-// row_positions: [num_rows], strictly ascending within [0, seq_len).
-absl::Status CheckRowPositions(absl::Span<const int64_t> row_positions, int64_t num_rows,
-                               int64_t seq_len, absl::string_view what);
-
 }  // namespace keepset::kernels::cpu
 
 #endif  // KEEPSET_KERNELS_CPU_OPS_H_

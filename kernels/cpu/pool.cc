@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "kernels/cpu/ops.h"
+#include "kernels/op_checks.h"
 
 namespace keepset::kernels::cpu {
 namespace {
@@ -68,13 +69,7 @@ void AveragePool(float* row, int64_t length, int64_t kernel, double* scratch) {
 
 absl::Status Pool(CpuContext& context, PoolKind kind, int64_t kernel, int64_t length,
                   ScoreBuffer& x) {
-  if (kernel < 1 || kernel % 2 == 0) {
-    return absl::InvalidArgumentError(absl::StrCat("pool: kernel=", kernel, ", want odd and >= 1"));
-  }
-  if (length < 0 || length > x.cols()) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("pool: length=", length, ", want 0..", x.cols()));
-  }
+  KEEPSET_RETURN_IF_ERROR(CheckPool(kernel, length, x));
   if (kernel == 1 || length == 0) return absl::OkStatus();
   float* data = x.data();
   const int64_t cols = x.cols();
@@ -98,9 +93,7 @@ absl::Status Pool(CpuContext& context, PoolKind kind, int64_t kernel, int64_t le
 }
 
 absl::Status DilateForward(CpuContext& context, int64_t dilate, ScoreBuffer& x) {
-  if (dilate < 0) {
-    return absl::InvalidArgumentError(absl::StrCat("dilate=", dilate, ", want >= 0"));
-  }
+  KEEPSET_RETURN_IF_ERROR(CheckDilate(dilate));
   if (dilate == 0) return absl::OkStatus();
   const int64_t cols = x.cols();
   const int64_t before = std::min(dilate, cols);

@@ -9,6 +9,7 @@
 #include "kernels/cpu/norms_simd.h"
 #include "kernels/cpu/ops.h"
 #include "kernels/cpu/row_pointers.h"
+#include "kernels/op_checks.h"
 
 namespace keepset::kernels::cpu {
 namespace {
@@ -34,9 +35,7 @@ absl::StatusOr<float> CarefulNorm(const std::byte* row, int64_t head_dim, DType 
 
 absl::Status RowNorms(CpuContext& context, const KvView& x, absl::string_view what,
                       ScoreBuffer& out) {
-  KEEPSET_RETURN_IF_ERROR(ValidateView(x, what));
-  KEEPSET_RETURN_IF_ERROR(
-      CheckShape(out, x.num_kv_heads, x.seq_len, absl::StrCat(what, ": norms")));
+  KEEPSET_RETURN_IF_ERROR(CheckRowNorms(x, what, out));
   KEEPSET_RETURN_IF_ERROR(
       context.ReserveSlots(SlotScratch::kPointers, kRowsPerTask * int64_t{sizeof(void*)}));
   const int64_t tasks_per_head = (x.seq_len + kRowsPerTask - 1) / kRowsPerTask;

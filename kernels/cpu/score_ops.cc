@@ -1,5 +1,5 @@
 // Elementwise and row-wise glue on scores. Columns are split into fixed blocks, each element is
-// computed by one thread, and sums run in fp64 over blocks of fixed size in ascending order.
+// computed by one thread, and sums run in the order of row_sums.h.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -10,21 +10,21 @@
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "kernels/cpu/ops.h"
+#include "kernels/op_checks.h"
+#include "kernels/row_sums.h"
 
 namespace keepset::kernels::cpu {
 namespace {
 
-constexpr int64_t kBlockColumns = 8192;
-
 // fn(row, begin, end) over all rows in blocks of columns.
 void ForBlocks(CpuContext& context, int64_t rows, int64_t cols,
                absl::FunctionRef<void(int64_t row, int64_t begin, int64_t end)> fn) {
-  const int64_t blocks = (cols + kBlockColumns - 1) / kBlockColumns;
+  const int64_t blocks = (cols + kSumBlockColumns - 1) / kSumBlockColumns;
   const auto run = [&](int64_t task, int) {
-    const int64_t begin = task % blocks * kBlockColumns;
-    fn(task / blocks, begin, std::min(begin + kBlockColumns, cols));
+    const int64_t begin = task % blocks * kSumBlockColumns;
+    fn(task / blocks, begin, std::min(begin + kSumBlockColumns, cols));
   };
-  if (rows * cols <= 2 * kBlockColumns) {
+  if (rows * cols <= 2 * kSumBlockColumns) {
     // Less work than waking a thread.
     for (int64_t task = 0; task < rows * blocks; ++task) run(task, 0);
     return;
@@ -34,11 +34,9 @@ void ForBlocks(CpuContext& context, int64_t rows, int64_t cols,
 
 double SumRow(const float* row, int64_t cols) {
   double sum = 0.0;
-  for (int64_t begin = 0; begin < cols; begin += kBlockColumns) {
-    const int64_t end = std::min(begin + kBlockColumns, cols);
-    double block = 0.0;
-    for (int64_t t = begin; t < end; ++t) block += row[t];
-    sum += block;
+  for (int64_t begin = 0; begin < cols; begin += kSumBlockColumns) {
+    sum += SumBlock(begin, std::min(begin + kSumBlockColumns, cols),
+                    [row](int64_t t) { return static_cast<double>(row[t]); });
   }
   return sum;
 }
@@ -64,15 +62,7 @@ absl::Status DivideByRowMean(CpuContext& context, float eps, ScoreBuffer& x) {
 
 absl::Status MergeRows(CpuContext& context, const ScoreBuffer& in, Merge merge,
                        absl::Span<const float> weights, ScoreBuffer& out) {
-  if (out.cols() != in.cols() || in.rows() % out.rows() != 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("merge: rows [", in.rows(), ", ", in.cols(), "] into [", out.rows(), ", ",
-                     out.cols(), "], want equal columns and a divisor of the rows"));
-  }
-  if (!weights.empty() && static_cast<int64_t>(weights.size()) != in.rows()) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("merge: ", weights.size(), " weights, want ", in.rows(), " or none"));
-  }
+  KEEPSET_RETURN_IF_ERROR(CheckMergeRows(in, weights, out));
   const int64_t cols = in.cols();
   const int64_t group = in.rows() / out.rows();
   const float* from = in.data();
@@ -118,7 +108,7 @@ absl::Status Accumulate(CpuContext& context, const ScoreBuffer& x, Merge merge, 
 }
 
 absl::Status Multiply(CpuContext& context, const ScoreBuffer& y, float factor, ScoreBuffer& x) {
-  KEEPSET_RETURN_IF_ERROR(CheckShape(y, y.rows() == 1 ? 1 : x.rows(), x.cols(), "multiply"));
+  KEEPSET_RETURN_IF_ERROR(CheckMultiply(y, x));
   const int64_t cols = x.cols();
   const int64_t step = y.rows() == 1 ? 0 : cols;
   const float* from = y.data();
@@ -132,10 +122,7 @@ absl::Status Multiply(CpuContext& context, const ScoreBuffer& y, float factor, S
 }
 
 absl::Status Fill(CpuContext& context, int64_t begin, int64_t end, float value, ScoreBuffer& x) {
-  if (begin < 0 || begin > end || end > x.cols()) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("fill: [", begin, ", ", end, "), want a range within 0..", x.cols()));
-  }
+  KEEPSET_RETURN_IF_ERROR(CheckFill(begin, end, x));
   const int64_t cols = x.cols();
   float* data = x.data();
   ForBlocks(context, x.rows(), end - begin, [&](int64_t row, int64_t from, int64_t to) {
@@ -146,27 +133,18 @@ absl::Status Fill(CpuContext& context, int64_t begin, int64_t end, float value, 
 
 absl::StatusOr<ComputeBackend::Mass> MassAndEntropy(CpuContext& context, const ScoreBuffer& x,
                                                     int64_t row) {
-  if (row < 0 || row >= x.rows()) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("entropy: row ", row, ", want 0..", x.rows() - 1));
-  }
-  constexpr double kSmallest = 1e-8;
+  KEEPSET_RETURN_IF_ERROR(CheckMassRow(row, x));
   const int64_t cols = x.cols();
   const float* values = x.data() + row * cols;
   ComputeBackend::Mass mass;
   mass.sum = SumRow(values, cols);
-  if (!(mass.sum > 0.0) || !std::isfinite(mass.sum)) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("entropy: the attention mass sums to ", mass.sum, ", want finite and > 0"));
-  }
-  std::vector<double> parts((cols + kBlockColumns - 1) / kBlockColumns);
+  KEEPSET_RETURN_IF_ERROR(CheckMass(mass.sum));
+  std::vector<double> parts((cols + kSumBlockColumns - 1) / kSumBlockColumns);
   ForBlocks(context, 1, cols, [&](int64_t, int64_t begin, int64_t end) {
-    double part = 0.0;
-    for (int64_t t = begin; t < end; ++t) {
+    parts[begin / kSumBlockColumns] = SumBlock(begin, end, [&](int64_t t) {
       const double p = values[t] / mass.sum;
-      part -= p * std::log(std::max(p, kSmallest));
-    }
-    parts[begin / kBlockColumns] = part;
+      return p * -std::log(std::max(p, kSmallestProbability));
+    });
   });
   for (double part : parts) mass.entropy += part;
   return mass;

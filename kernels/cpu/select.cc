@@ -3,48 +3,18 @@
 // positions because the pass ascends.
 #include <algorithm>
 #include <cstdint>
-#include <limits>
 #include <vector>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "kernels/cpu/ops.h"
+#include "kernels/op_checks.h"
 #include "kernels/score_key.h"
+#include "kernels/selection_plan.h"
 
 namespace keepset::kernels::cpu {
 namespace {
-
-absl::Status CheckArgs(const SelectArgs& args, int64_t length, int64_t row) {
-  if (args.budget < 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("select: row ", row, ": budget=", args.budget, ", want >= 0"));
-  }
-  if (args.min_kept < 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("select: row ", row, ": min_kept=", args.min_kept, ", want >= 0"));
-  }
-  if (IsNanScore(args.threshold)) {
-    return absl::InvalidArgumentError(absl::StrCat("select: row ", row, ": threshold is NaN"));
-  }
-  int64_t least = 0;
-  int64_t total = 0;
-  for (const SelectArgs::Range& range : args.protected_ranges) {
-    if (range.begin < least || range.end < range.begin || range.end > length) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("select: row ", row, ": protected range [", range.begin, ", ", range.end,
-                       "), want ascending and disjoint within ", least, "..", length));
-    }
-    least = range.end;
-    total += range.end - range.begin;
-  }
-  if (total > args.budget) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("select: row ", row, ": ", total,
-                     " protected positions, want at most budget=", args.budget));
-  }
-  return absl::OkStatus();
-}
 
 // fn(begin, end, is_protected) over [0, length) in ascending order.
 template <typename Fn>
@@ -87,7 +57,7 @@ Cut FindCut(const float* scores, int64_t length, const SelectArgs& args, int64_t
 
 absl::StatusOr<Selection> SelectRow(const float* scores, int64_t length, const SelectArgs& args,
                                     int64_t row, uint32_t* counts) {
-  KEEPSET_RETURN_IF_ERROR(CheckArgs(args, length, row));
+  KEEPSET_RETURN_IF_ERROR(CheckSelectRow(args, length, row));
   const uint32_t threshold = ScoreKey(args.threshold);
   int64_t num_protected = 0;
   int64_t protected_candidates = 0;
@@ -113,9 +83,13 @@ absl::StatusOr<Selection> SelectRow(const float* scores, int64_t length, const S
 
   Selection selection;
   selection.candidates = protected_candidates + open_candidates;
-  const int64_t gated = std::min(args.budget - num_protected, open_candidates);
-  const int64_t least = std::min(args.min_kept, args.budget) - num_protected;
-  const int64_t wanted = std::min(std::max(gated, least), length - num_protected);
+  SelectionCounts counts_of_row;
+  counts_of_row.length = length;
+  counts_of_row.num_protected = num_protected;
+  counts_of_row.open_candidates = open_candidates;
+  counts_of_row.budget = args.budget;
+  counts_of_row.min_kept = args.min_kept;
+  const int64_t wanted = WantedPositions(counts_of_row);
   selection.filled = std::max<int64_t>(0, wanted - open_candidates);
   selection.keep_indices.resize(num_protected + wanted);
   Cut cut;
@@ -140,14 +114,7 @@ absl::StatusOr<std::vector<Selection>> Select(CpuContext& context, const ScoreBu
                                               absl::Span<const SelectArgs> args) {
   const int64_t rows = scores.rows();
   const int64_t cols = scores.cols();
-  if (args.size() != 1 && static_cast<int64_t>(args.size()) != rows) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("select: ", args.size(), " arguments, want 1 or ", rows));
-  }
-  if (cols > std::numeric_limits<int32_t>::max()) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("select: ", cols, " positions, want at most 2147483647"));
-  }
+  KEEPSET_RETURN_IF_ERROR(CheckSelect(args, scores));
   KEEPSET_RETURN_IF_ERROR(
       context.ReserveSlots(SlotScratch::kStaging, kMaxDigitValues * int64_t{sizeof(uint32_t)}));
   std::vector<Selection> selections(rows);

@@ -7,7 +7,7 @@
 #include "kernels/cpu/element.h"
 #include "kernels/cpu/ops.h"
 #include "kernels/cpu/pack_simd.h"
-#include "kernels/cpu/reduce_rows_simd.h"
+#include "kernels/op_checks.h"
 
 namespace keepset::kernels::cpu {
 namespace {
@@ -18,11 +18,7 @@ constexpr int64_t kColumnsPerTask = 2048;
 
 absl::Status TileColumns(CpuContext& context, const TileArgs& args, ScoreBuffer& out) {
   const TileView& tile = args.tile;
-  KEEPSET_RETURN_IF_ERROR(ValidateView(tile, absl::StrCat(args.what, ": attn_tile")));
-  KEEPSET_RETURN_IF_ERROR(
-      CheckRowPositions(args.row_positions, tile.num_rows, tile.seq_len, args.what));
-  KEEPSET_RETURN_IF_ERROR(
-      CheckShape(out, tile.num_qo_heads, tile.seq_len, absl::StrCat(args.what, ": out")));
+  KEEPSET_RETURN_IF_ERROR(CheckTile(args, out));
   KEEPSET_RETURN_IF_ERROR(
       context.ReserveSlots(SlotScratch::kLogits, kColumnsPerTask * int64_t{sizeof(float)}));
   const int64_t tasks_per_head = (tile.seq_len + kColumnsPerTask - 1) / kColumnsPerTask;

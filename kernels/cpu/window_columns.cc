@@ -22,6 +22,7 @@
 #include "kernels/cpu/pack_simd.h"
 #include "kernels/cpu/reduce_rows_simd.h"
 #include "kernels/cpu/row_pointers.h"
+#include "kernels/op_checks.h"
 
 namespace keepset::kernels::cpu {
 namespace {
@@ -375,55 +376,7 @@ absl::Status RunInBlocks(CpuContext& context, const WindowArgs& args, int64_t ro
   return absl::OkStatus();
 }
 
-}  // namespace
-
-absl::Status CheckRowPositions(absl::Span<const int64_t> row_positions, int64_t num_rows,
-                               int64_t seq_len, absl::string_view what) {
-  if (static_cast<int64_t>(row_positions.size()) != num_rows) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        what, ": row_positions has ", row_positions.size(), " entries, want ", num_rows));
-  }
-  int64_t least = 0;
-  for (int64_t i = 0; i < num_rows; ++i) {
-    if (row_positions[i] < least || row_positions[i] >= seq_len) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(what, ": row_positions[", i, "]=", row_positions[i], ", want ", least, "..",
-                       seq_len - 1, " (ascending, within the prompt)"));
-    }
-    least = row_positions[i] + 1;
-  }
-  return absl::OkStatus();
-}
-
-absl::Status WindowColumns(CpuContext& context, const WindowArgs& args, ScoreBuffer& out) {
-  KEEPSET_RETURN_IF_ERROR(ValidateView(args.q, absl::StrCat(args.what, ": q")));
-  KEEPSET_RETURN_IF_ERROR(ValidateView(args.k, absl::StrCat(args.what, ": k")));
-  if (args.q.head_dim != args.k.head_dim) {
-    return absl::InvalidArgumentError(absl::StrCat(args.what, ": q: head_dim=", args.q.head_dim,
-                                                   ", want ", args.k.head_dim, " as k has"));
-  }
-  if (args.q.num_qo_heads % args.k.num_kv_heads != 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(args.what, ": q: num_qo_heads=", args.q.num_qo_heads,
-                     ", want a multiple of num_kv_heads=", args.k.num_kv_heads));
-  }
-  KEEPSET_RETURN_IF_ERROR(
-      CheckRowPositions(args.row_positions, args.q.num_rows, args.k.seq_len, args.what));
-  if (!(args.softmax_scale > 0.0f) || !IsFinite(args.softmax_scale)) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(args.what, ": softmax_scale=", args.softmax_scale, ", want finite and > 0"));
-  }
-  if (args.window_lse.present()) {
-    const LseView& lse = args.window_lse;
-    KEEPSET_RETURN_IF_ERROR(ValidateView(lse, absl::StrCat(args.what, ": window_lse")));
-    if (lse.num_qo_heads != args.q.num_qo_heads || lse.num_rows != args.q.num_rows) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(args.what, ": window_lse: shape [", lse.num_qo_heads, ", ", lse.num_rows,
-                       "], want [", args.q.num_qo_heads, ", ", args.q.num_rows, "] as q has"));
-    }
-  }
-  KEEPSET_RETURN_IF_ERROR(
-      CheckShape(out, args.q.num_qo_heads, args.k.seq_len, absl::StrCat(args.what, ": out")));
+absl::Status ScoreWindow(CpuContext& context, const WindowArgs& args, ScoreBuffer& out) {
   const int64_t num_rows = args.q.num_rows;
   if (args.reduction == RowReduction::kLast) {
     return WindowOp(context, args, num_rows - 1, 1, out.data()).Run();
@@ -431,6 +384,15 @@ absl::Status WindowColumns(CpuContext& context, const WindowArgs& args, ScoreBuf
   const int64_t rows_at_once = std::max<int64_t>(1, kUnitBytes / RowBytes(args));
   if (num_rows > rows_at_once) return RunInBlocks(context, args, rows_at_once, out);
   return WindowOp(context, args, 0, num_rows, out.data()).Run();
+}
+
+}  // namespace
+
+absl::Status WindowColumns(CpuContext& context, const WindowArgs& args, ScoreBuffer& out) {
+  KEEPSET_RETURN_IF_ERROR(CheckWindow(args, out));
+  KEEPSET_RETURN_IF_ERROR(ScoreWindow(context, args, out));
+  if (args.value_norms == nullptr) return absl::OkStatus();
+  return RowNorms(context, args.v, absl::StrCat(args.what, ": v"), *args.value_norms);
 }
 
 }  // namespace keepset::kernels::cpu

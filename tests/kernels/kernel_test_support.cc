@@ -11,6 +11,10 @@
 #include "kernels/backend_registry.h"
 
 namespace keepset::kernels {
+
+// Of kernels/cpu, by its own name: tests of another backend link no registry.
+absl::StatusOr<std::unique_ptr<ComputeBackend>> NewCpuBackend(const BackendOptions& options);
+
 namespace {
 
 uint16_t ToBfloat(float value) {
@@ -85,8 +89,7 @@ std::vector<float> RandomValues(std::mt19937& rng, int64_t count, DType dtype, f
 }
 
 KvTensor::KvTensor(const std::vector<float>& values, int64_t num_kv_heads, int64_t seq_len,
-                   int64_t head_dim, DType dtype, Layout layout, int64_t block_size) {
-  constexpr int64_t kGap = 3;  // padding between rows, so that strides are not the dense ones
+                   int64_t head_dim, DType dtype, Layout layout, int64_t block_size, int64_t gap) {
   shape_.dtype = dtype;
   shape_.num_kv_heads = num_kv_heads;
   shape_.seq_len = seq_len;
@@ -95,11 +98,11 @@ KvTensor::KvTensor(const std::vector<float>& values, int64_t num_kv_heads, int64
   switch (layout) {
     case Layout::kNhd:
       shape_.head_stride = head_dim;
-      shape_.token_stride = num_kv_heads * head_dim + kGap;
+      shape_.token_stride = num_kv_heads * head_dim + gap;
       elements = seq_len * shape_.token_stride;
       break;
     case Layout::kHnd:
-      shape_.token_stride = head_dim + kGap;
+      shape_.token_stride = head_dim + gap;
       shape_.head_stride = seq_len * shape_.token_stride;
       elements = num_kv_heads * shape_.head_stride;
       break;
@@ -107,7 +110,7 @@ KvTensor::KvTensor(const std::vector<float>& values, int64_t num_kv_heads, int64
       shape_.block_size = block_size;
       shape_.head_stride = head_dim;
       shape_.token_stride = num_kv_heads * head_dim;
-      shape_.block_stride = block_size * shape_.token_stride + kGap;
+      shape_.block_stride = block_size * shape_.token_stride + gap;
       const int64_t num_blocks = (seq_len + block_size - 1) / block_size;
       // More blocks than used, in a shuffled order.
       std::vector<int32_t> ids(num_blocks + 2);
@@ -293,7 +296,7 @@ std::vector<double> ReduceOracle(const std::vector<double>& tile, int64_t num_he
 std::unique_ptr<ComputeBackend> CpuBackend(int num_threads) {
   BackendOptions options;
   options.num_threads = num_threads;
-  absl::StatusOr<std::unique_ptr<ComputeBackend>> backend = NewBackend("cpu", options);
+  absl::StatusOr<std::unique_ptr<ComputeBackend>> backend = NewCpuBackend(options);
   KEEPSET_CHECK(backend.ok());
   return *std::move(backend);
 }

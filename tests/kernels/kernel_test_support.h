@@ -25,9 +25,10 @@ enum class Layout { kNhd, kHnd, kPaged };
 // Owns a [num_kv_heads, seq_len, head_dim] tensor. Everything that is not part of it holds NaN.
 class KvTensor {
  public:
-  // values: [num_kv_heads, seq_len, head_dim]
+  // values: [num_kv_heads, seq_len, head_dim]. `gap`: elements of padding between rows or blocks,
+  // so that strides are not the dense ones.
   KvTensor(const std::vector<float>& values, int64_t num_kv_heads, int64_t seq_len,
-           int64_t head_dim, DType dtype, Layout layout, int64_t block_size = 16);
+           int64_t head_dim, DType dtype, Layout layout, int64_t block_size = 16, int64_t gap = 3);
 
   KvView view() const;
   MutableKvView mutable_view();

@@ -1,0 +1,45 @@
+# Whether the CUDA backend is built: KEEPSET_HAS_CUDA, for CMake and (as a definition) for .def files.
+#
+# No program links libcuda or cuBLAS: cudart is static, the rest is resolved at run time, so that one
+# binary runs on hosts with and without a device.
+set(KEEPSET_HAS_CUDA OFF)
+if(NOT KEEPSET_CUDA STREQUAL "OFF")
+  find_program(KEEPSET_NVCC nvcc HINTS ENV CUDACXX ENV CUDA_PATH /usr/local/cuda PATH_SUFFIXES bin)
+  if(KEEPSET_NVCC)
+    set(KEEPSET_HAS_CUDA ON)
+  elseif(NOT KEEPSET_CUDA STREQUAL "AUTO")
+    # Better no build than one that says CUDA and computes on the CPU.
+    message(FATAL_ERROR "KEEPSET_CUDA=${KEEPSET_CUDA}: no nvcc found, want a CUDA toolkit in PATH or "
+                        "/usr/local/cuda, or preset cpu-only")
+  endif()
+endif()
+if(KEEPSET_HAS_CUDA)
+  set(CMAKE_CUDA_COMPILER ${KEEPSET_NVCC})
+  # Which machines the code is for is said per file below.
+  set(CMAKE_CUDA_ARCHITECTURES OFF)
+  set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+  enable_language(CUDA)
+  if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)
+    # CMake 3.25 does not ask every nvcc what it can do.
+    set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")
+    set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION "-std=c++20")
+  endif()
+  set(CMAKE_CUDA_STANDARD 20)
+  set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+  find_package(CUDAToolkit REQUIRED)
+
+  # One translation to PTX, from which the assembler makes the code of each architecture and which
+  # later devices compile themselves.
+  execute_process(COMMAND ${KEEPSET_NVCC} --list-gpu-code OUTPUT_VARIABLE KEEPSET_GPU_CODES)
+  set(KEEPSET_CUDA_CODES compute_80)
+  foreach(code sm_80 sm_86 sm_89 sm_90 sm_100 sm_120)
+    if(KEEPSET_GPU_CODES MATCHES "${code}\n")
+      list(APPEND KEEPSET_CUDA_CODES ${code})
+    endif()
+  endforeach()
+  list(JOIN KEEPSET_CUDA_CODES "," KEEPSET_CUDA_CODES)
+  set(KEEPSET_CUDA_PORTABLE_OPTIONS
+    $<$<COMPILE_LANGUAGE:CUDA>:--generate-code=arch=compute_80,code=[${KEEPSET_CUDA_CODES}]>
+    $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>)
+endif()
+message(STATUS "CUDA backend: ${KEEPSET_HAS_CUDA}")

@@ -1,0 +1,197 @@
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "kernels/backend_registry.h"
+#include "kernels/compute_backend.h"
+#include "kernels/cuda/cuda_context.h"
+#include "kernels/cuda/ops.h"
+#include "kernels/op_checks.h"
+
+namespace keepset::kernels {
+namespace {
+
+// Memory that is kept although no operation uses it; beside an engine every byte counts.
+constexpr int64_t kMostKeptBytes = int64_t{1} << 30;
+// The kernels use instructions of this architecture.
+constexpr int kLeastMajor = 8;
+
+class CudaBackend : public ComputeBackend {
+ public:
+  CudaBackend() : pool_(0, health_, kMostKeptBytes), streams_(traits_, health_, pool_) {}
+
+  absl::Status Init() {
+    KEEPSET_RETURN_IF_CUDA_ERROR(health_, cudaSetDevice(traits_.ordinal));
+    int major = 0;
+    int minor = 0;
+    int shared_bytes = 0;
+    int l2_bytes = 0;
+    KEEPSET_RETURN_IF_ERROR(ReadAttribute(cudaDevAttrComputeCapabilityMajor, &major));
+    KEEPSET_RETURN_IF_ERROR(ReadAttribute(cudaDevAttrComputeCapabilityMinor, &minor));
+    KEEPSET_RETURN_IF_ERROR(ReadAttribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared_bytes));
+    KEEPSET_RETURN_IF_ERROR(ReadAttribute(cudaDevAttrL2CacheSize, &l2_bytes));
+    traits_.architecture = absl::StrCat("sm_", major, minor);
+    traits_.max_shared_bytes = shared_bytes;
+    traits_.l2_bytes = l2_bytes;
+    if (major >= kLeastMajor) return absl::OkStatus();
+    return absl::FailedPreconditionError(absl::StrCat(
+        "cuda: device ", traits_.ordinal, " is ", traits_.architecture, ", want sm_80 or later"));
+  }
+
+  std::string name() const override { return absl::StrCat("cuda/", traits_.architecture); }
+  absl::Status Health() const override { return health_.status(); }
+
+  absl::StatusOr<std::unique_ptr<OpContext>> NewContext() override {
+    KEEPSET_RETURN_IF_ERROR(health_.status());
+    KEEPSET_RETURN_IF_CUDA_ERROR(health_, cudaSetDevice(traits_.ordinal));
+    KEEPSET_ASSIGN_OR_RETURN(std::unique_ptr<cuda::StreamState> state, streams_.Acquire());
+    return std::make_unique<cuda::CudaContext>(&streams_, std::move(state));
+  }
+
+  absl::StatusOr<std::unique_ptr<ScoreBuffer>> NewBuffer(int64_t rows, int64_t cols) override {
+    int64_t bytes = 0;
+    if (rows < 1 || cols < 1 || __builtin_mul_overflow(rows, cols, &bytes) ||
+        __builtin_mul_overflow(bytes, int64_t{sizeof(float)}, &bytes)) {
+      return absl::InvalidArgumentError(absl::StrCat("score buffer: shape [", rows, ", ", cols,
+                                                     "], want >= 1 and within memory"));
+    }
+    KEEPSET_ASSIGN_OR_RETURN(cuda::DeviceBlock block, pool_.Acquire(bytes));
+    return std::make_unique<cuda::CudaScoreBuffer>(std::move(block), rows, cols);
+  }
+
+  absl::Status WindowColumns(OpContext& context, const WindowArgs& args,
+                             ScoreBuffer& out) override {
+    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    return cuda::WindowColumns(*state, args, out);
+  }
+  absl::Status TileColumns(OpContext& context, const TileArgs& args, ScoreBuffer& out) override {
+    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    return cuda::TileColumns(*state, args, out);
+  }
+  absl::Status RowNorms(OpContext& context, const KvView& x, absl::string_view what,
+                        ScoreBuffer& out) override {
+    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    return cuda::RowNorms(*state, x, what, out);
+  }
+  absl::Status DivideByRowMean(OpContext& context, float eps, ScoreBuffer& x) override {
+    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    return cuda::DivideByRowMean(*state, eps, x);
+  }
+  absl::Status MergeRows(OpContext& context, const ScoreBuffer& in, Merge merge,
+                         absl::Span<const float> weights, ScoreBuffer& out) override {
+    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    return cuda::MergeRows(*state, in, merge, weights, out);
+  }
+  absl::Status Accumulate(OpContext& context, const ScoreBuffer& x, Merge merge, float weight,
+                          ScoreBuffer& acc) override {
+    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    return cuda::Accumulate(*state, x, merge, weight, acc);
+  }
+  absl::Status Multiply(OpContext& context, const ScoreBuffer& y, float factor,
+                        ScoreBuffer& x) override {
+    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    return cuda::Multiply(*state, y, factor, x);
+  }
+  absl::Status Pool(OpContext& context, PoolKind kind, int64_t kernel, int64_t length,
+                    ScoreBuffer& x) override {
+    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    return cuda::Pool(*state, kind, kernel, length, x);
+  }
+  absl::Status DilateForward(OpContext& context, int64_t dilate, ScoreBuffer& x) override {
+    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    return cuda::DilateForward(*state, dilate, x);
+  }
+  absl::Status Fill(OpContext& context, int64_t begin, int64_t end, float value,
+                    ScoreBuffer& x) override {
+    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    return cuda::Fill(*state, begin, end, value, x);
+  }
+  absl::StatusOr<Mass> MassAndEntropy(OpContext& context, const ScoreBuffer& x,
+                                      int64_t row) override {
+    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    return cuda::MassAndEntropy(*state, x, row);
+  }
+  absl::StatusOr<std::vector<Selection>> Select(OpContext& context, const ScoreBuffer& scores,
+                                                absl::Span<const SelectArgs> args) override {
+    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    return cuda::Select(*state, scores, args);
+  }
+  absl::Status GatherRows(OpContext& context, const KvView& in,
+                          absl::Span<const absl::Span<const int32_t>> keep_indices,
+                          const MutableKvView& out) override {
+    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    return cuda::GatherRows(*state, in, keep_indices, out);
+  }
+
+  absl::Status CopyToHost(OpContext& context, const ScoreBuffer& x,
+                          absl::Span<float> out) override {
+    KEEPSET_RETURN_IF_ERROR(CheckCopySize(x, static_cast<int64_t>(out.size())));
+    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    KEEPSET_ASSIGN_OR_RETURN(const float* const from, cuda::Readable(*state, x));
+    KEEPSET_RETURN_IF_CUDA_ERROR(health_,
+                                 cudaMemcpyAsync(out.data(), from, out.size() * sizeof(float),
+                                                 cudaMemcpyDeviceToHost, state->stream()));
+    return state->Wait();
+  }
+  absl::Status CopyFromHost(OpContext& context, absl::Span<const float> in,
+                            ScoreBuffer& out) override {
+    KEEPSET_RETURN_IF_ERROR(CheckCopySize(out, static_cast<int64_t>(in.size())));
+    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    float* const to = cuda::Cuda(out).Overwrite(*state);
+    KEEPSET_RETURN_IF_CUDA_ERROR(health_, cudaMemcpyAsync(to, in.data(), in.size() * sizeof(float),
+                                                          cudaMemcpyHostToDevice, state->stream()));
+    // The caller's memory is read until then.
+    return health_.Check(cudaStreamSynchronize(state->stream()), "cudaStreamSynchronize");
+  }
+
+  absl::Status Wait(OpContext& context) override {
+    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    return state->Wait();
+  }
+
+ private:
+  absl::Status ReadAttribute(cudaDeviceAttr attribute, int* value) {
+    return health_.Check(cudaDeviceGetAttribute(value, attribute, traits_.ordinal),
+                         "cudaDeviceGetAttribute");
+  }
+
+  // The context's stream, with the device current on this thread. Contexts come from this backend
+  // (contract of the interface). A faulted device answers nothing any more.
+  absl::StatusOr<cuda::StreamState*> Enter(OpContext& context) {
+    KEEPSET_RETURN_IF_ERROR(health_.status());
+    KEEPSET_RETURN_IF_CUDA_ERROR(health_, cudaSetDevice(traits_.ordinal));
+    return &static_cast<cuda::CudaContext&>(context).state();
+  }
+
+  cuda::DeviceTraits traits_;
+  cuda::DeviceHealth health_;
+  cuda::DevicePool pool_;
+  cuda::StreamPool streams_;
+};
+
+}  // namespace
+
+// Declared by backend_registry.cc through backends.def.
+absl::StatusOr<std::unique_ptr<ComputeBackend>> NewCudaBackend(const BackendOptions& /*options*/) {
+  int num_devices = 0;
+  const cudaError_t error = cudaGetDeviceCount(&num_devices);
+  if (error != cudaSuccess || num_devices == 0) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("cuda: no device: ",
+                     error == cudaSuccess ? "the driver lists none" : cudaGetErrorString(error)));
+  }
+  auto backend = std::make_unique<CudaBackend>();
+  KEEPSET_RETURN_IF_ERROR(backend->Init());
+  return backend;
+}
+
+}  // namespace keepset::kernels

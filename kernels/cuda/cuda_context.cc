@@ -1,0 +1,201 @@
+#include "kernels/cuda/cuda_context.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "base/status_macros.h"
+#include "kernels/cuda/fault_code.h"
+
+namespace keepset::kernels::cuda {
+namespace {
+
+constexpr int64_t kAlignment = 256;
+// Block tables, row positions and keep sets of a layer.
+constexpr int64_t kFirstRingBytes = int64_t{256} << 10;
+// Ops with faults between two waits; more of them cost an early wait.
+constexpr int64_t kMaxFaults = 64;
+constexpr int64_t kFaultBytes = kMaxFaults * int64_t{sizeof(uint64_t)};
+constexpr int kAllOnes = 0xff;
+
+int64_t Aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+
+}  // namespace
+
+StreamState::StreamState(const DeviceTraits& traits, DeviceHealth& health, DevicePool& pool)
+    : traits_(traits), health_(health), pool_(pool), results_(health), faults_host_(health) {}
+
+StreamState::~StreamState() {
+  if (stream_ == nullptr) return;
+  health_.Check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize").IgnoreError();
+  deferred_->Close();
+  health_.Check(cudaStreamDestroy(stream_), "cudaStreamDestroy").IgnoreError();
+}
+
+absl::Status StreamState::Init() {
+  int least_priority = 0;
+  int greatest_priority = 0;
+  KEEPSET_RETURN_IF_CUDA_ERROR(
+      health_, cudaDeviceGetStreamPriorityRange(&least_priority, &greatest_priority));
+  // In the engine's process its own streams go first.
+  KEEPSET_RETURN_IF_CUDA_ERROR(
+      health_, cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, least_priority));
+  KEEPSET_RETURN_IF_ERROR(faults_host_.Reserve(kFaultBytes));
+  KEEPSET_ASSIGN_OR_RETURN(faults_, pool_.Acquire(kFaultBytes));
+  return health_.Check(cudaMemsetAsync(faults_.data(), kAllOnes, kFaultBytes, stream_),
+                       "cudaMemsetAsync");
+}
+
+absl::StatusOr<std::byte*> StreamState::Workspace(int64_t bytes) {
+  if (bytes > workspace_.bytes()) {
+    deferred_->Add(std::move(workspace_));
+    workspace_ = DeviceBlock();
+    KEEPSET_ASSIGN_OR_RETURN(workspace_, pool_.Acquire(bytes));
+  }
+  return workspace_.data();
+}
+
+absl::StatusOr<std::byte*> StreamState::Temporary(int64_t bytes) {
+  KEEPSET_ASSIGN_OR_RETURN(DeviceBlock block, pool_.Acquire(std::max<int64_t>(bytes, 1)));
+  std::byte* const data = block.data();
+  deferred_->Add(std::move(block));
+  return data;
+}
+
+absl::Status StreamState::GrowRing(int64_t bytes) {
+  const int64_t size = std::max({bytes, 2 * ring_.bytes(), kFirstRingBytes});
+  auto host = std::make_unique<PinnedBuffer>(health_);
+  KEEPSET_RETURN_IF_ERROR(host->Reserve(size));
+  KEEPSET_ASSIGN_OR_RETURN(DeviceBlock block, pool_.Acquire(size));
+  deferred_->Add(std::move(ring_));
+  if (ring_host_ != nullptr) old_rings_.push_back(std::move(ring_host_));
+  ring_ = std::move(block);
+  ring_host_ = std::move(host);
+  ring_used_ = 0;
+  return absl::OkStatus();
+}
+
+absl::StatusOr<const std::byte*> StreamState::Upload(const void* data, int64_t bytes) {
+  if (ring_host_ == nullptr || ring_used_ + bytes > ring_host_->bytes()) {
+    KEEPSET_RETURN_IF_ERROR(GrowRing(bytes));
+  }
+  std::byte* const host = ring_host_->data() + ring_used_;
+  std::byte* const device = ring_.data() + ring_used_;
+  if (bytes > 0) {
+    std::memcpy(host, data, static_cast<size_t>(bytes));
+    KEEPSET_RETURN_IF_CUDA_ERROR(health_, cudaMemcpyAsync(device, host, static_cast<size_t>(bytes),
+                                                          cudaMemcpyHostToDevice, stream_));
+  }
+  ring_used_ += Aligned(bytes);
+  return device;
+}
+
+absl::StatusOr<std::byte*> StreamState::Results(int64_t bytes) {
+  KEEPSET_RETURN_IF_ERROR(results_.Reserve(bytes));
+  return results_.data();
+}
+
+absl::StatusOr<uint64_t*> StreamState::NewFault(
+    std::function<absl::Status(uint64_t code)> describe) {
+  if (static_cast<int64_t>(describe_.size()) == kMaxFaults) {
+    absl::Status status = Wait();
+    if (pending_.ok()) pending_ = std::move(status);
+  }
+  describe_.push_back(std::move(describe));
+  return reinterpret_cast<uint64_t*>(faults_.data()) + (describe_.size() - 1);
+}
+
+absl::Status StreamState::ReadFaults() {
+  const auto* codes = reinterpret_cast<const uint64_t*>(faults_host_.data());
+  for (size_t i = 0; i < describe_.size(); ++i) {
+    if (codes[i] != kNoFault) return describe_[i](codes[i]);
+  }
+  return absl::OkStatus();
+}
+
+void StreamState::ForgetQueued() {
+  describe_.clear();
+  deferred_->Flush();
+  old_rings_.clear();
+  ring_used_ = 0;
+}
+
+absl::Status StreamState::Wait() {
+  absl::Status status;
+  if (!describe_.empty()) {
+    const size_t bytes = describe_.size() * sizeof(uint64_t);
+    status = health_.Check(cudaMemcpyAsync(faults_host_.data(), faults_.data(), bytes,
+                                           cudaMemcpyDeviceToHost, stream_),
+                           "cudaMemcpyAsync");
+    status.Update(health_.Check(cudaMemsetAsync(faults_.data(), kAllOnes, bytes, stream_),
+                                "cudaMemsetAsync"));
+  }
+  status.Update(health_.Check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize"));
+  absl::Status earlier = std::move(pending_);
+  pending_ = absl::OkStatus();
+  if (status.ok()) status = earlier;
+  if (status.ok()) status = ReadFaults();
+  ForgetQueued();
+  return status;
+}
+
+absl::Status StreamState::Reset() {
+  // Whatever the operation found concerns nobody any more, but the device's own errors do.
+  const bool has_faults = !describe_.empty();
+  describe_.clear();
+  pending_ = absl::OkStatus();
+  if (has_faults) {
+    KEEPSET_RETURN_IF_CUDA_ERROR(health_,
+                                 cudaMemsetAsync(faults_.data(), kAllOnes, kFaultBytes, stream_));
+  }
+  KEEPSET_RETURN_IF_CUDA_ERROR(health_, cudaStreamSynchronize(stream_));
+  ForgetQueued();
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<StreamState>> StreamPool::Acquire() {
+  {
+    const absl::MutexLock lock(&mutex_);
+    if (!idle_.empty()) {
+      std::unique_ptr<StreamState> state = std::move(idle_.back());
+      idle_.pop_back();
+      return state;
+    }
+  }
+  auto state = std::make_unique<StreamState>(traits_, health_, pool_);
+  KEEPSET_RETURN_IF_ERROR(state->Init());
+  return state;
+}
+
+void StreamPool::Release(std::unique_ptr<StreamState> state) {
+  // A stream that cannot be waited for is not used again.
+  health_.Check(cudaSetDevice(traits_.ordinal), "cudaSetDevice").IgnoreError();
+  if (!state->Reset().ok()) return;
+  const absl::MutexLock lock(&mutex_);
+  idle_.push_back(std::move(state));
+}
+
+CudaScoreBuffer::~CudaScoreBuffer() {
+  if (last_stream_ != nullptr) last_stream_->Add(std::move(block_));
+}
+
+absl::StatusOr<float*> CudaScoreBuffer::Use(StreamState& state) {
+  last_stream_ = state.deferred();
+  if (!is_written_) {
+    KEEPSET_RETURN_IF_CUDA_ERROR(
+        state.health(),
+        cudaMemsetAsync(block_.data(), 0, static_cast<size_t>(bytes()), state.stream()));
+    is_written_ = true;
+  }
+  return data();
+}
+
+float* CudaScoreBuffer::Overwrite(StreamState& state) {
+  last_stream_ = state.deferred();
+  is_written_ = true;
+  return data();
+}
+
+}  // namespace keepset::kernels::cuda

@@ -1,0 +1,152 @@
+// Execution state of the CUDA backend: a stream with its workspace, small uploads and faults, and
+// score buffers in device memory.
+//
+// Nothing here waits for the device but Wait, and nothing is allocated once the workspace, the
+// upload ring and the result buffer have grown to what the operations of a model need.
+// Thread-safety: a CudaContext is used by one operation at a time; contexts share the device.
+#ifndef KEEPSET_KERNELS_CUDA_CUDA_CONTEXT_H_
+#define KEEPSET_KERNELS_CUDA_CUDA_CONTEXT_H_
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "kernels/compute_backend.h"
+#include "kernels/cuda/cuda_status.h"
+#include "kernels/cuda/device_memory.h"
+
+namespace keepset::kernels::cuda {
+
+// What does not change while a backend lives.
+struct DeviceTraits {
+  int ordinal = 0;
+  std::string architecture;  // "sm_90"
+  int64_t max_shared_bytes = 0;
+  int64_t l2_bytes = 0;
+};
+
+// What one stream needs; kept between operations.
+class StreamState {
+ public:
+  StreamState(const DeviceTraits& traits, DeviceHealth& health, DevicePool& pool);
+  StreamState(const StreamState&) = delete;
+  StreamState& operator=(const StreamState&) = delete;
+  ~StreamState();
+
+  absl::Status Init();
+
+  DeviceHealth& health() { return health_; }
+  const DeviceTraits& traits() const { return traits_; }
+  cudaStream_t stream() const { return stream_; }
+
+  // Device memory for one op, aligned to 256 bytes; the next call hands out the same again.
+  absl::StatusOr<std::byte*> Workspace(int64_t bytes);
+  // Device memory of its own until the next Wait.
+  absl::StatusOr<std::byte*> Temporary(int64_t bytes);
+  // Queues a copy of a few bytes of host memory, which may change afterwards; the device memory is
+  // valid until the next Wait.
+  absl::StatusOr<const std::byte*> Upload(const void* data, int64_t bytes);
+  // Page-locked memory for results; the next call hands out the same again.
+  absl::StatusOr<std::byte*> Results(int64_t bytes);
+  // Where a kernel reports the smallest fault code; `describe` turns it into the error of the next
+  // Wait.
+  absl::StatusOr<uint64_t*> NewFault(std::function<absl::Status(uint64_t code)> describe);
+
+  // Waits for the stream; returns the error of the oldest op that reported a fault.
+  absl::Status Wait();
+
+  const std::shared_ptr<DeferredBlocks>& deferred() const { return deferred_; }
+  // Waits, and forgets what the operation left.
+  absl::Status Reset();
+
+ private:
+  absl::Status GrowRing(int64_t bytes);
+  // The stream is idle.
+  absl::Status ReadFaults();
+  void ForgetQueued();
+
+  const DeviceTraits& traits_;
+  DeviceHealth& health_;
+  DevicePool& pool_;
+  cudaStream_t stream_ = nullptr;
+  DeviceBlock workspace_;
+  DeviceBlock ring_;  // uploads, and their copies on the host
+  std::unique_ptr<PinnedBuffer> ring_host_;
+  std::vector<std::unique_ptr<PinnedBuffer>> old_rings_;  // queued copies may still read them
+  int64_t ring_used_ = 0;
+  PinnedBuffer results_;
+  DeviceBlock faults_;
+  PinnedBuffer faults_host_;
+  std::vector<std::function<absl::Status(uint64_t)>> describe_;
+  absl::Status pending_;  // found before the next Wait was called
+  std::shared_ptr<DeferredBlocks> deferred_ = std::make_shared<DeferredBlocks>();
+};
+
+// Streams that no operation uses. Thread-safe.
+class StreamPool {
+ public:
+  StreamPool(const DeviceTraits& traits, DeviceHealth& health, DevicePool& pool)
+      : traits_(traits), health_(health), pool_(pool) {}
+
+  absl::StatusOr<std::unique_ptr<StreamState>> Acquire();
+  void Release(std::unique_ptr<StreamState> state);
+
+ private:
+  const DeviceTraits& traits_;
+  DeviceHealth& health_;
+  DevicePool& pool_;
+  absl::Mutex mutex_;
+  std::vector<std::unique_ptr<StreamState>> idle_ ABSL_GUARDED_BY(mutex_);
+};
+
+class CudaContext : public OpContext {
+ public:
+  CudaContext(StreamPool* streams, std::unique_ptr<StreamState> state)
+      : streams_(streams), state_(std::move(state)) {}
+  ~CudaContext() override { streams_->Release(std::move(state_)); }
+
+  StreamState& state() { return *state_; }
+
+ private:
+  StreamPool* streams_;
+  std::unique_ptr<StreamState> state_;
+};
+
+class CudaScoreBuffer : public ScoreBuffer {
+ public:
+  CudaScoreBuffer(DeviceBlock block, int64_t rows, int64_t cols)
+      : block_(std::move(block)), rows_(rows), cols_(cols) {}
+  ~CudaScoreBuffer() override;
+
+  float* data() override { return reinterpret_cast<float*>(block_.data()); }
+  const float* data() const override { return reinterpret_cast<const float*>(block_.data()); }
+  int64_t rows() const override { return rows_; }
+  int64_t cols() const override { return cols_; }
+  int64_t bytes() const { return rows_ * cols_ * int64_t{sizeof(float)}; }
+
+  // For an op on the stream that reads or changes some of it: a buffer that nobody wrote is zeros.
+  absl::StatusOr<float*> Use(StreamState& state);
+  // For an op that writes all of it.
+  float* Overwrite(StreamState& state);
+
+ private:
+  DeviceBlock block_;
+  const int64_t rows_;
+  const int64_t cols_;
+  bool is_written_ = false;
+  std::shared_ptr<DeferredBlocks> last_stream_;
+};
+
+}  // namespace keepset::kernels::cuda
+
+#endif  // KEEPSET_KERNELS_CUDA_CUDA_CONTEXT_H_

@@ -1,0 +1,51 @@
+// The operations of the CUDA backend, one per function; cuda_backend.cc assembles them. Shapes,
+// semantics and errors are those of compute_backend.h. Score buffers are CudaScoreBuffers.
+#ifndef KEEPSET_KERNELS_CUDA_OPS_H_
+#define KEEPSET_KERNELS_CUDA_OPS_H_
+
+#include <cstdint>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
+#include "absl/types/span.h"
+#include "kernels/compute_backend.h"
+#include "kernels/cuda/cuda_context.h"
+
+namespace keepset::kernels::cuda {
+
+absl::Status WindowColumns(StreamState& state, const WindowArgs& args, ScoreBuffer& out);
+absl::Status TileColumns(StreamState& state, const TileArgs& args, ScoreBuffer& out);
+absl::Status RowNorms(StreamState& state, const KvView& x, absl::string_view what,
+                      ScoreBuffer& out);
+
+absl::Status DivideByRowMean(StreamState& state, float eps, ScoreBuffer& x);
+absl::Status MergeRows(StreamState& state, const ScoreBuffer& in, Merge merge,
+                       absl::Span<const float> weights, ScoreBuffer& out);
+absl::Status Accumulate(StreamState& state, const ScoreBuffer& x, Merge merge, float weight,
+                        ScoreBuffer& acc);
+absl::Status Multiply(StreamState& state, const ScoreBuffer& y, float factor, ScoreBuffer& x);
+absl::Status Pool(StreamState& state, PoolKind kind, int64_t kernel, int64_t length,
+                  ScoreBuffer& x);
+absl::Status DilateForward(StreamState& state, int64_t dilate, ScoreBuffer& x);
+absl::Status Fill(StreamState& state, int64_t begin, int64_t end, float value, ScoreBuffer& x);
+absl::StatusOr<ComputeBackend::Mass> MassAndEntropy(StreamState& state, const ScoreBuffer& x,
+                                                    int64_t row);
+
+absl::StatusOr<std::vector<Selection>> Select(StreamState& state, const ScoreBuffer& scores,
+                                              absl::Span<const SelectArgs> args);
+absl::Status GatherRows(StreamState& state, const KvView& in,
+                        absl::Span<const absl::Span<const int32_t>> keep_indices,
+                        const MutableKvView& out);
+
+// The backend's own buffer; a buffer that nobody wrote yet is zeroed on the stream first.
+inline CudaScoreBuffer& Cuda(ScoreBuffer& buffer) { return static_cast<CudaScoreBuffer&>(buffer); }
+inline absl::StatusOr<const float*> Readable(StreamState& state, const ScoreBuffer& buffer) {
+  // Zeroing what nobody wrote does not change what the buffer holds.
+  return const_cast<CudaScoreBuffer&>(static_cast<const CudaScoreBuffer&>(buffer)).Use(state);
+}
+
+}  // namespace keepset::kernels::cuda
+
+#endif  // KEEPSET_KERNELS_CUDA_OPS_H_

@@ -1,0 +1,59 @@
+// Exact selection on the device, without a sort: histograms of the digits of the keys find the last
+// kept score, then an ordered compaction writes the positions. Ties at that score go to the lower
+// positions, as on the CPU.
+#ifndef KEEPSET_KERNELS_CUDA_SELECT_H_
+#define KEEPSET_KERNELS_CUDA_SELECT_H_
+
+#include <cstdint>
+
+#include "kernels/cuda/host_device.h"
+#include "kernels/cuda/launch.h"
+
+namespace keepset::kernels::cuda {
+
+// What is chosen of one row. Plain data in device memory.
+struct SelectRowArgs {
+  int64_t budget = 0;
+  int64_t min_kept = 0;
+  int64_t num_protected = 0;
+  int64_t bitmap_begin = -1;   // words before the row's bitmap; -1: nothing is protected
+  uint32_t threshold_key = 0;  // ScoreKey of the threshold
+};
+
+struct SelectRowResult {
+  int64_t num_kept = 0;
+  int64_t candidates = 0;
+  int64_t filled = 0;
+  int64_t first_nan = -1;  // then nothing is chosen
+};
+
+struct SelectParams {
+  const float* scores = nullptr;  // [rows, length]
+  int32_t rows = 0;
+  int32_t length = 0;
+  const SelectRowArgs* args = nullptr;  // [rows] or one for all
+  int32_t args_step = 0;                // 1 or 0
+  const uint32_t* bitmaps = nullptr;    // bit t % 32 of word t / 32: position t is protected
+  SelectRowResult* results = nullptr;   // [rows]
+  int32_t* keep_indices = nullptr;      // [rows, capacity]
+  int64_t capacity = 0;                 // min(largest budget, length)
+};
+
+// One block per row. The row is cut into one contiguous segment per warp, a multiple of 32
+// positions long, so that one word of a bitmap belongs to one step of a warp.
+struct SelectKernel {
+  using Params = SelectParams;
+  static constexpr int kMaxThreads = 1024;
+  static constexpr int kMinBlocksPerMultiprocessor = 1;
+  template <typename Simt>
+  KEEPSET_KERNEL_BODY static void Run(const Simt& simt, const Params& params);
+};
+
+// Threads of the block of a row of `length` positions: a few positions each.
+int SelectThreads(int64_t length);
+
+cudaError_t LaunchSelect(const SelectParams& params, cudaStream_t stream);
+
+}  // namespace keepset::kernels::cuda
+
+#endif  // KEEPSET_KERNELS_CUDA_SELECT_H_

@@ -1,0 +1,307 @@
+#include "kernels/op_checks.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "kernels/row_offset.h"
+#include "kernels/score_key.h"
+
+namespace keepset::kernels {
+namespace {
+
+// Half-open byte range of memory.
+struct ByteRange {
+  uintptr_t begin = 0;
+  uintptr_t end = 0;
+};
+
+// Ranges that hold every row of a validated view: one per block, or one per block and head where
+// other blocks lie between the heads of one.
+template <typename View>
+std::vector<ByteRange> Footprint(const View& view) {
+  const bool is_paged = view.block_size > 0;
+  const int64_t span = is_paged ? view.block_size : view.seq_len;
+  const int64_t bytes = DTypeBytes(view.dtype);
+  std::vector<ByteRange> ranges;
+  for (int64_t begin = 0; begin < view.seq_len; begin += span) {
+    const int64_t tokens = std::min(span, view.seq_len - begin);
+    const int64_t head_extent = (tokens - 1) * view.token_stride + view.head_dim;
+    const int64_t block_extent = head_extent + (view.num_kv_heads - 1) * view.head_stride;
+    const bool apart =
+        view.head_stride >= head_extent && (!is_paged || block_extent > view.block_stride);
+    const int64_t extent = apart ? head_extent : block_extent;
+    for (int64_t head = 0; head < (apart ? view.num_kv_heads : 1); ++head) {
+      const auto start = reinterpret_cast<uintptr_t>(view.data) + RowOffsetBytes(view, head, begin);
+      ranges.push_back({start, start + static_cast<uintptr_t>(extent * bytes)});
+    }
+  }
+  return ranges;
+}
+
+// The range from the lowest to the highest byte. ranges: at least one.
+ByteRange Hull(const std::vector<ByteRange>& ranges) {
+  ByteRange hull = ranges.front();
+  for (const ByteRange& range : ranges) {
+    hull.begin = std::min(hull.begin, range.begin);
+    hull.end = std::max(hull.end, range.end);
+  }
+  return hull;
+}
+
+bool Overlap(std::vector<ByteRange> a, std::vector<ByteRange> b) {
+  const ByteRange hull_a = Hull(a);
+  const ByteRange hull_b = Hull(b);
+  if (hull_a.end <= hull_b.begin || hull_b.end <= hull_a.begin) return false;
+  const auto by_begin = [](const ByteRange& x, const ByteRange& y) { return x.begin < y.begin; };
+  std::sort(a.begin(), a.end(), by_begin);
+  std::sort(b.begin(), b.end(), by_begin);
+  // Blocks of one side may lie within each other (a shared block), so remember the furthest end.
+  size_t j = 0;
+  uintptr_t furthest = 0;
+  for (const ByteRange& range : a) {
+    while (j < b.size() && b[j].begin < range.end) furthest = std::max(furthest, b[j++].end);
+    if (furthest > range.begin) return true;
+  }
+  return false;
+}
+
+absl::Status CheckGatherShapes(const KvView& in, const MutableKvView& out, size_t num_sets) {
+  KEEPSET_RETURN_IF_ERROR(ValidateView(in, "gather: source"));
+  KEEPSET_RETURN_IF_ERROR(ValidateView(out, "gather: destination"));
+  if (in.dtype != out.dtype) {
+    return absl::InvalidArgumentError(absl::StrCat("gather: destination: dtype ",
+                                                   DTypeName(out.dtype), ", want ",
+                                                   DTypeName(in.dtype), " as the source has"));
+  }
+  if (in.num_kv_heads != out.num_kv_heads || in.head_dim != out.head_dim) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "gather: destination: num_kv_heads=", out.num_kv_heads, " head_dim=", out.head_dim,
+        ", want ", in.num_kv_heads, " and ", in.head_dim, " as the source has"));
+  }
+  if (num_sets != 1 && static_cast<int64_t>(num_sets) != in.num_kv_heads) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("gather: ", num_sets, " keep sets, want 1 or ", in.num_kv_heads));
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status CheckShape(const ScoreBuffer& x, int64_t rows, int64_t cols, absl::string_view name) {
+  if (x.rows() == rows && x.cols() == cols) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(name, ": shape [", x.rows(), ", ", x.cols(),
+                                                 "], want [", rows, ", ", cols, "]"));
+}
+
+absl::Status CheckRowPositions(absl::Span<const int64_t> row_positions, int64_t num_rows,
+                               int64_t seq_len, absl::string_view what) {
+  if (static_cast<int64_t>(row_positions.size()) != num_rows) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        what, ": row_positions has ", row_positions.size(), " entries, want ", num_rows));
+  }
+  int64_t least = 0;
+  for (int64_t i = 0; i < num_rows; ++i) {
+    if (row_positions[i] < least || row_positions[i] >= seq_len) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(what, ": row_positions[", i, "]=", row_positions[i], ", want ", least, "..",
+                       seq_len - 1, " (ascending, within the prompt)"));
+    }
+    least = row_positions[i] + 1;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckWindow(const WindowArgs& args, const ScoreBuffer& out) {
+  KEEPSET_RETURN_IF_ERROR(ValidateView(args.q, absl::StrCat(args.what, ": q")));
+  KEEPSET_RETURN_IF_ERROR(ValidateView(args.k, absl::StrCat(args.what, ": k")));
+  if (args.q.head_dim != args.k.head_dim) {
+    return absl::InvalidArgumentError(absl::StrCat(args.what, ": q: head_dim=", args.q.head_dim,
+                                                   ", want ", args.k.head_dim, " as k has"));
+  }
+  if (args.q.num_qo_heads % args.k.num_kv_heads != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(args.what, ": q: num_qo_heads=", args.q.num_qo_heads,
+                     ", want a multiple of num_kv_heads=", args.k.num_kv_heads));
+  }
+  KEEPSET_RETURN_IF_ERROR(
+      CheckRowPositions(args.row_positions, args.q.num_rows, args.k.seq_len, args.what));
+  if (!(args.softmax_scale > 0.0f) || !std::isfinite(args.softmax_scale)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(args.what, ": softmax_scale=", args.softmax_scale, ", want finite and > 0"));
+  }
+  if (args.window_lse.present()) {
+    const LseView& lse = args.window_lse;
+    KEEPSET_RETURN_IF_ERROR(ValidateView(lse, absl::StrCat(args.what, ": window_lse")));
+    if (lse.num_qo_heads != args.q.num_qo_heads || lse.num_rows != args.q.num_rows) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(args.what, ": window_lse: shape [", lse.num_qo_heads, ", ", lse.num_rows,
+                       "], want [", args.q.num_qo_heads, ", ", args.q.num_rows, "] as q has"));
+    }
+  }
+  if (args.value_norms != nullptr) {
+    const std::string what = absl::StrCat(args.what, ": v");
+    KEEPSET_RETURN_IF_ERROR(CheckRowNorms(args.v, what, *args.value_norms));
+    if (args.v.num_kv_heads != args.k.num_kv_heads || args.v.seq_len != args.k.seq_len) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(what, ": num_kv_heads=", args.v.num_kv_heads, " seq_len=", args.v.seq_len,
+                       ", want ", args.k.num_kv_heads, " and ", args.k.seq_len, " as k has"));
+    }
+  }
+  return CheckShape(out, args.q.num_qo_heads, args.k.seq_len, absl::StrCat(args.what, ": out"));
+}
+
+absl::Status CheckTile(const TileArgs& args, const ScoreBuffer& out) {
+  const TileView& tile = args.tile;
+  KEEPSET_RETURN_IF_ERROR(ValidateView(tile, absl::StrCat(args.what, ": attn_tile")));
+  KEEPSET_RETURN_IF_ERROR(
+      CheckRowPositions(args.row_positions, tile.num_rows, tile.seq_len, args.what));
+  return CheckShape(out, tile.num_qo_heads, tile.seq_len, absl::StrCat(args.what, ": out"));
+}
+
+absl::Status CheckRowNorms(const KvView& x, absl::string_view what, const ScoreBuffer& out) {
+  KEEPSET_RETURN_IF_ERROR(ValidateView(x, what));
+  return CheckShape(out, x.num_kv_heads, x.seq_len, absl::StrCat(what, ": norms"));
+}
+
+absl::Status CheckMergeRows(const ScoreBuffer& in, absl::Span<const float> weights,
+                            const ScoreBuffer& out) {
+  if (out.cols() != in.cols() || in.rows() % out.rows() != 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("merge: rows [", in.rows(), ", ", in.cols(), "] into [", out.rows(), ", ",
+                     out.cols(), "], want equal columns and a divisor of the rows"));
+  }
+  if (!weights.empty() && static_cast<int64_t>(weights.size()) != in.rows()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("merge: ", weights.size(), " weights, want ", in.rows(), " or none"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckMultiply(const ScoreBuffer& y, const ScoreBuffer& x) {
+  return CheckShape(y, y.rows() == 1 ? 1 : x.rows(), x.cols(), "multiply");
+}
+
+absl::Status CheckPool(int64_t kernel, int64_t length, const ScoreBuffer& x) {
+  if (kernel < 1 || kernel % 2 == 0) {
+    return absl::InvalidArgumentError(absl::StrCat("pool: kernel=", kernel, ", want odd and >= 1"));
+  }
+  if (length < 0 || length > x.cols()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("pool: length=", length, ", want 0..", x.cols()));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckDilate(int64_t dilate) {
+  if (dilate < 0) {
+    return absl::InvalidArgumentError(absl::StrCat("dilate=", dilate, ", want >= 0"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckFill(int64_t begin, int64_t end, const ScoreBuffer& x) {
+  if (begin < 0 || begin > end || end > x.cols()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("fill: [", begin, ", ", end, "), want a range within 0..", x.cols()));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckMassRow(int64_t row, const ScoreBuffer& x) {
+  if (row < 0 || row >= x.rows()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("entropy: row ", row, ", want 0..", x.rows() - 1));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckMass(double sum) {
+  if (!(sum > 0.0) || !std::isfinite(sum)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("entropy: the attention mass sums to ", sum, ", want finite and > 0"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckSelect(absl::Span<const SelectArgs> args, const ScoreBuffer& scores) {
+  const int64_t rows = scores.rows();
+  const int64_t cols = scores.cols();
+  if (args.size() != 1 && static_cast<int64_t>(args.size()) != rows) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("select: ", args.size(), " arguments, want 1 or ", rows));
+  }
+  if (cols > std::numeric_limits<int32_t>::max()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("select: ", cols, " positions, want at most 2147483647"));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckSelectRow(const SelectArgs& args, int64_t length, int64_t row) {
+  if (args.budget < 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("select: row ", row, ": budget=", args.budget, ", want >= 0"));
+  }
+  if (args.min_kept < 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("select: row ", row, ": min_kept=", args.min_kept, ", want >= 0"));
+  }
+  if (IsNanScore(args.threshold)) {
+    return absl::InvalidArgumentError(absl::StrCat("select: row ", row, ": threshold is NaN"));
+  }
+  int64_t least = 0;
+  int64_t total = 0;
+  for (const SelectArgs::Range& range : args.protected_ranges) {
+    if (range.begin < least || range.end < range.begin || range.end > length) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("select: row ", row, ": protected range [", range.begin, ", ", range.end,
+                       "), want ascending and disjoint within ", least, "..", length));
+    }
+    least = range.end;
+    total += range.end - range.begin;
+  }
+  if (total > args.budget) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("select: row ", row, ": ", total,
+                     " protected positions, want at most budget=", args.budget));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckCopySize(const ScoreBuffer& x, int64_t count) {
+  if (count == x.rows() * x.cols()) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("copy: ", count, " values, want ", x.rows(), " x ",
+                                                 x.cols(), " of the score buffer"));
+}
+
+absl::Status CheckGather(const KvView& in, absl::Span<const absl::Span<const int32_t>> keep_indices,
+                         const MutableKvView& out) {
+  KEEPSET_RETURN_IF_ERROR(CheckGatherShapes(in, out, keep_indices.size()));
+  for (size_t s = 0; s < keep_indices.size(); ++s) {
+    const absl::Span<const int32_t> set = keep_indices[s];
+    const int64_t count = static_cast<int64_t>(set.size());
+    if (count > out.seq_len) {
+      return absl::InvalidArgumentError(absl::StrCat("gather: destination: capacity ", out.seq_len,
+                                                     ", want >= ", count, " kept positions"));
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      if (set[i] < 0 || set[i] >= in.seq_len) {
+        return absl::InvalidArgumentError(absl::StrCat(
+            "gather: keep set ", s, ": entry ", i, " is ", set[i], ", want 0..", in.seq_len - 1));
+      }
+    }
+  }
+  if (Overlap(Footprint(in), Footprint(out))) {
+    return absl::InvalidArgumentError("gather: source and destination overlap, want apart");
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace keepset::kernels

@@ -1,0 +1,45 @@
+// What every backend refuses before it computes: shapes, ranges and arguments of the ops of
+// compute_backend.h. InvalidArgument says where, the value, and what would be right.
+#ifndef KEEPSET_KERNELS_OP_CHECKS_H_
+#define KEEPSET_KERNELS_OP_CHECKS_H_
+
+#include <cstdint>
+
+#include "absl/status/status.h"
+#include "absl/strings/string_view.h"
+#include "absl/types/span.h"
+#include "kernels/compute_backend.h"
+#include "kernels/views.h"
+
+namespace keepset::kernels {
+
+// `x` is [rows, cols].
+absl::Status CheckShape(const ScoreBuffer& x, int64_t rows, int64_t cols, absl::string_view name);
+
+// row_positions: [num_rows], strictly ascending within [0, seq_len).
+absl::Status CheckRowPositions(absl::Span<const int64_t> row_positions, int64_t num_rows,
+                               int64_t seq_len, absl::string_view what);
+
+absl::Status CheckWindow(const WindowArgs& args, const ScoreBuffer& out);
+absl::Status CheckTile(const TileArgs& args, const ScoreBuffer& out);
+absl::Status CheckRowNorms(const KvView& x, absl::string_view what, const ScoreBuffer& out);
+absl::Status CheckMergeRows(const ScoreBuffer& in, absl::Span<const float> weights,
+                            const ScoreBuffer& out);
+absl::Status CheckMultiply(const ScoreBuffer& y, const ScoreBuffer& x);
+absl::Status CheckPool(int64_t kernel, int64_t length, const ScoreBuffer& x);
+absl::Status CheckDilate(int64_t dilate);
+absl::Status CheckFill(int64_t begin, int64_t end, const ScoreBuffer& x);
+absl::Status CheckMassRow(int64_t row, const ScoreBuffer& x);
+// A mass that an entropy can be taken of.
+absl::Status CheckMass(double sum);
+// One entry per row, or one for all.
+absl::Status CheckSelect(absl::Span<const SelectArgs> args, const ScoreBuffer& scores);
+absl::Status CheckSelectRow(const SelectArgs& args, int64_t length, int64_t row);
+absl::Status CheckCopySize(const ScoreBuffer& x, int64_t count);
+// Shapes, keep sets, capacity, and that source and destination lie apart.
+absl::Status CheckGather(const KvView& in, absl::Span<const absl::Span<const int32_t>> keep_indices,
+                         const MutableKvView& out);
+
+}  // namespace keepset::kernels
+
+#endif  // KEEPSET_KERNELS_OP_CHECKS_H_

@@ -1,0 +1,115 @@
+// What only the emulator can show: other orders of threads, faults of the device, and that a warm
+// backend allocates nothing.
+#include <cstdint>
+#include <cstdlib>
+#include <limits>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "gtest/gtest.h"
+#include "kernels/backend_registry.h"
+#include "kernels/compute_backend.h"
+#include "tests/kernels/cuda/cuda_fixture.h"
+#include "tests/kernels/cuda/emulated_runtime.h"
+#include "tests/kernels/cuda/simt_emulator.h"
+#include "tests/kernels/kernel_test_support.h"
+
+namespace keepset::kernels {
+
+absl::StatusOr<std::unique_ptr<ComputeBackend>> NewCudaBackend(const BackendOptions& options);
+
+namespace {
+
+class EmulatedBackend : public CudaTest {
+ protected:
+  // A layer of a score: window columns, merge, pool, selection.
+  std::vector<int32_t> RunLayer() {
+    std::mt19937 rng(1);
+    const DenseTensor q(RandomValues(rng, 4 * 3 * 16, DType::kBF16), 4, 3, 16, DType::kBF16);
+    const KvTensor k(RandomValues(rng, 2 * 150 * 16, DType::kBF16), 2, 150, 16, DType::kBF16,
+                     Layout::kPaged, 16, 8);
+    const DeviceDense device_q(q);
+    const DeviceKv device_k(k);
+    const std::vector<int64_t> positions = LastPositions(3, 150);
+    WindowArgs args;
+    args.q = device_q.queries();
+    args.k = device_k.view();
+    args.row_positions = positions;
+    args.softmax_scale = 0.25f;
+    const std::unique_ptr<ScoreBuffer> columns = cuda_.Buffer(4, 150);
+    const std::unique_ptr<ScoreBuffer> scores = cuda_.Buffer(1, 150);
+    ComputeBackend& backend = *cuda_.backend;
+    EXPECT_TRUE(backend.WindowColumns(*cuda_.context, args, *columns).ok());
+    EXPECT_TRUE(backend.MergeRows(*cuda_.context, *columns, Merge::kMean, {}, *scores).ok());
+    EXPECT_TRUE(backend.Pool(*cuda_.context, PoolKind::kAverage, 5, 150, *scores).ok());
+    SelectArgs select;
+    select.budget = 20;
+    const auto selections =
+        backend.Select(*cuda_.context, *scores, absl::MakeConstSpan(&select, 1));
+    EXPECT_TRUE(selections.ok()) << selections.status();
+    return selections.ok() ? (*selections)[0].keep_indices : std::vector<int32_t>();
+  }
+};
+
+TEST_F(EmulatedBackend, OrderOfThreadsDoesNotShow) {
+  cuda::SetEmulationSeed(1);
+  const std::vector<int32_t> first = RunLayer();
+  for (const uint32_t seed : {2u, 3u, 4u}) {
+    cuda::SetEmulationSeed(seed);
+    EXPECT_EQ(RunLayer(), first) << "seed " << seed;
+  }
+}
+
+TEST_F(EmulatedBackend, WarmOperationsAllocateNothing) {
+  RunLayer();
+  RunLayer();
+  const int64_t before = cuda::NumDeviceAllocations();
+  RunLayer();
+  EXPECT_EQ(cuda::NumDeviceAllocations(), before);
+}
+
+TEST_F(EmulatedBackend, ContextOfAnEndedOperationIsUsedAgain) {
+  RunLayer();
+  const int64_t before = cuda::NumDeviceAllocations();
+  cuda_.context.reset();
+  auto context = cuda_.backend->NewContext();
+  ASSERT_TRUE(context.ok()) << context.status();
+  cuda_.context = *std::move(context);
+  RunLayer();
+  EXPECT_EQ(cuda::NumDeviceAllocations(), before);
+}
+
+TEST_F(EmulatedBackend, ManyOpsBetweenTwoWaitsReportTheFirstFault) {
+  KvTensor bad(std::vector<float>(2 * 10 * 16, 1.0f), 2, 10, 16, DType::kF32, Layout::kNhd);
+  bad.Set(1, 3, 0, std::numeric_limits<float>::infinity());
+  const std::unique_ptr<ScoreBuffer> out = cuda_.Buffer(2, 10);
+  ASSERT_TRUE(cuda_.backend->RowNorms(*cuda_.context, bad.view(), "first", *out).ok());
+  for (int i = 0; i < 100; ++i) {
+    ASSERT_TRUE(cuda_.backend->RowNorms(*cuda_.context, bad.view(), "later", *out).ok());
+  }
+  EXPECT_EQ(cuda_.backend->Wait(*cuda_.context).message(),
+            "first: head 1 position 3 is not finite");
+  EXPECT_TRUE(cuda_.backend->Wait(*cuda_.context).ok());
+}
+
+// In a process of its own: the emulated device stays faulted as a real one does.
+TEST(EmulatedFault, StickyErrorEndsTheBackend) {
+  EXPECT_EXIT(
+      {
+        auto backend = *NewCudaBackend({});
+        auto context = *backend->NewContext();
+        cuda::FailNextWait(cudaErrorIllegalAddress);
+        const absl::Status status = backend->Wait(*context);
+        const bool answers = status.code() == absl::StatusCode::kInternal &&
+                             !backend->Health().ok() &&
+                             backend->Wait(*context) == backend->Health();
+        context.reset();
+        backend.reset();
+        std::exit(answers ? 0 : 1);
+      },
+      ::testing::ExitedWithCode(0), "");
+}
+
+}  // namespace
+}  // namespace keepset::kernels

@@ -1,0 +1,52 @@
+// The launches of kernels/cuda on the emulator: queued on an emulated stream like the real ones.
+#include "kernels/cuda/launch.h"
+#include "kernels/cuda/row_ops_kernel.h"
+#include "kernels/cuda/score_glue_kernel.h"
+#include "kernels/cuda/select_kernel.h"
+#include "kernels/cuda/window_scores_kernel.h"
+#include "tests/kernels/cuda/emulated_runtime.h"
+#include "tests/kernels/cuda/simt_emulator.h"
+
+namespace keepset::kernels::cuda {
+
+template <typename Kernel>
+cudaError_t Launch(const LaunchShape& shape, const typename Kernel::Params& params,
+                   cudaStream_t stream) {
+  if (shape.grid_x == 0 || shape.grid_y == 0 || shape.grid_z == 0) return cudaSuccess;
+  // What a device would refuse.
+  if (shape.threads < 1 || shape.threads > Kernel::kMaxThreads || shape.grid_y > 65535 ||
+      shape.grid_z > 65535 || shape.shared_bytes > kEmulatedSharedBytes) {
+    return cudaErrorInvalidConfiguration;
+  }
+  return QueueEmulated(stream, [shape, params] {
+    EmulateGrid(shape, [&params](const EmulatedThread& thread) { Kernel::Run(thread, params); });
+  });
+}
+
+#define KEEPSET_LAUNCH(...)                                                                \
+  template cudaError_t Launch<__VA_ARGS__>(const LaunchShape&, const __VA_ARGS__::Params&, \
+                                           cudaStream_t)
+
+KEEPSET_LAUNCH(RowNormsKernel);
+KEEPSET_LAUNCH(TileColumnsKernel);
+KEEPSET_LAUNCH(GatherKernel);
+KEEPSET_LAUNCH(GlueKernel);
+KEEPSET_LAUNCH(SumKernel);
+KEEPSET_LAUNCH(SlideKernel);
+KEEPSET_LAUNCH(PrefixKernel);
+KEEPSET_LAUNCH(SelectKernel);
+KEEPSET_LAUNCH(PrepareRows);
+KEEPSET_LAUNCH(MergeRowStats);
+KEEPSET_LAUNCH(MmaRowStats<DType::kBF16>);
+KEEPSET_LAUNCH(MmaRowStats<DType::kF16>);
+KEEPSET_LAUNCH(FmaRowStats);
+KEEPSET_LAUNCH(MmaColumns<DType::kBF16, ColumnReduction::kSum>);
+KEEPSET_LAUNCH(MmaColumns<DType::kBF16, ColumnReduction::kMax>);
+KEEPSET_LAUNCH(MmaColumns<DType::kF16, ColumnReduction::kSum>);
+KEEPSET_LAUNCH(MmaColumns<DType::kF16, ColumnReduction::kMax>);
+KEEPSET_LAUNCH(FmaColumns<ColumnReduction::kSum>);
+KEEPSET_LAUNCH(FmaColumns<ColumnReduction::kMax>);
+
+#undef KEEPSET_LAUNCH
+
+}  // namespace keepset::kernels::cuda

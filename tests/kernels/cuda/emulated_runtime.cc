@@ -1,0 +1,208 @@
+#include "tests/kernels/cuda/emulated_runtime.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <cstddef>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <map>
+#include <mutex>
+#include <utility>
+
+#include "base/check.h"
+#include "kernels/cuda/cuda_status.h"
+
+struct CUstream_st {
+  std::deque<std::function<void()>> work;
+};
+
+namespace keepset::kernels::cuda {
+namespace {
+
+struct Allocation {
+  void* mapped;
+  size_t mapped_bytes;
+  size_t bytes;
+};
+
+// The emulated device of this process.
+struct Device {
+  std::mutex mutex;
+  std::map<uintptr_t, Allocation> allocations;  // by address
+  cudaError_t next_wait = cudaSuccess;
+  cudaError_t sticky = cudaSuccess;
+};
+
+Device& TheDevice() {
+  static auto* const device = new Device;
+  return *device;
+}
+
+// Filled with NaN, the end followed by an inaccessible page.
+void* Allocate(size_t bytes) {
+  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  const size_t used = (bytes + page - 1) / page * page;
+  void* const mapped =
+      mmap(nullptr, used + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  KEEPSET_CHECK(mapped != MAP_FAILED);
+  KEEPSET_CHECK(mprotect(static_cast<std::byte*>(mapped) + used, page, PROT_NONE) == 0);
+  void* const data = static_cast<std::byte*>(mapped) + (used - bytes) / 256 * 256;
+  std::memset(data, 0xff, bytes);
+  Device& device = TheDevice();
+  const std::lock_guard<std::mutex> lock(device.mutex);
+  device.allocations[reinterpret_cast<uintptr_t>(data)] = {mapped, used + page, bytes};
+  return data;
+}
+
+void RunQueued(cudaStream_t stream) {
+  while (!stream->work.empty()) {
+    const std::function<void()> work = std::move(stream->work.front());
+    stream->work.pop_front();
+    work();
+  }
+}
+
+cudaError_t State() { return TheDevice().sticky; }
+
+}  // namespace
+
+cudaError_t QueueEmulated(cudaStream_t stream, std::function<void()> work) {
+  if (State() != cudaSuccess) return State();
+  stream->work.push_back(std::move(work));
+  return cudaSuccess;
+}
+
+void FailNextWait(cudaError_t error) { TheDevice().next_wait = error; }
+
+int64_t NumDeviceAllocations() {
+  Device& device = TheDevice();
+  const std::lock_guard<std::mutex> lock(device.mutex);
+  return static_cast<int64_t>(device.allocations.size());
+}
+
+}  // namespace keepset::kernels::cuda
+
+using keepset::kernels::cuda::IsStickyError;
+using keepset::kernels::cuda::QueueEmulated;
+using keepset::kernels::cuda::State;
+using keepset::kernels::cuda::TheDevice;
+
+extern "C" {
+
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = 1;
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorName(cudaError_t error) {
+  return error == cudaErrorIllegalAddress ? "cudaErrorIllegalAddress" : "cudaErrorEmulated";
+}
+const char* cudaGetErrorString(cudaError_t /*error*/) { return "emulated error"; }
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*device*/) {
+  switch (attribute) {
+    case cudaDevAttrComputeCapabilityMajor:
+      *value = 8;
+      return cudaSuccess;
+    case cudaDevAttrComputeCapabilityMinor:
+      *value = 6;
+      return cudaSuccess;
+    case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+      *value = static_cast<int>(keepset::kernels::cuda::kEmulatedSharedBytes);
+      return cudaSuccess;
+    case cudaDevAttrL2CacheSize:
+      // Small, so that the KV heads of the tests are taken in several launches.
+      *value = 64 << 10;
+      return cudaSuccess;
+    default:
+      return cudaErrorInvalidValue;
+  }
+}
+
+cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
+  *least = 0;
+  *greatest = -5;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned /*flags*/,
+                                         int /*priority*/) {
+  *stream = new CUstream_st;
+  return State();
+}
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  delete stream;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  auto& device = TheDevice();
+  if (State() != cudaSuccess) return State();
+  keepset::kernels::cuda::RunQueued(stream);
+  const cudaError_t error = std::exchange(device.next_wait, cudaSuccess);
+  if (IsStickyError(error)) device.sticky = error;
+  return error;
+}
+
+cudaError_t cudaMalloc(void** data, size_t bytes) {
+  if (State() != cudaSuccess) return State();
+  *data = keepset::kernels::cuda::Allocate(bytes);
+  return cudaSuccess;
+}
+cudaError_t cudaFree(void* data) {
+  auto& device = TheDevice();
+  const std::lock_guard<std::mutex> lock(device.mutex);
+  const auto found = device.allocations.find(reinterpret_cast<uintptr_t>(data));
+  if (found == device.allocations.end()) return cudaErrorInvalidValue;
+  munmap(found->second.mapped, found->second.mapped_bytes);
+  device.allocations.erase(found);
+  return State();
+}
+cudaError_t cudaHostAlloc(void** data, size_t bytes, unsigned /*flags*/) {
+  *data = std::malloc(bytes);
+  return State();
+}
+cudaError_t cudaFreeHost(void* data) {
+  std::free(data);
+  return State();
+}
+
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind /*kind*/) {
+  std::memcpy(to, from, bytes);
+  return State();
+}
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind /*kind*/,
+                            cudaStream_t stream) {
+  return QueueEmulated(stream, [=] { std::memcpy(to, from, bytes); });
+}
+cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch,
+                              size_t width, size_t height, cudaMemcpyKind /*kind*/,
+                              cudaStream_t stream) {
+  return QueueEmulated(stream, [=] {
+    for (size_t row = 0; row < height; ++row) {
+      std::memcpy(static_cast<std::byte*>(to) + row * to_pitch,
+                  static_cast<const std::byte*>(from) + row * from_pitch, width);
+    }
+  });
+}
+cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStream_t stream) {
+  return QueueEmulated(stream, [=] { std::memset(data, value, bytes); });
+}
+
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* pointer) {
+  auto& device = TheDevice();
+  const std::lock_guard<std::mutex> lock(device.mutex);
+  const auto address = reinterpret_cast<uintptr_t>(pointer);
+  auto after = device.allocations.upper_bound(address);
+  attributes->type = cudaMemoryTypeUnregistered;
+  attributes->device = 0;
+  if (after != device.allocations.begin()) {
+    --after;
+    if (address < after->first + after->second.bytes) attributes->type = cudaMemoryTypeDevice;
+  }
+  return cudaSuccess;
+}
+
+}  // extern "C"

@@ -1,0 +1,26 @@
+// The few functions of the CUDA runtime that the backend calls, on host memory. Work queued on a
+// stream runs when the stream is waited for and not before, which is the latest a device may run
+// it: whoever reads a result early, or frees memory that is still to be read, fails.
+#ifndef KEEPSET_TESTS_KERNELS_CUDA_EMULATED_RUNTIME_H_
+#define KEEPSET_TESTS_KERNELS_CUDA_EMULATED_RUNTIME_H_
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <functional>
+
+namespace keepset::kernels::cuda {
+
+// Shared memory that a block of the emulated device may have, at most: that of an sm_86.
+constexpr int64_t kEmulatedSharedBytes = 99 << 10;
+
+cudaError_t QueueEmulated(cudaStream_t stream, std::function<void()> work);
+
+// The next wait for a stream returns `error`, as do all calls after it when the error is sticky.
+void FailNextWait(cudaError_t error);
+// Blocks of device memory that are allocated now.
+int64_t NumDeviceAllocations();
+
+}  // namespace keepset::kernels::cuda
+
+#endif  // KEEPSET_TESTS_KERNELS_CUDA_EMULATED_RUNTIME_H_

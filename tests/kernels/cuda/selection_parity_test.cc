@@ -1,0 +1,176 @@
+// Selection of the CUDA backend: equal scores in, identical keep sets out, bit for bit.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "gtest/gtest.h"
+#include "kernels/compute_backend.h"
+#include "tests/kernels/cuda/cuda_fixture.h"
+#include "tests/kernels/kernel_test_support.h"
+
+namespace keepset::kernels {
+namespace {
+
+using Range = SelectArgs::Range;
+
+// `levels` different values, so that ties are planted everywhere; 0: hardly any tie.
+std::vector<float> Scores(int64_t count, int levels, uint32_t seed) {
+  std::mt19937 rng(seed);
+  std::vector<float> scores(count);
+  std::normal_distribution<float> normal;
+  for (float& score : scores) {
+    score = normal(rng);
+    if (levels > 0) score = std::round(score * static_cast<float>(levels)) / 8.0f;
+  }
+  return scores;
+}
+
+class SelectionParity : public CudaTest {
+ protected:
+  absl::StatusOr<std::vector<Selection>> SelectOn(const Machine& machine,
+                                                  const std::vector<float>& scores, int64_t rows,
+                                                  const std::vector<SelectArgs>& args) {
+    const std::unique_ptr<ScoreBuffer> buffer =
+        machine.Buffer(rows, static_cast<int64_t>(scores.size()) / rows, scores);
+    return machine.backend->Select(*machine.context, *buffer, args);
+  }
+
+  void ExpectSame(const std::vector<float>& scores, int64_t rows,
+                  const std::vector<SelectArgs>& args) {
+    const auto got = SelectOn(cuda_, scores, rows, args);
+    const auto want = SelectOn(cpu_, scores, rows, args);
+    ASSERT_EQ(got.status(), want.status());
+    if (!got.ok()) return;
+    ASSERT_EQ(got->size(), want->size());
+    for (size_t row = 0; row < got->size(); ++row) {
+      EXPECT_EQ((*got)[row].keep_indices, (*want)[row].keep_indices) << "row " << row;
+      EXPECT_EQ((*got)[row].candidates, (*want)[row].candidates) << "row " << row;
+      EXPECT_EQ((*got)[row].filled, (*want)[row].filled) << "row " << row;
+    }
+  }
+};
+
+TEST_F(SelectionParity, EveryLengthAndBudget) {
+  for (const int64_t length : {1, 2, 31, 32, 33, 127, 128, 129, 511, 1000}) {
+    for (const int64_t budget :
+         {int64_t{0}, int64_t{1}, length / 3, length - 1, length, length + 5}) {
+      SelectArgs args;
+      args.budget = budget;
+      ExpectSame(Scores(length, 0, static_cast<uint32_t>(length)), 1, {args});
+      ExpectSame(Scores(length, 2, static_cast<uint32_t>(length)), 1, {args});
+    }
+  }
+}
+
+TEST_F(SelectionParity, LongRowsWithPlantedTies) {
+  const int64_t length = kIsEmulated ? 9001 : 131071;
+  for (const int levels : {0, 1, 3, 50}) {
+    for (const int64_t budget : {int64_t{512}, length / 2}) {
+      SelectArgs args;
+      args.budget = budget;
+      ExpectSame(Scores(2 * length, levels, 5), 2, {args});
+    }
+  }
+}
+
+TEST_F(SelectionParity, AllScoresEqualKeepsTheLowest) {
+  SelectArgs args;
+  args.budget = 100;
+  const std::vector<float> scores(777, 0.25f);
+  const auto got = SelectOn(cuda_, scores, 1, {args});
+  ASSERT_TRUE(got.ok()) << got.status();
+  for (int32_t i = 0; i < 100; ++i) ASSERT_EQ((*got)[0].keep_indices[i], i);
+}
+
+TEST_F(SelectionParity, ThresholdAndLeastCount) {
+  for (const float threshold : {-1.0f, 0.0f, 0.5f, 3.0f, 100.0f}) {
+    for (const int64_t min_kept : {0, 1, 40, 5000}) {
+      for (const int levels : {0, 2}) {
+        SelectArgs args;
+        args.budget = 60;
+        args.threshold = threshold;
+        args.min_kept = min_kept;
+        ExpectSame(Scores(500, levels, 8), 1, {args});
+      }
+    }
+  }
+}
+
+TEST_F(SelectionParity, ProtectedRanges) {
+  const std::vector<Range> ranges = {{0, 4}, {31, 33}, {64, 64}, {90, 130}, {460, 500}};
+  for (const int64_t budget : {86, 87, 150, 500, 600}) {
+    for (const float threshold : {-std::numeric_limits<float>::infinity(), 0.4f, 9.0f}) {
+      for (const int64_t min_kept : {0, 100}) {
+        SelectArgs args;
+        args.protected_ranges = ranges;
+        args.budget = budget;
+        args.threshold = threshold;
+        args.min_kept = min_kept;
+        ExpectSame(Scores(500, 3, 8), 1, {args});
+      }
+    }
+  }
+}
+
+TEST_F(SelectionParity, EverythingProtected) {
+  const std::vector<Range> ranges = {{0, 70}};
+  SelectArgs args;
+  args.protected_ranges = ranges;
+  args.budget = 70;
+  ExpectSame(Scores(70, 1, 8), 1, {args});
+}
+
+TEST_F(SelectionParity, ArgumentsPerRow) {
+  const std::vector<Range> ranges = {{3, 50}};
+  std::vector<SelectArgs> args(3);
+  args[0].budget = 5;
+  args[1].budget = 70;
+  args[1].protected_ranges = ranges;
+  args[2].budget = 300;
+  args[2].threshold = 0.1f;
+  ExpectSame(Scores(3 * 200, 4, 2), 3, args);
+}
+
+TEST_F(SelectionParity, SignedZerosAndInfinities) {
+  std::vector<float> scores = Scores(300, 2, 4);
+  scores[5] = -0.0f;
+  scores[6] = 0.0f;
+  scores[100] = std::numeric_limits<float>::infinity();
+  scores[200] = -std::numeric_limits<float>::infinity();
+  scores[299] = std::numeric_limits<float>::denorm_min();
+  for (const int64_t budget : {1, 150, 299}) {
+    SelectArgs args;
+    args.budget = budget;
+    args.threshold = 0.0f;
+    ExpectSame(scores, 1, {args});
+  }
+}
+
+TEST_F(SelectionParity, FirstNanIsNamed) {
+  std::vector<float> scores = Scores(600, 0, 4);
+  scores[300 + 299] = std::numeric_limits<float>::quiet_NaN();
+  scores[300 + 41] = -std::numeric_limits<float>::quiet_NaN();
+  SelectArgs args;
+  args.budget = 10;
+  ExpectSame(scores, 2, {args});
+}
+
+TEST_F(SelectionParity, RefusesWhatTheCpuRefuses) {
+  const std::vector<Range> ranges = {{0, 20}};
+  SelectArgs too_small;
+  too_small.budget = 10;
+  too_small.protected_ranges = ranges;
+  ExpectSame(Scores(100, 0, 1), 1, {too_small});
+  SelectArgs negative;
+  negative.budget = -1;
+  ExpectSame(Scores(100, 0, 1), 1, {negative});
+  ExpectSame(Scores(100, 0, 1), 2, {negative, negative, negative});
+}
+
+}  // namespace
+}  // namespace keepset::kernels

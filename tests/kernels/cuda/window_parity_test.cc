@@ -1,0 +1,342 @@
+// Window scores of the CUDA backend against plain fp64 loops.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <memory>
+#include <optional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "kernels/compute_backend.h"
+#include "tests/kernels/cuda/cuda_fixture.h"
+#include "tests/kernels/kernel_test_support.h"
+
+namespace keepset::kernels {
+namespace {
+
+using ::testing::HasSubstr;
+
+// fp32 sums of up to 256 products, and 2^x with two units in the last place.
+constexpr double kRelativeTolerance = 2e-4;
+constexpr double kAbsoluteTolerance = 1e-7;
+
+enum class Reference { kComputed, kGiven };
+enum class Memory { kDevice, kHost };
+
+struct Shape {
+  int64_t num_kv_heads = 2;
+  int64_t group = 2;
+  int64_t num_rows = 5;
+  int64_t seq_len = 77;
+  int64_t head_dim = 32;
+  DType dtype = DType::kBF16;
+  Layout layout = Layout::kNhd;
+  int64_t gap = 8;  // a multiple of 16 bytes: tensor cores; 3: the general kernels
+  RowReduction reduction = RowReduction::kMean;
+  Reference reference = Reference::kComputed;
+  Memory memory = Memory::kDevice;
+  std::vector<int64_t> row_positions = {};  // empty: the last rows
+};
+
+class WindowParity : public CudaTest {
+ protected:
+  struct Tensors {
+    DenseTensor q;
+    KvTensor k;
+    KvTensor v;
+    std::vector<int64_t> row_positions;
+    float scale;
+  };
+
+  static Tensors Random(const Shape& shape, uint32_t seed) {
+    std::mt19937 rng(seed);
+    const int64_t heads = shape.num_kv_heads * shape.group;
+    const auto q_values =
+        RandomValues(rng, heads * shape.num_rows * shape.head_dim, shape.dtype, 1.5f);
+    const auto k_values =
+        RandomValues(rng, shape.num_kv_heads * shape.seq_len * shape.head_dim, shape.dtype);
+    const auto v_values =
+        RandomValues(rng, shape.num_kv_heads * shape.seq_len * shape.head_dim, shape.dtype);
+    return {DenseTensor(q_values, heads, shape.num_rows, shape.head_dim, shape.dtype),
+            KvTensor(k_values, shape.num_kv_heads, shape.seq_len, shape.head_dim, shape.dtype,
+                     shape.layout, 16, shape.gap),
+            KvTensor(v_values, shape.num_kv_heads, shape.seq_len, shape.head_dim, shape.dtype,
+                     shape.layout, 16, shape.gap),
+            shape.row_positions.empty() ? LastPositions(shape.num_rows, shape.seq_len)
+                                        : shape.row_positions,
+            1.0f / std::sqrt(static_cast<float>(shape.head_dim))};
+  }
+
+  // The columns of the CUDA backend.
+  absl::StatusOr<std::vector<float>> Columns(const Shape& shape, const Tensors& tensors,
+                                             const DenseTensor* lse = nullptr,
+                                             std::vector<float>* norms = nullptr) {
+    const DeviceDense q(tensors.q);
+    const DeviceKv k(tensors.k);
+    const DeviceKv v(tensors.v);
+    std::optional<DeviceDense> device_lse;
+    const bool on_device = shape.memory == Memory::kDevice;
+    WindowArgs args;
+    args.q = on_device ? q.queries() : tensors.q.queries();
+    args.k = on_device ? k.view() : tensors.k.view();
+    args.row_positions = tensors.row_positions;
+    if (lse != nullptr) {
+      device_lse.emplace(*lse);
+      args.window_lse = on_device ? device_lse->lse() : lse->lse();
+    }
+    args.softmax_scale = tensors.scale;
+    args.reduction = shape.reduction;
+    args.what = "layer 3";
+    const int64_t heads = shape.num_kv_heads * shape.group;
+    std::unique_ptr<ScoreBuffer> norm_buffer;
+    if (norms != nullptr) {
+      norm_buffer = cuda_.Buffer(shape.num_kv_heads, shape.seq_len);
+      args.v = on_device ? v.view() : tensors.v.view();
+      args.value_norms = norm_buffer.get();
+    }
+    const std::unique_ptr<ScoreBuffer> out = cuda_.Buffer(heads, shape.seq_len);
+    absl::Status status = cuda_.backend->WindowColumns(*cuda_.context, args, *out);
+    if (status.ok()) status = cuda_.backend->Wait(*cuda_.context);
+    if (!status.ok()) return status;
+    if (norms != nullptr) *norms = cuda_.Values(*norm_buffer);
+    return cuda_.Values(*out);
+  }
+
+  static std::vector<double> Oracle(const Shape& shape, const Tensors& tensors) {
+    const Attention attention =
+        AttentionOracle(tensors.q, tensors.k, tensors.row_positions, tensors.scale);
+    return ReduceOracle(attention.tile, shape.num_kv_heads * shape.group, shape.num_rows,
+                        shape.seq_len, shape.reduction);
+  }
+
+  void ExpectNearOracle(const Shape& shape, uint32_t seed = 11) {
+    const Tensors tensors = Random(shape, seed);
+    std::optional<DenseTensor> lse;
+    if (shape.reference == Reference::kGiven) {
+      const Attention attention =
+          AttentionOracle(tensors.q, tensors.k, tensors.row_positions, tensors.scale);
+      const std::vector<float> values(attention.lse.begin(), attention.lse.end());
+      lse.emplace(values, shape.num_kv_heads * shape.group, shape.num_rows, 1, DType::kF32);
+    }
+    const absl::StatusOr<std::vector<float>> columns =
+        Columns(shape, tensors, lse.has_value() ? &*lse : nullptr);
+    ASSERT_TRUE(columns.ok()) << columns.status();
+    const std::vector<double> want = Oracle(shape, tensors);
+    ASSERT_EQ(columns->size(), want.size());
+    for (size_t i = 0; i < want.size(); ++i) {
+      ASSERT_NEAR((*columns)[i], want[i], kAbsoluteTolerance + kRelativeTolerance * want[i])
+          << "head " << i / shape.seq_len << " position " << i % shape.seq_len;
+    }
+  }
+};
+
+TEST_F(WindowParity, TensorCoresBf16) { ExpectNearOracle({}); }
+
+TEST_F(WindowParity, TensorCoresF16) { ExpectNearOracle({.dtype = DType::kF16}); }
+
+TEST_F(WindowParity, TensorCoresHnd) { ExpectNearOracle({.layout = Layout::kHnd}); }
+
+TEST_F(WindowParity, TensorCoresPagedWithShuffledBlocks) {
+  ExpectNearOracle({.seq_len = 93, .layout = Layout::kPaged});
+}
+
+TEST_F(WindowParity, TensorCoresMoreThanOneChunk) {
+  // 512 tokens of the first chunk, and a second one that is not full.
+  ExpectNearOracle({.num_kv_heads = 1, .group = 1, .seq_len = 577, .head_dim = 16});
+}
+
+TEST_F(WindowParity, TensorCoresMoreRowsThanOneTile) {
+  // 70 rows of a head: two column tiles; 140 of the group: several row tiles.
+  ExpectNearOracle({.num_kv_heads = 1, .num_rows = 70, .seq_len = 131, .head_dim = 16});
+}
+
+TEST_F(WindowParity, TensorCoresMoreTokensThanOneTile) {
+  ExpectNearOracle({.num_kv_heads = 1, .group = 3, .num_rows = 9, .seq_len = 301, .head_dim = 16});
+}
+
+TEST_F(WindowParity, HeadDimensionOf8Modulo16IsPadded) { ExpectNearOracle({.head_dim = 40}); }
+
+TEST_F(WindowParity, WideHeadDimensionUsesFewerWarps) {
+  ExpectNearOracle({.num_kv_heads = 1, .group = 1, .num_rows = 3, .seq_len = 70, .head_dim = 256});
+}
+
+TEST_F(WindowParity, GivenLogSumExp) { ExpectNearOracle({.reference = Reference::kGiven}); }
+
+TEST_F(WindowParity, GivenLogSumExpOnGeneralKernels) {
+  ExpectNearOracle({.gap = 3, .reference = Reference::kGiven});
+}
+
+TEST_F(WindowParity, MaximumOverRows) { ExpectNearOracle({.reduction = RowReduction::kMax}); }
+
+TEST_F(WindowParity, SumOverRows) { ExpectNearOracle({.reduction = RowReduction::kSum}); }
+
+TEST_F(WindowParity, LastRowOnly) { ExpectNearOracle({.reduction = RowReduction::kLast}); }
+
+TEST_F(WindowParity, LastRowOnlyWithGivenLogSumExp) {
+  ExpectNearOracle({.reduction = RowReduction::kLast, .reference = Reference::kGiven});
+}
+
+TEST_F(WindowParity, GeneralKernelsF32) { ExpectNearOracle({.dtype = DType::kF32}); }
+
+TEST_F(WindowParity, GeneralKernelsOddHeadDimension) {
+  ExpectNearOracle({.head_dim = 37, .gap = 3, .reduction = RowReduction::kMax});
+}
+
+TEST_F(WindowParity, GeneralKernelsPaged) {
+  ExpectNearOracle(
+      {.num_rows = 67, .seq_len = 93, .dtype = DType::kF16, .layout = Layout::kPaged, .gap = 3});
+}
+
+TEST_F(WindowParity, RowsInTheMiddleOfThePrompt) {
+  ExpectNearOracle({.num_rows = 3, .row_positions = {0, 33, 70}});
+}
+
+TEST_F(WindowParity, OneTokenAndOneRow) { ExpectNearOracle({.num_rows = 1, .seq_len = 1}); }
+
+TEST_F(WindowParity, TensorsInHostMemory) {
+  ExpectNearOracle({.layout = Layout::kPaged, .gap = 3, .memory = Memory::kHost});
+}
+
+TEST_F(WindowParity, ValueNormsComeAlong) {
+  const Shape shape = {.layout = Layout::kPaged};
+  const Tensors tensors = Random(shape, 5);
+  std::vector<float> norms;
+  ASSERT_TRUE(Columns(shape, tensors, nullptr, &norms).ok());
+  const std::unique_ptr<ScoreBuffer> twin = cpu_.Buffer(shape.num_kv_heads, shape.seq_len);
+  ASSERT_TRUE(cpu_.backend->RowNorms(*cpu_.context, tensors.v.view(), "v", *twin).ok());
+  const std::vector<float> want = cpu_.Values(*twin);
+  for (size_t i = 0; i < want.size(); ++i) ASSERT_NEAR(norms[i], want[i], 1e-5f * want[i]) << i;
+}
+
+TEST_F(WindowParity, ValueNormsComeAlongOnGeneralKernels) {
+  const Shape shape = {.dtype = DType::kF32, .gap = 3};
+  const Tensors tensors = Random(shape, 5);
+  std::vector<float> norms;
+  ASSERT_TRUE(Columns(shape, tensors, nullptr, &norms).ok());
+  const std::unique_ptr<ScoreBuffer> twin = cpu_.Buffer(shape.num_kv_heads, shape.seq_len);
+  ASSERT_TRUE(cpu_.backend->RowNorms(*cpu_.context, tensors.v.view(), "v", *twin).ok());
+  const std::vector<float> want = cpu_.Values(*twin);
+  for (size_t i = 0; i < want.size(); ++i) ASSERT_NEAR(norms[i], want[i], 1e-5f * want[i]) << i;
+}
+
+TEST_F(WindowParity, SameInputsSameBits) {
+  const Shape shape = {.num_rows = 20, .seq_len = 600, .head_dim = 16};
+  const Tensors tensors = Random(shape, 3);
+  const absl::StatusOr<std::vector<float>> first = Columns(shape, tensors);
+  const absl::StatusOr<std::vector<float>> second = Columns(shape, tensors);
+  ASSERT_TRUE(first.ok() && second.ok());
+  EXPECT_EQ(*first, *second);
+}
+
+// Logits are never written anywhere, so a wide range of them has to survive the exponent.
+TEST_F(WindowParity, LogitsFarApart) {
+  Shape shape;
+  shape.num_rows = 2;
+  Tensors tensors = Random(shape, 9);
+  for (int64_t c = 0; c < shape.head_dim; ++c) {
+    tensors.k.Set(0, 7, c, 40.0f * std::copysign(1.0f, tensors.q.At(0, 0, c)));
+  }
+  const absl::StatusOr<std::vector<float>> columns = Columns(shape, tensors);
+  ASSERT_TRUE(columns.ok()) << columns.status();
+  const std::vector<double> want = Oracle(shape, tensors);
+  for (size_t i = 0; i < want.size(); ++i) {
+    // The logits' own rounding grows with their size.
+    ASSERT_NEAR((*columns)[i], want[i], kAbsoluteTolerance + 1e-3 * want[i]) << i;
+  }
+}
+
+TEST_F(WindowParity, NanInKeyNamesHeadAndPosition) {
+  for (const int64_t gap : {8, 3}) {
+    const Shape shape = {.gap = gap};
+    Tensors tensors = Random(shape, 2);
+    tensors.k.Set(1, 40, 31, std::numeric_limits<float>::quiet_NaN());
+    const absl::Status status = Columns(shape, tensors).status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_EQ(status.message(), "layer 3: k: head 1 position 40 is not finite");
+  }
+}
+
+TEST_F(WindowParity, InfinityInKeyThatNoRowSeesIsRefused) {
+  const Shape shape = {.num_rows = 1, .row_positions = {10}};
+  Tensors tensors = Random(shape, 2);
+  tensors.k.Set(0, 76, 0, std::numeric_limits<float>::infinity());
+  EXPECT_EQ(Columns(shape, tensors).status().message(),
+            "layer 3: k: head 0 position 76 is not finite");
+}
+
+TEST_F(WindowParity, NanInQueryNamesHeadAndRow) {
+  const Shape shape;
+  Tensors tensors = Random(shape, 2);
+  tensors.q.Set(3, 4, 0, std::numeric_limits<float>::quiet_NaN());
+  EXPECT_EQ(Columns(shape, tensors).status().message(), "layer 3: q: head 3 row 4 is not finite");
+}
+
+TEST_F(WindowParity, NanInValuesNamesHeadAndPosition) {
+  const Shape shape;
+  Tensors tensors = Random(shape, 2);
+  tensors.v.Set(1, 76, 3, std::numeric_limits<float>::quiet_NaN());
+  std::vector<float> norms;
+  EXPECT_EQ(Columns(shape, tensors, nullptr, &norms).status().message(),
+            "layer 3: v: head 1 position 76 is not finite");
+}
+
+TEST_F(WindowParity, OverflowingLogitIsRefused) {
+  const Shape shape = {.dtype = DType::kF32};
+  Tensors tensors = Random(shape, 2);
+  tensors.q.Set(0, 0, 0, 1e30f);
+  tensors.k.Set(0, 5, 0, 1e30f);
+  const absl::Status status = Columns(shape, tensors).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("logits: head 0 row 0 position 5"));
+}
+
+TEST_F(WindowParity, LogSumExpFarBelowTheLogitsIsRefused) {
+  const Shape shape = {.reference = Reference::kGiven};
+  const Tensors tensors = Random(shape, 2);
+  std::vector<float> values(shape.num_kv_heads * shape.group * shape.num_rows, 10.0f);
+  values[7] = -500.0f;
+  const DenseTensor lse(values, shape.num_kv_heads * shape.group, shape.num_rows, 1, DType::kF32);
+  const absl::Status status = Columns(shape, tensors, &lse).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("window_lse: head 1 row 2 lies far below"));
+}
+
+TEST_F(WindowParity, LogSumExpThatIsNotFiniteIsRefused) {
+  const Shape shape = {.reference = Reference::kGiven};
+  const Tensors tensors = Random(shape, 2);
+  std::vector<float> values(shape.num_kv_heads * shape.group * shape.num_rows, 10.0f);
+  values[3] = std::numeric_limits<float>::quiet_NaN();
+  const DenseTensor lse(values, shape.num_kv_heads * shape.group, shape.num_rows, 1, DType::kF32);
+  EXPECT_EQ(Columns(shape, tensors, &lse).status().message(),
+            "layer 3: window_lse: head 0 row 3 is not finite");
+}
+
+TEST_F(WindowParity, RefusedLayerLeavesTheContextUsable) {
+  const Shape shape;
+  Tensors tensors = Random(shape, 2);
+  tensors.k.Set(1, 40, 31, std::numeric_limits<float>::quiet_NaN());
+  EXPECT_FALSE(Columns(shape, tensors).ok());
+  ExpectNearOracle(shape);
+}
+
+TEST_F(WindowParity, LargeShapes) {
+  if (kIsEmulated) GTEST_SKIP() << "takes minutes on the emulator";
+  for (const Reference reference : {Reference::kComputed, Reference::kGiven}) {
+    for (const Layout layout : {Layout::kNhd, Layout::kPaged}) {
+      ExpectNearOracle({.num_kv_heads = 2,
+                        .group = 4,
+                        .num_rows = 64,
+                        .seq_len = 4099,
+                        .head_dim = 128,
+                        .layout = layout,
+                        .reference = reference});
+    }
+  }
+}
+
+}  // namespace
+}  // namespace keepset::kernels
