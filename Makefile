@@ -9,7 +9,7 @@ JOBS := $(shell nproc)
 export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: demo demo-table test test-hf evidence package test-package test-deploy build configure python setup check clean
+.PHONY: demo demo-table test test-hf evidence gpu-bundle package test-package test-deploy build configure python setup check clean
 
 demo: configure python
 	ninja -C $(BUILD) keepsetd keepset
@@ -62,6 +62,12 @@ test-deploy: configure
 	@tools/venv $(VENV_DEPLOY) test,deploy
 	@tools/kube_tools $(VENV_DEPLOY)/kube
 	KEEPSET_BUILD=$(CURDIR)/$(BUILD) $(VENV_DEPLOY)/bin/python -m pytest -q tests/deploy
+
+# A directory for another machine with an NVIDIA driver: docs/gpu.md. Needs nvcc here, no device.
+gpu-bundle: setup
+	cmake --preset release -DKEEPSET_CUDA=ON >/dev/null
+	ninja -C $(BUILD) cuda_device_test gpu_bench keepsetd keepset
+	tools/gpu-bundle $(BUILD) out/gpu-bundle
 
 setup:
 	@tools/setup build test

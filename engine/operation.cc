@@ -95,8 +95,10 @@ class OperationImpl final : public Operation {
           absl::StrCat("layer ", layer, ": out of order, want layer ", next_layer_));
     }
     KEEPSET_RETURN_IF_ERROR(CheckObservation(spec(), plan_.needs, layer, observation));
-    if (!keeps_all_ && !DeadlinePassed()) {
-      KEEPSET_RETURN_IF_ERROR(ScoreLayer(layer, observation));
+    if (!keeps_all_ && !DeadlinePassed() && DeviceWorks()) {
+      const absl::Status status = ScoreLayer(layer, observation);
+      // A layer that a broken device could not score is no fault of the caller.
+      if (!status.ok() && DeviceWorks()) return status;
     }
     ++next_layer_;
     return absl::OkStatus();
@@ -119,16 +121,22 @@ class OperationImpl final : public Operation {
     if (keeps_all_) {
       return &FinishKeptFull(policy().keeps_everything() ? Reason::kNone : Reason::kBelowBudget);
     }
+    if (!DeviceWorks()) return &FinishKeptFull(Reason::kDeviceFault);
     if (DeadlinePassed()) return &FinishKeptFull(Reason::kDeadline);
     // FinishScores works in place: a failed attempt cannot be repeated.
     finish_status_ = CutAll();
+    if (!finish_status_.ok() && !DeviceWorks()) {
+      finish_status_ = absl::OkStatus();
+      return &FinishKeptFull(Reason::kDeviceFault);
+    }
     KEEPSET_RETURN_IF_ERROR(finish_status_);
     FillResult();
     return &result_;
   }
 
   const OperationResult& FinishKeptFull(Reason reason) override {
-    if (finished_) return result_;
+    // A device that fails in the gather takes back what was decided.
+    if (finished_ && reason != Reason::kDeviceFault) return result_;
     std::vector<int32_t> everything(seq_len());
     std::iota(everything.begin(), everything.end(), 0);
     const int64_t sets = plan_.scope == Scope::kKvHead ? spec().model.num_kv_heads : 1;
@@ -178,6 +186,8 @@ class OperationImpl final : public Operation {
     deadline_passed_ = deadline_passed_ || clock_.Monotonic() >= spec().deadline;
     return deadline_passed_;
   }
+
+  bool DeviceWorks() const { return backend_.Health().ok(); }
 
   absl::Status ScoreLayer(int64_t layer, const LayerObservation& observation) {
     const absl::Duration start = clock_.Monotonic();
@@ -388,6 +398,10 @@ absl::StatusOr<std::unique_ptr<Operation>> Operation::Begin(OperationSpec spec,
                                                             const PolicyRegistry& policies,
                                                             kernels::ComputeBackend& backend,
                                                             const Clock& clock) {
+  if (const absl::Status health = backend.Health(); !health.ok()) {
+    return absl::UnavailableError(
+        absl::StrCat("backend ", backend.name(), " waits to be restarted: ", health.message()));
+  }
   Plan plan;
   plan.spec = std::move(spec);
   KEEPSET_ASSIGN_OR_RETURN(const Scope native_scope, policies.NativeScope(plan.spec.policy));

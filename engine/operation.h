@@ -24,7 +24,8 @@ class Operation {
   // Checks the whole spec: shapes, budget, scope, parameters, protected ranges, table, signals.
   // InvalidArgument: shape, value, unknown parameter or scope, missing signal.
   // NotFound: unknown policy, or a table is needed and none given. FailedPrecondition: table does
-  // not fit. `policies`, `backend` and `clock` must outlive the operation.
+  // not fit. Unavailable: the backend's device failed. `policies`, `backend` and `clock` must
+  // outlive the operation.
   static absl::StatusOr<std::unique_ptr<Operation>> Begin(OperationSpec spec,
                                                           const PolicyRegistry& policies,
                                                           kernels::ComputeBackend& backend,
@@ -44,6 +45,8 @@ class Operation {
   virtual const LayerResult* EarlyResult(int64_t layer) const = 0;
 
   // FailedPrecondition when layers are missing. Idempotent: later calls return the same result.
+  // When the backend's device failed meanwhile, the outcome is kept_full with the reason
+  // device_fault.
   virtual absl::StatusOr<const OperationResult*> Finish() = 0;
 
   // Rows a destination must hold for `layer`: the largest kept count over its KV heads. After
@@ -57,7 +60,8 @@ class Operation {
                               const kernels::MutableKvView& out_v) = 0;
 
   // The answer when somebody else decides not to compress (load shedding, a device fault): every
-  // position of every layer. Ends the operation.
+  // position of every layer. Ends the operation. Of a finished operation only device_fault replaces
+  // the result.
   virtual const OperationResult& FinishKeptFull(Reason reason) = 0;
 };
 

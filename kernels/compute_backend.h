@@ -90,12 +90,21 @@ struct Selection {
   int64_t filled = 0;                 // kept although below the threshold and not protected
 };
 
+// The device that a backend computes on; all empty for host memory.
+struct DeviceInfo {
+  std::string uuid;  // "GPU-..." as the driver's tools print it
+  std::string name;
+  std::string driver_version;  // CUDA version that the driver supports
+};
+
 class ComputeBackend {
  public:
   virtual ~ComputeBackend() = default;
 
   // "cpu/avx512", "cpu/avx2", "cuda/sm_90" ...: what results report as the backend.
   virtual std::string name() const = 0;
+
+  virtual DeviceInfo Device() const { return {}; }
 
   // OK, or the error after which the device answers nothing until the process is restarted.
   virtual absl::Status Health() const { return absl::OkStatus(); }

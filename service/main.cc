@@ -1,4 +1,7 @@
 // keepsetd. Exit codes: 0 drained, 2 usage, 3 refused configuration, 5 failure.
+#include <unistd.h>
+
+#include <atomic>
 #include <csignal>
 #include <cstdlib>
 #include <ctime>
@@ -76,8 +79,16 @@ int Main(absl::Span<const char* const> arguments, absl::string_view notify_socke
              clock);
   std::random_device random;
   const uint64_t seed = (uint64_t{random()} << 32) | random();
+  std::atomic<bool> device_failed = false;
   absl::StatusOr<std::unique_ptr<Server>> server =
-      Server::Start(config, {.clock = clock, .log = log, .random_seed = seed, .backend = nullptr});
+      Server::Start(config, {.clock = clock,
+                             .log = log,
+                             .random_seed = seed,
+                             .backend = nullptr,
+                             .on_device_fault = [&device_failed] {
+                               device_failed = true;
+                               kill(getpid(), SIGTERM);
+                             }});
   if (!server.ok()) {
     return Complain(server.status(),
                     absl::IsInvalidArgument(server.status()) ? kExitRefused : kExitFailure);
@@ -95,7 +106,7 @@ int Main(absl::Span<const char* const> arguments, absl::string_view notify_socke
   const int64_t left = (*server)->operations_running();
   server->reset();
   log.Info("stopped", {{"operations_cut", absl::StrCat(left)}});
-  return EXIT_SUCCESS;
+  return device_failed ? kExitFailure : EXIT_SUCCESS;
 }
 
 }  // namespace

@@ -103,6 +103,7 @@ class ServerImpl final : public Server {
         clock_(surroundings.clock),
         log_(surroundings.log),
         backend_(std::move(surroundings.backend)),
+        on_device_fault_(std::move(surroundings.on_device_fault)),
         policies_(engine::NewBuiltinPolicyRegistry()),
         admission_([this](int64_t running) { metrics_->SetOperationsInFlight(running); }),
         fences_(kFencesPerSession),
@@ -256,8 +257,16 @@ class ServerImpl final : public Server {
     }
     for (const std::string& policy : policies_->Names()) info.add_policies(policy);
     info.set_backend(backend_->name());
-    info.set_device_status(
-        absl::StrCat("no device: backend ", backend_->name(), " works in host memory"));
+    if (const kernels::DeviceInfo device = backend_->Device(); !device.uuid.empty()) {
+      v1::Device* const listed = info.add_devices();
+      listed->set_uuid(device.uuid);
+      listed->set_name(device.name);
+      listed->set_driver_version(device.driver_version);
+      info.set_device_status("ok");
+    } else {
+      info.set_device_status(
+          absl::StrCat("no device: backend ", backend_->name(), " works in host memory"));
+    }
     v1::Limits* limits = info.mutable_limits();
     limits->set_max_inline_bytes(config_.limits().max_inline_bytes());
     limits->set_max_seq_len(config_.limits().max_seq_len());
@@ -337,6 +346,18 @@ class ServerImpl final : public Server {
     return absl::OkStatus();
   }
 
+  // Only a new process can use the device again: running operations end kept_full, the supervisor
+  // restarts us.
+  void WatchDevice() {
+    if (device_failed_) return;
+    const absl::Status health = backend_->Health();
+    if (health.ok()) return;
+    device_failed_ = true;
+    log_.Error("device_fault", {{"error", std::string(health.message())}});
+    StartDraining();
+    if (on_device_fault_) on_device_fault_();
+  }
+
   void RunTimer() {
     for (int64_t tick = 0;; ++tick) {
       sessions_->ReapExpired();
@@ -345,6 +366,7 @@ class ServerImpl final : public Server {
       for (const SessionCounts::ByKind& kind : counts.regions) {
         metrics_->SetRegions(kind.kind, kind.regions, kind.bytes);
       }
+      WatchDevice();
       if (tick % kTicksPerUsage == 0) metrics_->SetProcessUsage(ReadProcessUsage());
       if (stop_timer_.WaitForNotificationWithTimeout(kTimerPeriod)) return;
     }
@@ -364,6 +386,8 @@ class ServerImpl final : public Server {
   const Clock& clock_;
   Logger& log_;
   std::unique_ptr<kernels::ComputeBackend> backend_;
+  const std::function<void()> on_device_fault_;
+  bool device_failed_ = false;  // of the timer's thread
   const std::unique_ptr<engine::PolicyRegistry> policies_;
   std::vector<std::string> transport_kinds_;
   std::unique_ptr<Metrics> metrics_;

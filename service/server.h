@@ -5,6 +5,7 @@
 #define KEEPSET_SERVICE_SERVER_H_
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <vector>
@@ -30,6 +31,9 @@ class Server {
     uint64_t random_seed = 0;  // of correlation ids
     // nullptr: the backend named in the configuration.
     std::unique_ptr<kernels::ComputeBackend> backend;
+    // Called once, from a thread of the server, when the backend's device failed: the server
+    // drains, and the process has to end. May be empty.
+    std::function<void()> on_device_fault = {};
   };
 
   // Serves when it returns. AlreadyExists: an address is in use. InvalidArgument, NotFound,

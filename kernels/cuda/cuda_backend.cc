@@ -9,6 +9,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "kernels/backend_registry.h"
@@ -42,12 +43,14 @@ class CudaBackend : public ComputeBackend {
     traits_.architecture = absl::StrCat("sm_", major, minor);
     traits_.max_shared_bytes = shared_bytes;
     traits_.l2_bytes = l2_bytes;
+    KEEPSET_RETURN_IF_ERROR(ReadDevice());
     if (major >= kLeastMajor) return absl::OkStatus();
     return absl::FailedPreconditionError(absl::StrCat(
         "cuda: device ", traits_.ordinal, " is ", traits_.architecture, ", want sm_80 or later"));
   }
 
   std::string name() const override { return absl::StrCat("cuda/", traits_.architecture); }
+  DeviceInfo Device() const override { return device_; }
   absl::Status Health() const override { return health_.status(); }
 
   absl::StatusOr<std::unique_ptr<OpContext>> NewContext() override {
@@ -159,6 +162,20 @@ class CudaBackend : public ComputeBackend {
   }
 
  private:
+  absl::Status ReadDevice() {
+    cudaDeviceProp properties = {};
+    int driver_version = 0;
+    KEEPSET_RETURN_IF_CUDA_ERROR(health_, cudaGetDeviceProperties(&properties, traits_.ordinal));
+    KEEPSET_RETURN_IF_CUDA_ERROR(health_, cudaDriverGetVersion(&driver_version));
+    const std::string hex =
+        absl::BytesToHexString(absl::string_view(properties.uuid.bytes, sizeof(properties.uuid)));
+    device_.uuid = absl::StrCat("GPU-", hex.substr(0, 8), "-", hex.substr(8, 4), "-",
+                                hex.substr(12, 4), "-", hex.substr(16, 4), "-", hex.substr(20));
+    device_.name = properties.name;
+    device_.driver_version = absl::StrCat(driver_version / 1000, ".", driver_version % 1000 / 10);
+    return absl::OkStatus();
+  }
+
   absl::Status ReadAttribute(cudaDeviceAttr attribute, int* value) {
     return health_.Check(cudaDeviceGetAttribute(value, attribute, traits_.ordinal),
                          "cudaDeviceGetAttribute");
@@ -172,6 +189,7 @@ class CudaBackend : public ComputeBackend {
     return &static_cast<cuda::CudaContext&>(context).state();
   }
 
+  DeviceInfo device_;
   cuda::DeviceTraits traits_;
   cuda::DeviceHealth health_;
   cuda::DevicePool pool_;

@@ -163,7 +163,15 @@ absl::Status OperationCall::FinishOperation(v1::OperationResult* out) {
   reply_time_ = context_.clock.Monotonic() - start;
   // A kept_full answer moves nothing: the caller's own cache is it, whatever the destination holds.
   if (keeps_messages() && result->outcome == engine::Outcome::kCompressed) {
-    KEEPSET_RETURN_IF_ERROR(GatherLayers(*result, out));
+    const absl::Status gathered = GatherLayers(*result, out);
+    if (!gathered.ok() && !context_.backend.Health().ok()) {
+      // Destinations hold nothing of use; the caller's own cache does.
+      out->Clear();
+      EncodeInto(operation_->FinishKeptFull(engine::Reason::kDeviceFault), out);
+      ReleaseResources();
+      return absl::OkStatus();
+    }
+    KEEPSET_RETURN_IF_ERROR(gathered);
     // The engine adds each gather to its result.
     sample_.stages[static_cast<int>(Stage::kGather)] = result->times.gather;
     out->mutable_stages()->set_gather(absl::ToDoubleSeconds(result->times.gather));

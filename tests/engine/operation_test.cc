@@ -9,7 +9,9 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "kernels/backend_registry.h"
 #include "tests/engine/run_operation.h"
+#include "tests/fakes/gated_backend.h"
 #include "tests/fakes/scripted_policy.h"
 
 namespace keepset::engine {
@@ -235,6 +237,67 @@ TEST_F(OperationTest, KeptFullByTheCallerEndsTheOperation) {
   const auto again = operation->Finish();
   ASSERT_TRUE(again.ok());
   EXPECT_EQ(*again, &result);
+}
+
+class BrokenDevice : public OperationTest {
+ protected:
+  BrokenDevice() : backend_(std::move(*kernels::NewBackend("cpu", {.num_threads = 1})), gate_) {}
+
+  std::unique_ptr<Operation> BeginGated(const OperationSpec& spec) {
+    auto operation = Operation::Begin(spec, bench_.policies(), backend_, bench_.clock());
+    EXPECT_TRUE(operation.ok()) << operation.status();
+    return *std::move(operation);
+  }
+
+  const absl::Status fault_ = absl::InternalError("cuda: illegal address");
+  fakes::Gate gate_;
+  fakes::GatedBackend backend_;
+};
+
+TEST_F(BrokenDevice, OperationKeepsEverything) {
+  const auto operation = BeginGated(Spec("snapkv", 10));
+  ASSERT_TRUE(Observe(*operation, 0).ok());
+  gate_.BreakDevice(fault_);
+  for (int64_t layer = 1; layer < operation->spec().model.num_layers; ++layer) {
+    EXPECT_TRUE(Observe(*operation, layer).ok());
+  }
+  const auto result = operation->Finish();
+  ASSERT_TRUE(result.ok()) << result.status();
+  EXPECT_EQ((*result)->outcome, Outcome::kKeptFull);
+  EXPECT_EQ((*result)->reason, Reason::kDeviceFault);
+}
+
+TEST_F(BrokenDevice, FailureAtFinishKeepsEverything) {
+  const auto operation = BeginGated(Spec("snapkv", 10));
+  for (int64_t layer = 0; layer < operation->spec().model.num_layers; ++layer) {
+    ASSERT_TRUE(Observe(*operation, layer).ok());
+  }
+  gate_.BreakDevice(fault_);
+  const auto result = operation->Finish();
+  ASSERT_TRUE(result.ok()) << result.status();
+  EXPECT_EQ((*result)->reason, Reason::kDeviceFault);
+}
+
+TEST_F(BrokenDevice, FailureInTheGatherTakesTheDecisionBack) {
+  const auto operation = BeginGated(Spec("snapkv", 10));
+  for (int64_t layer = 0; layer < operation->spec().model.num_layers; ++layer) {
+    ASSERT_TRUE(Observe(*operation, layer).ok());
+  }
+  ASSERT_EQ((*operation->Finish())->outcome, Outcome::kCompressed);
+  const OperationResult& result = operation->FinishKeptFull(Reason::kDeviceFault);
+  EXPECT_EQ(result.outcome, Outcome::kKeptFull);
+  EXPECT_EQ(result.reason, Reason::kDeviceFault);
+  EXPECT_EQ(static_cast<int64_t>(result.layers[0].keep_indices[0].size()),
+            operation->spec().seq_len);
+  EXPECT_EQ(result.bytes_after, result.bytes_before);
+}
+
+TEST_F(BrokenDevice, NothingNewBegins) {
+  gate_.BreakDevice(fault_);
+  const auto operation =
+      Operation::Begin(Spec("snapkv", 10), bench_.policies(), backend_, bench_.clock());
+  EXPECT_EQ(operation.status().code(), absl::StatusCode::kUnavailable);
+  EXPECT_THAT(std::string(operation.status().message()), HasSubstr("illegal address"));
 }
 
 TEST_F(OperationTest, ShadowDecidesAndRefusesToGather) {

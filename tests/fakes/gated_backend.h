@@ -31,6 +31,16 @@ class Gate {
     absl::MutexLock lock(&mutex_);
     failure_ = std::move(status);
   }
+  // The device fails: `status` is the answer of every pass and the backend's health.
+  void BreakDevice(absl::Status status) {
+    absl::MutexLock lock(&mutex_);
+    failure_ = status;
+    health_ = std::move(status);
+  }
+  absl::Status health() const {
+    absl::MutexLock lock(&mutex_);
+    return health_;
+  }
   // Every pass throws `what`() from now on, as a library might.
   void Throw(std::function<void()> what) {
     absl::MutexLock lock(&mutex_);
@@ -54,11 +64,12 @@ class Gate {
  private:
   bool Enough() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return waiting_ >= wanted_; }
 
-  absl::Mutex mutex_;
+  mutable absl::Mutex mutex_;
   bool open_ ABSL_GUARDED_BY(mutex_) = true;
   int waiting_ ABSL_GUARDED_BY(mutex_) = 0;
   int wanted_ ABSL_GUARDED_BY(mutex_) = 0;
   absl::Status failure_ ABSL_GUARDED_BY(mutex_);
+  absl::Status health_ ABSL_GUARDED_BY(mutex_);
   std::function<void()> throw_ ABSL_GUARDED_BY(mutex_);
 };
 
@@ -68,6 +79,7 @@ class GatedBackend final : public kernels::ComputeBackend {
       : inner_(std::move(inner)), gate_(gate) {}
 
   std::string name() const override { return inner_->name(); }
+  absl::Status Health() const override { return gate_.health(); }
   absl::StatusOr<std::unique_ptr<kernels::OpContext>> NewContext() override {
     return inner_->NewContext();
   }

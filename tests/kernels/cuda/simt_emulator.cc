@@ -65,16 +65,7 @@ class EmulatedBlock {
     for (int i = 0; i < shape.threads; ++i) threads_.emplace_back(this, i);
     fibers_.resize(static_cast<size_t>(shape.threads));
     warps_.resize(static_cast<size_t>(shape.threads / kWarpLanes));
-    for (int i = 0; i < shape.threads; ++i) {
-      Fiber& fiber = fibers_[i];
-      KEEPSET_CHECK(getcontext(&fiber.context) == 0);
-      fiber.context.uc_stack.ss_sp = stacks + i * kStackBytes;
-      fiber.context.uc_stack.ss_size = kStackBytes;
-      fiber.context.uc_link = &scheduler_;
-      const auto address = reinterpret_cast<uintptr_t>(this);
-      makecontext(&fiber.context, reinterpret_cast<void (*)()>(&EmulatedBlock::Enter), 3,
-                  static_cast<uint32_t>(address >> 32), static_cast<uint32_t>(address), i);
-    }
+    for (int i = 0; i < shape.threads; ++i) Prepare(i, stacks + i * kStackBytes);
   }
 
   void Run() {
@@ -167,6 +158,17 @@ class EmulatedBlock {
     auto* block = reinterpret_cast<EmulatedBlock*>((uintptr_t{high} << 32) | low);
     block->body_(block->threads_[thread]);
     block->fibers_[thread].is_done = true;
+  }
+
+  void Prepare(int thread, std::byte* stack) {
+    ucontext_t& context = fibers_[thread].context;
+    KEEPSET_CHECK(getcontext(&context) == 0);
+    context.uc_stack.ss_sp = stack;
+    context.uc_stack.ss_size = kStackBytes;
+    context.uc_link = &scheduler_;
+    const auto address = reinterpret_cast<uintptr_t>(this);
+    makecontext(&context, reinterpret_cast<void (*)()>(&EmulatedBlock::Enter), 3,
+                static_cast<uint32_t>(address >> 32), static_cast<uint32_t>(address), thread);
   }
 
   void Wait(int thread, const uint64_t* phase) {

@@ -1,0 +1,99 @@
+#!/usr/bin/env bash
+# Runs the GPU tests and the benchmark of this bundle, and writes OUTDIR/gpu-report.json and
+# OUTDIR/gpu-report.txt (the table), with the logs beside them.
+#
+#   ./run-gpu-checks.sh OUTDIR [--quick]
+#
+# Exit codes: 0 every test passed, 1 a test or the benchmark failed, 2 usage, 3 no device: nothing was
+# checked, and the report says so.
+set -uo pipefail
+if [ $# -lt 1 ] || [ $# -gt 2 ] || { [ $# -eq 2 ] && [ "$2" != --quick ]; }; then
+  echo "usage: $0 OUTDIR [--quick]" >&2
+  exit 2
+fi
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+out=$1
+quick=${2:-}
+mkdir -p "$out" || exit 2
+report=$out/gpu-report.json
+built_from=$(cat "$here/COMMIT")
+
+# The bundle's own libraries; where the system's C library is older than ours, that one too.
+export LD_LIBRARY_PATH=$here/lib${LD_LIBRARY_PATH:+:$LD_LIBRARY_PATH}
+launch=()
+"$here/bin/keepsetd" --version >/dev/null 2>&1 ||
+  launch=("$here/lib/libc/ld-linux.so" --library-path "$here/lib/libc:$LD_LIBRARY_PATH")
+run() {
+  local program=$1
+  shift
+  ${launch[@]+"${launch[@]}"} "$here/bin/$program" "$@"
+}
+
+quoted() { printf '"%s"' "$(printf '%s' "$1" | tr -d '\000-\037' | sed 's/[\\"]/\\&/g')"; }
+json_lines() { if [ -s "$1" ]; then paste -sd, "$1"; fi; }
+
+device=$(run gpu_bench --probe 2>"$out/probe.log")
+probe=$?
+if [ $probe -ne 0 ]; then
+  reason=$(tail -n 1 "$out/probe.log")
+  printf '{"built_from": %s, "device": null, "reason": %s}\n' "$(quoted "$built_from")" \
+    "$(quoted "$reason")" >"$report"
+  echo "not measured: $reason" | tee "$out/gpu-report.txt"
+  exit 3
+fi
+echo "$device"
+failed=0
+
+echo "== tests"
+run cuda_device_test --gtest_output="json:$out/tests.json" >"$out/tests.log" 2>&1
+tests=$?
+tail -n 3 "$out/tests.log"
+[ $tests -eq 0 ] || failed=1
+
+# Where the tool is installed and takes the device; the largest shapes take it too long.
+sanitizer='null'
+if command -v compute-sanitizer >/dev/null; then
+  results=()
+  for tool in memcheck racecheck synccheck initcheck; do
+    echo "== compute-sanitizer $tool"
+    timeout 600 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+      ${launch[@]+"${launch[@]}"} "$here/bin/cuda_device_test" \
+      --gtest_filter='-*Large*:*LongRows*' >"$out/sanitizer-$tool.log" 2>&1
+    code=$?
+    tail -n 2 "$out/sanitizer-$tool.log"
+    case $code in
+      0) results+=("\"$tool\": \"clean\"") ;;
+      9) results+=("\"$tool\": \"errors\"") && failed=1 ;;
+      124) results+=("\"$tool\": \"timed out\"") ;;
+      *) results+=("\"$tool\": \"did not run, exit $code\"") ;;
+    esac
+  done
+  sanitizer="{$(IFS=,; echo "${results[*]}")}"
+fi
+
+echo "== benchmark"
+run gpu_bench $quick >"$out/bench.jsonl" 2>"$out/bench.log"
+bench=$?
+[ $bench -eq 0 ] || failed=1
+
+echo "== peers"
+python3 "$here/peers.py" $quick >"$out/peers.jsonl" 2>"$out/peers.log"
+peers=$?
+
+driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)
+{
+  printf '{"built_from": %s, "device": %s, "driver": %s, "kernel": %s, "date": %s, ' \
+    "$(quoted "$built_from")" "$device" "$(quoted "$driver")" "$(quoted "$(uname -r)")" \
+    "$(quoted "$(date -u +%Y-%m-%dT%H:%M:%SZ)")"
+  printf '"tests_exit": %d, "sanitizer": %s, "bench_exit": %d, "bench": [%s], ' \
+    "$tests" "$sanitizer" "$bench" "$(json_lines "$out/bench.jsonl")"
+  printf '"peers_exit": %d, "peers": [%s]}\n' "$peers" "$(json_lines "$out/peers.jsonl")"
+} >"$report"
+{
+  echo "built from $built_from"
+  echo "tests: exit $tests; compute-sanitizer: $sanitizer"
+  cat "$out/bench.log"
+  echo "peers (exit $peers):"
+  cat "$out/peers.jsonl"
+} | tee "$out/gpu-report.txt"
+exit $failed
