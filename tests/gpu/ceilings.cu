@@ -110,6 +110,12 @@ std::string MeasureExp2(double* per_ns) {
   return error;
 }
 
+// Overloaded in C++, one function in the library.
+using GemmEx = cublasStatus_t(cublasHandle_t, cublasOperation_t, cublasOperation_t, int, int, int,
+                              const void*, const void*, cudaDataType, int, const void*,
+                              cudaDataType, int, const void*, void*, cudaDataType, int,
+                              cublasComputeType_t, cublasGemmAlgo_t);
+
 // cuBLAS is no part of the bundle: half a gigabyte that many machines have anyway.
 std::string MeasureGemm(Ceilings* ceilings) {
   void* library = nullptr;
@@ -123,7 +129,7 @@ std::string MeasureGemm(Ceilings* ceilings) {
   }
   const auto create =
       reinterpret_cast<decltype(&cublasCreate_v2)>(dlsym(library, "cublasCreate_v2"));
-  const auto gemm = reinterpret_cast<decltype(&cublasGemmEx)>(dlsym(library, "cublasGemmEx"));
+  const auto gemm = reinterpret_cast<GemmEx*>(dlsym(library, "cublasGemmEx"));
   cublasHandle_t handle = nullptr;
   if (create == nullptr || gemm == nullptr || create(&handle) != CUBLAS_STATUS_SUCCESS) {
     ceilings->gemm_note = "libcublas refuses this device";
