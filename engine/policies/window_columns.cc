@@ -21,8 +21,7 @@ View SkipRows(View view, int64_t rows, int64_t row_stride) {
 
 absl::Status WindowColumnMeans(PolicyContext& context, int64_t layer,
                                const LayerObservation& observation, int64_t num_rows,
-                               kernels::ScoreBuffer& columns,
-                               kernels::ScoreBuffer* value_norms) {
+                               kernels::ScoreBuffer& columns, kernels::ScoreBuffer* value_norms) {
   const int64_t skipped = static_cast<int64_t>(context.row_positions.size()) - num_rows;
   const absl::Span<const int64_t> row_positions = context.row_positions.subspan(skipped);
   const std::string what = absl::StrCat("layer ", layer);
