@@ -91,6 +91,16 @@ def test_records_against_another_table_are_not_taken_up(engine, adapter, prompts
         StepFile(path, "t/2@1")
 
 
+def test_two_runs_cannot_write_the_same_step(tmp_path):
+    path = tmp_path / "h.jsonl"
+    with StepFile(path, "t/1@0") as first:
+        first.append(head_record(1.0, 2.0))
+        with pytest.raises(CalibrationError, match="another run is writing it"):
+            StepFile(path, "t/1@0")
+    with StepFile(path, "t/1@0") as second:
+        assert len(second) == 1
+
+
 def test_raising_the_marker_alone_lowers_the_loss(engine, adapter, prompts):
     measured = rollouts(engine, adapter, prompts)
     neutral = Weights.neutral(adapter.fingerprint(), 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import math
 import os
@@ -24,24 +25,38 @@ class StepFile:
     """Appends the records of one step. What an earlier run wrote is kept and not asked for again.
 
     A last line that was cut in the middle is dropped at opening. Records that were measured against
-    another table than `paired_policy` are refused: they answer another question.
+    another table than `paired_policy` are refused: they answer another question. So is a file that
+    another run is writing.
     """
 
     def __init__(self, path: pathlib.Path, paired_policy: str):
         self._done: set[Key] = set()
-        whole = b""
-        if path.exists():
-            whole = path.read_bytes()
-            whole = whole[: whole.rfind(b"\n") + 1]
-            for number, line in enumerate(whole.splitlines(), 1):
-                record = json.loads(line)
-                if record["paired_policy"] != paired_policy:
-                    raise CalibrationError(
-                        f"{path}:{number}: paired_policy={record['paired_policy']}, want "
-                        f"{paired_policy}: remove {path.parent} to start anew")
-                self._done.add(key_of(record))
-            os.truncate(path, len(whole))
         self._file = path.open("a", encoding="utf-8")
+        try:
+            self._lock(path)
+            self._take_up(path, paired_policy)
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _lock(self, path: pathlib.Path) -> None:
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CalibrationError(f"{path}: another run is writing it: wait for its end or choose "
+                                   "another --out") from None
+
+    def _take_up(self, path: pathlib.Path, paired_policy: str) -> None:
+        whole = path.read_bytes()
+        whole = whole[: whole.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.splitlines(), 1):
+            record = json.loads(line)
+            if record["paired_policy"] != paired_policy:
+                raise CalibrationError(
+                    f"{path}:{number}: paired_policy={record['paired_policy']}, want "
+                    f"{paired_policy}: remove {path.parent} to start anew")
+            self._done.add(key_of(record))
+        os.truncate(path, len(whole))
 
     def __enter__(self) -> StepFile:
         return self
