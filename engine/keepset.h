@@ -288,6 +288,15 @@ void keepset_report_destroy(keepset_report* report);
 /* Bytes read so far and bytes of all files; from any thread, one call at a time. */
 typedef void (*keepset_progress)(void* user, int64_t bytes_done, int64_t bytes_total);
 
+/* Values a table entry may take: first + step * i, i = 0..count-1. count 0: the paper's, 0.8..1.5 in
+ * steps of 0.025 for heads and 0.8..1.0 in steps of 0.01 for gates. */
+typedef struct keepset_action_grid {
+  double first;
+  double step;
+  int32_t count;
+  int32_t reserved;
+} keepset_action_grid;
+
 typedef struct keepset_compile_options {
   size_t struct_size;
   const char* const* record_paths; /* [num_record_paths], JSON lines */
@@ -307,6 +316,8 @@ typedef struct keepset_compile_options {
   int32_t independent_records;  /* 1: records without paired_policy are taken */
   int32_t compare_solvers;      /* 1: both solvers, the report says where they differ */
   int32_t reserved;
+  keepset_action_grid head_actions;
+  keepset_action_grid gate_actions;
   keepset_progress progress; /* may be NULL */
   void* progress_user;
 } keepset_compile_options;
@@ -315,7 +326,7 @@ typedef struct keepset_compile_options {
 keepset_status keepset_table_compile(const keepset_compile_options* options, keepset_report** out);
 
 /* What record files hold: counts per state and action, coverage of the risk cells, rejections. Uses
- * record_paths, bins, num_threads and progress of the options. */
+ * record_paths, bins, actions, num_threads and progress of the options. */
 keepset_status keepset_records_summarize(const keepset_compile_options* options,
                                          keepset_report** out);
 

@@ -118,8 +118,9 @@ absl::Status ReadState(const FieldReader& fields, const RecordRules& rules,
   return fields.Int(RecordField::kKvHead, 0, Last(rules.num_kv_heads, kMaxModelHeads), record.head);
 }
 
-absl::Status ReadAction(const FieldReader& fields, CalibrationRecord& record) {
-  const ActionGrid& grid = record.kind == RecordKind::kHead ? kHeadActions : kGateActions;
+absl::Status ReadAction(const FieldReader& fields, const ActionGrids& actions,
+                        CalibrationRecord& record) {
+  const ActionGrid& grid = record.kind == RecordKind::kHead ? actions.head : actions.gate;
   double action = 0;
   KEEPSET_RETURN_IF_ERROR(fields.Finite(RecordField::kAction, "a finite number", action));
   const std::optional<int> index = grid.IndexOf(action);
@@ -220,6 +221,18 @@ std::optional<int> ActionGrid::IndexOf(double action) const {
   return index;
 }
 
+absl::Status CheckActionGrid(absl::string_view name, const ActionGrid& grid) {
+  constexpr double kLargestAction = 1000;
+  const double last = grid.first + grid.step * (grid.size - 1);
+  if (grid.size >= 2 && grid.size <= kMaxActions && grid.first > 0 && grid.step > 0 &&
+      last <= kLargestAction) {
+    return absl::OkStatus();
+  }
+  return absl::InvalidArgumentError(absl::StrCat(
+      name, "=", grid.first, ":", grid.step, ":", grid.size,
+      ", want first above 0, step above 0, 2..", kMaxActions, " values up to ", kLargestAction));
+}
+
 absl::StatusOr<CalibrationRecord> ParseCalibrationRecord(absl::string_view line,
                                                          const RecordRules& rules,
                                                          std::string& scratch) {
@@ -231,7 +244,7 @@ absl::StatusOr<CalibrationRecord> ParseCalibrationRecord(absl::string_view line,
   KEEPSET_RETURN_IF_ERROR(ReadKind(fields, record));
   KEEPSET_RETURN_IF_ERROR(ReadOrigin(fields, rules, record));
   KEEPSET_RETURN_IF_ERROR(ReadState(fields, rules, record));
-  KEEPSET_RETURN_IF_ERROR(ReadAction(fields, record));
+  KEEPSET_RETURN_IF_ERROR(ReadAction(fields, rules.actions, record));
   KEEPSET_RETURN_IF_ERROR(ReadReward(fields, record));
   return record;
 }

@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 
@@ -27,6 +28,17 @@ struct ActionGrid {
 inline constexpr ActionGrid kHeadActions = {0.8, 0.025, 29};  // 0.8..1.5
 inline constexpr ActionGrid kGateActions = {0.8, 0.01, 21};   // 0.8..1.0
 
+// What a run may log; the paper's unless it says otherwise.
+struct ActionGrids {
+  ActionGrid head = kHeadActions;
+  ActionGrid gate = kGateActions;
+};
+
+// InvalidArgument "<name>: ..." for a grid that is not ascending, not positive or of more than
+// kMaxActions values.
+inline constexpr int kMaxActions = 64;
+absl::Status CheckActionGrid(absl::string_view name, const ActionGrid& grid);
+
 // Rewards are summed as integers; beyond this a loss is no measurement of a language model.
 inline constexpr double kMaxAbsReward = 1 << 20;
 
@@ -41,6 +53,7 @@ struct RecordRules {
   int64_t num_layers = 0;  // 0: not known, only the limits of model_fingerprint.h hold
   int64_t num_qo_heads = 0;
   int64_t num_kv_heads = 0;
+  ActionGrids actions;
 };
 
 struct CalibrationRecord {

@@ -224,7 +224,7 @@ absl::StatusOr<GateStatistics> RecordStatistics::BinGates(int64_t num_entropy_bi
   };
   GateStatistics gates{edges_of(&GateRow::entropy, num_entropy_bins),
                        edges_of(&GateRow::ppl, num_ppl_bins),
-                       StateStatistics(kGateActions.size, limits_.max_states),
+                       StateStatistics(num_gate_actions_, limits_.max_states),
                        {}};
   if (keeping == RowKeeping::kKeep) gates.rows.reserve(num_gate_records_);
   for (const std::vector<GateRow>& block : gate_rows_) {

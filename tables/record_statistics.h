@@ -104,8 +104,11 @@ struct GateStatistics {
 // Collects committed chunks. Not thread-safe.
 class RecordStatistics {
  public:
-  RecordStatistics(const RecordLimits& limits, RowKeeping keeping)
-      : limits_(limits), keeping_(keeping), heads_(kHeadActions.size, limits.max_states) {}
+  RecordStatistics(const RecordLimits& limits, RowKeeping keeping, const ActionGrids& actions = {})
+      : limits_(limits),
+        keeping_(keeping),
+        num_gate_actions_(actions.gate.size),
+        heads_(actions.head.size, limits.max_states) {}
 
   // InvalidArgument "<file>: line N: ..." for a bad or duplicate record beyond max_rejected;
   // ResourceExhausted beyond the limits.
@@ -138,6 +141,7 @@ class RecordStatistics {
 
   const RecordLimits limits_;
   const RowKeeping keeping_;
+  const int num_gate_actions_;
   absl::flat_hash_set<uint64_t> seen_;
   StateStatistics heads_;
   std::optional<HeadUnit> head_unit_;

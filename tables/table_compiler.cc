@@ -30,8 +30,25 @@ absl::Status CheckBins(const BinCounts& bins) {
   return absl::OkStatus();
 }
 
+absl::Status CheckActions(const ActionGrids& actions) {
+  KEEPSET_RETURN_IF_ERROR(CheckActionGrid("head_actions", actions.head));
+  return CheckActionGrid("gate_actions", actions.gate);
+}
+
+// The range a table of these actions declares: nothing for the paper's own, and room for the value
+// of states without records.
+std::optional<std::pair<float, float>> DeclaredGrid(const ActionGrid& grid, const ActionGrid& usual,
+                                                    float unsupported) {
+  if (grid.first == usual.first && grid.step == usual.step && grid.size == usual.size) {
+    return std::nullopt;
+  }
+  return std::pair(std::min(grid.Value(0), unsupported),
+                   std::max(grid.Value(grid.size - 1), unsupported));
+}
+
 absl::Status CheckOptions(const CompileOptions& options) {
   KEEPSET_RETURN_IF_ERROR(CheckBins(options.bins));
+  KEEPSET_RETURN_IF_ERROR(CheckActions(options.actions));
   if (!(options.conservative_weight >= 0 &&
         options.conservative_weight <= kMaxConservativeWeight)) {
     return absl::InvalidArgumentError(absl::StrCat(
@@ -180,8 +197,8 @@ ReportJson AlgorithmJson(const CompileOptions& options, std::optional<HeadUnit> 
   const auto grid_json = [](const ActionGrid& grid) {
     return ReportJson{{"first", grid.first}, {"step", grid.step}, {"count", grid.size}};
   };
-  json["head_actions"] = grid_json(kHeadActions);
-  json["gate_actions"] = grid_json(kGateActions);
+  json["head_actions"] = grid_json(options.actions.head);
+  json["gate_actions"] = grid_json(options.actions.gate);
   json["head_states"] = unit == HeadUnit::kKvHead ? "kv_head" : "head";
   json["unsupported"] = {{"head", 1.0}, {"gate", 0.8}};
   return json;
@@ -246,9 +263,10 @@ absl::StatusOr<CompiledTable> CompileTable(const std::vector<std::string>& recor
   const bool needs_rows =
       options.solver == TableSolver::kAdam || options.comparison == SolverComparison::kCompare;
   const RowKeeping keeping = needs_rows ? RowKeeping::kKeep : RowKeeping::kNone;
-  RecordStatistics statistics(options.limits, keeping);
+  RecordStatistics statistics(options.limits, keeping, options.actions);
   RecordReadOptions read;
-  read.rules = {options.paired_policy, model.num_layers, model.num_qo_heads, model.num_kv_heads};
+  read.rules = {options.paired_policy, model.num_layers, model.num_qo_heads, model.num_kv_heads,
+                options.actions};
   read.num_threads = options.num_threads;
   KEEPSET_ASSIGN_OR_RETURN(
       const std::string digest,
@@ -265,11 +283,12 @@ absl::StatusOr<CompiledTable> CompileTable(const std::vector<std::string>& recor
   const HeadUnit unit = statistics.head_unit().value_or(HeadUnit::kQueryHead);
   const bool grouped = unit == HeadUnit::kKvHead;
   const int64_t num_units = grouped ? model.num_kv_heads : model.num_qo_heads;
-  FilledArray heads =
-      Fill({budgets, model.num_layers, num_units, model.num_qo_heads / num_units},
-           statistics.heads(), head_fit.chosen.actions, kHeadActions, kUnsupportedHeadWeight);
-  FilledArray cells = Fill({budgets, model.num_layers, options.bins.entropy * options.bins.ppl, 1},
-                           gates.states, gate_fit.chosen.actions, kGateActions, kUnsupportedGate);
+  FilledArray heads = Fill({budgets, model.num_layers, num_units, model.num_qo_heads / num_units},
+                           statistics.heads(), head_fit.chosen.actions, options.actions.head,
+                           kUnsupportedHeadWeight);
+  FilledArray cells =
+      Fill({budgets, model.num_layers, options.bins.entropy * options.bins.ppl, 1}, gates.states,
+           gate_fit.chosen.actions, options.actions.gate, kUnsupportedGate);
 
   const auto head_state = [unit](const StateKey& key) { return HeadStateReport(key, unit); };
   const auto gate_state = [&options](const StateKey& key) {
@@ -283,8 +302,9 @@ absl::StatusOr<CompiledTable> CompileTable(const std::vector<std::string>& recor
       {"records", CountsReport(statistics)},
       {"budgets", budgets},
       {"algorithm", AlgorithmJson(options, unit)},
-      {"head", KindReport(statistics.heads(), head_fit.chosen, heads, kHeadActions, head_state)},
-      {"gate", KindReport(gates.states, gate_fit.chosen, cells, kGateActions, gate_state)},
+      {"head",
+       KindReport(statistics.heads(), head_fit.chosen, heads, options.actions.head, head_state)},
+      {"gate", KindReport(gates.states, gate_fit.chosen, cells, options.actions.gate, gate_state)},
       {"coverage", CoverageReport(gates)}};
   if (options.solver == TableSolver::kExact) {
     report["fit"] = {{"tolerance", kCqlTolerance},
@@ -296,8 +316,8 @@ absl::StatusOr<CompiledTable> CompileTable(const std::vector<std::string>& recor
   if (options.comparison == SolverComparison::kCompare) {
     report["comparison"] = {
         {"adam", AdamSettings(options.adam)},
-        {"head", DifferenceReport(statistics.heads(), head_fit, kHeadActions, head_state)},
-        {"gate", DifferenceReport(gates.states, gate_fit, kGateActions, gate_state)}};
+        {"head", DifferenceReport(statistics.heads(), head_fit, options.actions.head, head_state)},
+        {"gate", DifferenceReport(gates.states, gate_fit, options.actions.gate, gate_state)}};
   }
 
   CompiledTable table;
@@ -312,20 +332,24 @@ absl::StatusOr<CompiledTable> CompileTable(const std::vector<std::string>& recor
   content.ppl_edges = gates.ppl_edges;
   content.head_weights = std::move(heads.values);
   content.gate_thresholds = std::move(cells.values);
+  content.head_grid = DeclaredGrid(options.actions.head, kHeadActions, kUnsupportedHeadWeight);
+  content.gate_grid = DeclaredGrid(options.actions.gate, kGateActions, kUnsupportedGate);
   content.algorithm_json = Dump(AlgorithmJson(options, unit));
   content.provenance_json = Dump(ProvenanceJson(options, statistics, gates.states, digest));
   return table;
 }
 
 absl::StatusOr<std::string> SummarizeRecords(const std::vector<std::string>& record_paths,
-                                             const BinCounts& bins, int num_threads,
-                                             const RecordProgress& progress) {
+                                             const BinCounts& bins, const ActionGrids& actions,
+                                             int num_threads, const RecordProgress& progress) {
   KEEPSET_RETURN_IF_ERROR(CheckBins(bins));
+  KEEPSET_RETURN_IF_ERROR(CheckActions(actions));
   RecordLimits limits;
   limits.max_rejected = INT64_MAX;
-  RecordStatistics statistics(limits, RowKeeping::kNone);
+  RecordStatistics statistics(limits, RowKeeping::kNone, actions);
   RecordReadOptions read;
   read.rules.paired_policy = PairedPolicyRule::kOptional;
+  read.rules.actions = actions;
   read.num_threads = num_threads;
   KEEPSET_ASSIGN_OR_RETURN(
       const std::string digest,
@@ -353,7 +377,7 @@ absl::StatusOr<std::string> SummarizeRecords(const std::vector<std::string>& rec
   const HeadUnit unit = statistics.head_unit().value_or(HeadUnit::kQueryHead);
   summary["head"] = {{"states", statistics.heads().num_states()},
                      {"records_per_state", RecordsPerState(statistics.heads())},
-                     {"actions", RecordsPerAction(statistics.heads(), kHeadActions)},
+                     {"actions", RecordsPerAction(statistics.heads(), actions.head)},
                      {"per_state", states_json(statistics.heads(), [unit](const StateKey& key) {
                         return HeadStateReport(key, unit);
                       })}};
@@ -362,7 +386,7 @@ absl::StatusOr<std::string> SummarizeRecords(const std::vector<std::string>& rec
                              statistics.BinGates(bins.entropy, bins.ppl, RowKeeping::kNone));
     summary["gate"] = {{"states", gates.states.num_states()},
                        {"records_per_state", RecordsPerState(gates.states)},
-                       {"actions", RecordsPerAction(gates.states, kGateActions)},
+                       {"actions", RecordsPerAction(gates.states, actions.gate)},
                        {"per_state", states_json(gates.states, [&bins](const StateKey& key) {
                           return GateStateReport(key, bins.ppl);
                         })}};

@@ -35,6 +35,7 @@ struct CompileOptions {
   double conservative_weight = 0.75;
   AdamOptions adam;
   BinCounts bins;
+  ActionGrids actions;
   PairedPolicyRule paired_policy = PairedPolicyRule::kRequired;
   std::optional<int64_t> default_budget;
   RecordLimits limits;
@@ -58,8 +59,8 @@ absl::StatusOr<CompiledTable> CompileTable(const std::vector<std::string>& recor
 // What record files hold, for people and tools, as JSON. Bad and duplicate records are counted,
 // never an error.
 absl::StatusOr<std::string> SummarizeRecords(const std::vector<std::string>& record_paths,
-                                             const BinCounts& bins, int num_threads,
-                                             const RecordProgress& progress);
+                                             const BinCounts& bins, const ActionGrids& actions,
+                                             int num_threads, const RecordProgress& progress);
 
 }  // namespace keepset::tables
 

@@ -9,8 +9,11 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/str_split.h"
+#include "absl/strings/string_view.h"
 #include "base/status_macros.h"
 #include "clients/cli/engine_handles.h"
 #include "clients/cli/exit_status.h"
@@ -32,16 +35,35 @@ void ShowReading(void* progress, int64_t bytes_done, int64_t bytes_total) {
       absl::StrFormat("reading records: %.0f of %.0f MiB", bytes_done / kMiB, bytes_total / kMiB));
 }
 
+absl::Status ParseActions(absl::string_view flag, const std::optional<std::string>& text,
+                          keepset_action_grid& out) {
+  if (!text.has_value()) return absl::OkStatus();
+  const std::vector<absl::string_view> parts = absl::StrSplit(*text, ':');
+  if (parts.size() != 3 || !absl::SimpleAtod(parts[0], &out.first) ||
+      !absl::SimpleAtod(parts[1], &out.step) || !absl::SimpleAtoi(parts[2], &out.count) ||
+      out.count < 1) {
+    return UsageError(
+        absl::StrCat(flag, "=", *text, ", want FIRST:STEP:COUNT, such as 0.8:0.025:29"));
+  }
+  return absl::OkStatus();
+}
+
 // Flags of everything that reads records.
 struct RecordFlags {
   std::optional<int64_t> entropy_bins;
   std::optional<int64_t> ppl_bins;
   std::optional<int64_t> threads;
+  std::optional<std::string> head_actions;
+  std::optional<std::string> gate_actions;
 
   void AddTo(FlagParser& parser) {
     parser.Int("--entropy-bins", "N", "entropy bins, default 20", &entropy_bins)
         .Int("--ppl-bins", "N", "perplexity bins, default 4", &ppl_bins)
-        .Int("--threads", "N", "default: all cores", &threads);
+        .Int("--threads", "N", "default: all cores", &threads)
+        .Text("--head-actions", "FIRST:STEP:COUNT", "head weights on record, default 0.8:0.025:29",
+              &head_actions)
+        .Text("--gate-actions", "FIRST:STEP:COUNT", "gates on record, default 0.8:0.01:21",
+              &gate_actions);
   }
 
   // Points into `paths` and `c_paths`.
@@ -58,6 +80,8 @@ struct RecordFlags {
       return RefusedError(
           absl::StrCat("--threads=", *threads, ", want 0..", kMostThreads, " (0: all cores)"));
     }
+    KEEPSET_RETURN_IF_ERROR(ParseActions("--head-actions", head_actions, options.head_actions));
+    KEEPSET_RETURN_IF_ERROR(ParseActions("--gate-actions", gate_actions, options.gate_actions));
     for (const std::string& path : paths) {
       KEEPSET_RETURN_IF_ERROR(CheckFileExists("records", path));
       c_paths.push_back(path.c_str());

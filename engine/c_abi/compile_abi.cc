@@ -60,6 +60,16 @@ tables::BinCounts Bins(const keepset_compile_options& options) {
   return bins;
 }
 
+tables::ActionGrids Actions(const keepset_compile_options& options) {
+  tables::ActionGrids actions;
+  const auto set = [](const keepset_action_grid& from, tables::ActionGrid& to) {
+    if (from.count != 0) to = {from.first, from.step, from.count};
+  };
+  set(options.head_actions, actions.head);
+  set(options.gate_actions, actions.gate);
+  return actions;
+}
+
 tables::RecordProgress Progress(const keepset_compile_options& options) {
   if (options.progress == nullptr) return nullptr;
   return [progress = options.progress, user = options.progress_user](
@@ -89,6 +99,7 @@ absl::StatusOr<tables::CompileOptions> CompileOptions(const keepset_compile_opti
     compile.conservative_weight = options.conservative_weight;
   }
   compile.bins = Bins(options);
+  compile.actions = Actions(options);
   if (options.independent_records != 0) {
     compile.paired_policy = tables::PairedPolicyRule::kOptional;
   }
@@ -132,9 +143,9 @@ keepset_status keepset_records_summarize(const keepset_compile_options* options,
     KEEPSET_RETURN_IF_ERROR(RequirePointer(out, "out"));
     KEEPSET_ASSIGN_OR_RETURN(const std::vector<std::string> paths, RecordPaths(*options));
     auto report = std::make_unique<keepset_report>();
-    KEEPSET_ASSIGN_OR_RETURN(
-        report->json,
-        tables::SummarizeRecords(paths, Bins(*options), options->num_threads, Progress(*options)));
+    KEEPSET_ASSIGN_OR_RETURN(report->json,
+                             tables::SummarizeRecords(paths, Bins(*options), Actions(*options),
+                                                      options->num_threads, Progress(*options)));
     *out = report.release();
     return absl::OkStatus();
   });

@@ -53,6 +53,22 @@ TEST_F(TablesCompile, MakesATableThatServesItsCapture) {
       0);
 }
 
+TEST_F(TablesCompile, OtherActionsAreTakenAndDeclaredInTheTable) {
+  const CliRun run = Compile(Records({kHead, kGate}), {"--head-actions", "0.25:0.25:16", "--json"});
+  ASSERT_EQ(run.exit_code, 0) << run.err;
+  EXPECT_EQ(Json::parse(run.out)["report"]["algorithm"]["head_actions"]["count"], 16);
+  EXPECT_EQ(RunBinary({"tables", "validate", Path("table")}).exit_code, 0);
+}
+
+TEST_F(TablesCompile, ActionsThatAreNoGridAreUsageAndImpossibleOnesRefused) {
+  const std::string records = Records({kHead, kGate});
+  const CliRun usage = Compile(records, {"--gate-actions", "0.8:0.01"});
+  EXPECT_EQ(usage.exit_code, 2);
+  EXPECT_THAT(usage.err, HasSubstr("want FIRST:STEP:COUNT"));
+  EXPECT_EQ(Compile(records, {"--gate-actions", "0.8:0.01:900"}).exit_code, 3);
+  EXPECT_THAT(Files(), testing::ElementsAre("records"));
+}
+
 TEST_F(TablesCompile, SameRecordsAndTimeGiveTheSameFile) {
   const std::string records = Records({kHead, kGate});
   const CliRun first = Compile(records, {"--json", "--created", "5"});

@@ -15,6 +15,7 @@ namespace keepset::tables {
 namespace {
 
 using ::testing::AllOf;
+using ::testing::Contains;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using Json = nlohmann::json;
@@ -89,7 +90,7 @@ TEST_F(TableCompiler, ResultIsAValidTableFileWithItsProvenance) {
 TEST_F(TableCompiler, CalibrationDigestIsTheShaOfTheBytes) {
   // sha256 of one line end, which is a file of blank lines only.
   const absl::StatusOr<std::string> summary =
-      SummarizeRecords({File("records.jsonl", "\n")}, {1, 1}, 1, nullptr);
+      SummarizeRecords({File("records.jsonl", "\n")}, {1, 1}, {}, 1, nullptr);
   ASSERT_TRUE(summary.ok()) << summary.status();
   EXPECT_EQ(Json::parse(*summary)["digest"],
             "sha256:01ba4719c80b6fe911b091a7c05124b64eeece964e09c058ef8f9805daca546b");
@@ -291,6 +292,32 @@ TEST_F(TableCompiler, DefaultBudgetMustBeCompiled) {
   EXPECT_THAT(ErrorOf(Minimal(), options), HasSubstr("default_budget=65, want one of 64"));
 }
 
+TEST_F(TableCompiler, AnotherGridIsTakenAndDeclared) {
+  Json record = HeadRecord();
+  record["action"] = 3.0;
+  EXPECT_THAT(ErrorOf(JoinLines({record.dump(), GateRecord().dump()})),
+              HasSubstr("action=3.0, want one of 0.8..1.5"));
+  CompileOptions options = Options();
+  options.actions.head = {0.5, 0.5, 8};
+  const absl::StatusOr<CompiledTable> table =
+      Compile(JoinLines({record.dump(), GateRecord().dump()}), options);
+  ASSERT_TRUE(table.ok()) << table.status();
+  EXPECT_THAT(table->content.head_weights, Contains(3.0f));
+  EXPECT_EQ(table->content.head_grid, std::pair(0.5f, 4.0f));
+  EXPECT_FALSE(table->content.gate_grid.has_value());
+  // What the reader would refuse, the writer does.
+  EXPECT_TRUE(SerializeTable(table->content).ok());
+}
+
+TEST_F(TableCompiler, GridsWithoutTwoPositiveValuesAreRefused) {
+  for (const ActionGrid grid : {ActionGrid{0, 0.1, 5}, ActionGrid{1, 0, 5}, ActionGrid{1, 0.1, 1},
+                                ActionGrid{1, 0.1, 65}, ActionGrid{1, 500, 5}}) {
+    CompileOptions options = Options();
+    options.actions.gate = grid;
+    EXPECT_THAT(ErrorOf(Minimal(), options), HasSubstr("gate_actions="));
+  }
+}
+
 TEST_F(TableCompiler, OptionsOutOfRangeAreRefused) {
   CompileOptions options = Options();
   options.conservative_weight = -1;
@@ -317,7 +344,7 @@ TEST_F(TableCompiler, SummaryCountsWhatIsGoodAndWhatIsNot) {
   far["seed"] = 1;
   far["entropy"] = 2.0;
   const std::string path = File("records.jsonl", Minimal() + far.dump() + "\nnonsense\n");
-  const absl::StatusOr<std::string> text = SummarizeRecords({path}, {2, 1}, 1, nullptr);
+  const absl::StatusOr<std::string> text = SummarizeRecords({path}, {2, 1}, {}, 1, nullptr);
   ASSERT_TRUE(text.ok()) << text.status();
   const Json summary = Json::parse(*text);
   EXPECT_EQ(summary["records"]["accepted"], 3);
