@@ -55,7 +55,8 @@ def calibrate(build: Build, adapter: Adapter, out: pathlib.Path, *, seeds: range
               budgets: list[int], alpha_scope: str, actions: int, max_rounds: int, name: str,
               version: str, say: Say, bins: tuple[int, int] = (20, 4), protect_window: int = 0,
               parameters: Mapping[str, object] | None = None, num_prompts: int | None = None,
-              tolerance: float = TOLERANCE, action_step: int = 1, workers: int = 0, ray_address: str | None = None) -> Outcome:
+              tolerance: float = TOLERANCE, action_step: int = 1, workers: int = 0,
+              ray_address: str | None = None) -> Outcome:
     """From prompts of `seeds` to records in `out` and a table; bins of entropy and of perplexity.
 
     parameters: of the policy, beside alpha_scope.
@@ -92,7 +93,8 @@ def calibrate(build: Build, adapter: Adapter, out: pathlib.Path, *, seeds: range
             "model": model.to_json(), "adapter": adapter.name, "pool": [seeds.start, seeds.stop],
             "seeds": list(chosen), "prompts": [prompt_id for prompt_id, _ in headers],
             "sequence_lengths": [seq_len for _, seq_len in headers], "budgets": budgets,
-            "parameters": measuring["parameters"], "actions_per_state": actions, "action_step": action_step, "bins": list(bins),
+            "parameters": measuring["parameters"], "actions_per_state": actions,
+            "action_step": action_step, "bins": list(bins),
             "protect_window": protect_window,
             "library": hashlib.sha256(build.library.read_bytes()).hexdigest(),
         }  # fmt: skip

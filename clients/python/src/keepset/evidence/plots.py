@@ -30,7 +30,7 @@ def _save(figure, out: pathlib.Path, name: str) -> str:
 
 
 def _constructed(cases: list[dict], out: pathlib.Path) -> str:
-    figure, axes = pyplot.subplots(figsize=(9, 0.5 + 0.45 * len(cases)))
+    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.6 * len(cases)))
     names = ("uniform", "compiled", "shuffled", "heads only", "gate only")
     places = np.arange(len(cases))
     for index, name in enumerate(names):
@@ -38,10 +38,12 @@ def _constructed(cases: list[dict], out: pathlib.Path) -> str:
         low, high = np.array([case["rows"][name]["interval"] for case in cases]).T
         axes.barh(places + 0.16 * (index - 2), values, 0.16, label=name,
                   xerr=np.maximum(0, [values - low, high - values]))
+        for place, value in zip(places, values):
+            axes.text(value + 0.02, place + 0.16 * (index - 2), f"{value:.2f}", va="center", fontsize=5)
     axes.set_yticks(places, [f"{case['title']} ({case['alpha_scope']})" for case in cases])
     axes.invert_yaxis()
     axes.set_xlabel(f"exact answers at {cases[0]['budget']} of {cases[0]['seq_len']} tokens")
-    axes.legend(fontsize=7)
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     return _save(figure, out, "evidence-constructed.png")
 
 
@@ -52,9 +54,10 @@ def _accuracy(part: dict, out: pathlib.Path) -> str:
     for line, column in zip(grid, ("inside", "later")):
         for axes, variant in zip(line, variants):
             for method in _PLAIN:
-                _line(axes, part, method, column, {"lw": 0.8, "ls": ":"}, method)
-            for kind in _KINDS:
-                _line(axes, part, f"compilerkv {variant} {kind}", column, {"lw": 1.8}, kind)
+                _line(axes, part, method, column, {"lw": 0.8, "ls": ":"}, method, 1.0)
+            for place, kind in enumerate(_KINDS):
+                _line(axes, part, f"compilerkv {variant} {kind}", column,
+                      {"lw": 1.6, "marker": "o^s"[place], "ms": 4}, kind, 1.06 ** (place - 1))
             axes.set_title(f"{variant}, question {column}", fontsize=9)
             axes.set_xscale("log", base=2)
             axes.set_xticks(part["settings"]["budgets"], part["settings"]["budgets"])
@@ -64,11 +67,13 @@ def _accuracy(part: dict, out: pathlib.Path) -> str:
     return _save(figure, out, "evidence-accuracy.png")
 
 
-def _line(axes, part: dict, method: str, column: str, style: dict, label: str) -> None:
+def _line(axes, part: dict, method: str, column: str, style: dict, label: str,
+          shift: float) -> None:
+    """shift: of the budget, so that curves on each other stay visible."""
     rows = [row for row in part["rows"] if row["method"] == method and row["column"] == column]
     values = np.array([row["exact"] for row in rows])
     low, high = np.array([row["interval"] for row in rows]).T
-    axes.errorbar([row["budget"] for row in rows], values,
+    axes.errorbar([shift * row["budget"] for row in rows], values,
                   yerr=np.maximum(0, [values - low, high - values]), label=label, capsize=2, **style)
 
 
@@ -103,6 +108,8 @@ def _gates(part: dict, out: pathlib.Path) -> str:
             axes.text(cell[1], cell[0], f"{hits[cell]:.0f}", ha="center", va="center", color="white",
                       fontsize=7)
         axes.set_title(f"{variant}: decisions per cell", fontsize=9)
+        axes.set_xticks(range(shape[1]))
+        axes.set_yticks(range(shape[0]))
         axes.set_xlabel("perplexity bin")
         axes.set_ylabel("entropy bin")
         axes = grid[1][index]

@@ -68,13 +68,13 @@ class Settings:
     protect_window: int = 16
     variants: tuple[Variant, ...] = VARIANTS
     budgets: tuple[int, ...] = (24, 32, 64, 256)
-    calibration_pool: range = range(60)
-    calibration_prompts: int = 20
+    calibration_pool: range = range(72)
+    calibration_prompts: int = 24
     action_step: int = 4
-    max_rounds: int = 3
+    max_rounds: int = 2
     test_seeds: range = range(1000, 1032)
     headroom_seeds: range = range(1000, 1016)
-    curve_prompts: tuple[int, ...] = (5, 10, 20)
+    curve_prompts: tuple[int, ...] = (6, 12, 24)
     transfer_variant: int = 3
     transfer_seeds: range = range(12)
     transfer_test_seeds: range = range(2000, 2012)
@@ -152,7 +152,8 @@ def _calibrate(build: Build, work: pathlib.Path, model: SmallModel, settings: Se
     return calibrate(build, _adapter(model, settings), work / "records.jsonl",
                      seeds=settings.calibration_pool, num_prompts=settings.calibration_prompts,
                      budgets=list(settings.budgets), alpha_scope=variant.alpha_scope,
-                     parameters=dict(variant.parameters), actions=len(HEAD_ACTIONS), action_step=settings.action_step,
+                     parameters=dict(variant.parameters), actions=len(HEAD_ACTIONS),
+                     action_step=settings.action_step,
                      max_rounds=settings.max_rounds, name=_table_name(variant, "compiled"),
                      version="1", say=say, bins=(settings.entropy_bins, settings.ppl_bins),
                      protect_window=settings.protect_window)
