@@ -63,6 +63,7 @@ def alternate(rollouts: Measurer, compiler: Compiler, out: pathlib.Path, neutral
     group_size = compiler.model.num_qo_heads // compiler.model.num_kv_heads
     policies: dict[str, str] = {}
     changes: list[RoundChange] = []
+    num_records: list[int] = []
 
     def measure(label: str, kind: str, frozen: Weights, frozen_file: str) -> pathlib.Path:
         path = steps / f"{label}.jsonl"
@@ -72,6 +73,7 @@ def alternate(rollouts: Measurer, compiler: Compiler, out: pathlib.Path, neutral
             progress = Progress(f"round {label}", rollouts.count(kind), len(file), say)
             rollouts.run(kind, frozen, paired, file, progress)
             progress.close(len(file))
+            num_records.append(len(file))
         return path
 
     def compile_(label: str, head: pathlib.Path, gate: pathlib.Path) -> tuple[bytes, Weights]:
@@ -102,8 +104,7 @@ def alternate(rollouts: Measurer, compiler: Compiler, out: pathlib.Path, neutral
         for path in (head_records, gate_records):
             with path.open("rb") as source:
                 shutil.copyfileobj(source, file)
-    num_records = sum(1 for path in steps.glob("*.jsonl") for _ in path.open("rb"))
-    return Outcome(data, rounds, settled, num_records, tolerance, tuple(changes))
+    return Outcome(data, rounds, settled, sum(num_records), tolerance, tuple(changes))
 
 
 def steps_of(out: pathlib.Path) -> pathlib.Path:

@@ -187,7 +187,11 @@ def _sentences(part: dict) -> Iterator[str]:
     name = next(variant for variant, rows in part["headroom"].items() if turned in rows)
     yield (f"Most to gain on the grid: variant {name}, {turned['column']}, budget {turned['budget']}, "
            f"{turned['uniform_open']:.2f} to {turned['best_on_grid']:.2f} nats; the compiled table reaches "
-           f"{turned['compiled']:.2f}.")
+           f"{turned['compiled']:.2f}. Actions are logged equally often, so the fit takes the action of the "
+           "best mean reward; how well rewards from other prompts would rank the same actions is measured "
+           "under Transfer: Spearman "
+           f"{part['transfer']['rank_correlation']['mean'] or 0:.2f} on average. Where that is low, the "
+           "limit is the noise of so few prompts, not the fit.")
     yield ""
 
 
