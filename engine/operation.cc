@@ -96,7 +96,7 @@ class OperationImpl final : public Operation {
     }
     KEEPSET_RETURN_IF_ERROR(CheckObservation(spec(), plan_.needs, layer, observation));
     if (!keeps_all_ && !DeadlinePassed() && DeviceWorks()) {
-      const absl::Status status = ScoreLayer(layer, observation);
+      absl::Status status = ScoreLayer(layer, observation);
       // A layer that a broken device could not score is no fault of the caller.
       if (!status.ok() && DeviceWorks()) return status;
     }

@@ -30,7 +30,7 @@ absl::Status WindowColumnMeans(PolicyContext& context, int64_t layer,
     args.tile = SkipRows(observation.attn_tile, skipped, observation.attn_tile.row_stride);
     args.row_positions = row_positions;
     args.what = what;
-    const absl::Status status = context.backend.TileColumns(context.op_context, args, columns);
+    absl::Status status = context.backend.TileColumns(context.op_context, args, columns);
     if (!status.ok() || value_norms == nullptr) return status;
     return context.backend.RowNorms(context.op_context, observation.v, absl::StrCat(what, ": v"),
                                     *value_norms);

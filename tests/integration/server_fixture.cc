@@ -72,7 +72,8 @@ TestServer::TestServer(const std::string& config) {
       *parsed, {.clock = SystemClock(),
                 .log = log_.logger(),
                 .random_seed = 1,
-                .backend = std::make_unique<fakes::GatedBackend>(*std::move(backend), gate_)});
+                .backend = std::make_unique<fakes::GatedBackend>(*std::move(backend), gate_),
+                .on_device_fault = [this] { ++device_faults_; }});
   EXPECT_TRUE(server.ok()) << server.status();
   if (server.ok()) server_ = *std::move(server);
 }

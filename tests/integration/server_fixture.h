@@ -4,6 +4,7 @@
 
 #include <grpcpp/channel.h>
 
+#include <atomic>
 #include <memory>
 #include <sstream>
 #include <streambuf>
@@ -61,6 +62,8 @@ class TestServer {
   service::Server& server() { return *server_; }
   fakes::Gate& gate() { return gate_; }
   CapturedLog& log() { return log_; }
+  // Times the server said that its device failed.
+  int device_faults() const { return device_faults_; }
   const std::string& directory() const { return directory_.path(); }
   std::string address() const { return "unix:" + directory_.path() + "/keepset.sock"; }
 
@@ -76,6 +79,7 @@ class TestServer {
  private:
   TempDir directory_;
   CapturedLog log_;
+  std::atomic<int> device_faults_ = 0;
   fakes::Gate gate_;
   std::unique_ptr<service::Server> server_;
 };

@@ -26,23 +26,24 @@ class EmulatedBackend : public CudaTest {
   // A layer of a score: window columns, merge, pool, selection.
   std::vector<int32_t> RunLayer() {
     std::mt19937 rng(1);
-    const DenseTensor q(RandomValues(rng, 4 * 3 * 16, DType::kBF16), 4, 3, 16, DType::kBF16);
-    const KvTensor k(RandomValues(rng, 2 * 150 * 16, DType::kBF16), 2, 150, 16, DType::kBF16,
+    const DenseTensor q(RandomValues(rng, 4 * 20 * 16, DType::kBF16), 4, 20, 16, DType::kBF16);
+    const KvTensor k(RandomValues(rng, 2 * 400 * 16, DType::kBF16), 2, 400, 16, DType::kBF16,
                      Layout::kPaged, 16, 8);
     const DeviceDense device_q(q);
     const DeviceKv device_k(k);
-    const std::vector<int64_t> positions = LastPositions(3, 150);
+    const std::vector<int64_t> positions = LastPositions(20, 400);
     WindowArgs args;
     args.q = device_q.queries();
     args.k = device_k.view();
     args.row_positions = positions;
     args.softmax_scale = 0.25f;
-    const std::unique_ptr<ScoreBuffer> columns = cuda_.Buffer(4, 150);
-    const std::unique_ptr<ScoreBuffer> scores = cuda_.Buffer(1, 150);
+    const std::unique_ptr<ScoreBuffer> columns = cuda_.Buffer(4, 400);
+    const std::unique_ptr<ScoreBuffer> scores = cuda_.Buffer(1, 400);
     ComputeBackend& backend = *cuda_.backend;
     EXPECT_TRUE(backend.WindowColumns(*cuda_.context, args, *columns).ok());
     EXPECT_TRUE(backend.MergeRows(*cuda_.context, *columns, Merge::kMean, {}, *scores).ok());
-    EXPECT_TRUE(backend.Pool(*cuda_.context, PoolKind::kAverage, 5, 150, *scores).ok());
+    EXPECT_TRUE(backend.Pool(*cuda_.context, PoolKind::kAverage, 5, 400, *scores).ok());
+    columns_ = cuda_.Values(*columns);
     SelectArgs select;
     select.budget = 20;
     const auto selections =
@@ -50,14 +51,18 @@ class EmulatedBackend : public CudaTest {
     EXPECT_TRUE(selections.ok()) << selections.status();
     return selections.ok() ? (*selections)[0].keep_indices : std::vector<int32_t>();
   }
+
+  std::vector<float> columns_;  // of the last layer
 };
 
 TEST_F(EmulatedBackend, OrderOfThreadsDoesNotShow) {
   cuda::SetEmulationSeed(1);
   const std::vector<int32_t> first = RunLayer();
-  for (const uint32_t seed : {2u, 3u, 4u}) {
+  const std::vector<float> columns = columns_;
+  for (const uint32_t seed : {2u, 3u, 4u, 5u, 6u}) {
     cuda::SetEmulationSeed(seed);
     EXPECT_EQ(RunLayer(), first) << "seed " << seed;
+    EXPECT_EQ(columns_, columns) << "seed " << seed;
   }
 }
 

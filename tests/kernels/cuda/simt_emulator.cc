@@ -16,6 +16,9 @@ namespace {
 
 constexpr size_t kStackBytes = size_t{128} << 10;
 constexpr int kWarpLanes = 32;
+// Long enough for a warp to finish a tile of a kernel while another has not begun; the naps of
+// other blocks are short.
+constexpr uint32_t kRoundsAsleep = 256;
 
 uint32_t g_seed = 1;
 
@@ -72,21 +75,29 @@ class EmulatedBlock {
     std::vector<int> order(fibers_.size());
     std::iota(order.begin(), order.end(), 0);
     size_t left = fibers_.size();
+    auto asleep = static_cast<uint32_t>(rng_());  // bit per warp
+    const uint32_t rounds_asleep = (rng_() & 1u) != 0 ? kRoundsAsleep : 1;
+    bool has_moved = true;
     while (left > 0) {
       std::shuffle(order.begin(), order.end(), rng_);
-      bool has_moved = false;
+      // Some warps sleep for a while, so that others run far ahead unless a barrier holds them.
+      if (!has_moved || rng_() % rounds_asleep == 0) asleep = static_cast<uint32_t>(rng_());
+      has_moved = false;
+      bool can_move = false;
       for (const int i : order) {
         Fiber& fiber = fibers_[i];
         if (fiber.is_done || (fiber.waits_for != nullptr && *fiber.waits_for == fiber.seen)) {
           continue;
         }
-        fiber.waits_for = nullptr;
+        can_move = true;
+        if (((asleep >> (i / kWarpLanes)) & 1u) != 0) continue;
         has_moved = true;
+        fiber.waits_for = nullptr;
         KEEPSET_CHECK(swapcontext(&scheduler_, &fiber.context) == 0);
         left -= fiber.is_done ? 1 : 0;
       }
       // Some lanes or threads never came to a collective or a barrier.
-      KEEPSET_CHECK(has_moved);
+      KEEPSET_CHECK(can_move);
     }
   }
 
@@ -123,7 +134,12 @@ class EmulatedBlock {
   }
 
   void StartCopy(int thread, const PendingCopy& copy) {
-    fibers_[thread].open_copies.push_back(copy);
+    // Every second one arrives at once, the others as late as they may.
+    if ((rng_() & 1u) != 0) {
+      std::memcpy(copy.to, copy.bytes, sizeof(copy.bytes));
+    } else {
+      fibers_[thread].open_copies.push_back(copy);
+    }
   }
   void CommitCopies(int thread) {
     Fiber& fiber = fibers_[thread];

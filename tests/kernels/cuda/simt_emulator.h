@@ -4,8 +4,8 @@
 //  - a collective without all lanes of the warp, or a barrier without all threads, ends the
 //  program;
 //  - shared memory begins as NaN and is followed by an inaccessible page;
-//  - an asynchronous copy arrives only when its group is waited for;
-//  - the order of threads between two meeting points is shuffled, by a seed.
+//  - an asynchronous copy arrives at once, or only when its group is waited for, by chance;
+//  - the order of threads between two meeting points is shuffled, and warps sleep for a while.
 // What is not emulated: rounding of tensor cores and of ex2.approx, and timing.
 #ifndef KEEPSET_TESTS_KERNELS_CUDA_SIMT_EMULATOR_H_
 #define KEEPSET_TESTS_KERNELS_CUDA_SIMT_EMULATOR_H_
