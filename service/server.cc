@@ -31,12 +31,13 @@
 #include "service/metrics/process_usage.h"
 #include "service/reflection_choice.h"
 #include "service/registry/source_registry.h"
-#include "service/registry/table_source.h"
 #include "service/rpc/compression_service.h"
 #include "service/rpc/server_service.h"
 #include "service/rpc/session_service.h"
+#include "service/rpc/table_service.h"
 #include "service/server_config/server_config.h"
 #include "service/server_observers.h"
+#include "service/server_tables.h"
 #include "service/unix_listener.h"
 #include "tables/table_store.h"
 
@@ -115,6 +116,7 @@ class ServerImpl final : public Server {
       StartDraining();
       compression_->CloseStreams();
       session_service_->CloseStreams();
+      table_service_->CloseStreams();
       health_listener_.reset();
       health_.Detach(grpc_server_->GetHealthCheckService());
       grpc_server_->Shutdown(std::chrono::system_clock::now() + kShutdownGrace);
@@ -125,8 +127,9 @@ class ServerImpl final : public Server {
       timer_.join();
     }
     side_socket_.reset();
-    if (table_source_ != nullptr) table_source_->Stop();
+    if (server_tables_ != nullptr) server_tables_->Stop();
     queue_.reset();
+    table_queue_.reset();
     registration_.reset();
     retirement_.reset();
     if (sessions_ != nullptr) sessions_->Shutdown();
@@ -155,6 +158,7 @@ class ServerImpl final : public Server {
     session_observer_ = std::make_unique<ServerSessionObserver>(
         *metrics_, log_, [this](absl::string_view session_id) {
           fences_.Forget(session_id);
+          session_pins_.Forget(session_id);
           session_service_->Forget(session_id);
         });
     table_observer_ = std::make_unique<ServerTableObserver>(*metrics_, log_, health_, clock_);
@@ -165,7 +169,8 @@ class ServerImpl final : public Server {
          .max_region_bytes_per_session = config_.memory().max_region_bytes_per_session(),
          .default_lease = absl::Seconds(config_.memory().lease_seconds())},
         std::move(transports), clock_, session_observer_.get());
-    KEEPSET_RETURN_IF_ERROR(StartTables());
+    KEEPSET_ASSIGN_OR_RETURN(
+        server_tables_, ServerTables::Start(config_, tables_, clock_, *metrics_, *table_observer_));
     StartServices();
     KEEPSET_RETURN_IF_ERROR(StartListening());
     timer_ = std::thread([this] { RunTimer(); });
@@ -191,17 +196,6 @@ class ServerImpl final : public Server {
   int64_t operations_running() const override { return admission_.running(); }
 
  private:
-  absl::Status StartTables() {
-    if (config_.tables_directory().empty()) return absl::OkStatus();
-    table_source_ = NewDirectorySource({.directory = config_.tables_directory()}, tables_, clock_,
-                                       table_observer_.get());
-    metrics_->EnableTableSource(table_source_->kind());
-    absl::Status status = table_source_->Start();
-    if (status.ok()) return status;
-    return {status.code(), absl::StrCat("tables_directory=\"", config_.tables_directory(),
-                                        "\": ", status.message())};
-  }
-
   void StartServices() {
     queue_ = WorkQueue::New(
         {.num_workers = static_cast<int>(config_.num_workers()),
@@ -222,6 +216,7 @@ class ServerImpl final : public Server {
         .clock = clock_,
         .admission = admission_,
         .fences = fences_,
+        .session_pins = session_pins_,
         .queue = *queue_,
         .correlation_ids = correlation_ids_,
         .codec = {.max_inline_bytes = static_cast<int64_t>(config_.limits().max_inline_bytes()),
@@ -240,6 +235,18 @@ class ServerImpl final : public Server {
          .admin = config_.enable_admin() ? AdminAccess::kAllowed : AdminAccess::kDenied,
          .start_draining = [this] { StartDraining(); }},
         tables_, admission_, *retirement_);
+    table_queue_ = WorkQueue::New(
+        {.num_workers = 2, .capacity = kControlQueueCapacity, .on_depth_change = {}}, clock_);
+    table_service_ = TableService::New(
+        {.writes = config_.table_writes() ? TableWrites::kAllowed : TableWrites::kDenied,
+         .max_table_bytes = static_cast<int64_t>(config_.limits().max_table_bytes()),
+         .tables_directory = config_.tables_directory()},
+        {.registry = server_tables_->registry(),
+         .authority = server_tables_->authority(),
+         .validator = server_tables_->validator(),
+         .blocking = *table_queue_,
+         .log = log_,
+         .correlation_ids = correlation_ids_});
   }
 
   v1::GetServerInfoResponse ServerInfo() const {
@@ -285,9 +292,11 @@ class ServerImpl final : public Server {
     grpc::ServerBuilder builder;
     builder.SetOption(
         NewReflectionChoice(config_.disable_reflection() ? Reflection::kOff : Reflection::kOn));
-    builder.SetMaxReceiveMessageSize(static_cast<int>(std::min<int64_t>(
-        static_cast<int64_t>(config_.limits().max_inline_bytes()) + kMessageSlackBytes,
-        std::numeric_limits<int>::max())));
+    builder.SetMaxReceiveMessageSize(static_cast<int>(
+        std::min<int64_t>(static_cast<int64_t>(std::max(config_.limits().max_inline_bytes(),
+                                                        config_.limits().max_table_bytes())) +
+                              kMessageSlackBytes,
+                          std::numeric_limits<int>::max())));
     builder.SetMaxSendMessageSize(-1);
     // Without this a second server would share the port instead of being refused.
     builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
@@ -309,6 +318,7 @@ class ServerImpl final : public Server {
     builder.RegisterService(compression_.get());
     builder.RegisterService(session_service_.get());
     builder.RegisterService(server_service_.get());
+    builder.RegisterService(table_service_.get());
     grpc_server_ = builder.BuildAndStart();
     for (size_t i = 0; i < ports.size(); ++i) {
       if (ports[i] != 0) continue;
@@ -395,17 +405,20 @@ class ServerImpl final : public Server {
   std::unique_ptr<ServerSessionObserver> session_observer_;
   std::unique_ptr<ServerTableObserver> table_observer_;
   tables::TableStore tables_;
-  std::unique_ptr<TableSource> table_source_;
+  std::unique_ptr<ServerTables> server_tables_;
   Admission admission_;
   FenceTable fences_;
+  SessionPins session_pins_;
   CorrelationIds correlation_ids_;
   std::unique_ptr<CompressionService> compression_;
   std::unique_ptr<SessionService> session_service_;
   std::unique_ptr<v1::ServerService::CallbackService> server_service_;
+  std::unique_ptr<TableService> table_service_;
   std::unique_ptr<SessionManager> sessions_;
   std::unique_ptr<WorkQueue> queue_;
   std::unique_ptr<WorkQueue> registration_;
   std::unique_ptr<WorkQueue> retirement_;
+  std::unique_ptr<WorkQueue> table_queue_;
   std::vector<std::unique_ptr<UnixListener>> unix_listeners_;
   std::unique_ptr<grpc::Server> grpc_server_;
   std::unique_ptr<HealthListener> health_listener_;

@@ -1,5 +1,7 @@
 #include "service/server_observers.h"
 
+#include <algorithm>
+#include <optional>
 #include <set>
 #include <vector>
 
@@ -61,7 +63,7 @@ TableInfoSample TableSampleOf(const tables::DecisionTable& table) {
   sample.name = table.identity().name;
   sample.version = table.identity().version;
   sample.digest = table.identity().digest;
-  sample.created = tables::TableCreated(table).value_or(absl::UnixEpoch());
+  sample.created = std::max(table.created(), absl::UnixEpoch());
   if (const tables::CompilerKvTable* grid = table.AsCompilerKv()) {
     sample.num_entropy_bins = static_cast<int64_t>(grid->entropy_edges().size()) + 1;
     sample.num_ppl_bins = static_cast<int64_t>(grid->ppl_edges().size()) + 1;
@@ -69,27 +71,72 @@ TableInfoSample TableSampleOf(const tables::DecisionTable& table) {
   return sample;
 }
 
-void ServerTableObserver::OnPublished(const tables::TableSnapshot& snapshot) {
+void ServerTableObserver::LogActivation(const RegistryView* before, const LineView& line) {
+  const std::optional<TableTarget>& active = line.assignment.active;
+  if (before != nullptr) {
+    const auto old = before->lines.find(line.name);
+    if (old != before->lines.end() && old->second->assignment.active == active) return;
+  }
+  if (!active.has_value()) {
+    log_.Info("table_inactive", {{"name", line.name}, {"revision", absl::StrCat(line.revision)}});
+    return;
+  }
+  const std::vector<Activation>& history = line.assignment.history;
+  log_.Info("table_active", {{"name", line.name},
+                             {"version", active->version},
+                             {"digest", active->digest},
+                             {"cause", history.empty() ? "" : history.back().cause},
+                             {"revision", absl::StrCat(line.revision)}});
+}
+
+void ServerTableObserver::OnChanged(const RegistryView* before, const RegistryView& after,
+                                    const tables::TableSnapshot& snapshot) {
   std::vector<TableInfoSample> samples;
   std::set<std::string> models;
   for (const auto& table : snapshot.tables) {
-    const tables::TableIdentity& identity = table->identity();
     samples.push_back(TableSampleOf(*table));
     models.insert(table->model().architecture);
-    log_.Info("table_active", {{"name", identity.name},
-                               {"version", identity.version},
-                               {"digest", identity.digest},
-                               {"revision", absl::StrCat(snapshot.revision)}});
+  }
+  bool lines_changed = before == nullptr || before->lines.size() != after.lines.size();
+  for (const auto& [name, line] : after.lines) {
+    if (line->revision != after.revision) continue;
+    lines_changed = true;
+    LogActivation(before, *line);
+  }
+  if (before != nullptr) {
+    for (const auto& [name, line] : before->lines) {
+      if (after.lines.contains(name) || !line->assignment.active.has_value()) continue;
+      log_.Info("table_inactive", {{"name", name}, {"revision", absl::StrCat(after.revision)}});
+    }
   }
   metrics_.SetTables(samples, clock_.Now());
-  metrics_.RecordReload(Metrics::Reload::kSuccess);
-  metrics_.RecordSourceSync("directory", clock_.Now());
+  if (lines_changed) metrics_.RecordReload(Metrics::Reload::kSuccess);
   health_.SetModels(std::move(models));
 }
 
-void ServerTableObserver::OnRefused(absl::string_view file, const absl::Status& why) {
+void ServerTableObserver::OnSynced(absl::string_view source) {
+  metrics_.RecordSourceSync(source, clock_.Now());
+}
+
+void ServerTableObserver::OnRefused(absl::string_view source, absl::string_view origin,
+                                    const absl::Status& why) {
   metrics_.RecordReload(Metrics::Reload::kRefused);
-  log_.Error("table_refused", {{"file", std::string(file)}, {"error", std::string(why.message())}});
+  log_.Error("table_refused", {{"source", std::string(source)},
+                               {"file", std::string(origin)},
+                               {"error", std::string(why.message())}});
+}
+
+void ServerTableObserver::OnSourceHealth(absl::string_view source, const absl::Status& health) {
+  if (health.ok()) {
+    log_.Info("table_source_ok", {{"source", std::string(source)}});
+    return;
+  }
+  if (source != kStateSource) {
+    metrics_.RecordReload(Metrics::Reload::kRefused);
+    metrics_.RecordSourceFailure(source);
+  }
+  log_.Error("table_source_failed",
+             {{"source", std::string(source)}, {"error", std::string(health.message())}});
 }
 
 }  // namespace keepset::service

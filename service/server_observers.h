@@ -13,7 +13,7 @@
 #include "service/health_board.h"
 #include "service/memory/session_manager.h"
 #include "service/metrics/metrics.h"
-#include "service/registry/table_source.h"
+#include "service/registry/table_registry.h"
 
 namespace keepset::service {
 
@@ -38,15 +38,21 @@ class ServerSessionObserver final : public SessionObserver {
 // What the metrics say of an active table.
 TableInfoSample TableSampleOf(const tables::DecisionTable& table);
 
-class ServerTableObserver final : public TableSourceObserver {
+class ServerTableObserver final : public RegistryObserver {
  public:
   ServerTableObserver(Metrics& metrics, Logger& log, HealthBoard& health, const Clock& clock)
       : metrics_(metrics), log_(log), health_(health), clock_(clock) {}
 
-  void OnPublished(const tables::TableSnapshot& snapshot) override;
-  void OnRefused(absl::string_view file, const absl::Status& why) override;
+  void OnChanged(const RegistryView* before, const RegistryView& after,
+                 const tables::TableSnapshot& snapshot) override;
+  void OnSynced(absl::string_view source) override;
+  void OnRefused(absl::string_view source, absl::string_view origin,
+                 const absl::Status& why) override;
+  void OnSourceHealth(absl::string_view source, const absl::Status& health) override;
 
  private:
+  void LogActivation(const RegistryView* before, const LineView& line);
+
   Metrics& metrics_;
   Logger& log_;
   HealthBoard& health_;

@@ -37,14 +37,18 @@ absl::StatusOr<TemporaryFile> CreateTemporary(const std::string& directory,
   return absl::InternalError(absl::StrCat(target, ": found no free temporary name"));
 }
 
-absl::Status WriteAndSync(int fd, absl::string_view bytes, const std::string& target) {
+enum class Syncing { kNone, kFileAndDirectory };
+
+absl::Status WriteAll(int fd, absl::string_view bytes, Syncing syncing, const std::string& target) {
   while (!bytes.empty()) {
     const ssize_t n = ::write(fd, bytes.data(), bytes.size());
     if (n < 0 && errno == EINTR) continue;
     if (n < 0) return FileError(errno, "write", target);
     bytes.remove_prefix(n);
   }
-  if (::fsync(fd) != 0) return FileError(errno, "sync", target);
+  if (syncing == Syncing::kFileAndDirectory && ::fsync(fd) != 0) {
+    return FileError(errno, "sync", target);
+  }
   return absl::OkStatus();
 }
 
@@ -70,9 +74,7 @@ absl::StatusOr<std::string> ResolveTarget(const std::string& path) {
   return target;
 }
 
-}  // namespace
-
-absl::Status WriteFileAtomically(const std::string& path, absl::string_view bytes) {
+absl::Status Replace(const std::string& path, absl::string_view bytes, Syncing syncing) {
   KEEPSET_ASSIGN_OR_RETURN(const std::string target, ResolveTarget(path));
   std::string directory = std::filesystem::path(target).parent_path().string();
   if (directory.empty()) directory = ".";
@@ -82,17 +84,28 @@ absl::Status WriteFileAtomically(const std::string& path, absl::string_view byte
 
   KEEPSET_ASSIGN_OR_RETURN(const TemporaryFile file, CreateTemporary(directory, path));
   absl::Cleanup remove_temporary = [&file] { ::unlink(file.path.c_str()); };
-  const absl::Status written = WriteAndSync(file.fd, bytes, path);
+  const absl::Status written = WriteAll(file.fd, bytes, syncing, path);
   if (::close(file.fd) != 0 && written.ok()) return FileError(errno, "close", path);
   KEEPSET_RETURN_IF_ERROR(written);
   if (::rename(file.path.c_str(), target.c_str()) != 0) return FileError(errno, "rename to", path);
   std::move(remove_temporary).Cancel();
   // Some file systems cannot sync a directory and say EINVAL; the file itself is on disk.
   // After another failure the new file stays: it is whole, and what it replaced is gone already.
-  if (::fsync(directory_fd) != 0 && errno != EINVAL) {
+  const bool sync = syncing == Syncing::kFileAndDirectory;
+  if (sync && ::fsync(directory_fd) != 0 && errno != EINVAL) {
     return FileError(errno, "sync the directory of", path);
   }
   return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status WriteFileAtomically(const std::string& path, absl::string_view bytes) {
+  return Replace(path, bytes, Syncing::kFileAndDirectory);
+}
+
+absl::Status ReplaceFile(const std::string& path, absl::string_view bytes) {
+  return Replace(path, bytes, Syncing::kNone);
 }
 
 }  // namespace keepset::tables

@@ -24,16 +24,18 @@ constexpr ValueRange kDefaultGateRange = {0.8f, 1.0f};
 struct CompilerKvValues {
   std::vector<int64_t> budgets;
   std::optional<int64_t> default_budget;
-  std::vector<float> entropy_edges;    // [E - 1]
-  std::vector<float> ppl_edges;        // [P - 1]
-  std::vector<float> head_weights;     // [N_B or 1, L, H]
-  std::vector<float> gate_thresholds;  // [N_B or 1, L, E, P]
+  std::vector<float> entropy_edges;  // [E - 1]
+  std::vector<float> ppl_edges;      // [P - 1]
+  FloatTensor head_weights;          // [N_B or 1, L, H]
+  FloatTensor gate_thresholds;       // [N_B or 1, L, E, P]
 };
 
 class ParsedCompilerKvTable final : public CompilerKvTable {
  public:
-  ParsedCompilerKvTable(TableHeader header, CompilerKvValues values)
-      : header_(std::move(header)), values_(std::move(values)) {}
+  // `values` may point into `file`.
+  ParsedCompilerKvTable(std::shared_ptr<const SafetensorsFile> file, TableHeader header,
+                        CompilerKvValues values)
+      : file_(std::move(file)), header_(std::move(header)), values_(std::move(values)) {}
 
   absl::string_view kind() const override { return "compilerkv"; }
   const TableIdentity& identity() const override { return header_.identity; }
@@ -41,14 +43,18 @@ class ParsedCompilerKvTable final : public CompilerKvTable {
   absl::string_view provenance_source() const override { return header_.provenance_source; }
   const std::string& metadata_json() const override { return header_.metadata_json; }
   const std::vector<std::string>& ignored() const override { return header_.ignored; }
+  absl::Time created() const override { return header_.created; }
+  absl::Span<const std::byte> file_bytes() const override { return file_->bytes(); }
   const CompilerKvTable* AsCompilerKv() const override { return this; }
 
   absl::Span<const int64_t> budgets() const override { return values_.budgets; }
   std::optional<int64_t> default_budget() const override { return values_.default_budget; }
   absl::Span<const float> entropy_edges() const override { return values_.entropy_edges; }
   absl::Span<const float> ppl_edges() const override { return values_.ppl_edges; }
-  absl::Span<const float> head_weights() const override { return values_.head_weights; }
-  absl::Span<const float> gate_thresholds() const override { return values_.gate_thresholds; }
+  absl::Span<const float> head_weights() const override { return values_.head_weights.values; }
+  absl::Span<const float> gate_thresholds() const override {
+    return values_.gate_thresholds.values;
+  }
 
   absl::StatusOr<int64_t> DefaultBudget() const override {
     if (values_.default_budget.has_value()) return *values_.default_budget;
@@ -72,6 +78,7 @@ class ParsedCompilerKvTable final : public CompilerKvTable {
   absl::StatusOr<int64_t> BudgetIndex(int64_t budget_tokens, TableBudgetMatch budget_match,
                                       std::vector<std::string>& relaxed) const;
 
+  const std::shared_ptr<const SafetensorsFile> file_;
   const TableHeader header_;
   const CompilerKvValues values_;
 };
@@ -122,15 +129,15 @@ absl::StatusOr<CompilerKvSlice> ParsedCompilerKvTable::Slice(int64_t budget_toke
   slice.num_qo_heads = header_.model.num_qo_heads;
   slice.num_entropy_bins = values_.entropy_edges.size() + 1;
   slice.num_ppl_bins = values_.ppl_edges.size() + 1;
-  const auto resampled = [&](const std::vector<float>& values, int64_t row_size) {
+  const auto resampled = [&](absl::Span<const float> values, int64_t row_size) {
     const int64_t budget_size = table_layers * row_size;
-    const auto rows = absl::MakeConstSpan(values).subspan(budget_index * budget_size, budget_size);
+    const auto rows = values.subspan(budget_index * budget_size, budget_size);
     return num_layers == table_layers ? std::vector<float>(rows.begin(), rows.end())
                                       : InterpolateDepth(rows, table_layers, row_size, num_layers);
   };
-  slice.head_weights = resampled(values_.head_weights, slice.num_qo_heads);
+  slice.head_weights = resampled(values_.head_weights.values, slice.num_qo_heads);
   slice.gate_thresholds =
-      resampled(values_.gate_thresholds, slice.num_entropy_bins * slice.num_ppl_bins);
+      resampled(values_.gate_thresholds.values, slice.num_entropy_bins * slice.num_ppl_bins);
   if (num_layers != table_layers) {
     slice.relaxed.push_back(
         absl::StrCat("layer_match: ", num_layers, " layers from ", table_layers));
@@ -171,23 +178,24 @@ absl::StatusOr<ValueRange> ReadRange(const Json& document, absl::string_view key
                     absl::StrCat("[low, high] with ", lowest, " <= low <= high"));
 }
 
-absl::StatusOr<std::vector<float>> ReadInRange(const SafetensorsFile& file,
-                                               const TensorInfo& tensor, ValueRange range) {
-  KEEPSET_ASSIGN_OR_RETURN(std::vector<float> values, ReadFloats(file, tensor));
-  for (std::size_t i = 0; i < values.size(); ++i) {
-    if (values[i] < range.low || values[i] > range.high) {
+absl::StatusOr<FloatTensor> ViewInRange(const SafetensorsFile& file, const TensorInfo& tensor,
+                                        ValueRange range) {
+  KEEPSET_ASSIGN_OR_RETURN(FloatTensor view, ViewFloats(file, tensor));
+  for (std::size_t i = 0; i < view.values.size(); ++i) {
+    if (view.values[i] < range.low || view.values[i] > range.high) {
       return FieldError(TensorWhere(file, tensor.name), absl::StrCat("element[", i, "]"),
-                        absl::StrCat(values[i]), absl::StrCat(range.low, "..", range.high));
+                        absl::StrCat(view.values[i]), absl::StrCat(range.low, "..", range.high));
     }
   }
-  return values;
+  return view;
 }
 
 }  // namespace
 
 absl::StatusOr<std::shared_ptr<const DecisionTable>> ParseCompilerKvTable(
-    const SafetensorsFile& file, TableHeader header) {
+    std::shared_ptr<const SafetensorsFile> shared_file, TableHeader header) {
   constexpr double kLowestHeadWeight = 1e-6;
+  const SafetensorsFile& file = *shared_file;
   const std::string& where = file.label();
   CompilerKvValues values;
   KEEPSET_ASSIGN_OR_RETURN(values.budgets, ReadBudgets(file));
@@ -224,9 +232,11 @@ absl::StatusOr<std::shared_ptr<const DecisionTable>> ParseCompilerKvTable(
       ReadRange(header.document, "head", kLowestHeadWeight, kDefaultHeadRange, where));
   KEEPSET_ASSIGN_OR_RETURN(const ValueRange gate_range,
                            ReadRange(header.document, "gate", 0, kDefaultGateRange, where));
-  KEEPSET_ASSIGN_OR_RETURN(values.head_weights, ReadInRange(file, *heads, head_range));
-  KEEPSET_ASSIGN_OR_RETURN(values.gate_thresholds, ReadInRange(file, *gates, gate_range));
-  return std::make_shared<const ParsedCompilerKvTable>(std::move(header), std::move(values));
+  KEEPSET_ASSIGN_OR_RETURN(values.head_weights, ViewInRange(file, *heads, head_range));
+  KEEPSET_ASSIGN_OR_RETURN(values.gate_thresholds, ViewInRange(file, *gates, gate_range));
+  header.document = nullptr;
+  return std::make_shared<const ParsedCompilerKvTable>(std::move(shared_file), std::move(header),
+                                                       std::move(values));
 }
 
 }  // namespace keepset::tables

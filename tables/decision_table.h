@@ -7,6 +7,7 @@
 #ifndef KEEPSET_TABLES_DECISION_TABLE_H_
 #define KEEPSET_TABLES_DECISION_TABLE_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -16,6 +17,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "tables/model_fingerprint.h"
 
@@ -42,10 +44,14 @@ class DecisionTable {
   virtual const ModelFingerprint& model() const = 0;
   // "offline-calibration", "offline-independent-ablation", "uniform" or "hand-written".
   virtual absl::string_view provenance_source() const = 0;
+  // provenance.created; InfinitePast where it is not stated as an RFC 3339 time.
+  virtual absl::Time created() const = 0;
   // The file's whole JSON document, for inspect.
   virtual const std::string& metadata_json() const = 0;
   // Tensors and JSON keys of the file that this version does not know and ignored.
   virtual const std::vector<std::string>& ignored() const = 0;
+  // The whole file, as digested.
+  virtual absl::Span<const std::byte> file_bytes() const = 0;
 
   // Budget used when a request names none: default_budget, else the only budget, else
   // InvalidArgument.

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <utility>
 
 #include "absl/cleanup/cleanup.h"
 #include "absl/strings/str_cat.h"
@@ -103,6 +104,16 @@ std::unique_ptr<FileBytes> FileBytes::CopyOf(absl::Span<const std::byte> bytes) 
   auto file = std::unique_ptr<FileBytes>(new FileBytes());
   file->copy_.assign(reinterpret_cast<const char*>(bytes.data()), bytes.size());
   return file;
+}
+
+std::unique_ptr<FileBytes> FileBytes::Own(std::string bytes) {
+  auto file = std::unique_ptr<FileBytes>(new FileBytes());
+  file->copy_ = std::move(bytes);
+  return file;
+}
+
+void FileBytes::ReleasePages() const {
+  if (mapping_ != nullptr) ::madvise(mapping_, mapping_bytes_, MADV_DONTNEED);
 }
 
 FileBytes::~FileBytes() {

@@ -23,12 +23,16 @@ class FileBytes {
   // InvalidArgument (not a regular file, too large to copy), Aborted (changed while it was copied).
   static absl::StatusOr<std::unique_ptr<FileBytes>> Open(const std::string& path, ReadMode mode);
   static std::unique_ptr<FileBytes> CopyOf(absl::Span<const std::byte> bytes);
+  static std::unique_ptr<FileBytes> Own(std::string bytes);
 
   ~FileBytes();
   FileBytes(const FileBytes&) = delete;
   FileBytes& operator=(const FileBytes&) = delete;
 
   absl::Span<const std::byte> bytes() const;
+
+  // Gives a mapping's pages back to the page cache; they come again when they are read.
+  void ReleasePages() const;
 
  private:
   FileBytes() = default;

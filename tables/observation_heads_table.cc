@@ -36,8 +36,9 @@ struct ObservationHeadsValues {
 
 class ParsedObservationHeadsTable final : public ObservationHeadsTable {
  public:
-  ParsedObservationHeadsTable(TableHeader header, ObservationHeadsValues values)
-      : header_(std::move(header)), values_(std::move(values)) {}
+  ParsedObservationHeadsTable(std::shared_ptr<const SafetensorsFile> file, TableHeader header,
+                              ObservationHeadsValues values)
+      : file_(std::move(file)), header_(std::move(header)), values_(std::move(values)) {}
 
   absl::string_view kind() const override { return "observation_heads"; }
   const TableIdentity& identity() const override { return header_.identity; }
@@ -45,6 +46,8 @@ class ParsedObservationHeadsTable final : public ObservationHeadsTable {
   absl::string_view provenance_source() const override { return header_.provenance_source; }
   const std::string& metadata_json() const override { return header_.metadata_json; }
   const std::vector<std::string>& ignored() const override { return header_.ignored; }
+  absl::Time created() const override { return header_.created; }
+  absl::Span<const std::byte> file_bytes() const override { return file_->bytes(); }
   const ObservationHeadsTable* AsObservationHeads() const override { return this; }
 
   absl::Span<const HeadObservation> observations() const override { return values_.observations; }
@@ -63,6 +66,7 @@ class ParsedObservationHeadsTable final : public ObservationHeadsTable {
   }
 
  private:
+  const std::shared_ptr<const SafetensorsFile> file_;
   const TableHeader header_;
   const ObservationHeadsValues values_;
 };
@@ -301,7 +305,8 @@ bool NeedsProbeRows(ObservedRows rows) {
 }
 
 absl::StatusOr<std::shared_ptr<const DecisionTable>> ParseObservationHeadsTable(
-    const SafetensorsFile& file, TableHeader header) {
+    std::shared_ptr<const SafetensorsFile> shared_file, TableHeader header) {
+  const SafetensorsFile& file = *shared_file;
   const std::string& where = file.label();
   ObservationHeadsValues values;
   KEEPSET_ASSIGN_OR_RETURN(values.budgets, ReadBudgets(file));
@@ -311,7 +316,9 @@ absl::StatusOr<std::shared_ptr<const DecisionTable>> ParseObservationHeadsTable(
   KEEPSET_ASSIGN_OR_RETURN(values.settings,
                            ReadSettings(header.document, header.model.num_layers, where));
   KEEPSET_RETURN_IF_ERROR(CheckTogether(values, where));
-  return std::make_shared<const ParsedObservationHeadsTable>(std::move(header), std::move(values));
+  header.document = nullptr;
+  return std::make_shared<const ParsedObservationHeadsTable>(std::move(shared_file),
+                                                             std::move(header), std::move(values));
 }
 
 }  // namespace keepset::tables

@@ -66,6 +66,9 @@ class SafetensorsFile {
   // Parses `bytes`, which are copied. `label` stands for the path in messages.
   static absl::StatusOr<std::unique_ptr<SafetensorsFile>> Parse(absl::Span<const std::byte> bytes,
                                                                 absl::string_view label);
+  // The same of bytes that are handed over.
+  static absl::StatusOr<std::unique_ptr<SafetensorsFile>> ParseOwned(std::string bytes,
+                                                                     absl::string_view label);
 
   virtual ~SafetensorsFile() = default;
 
@@ -78,12 +81,25 @@ class SafetensorsFile {
   virtual const TensorInfo* Find(absl::string_view name) const = 0;
   // "sha256:<hex>" of the whole file's bytes as read.
   virtual std::string Digest() const = 0;
+  // The whole file.
+  virtual absl::Span<const std::byte> bytes() const = 0;
+  // Takes a mapped file's pages out of this process's resident memory until they are read again.
+  virtual void ReleasePages() const = 0;
 };
 
 // Elements of an F32, F16 or BF16 tensor widened to fp32; InvalidArgument on another dtype or when
 // an element is NaN or Inf.
 absl::StatusOr<std::vector<float>> ReadFloats(const SafetensorsFile& file,
                                               const TensorInfo& tensor);
+// Elements of an F32 tensor where they lie in the file, or a copy of them where they lie unaligned.
+// Moving keeps `values` valid; `copy` owns them or is empty.
+struct FloatTensor {
+  absl::Span<const float> values;
+  std::vector<float> copy;
+};
+// Errors as ReadFloats. `file` must outlive the result.
+absl::StatusOr<FloatTensor> ViewFloats(const SafetensorsFile& file, const TensorInfo& tensor);
+
 // Elements of an I32 or I64 tensor.
 absl::StatusOr<std::vector<int64_t>> ReadInts(const SafetensorsFile& file,
                                               const TensorInfo& tensor);
@@ -103,6 +119,9 @@ absl::StatusOr<std::string> SerializeSafetensors(const std::map<std::string, std
 // Writes `bytes` to a temporary name in the same directory, syncs, renames; a failure leaves no
 // file. ResourceExhausted when the disk is full, PermissionDenied / NotFound for the directory.
 absl::Status WriteFileAtomically(const std::string& path, absl::string_view bytes);
+// The same without syncing: readers see the old file or the new one, a machine that stops may leave
+// a torn one.
+absl::Status ReplaceFile(const std::string& path, absl::string_view bytes);
 
 }  // namespace keepset::tables
 

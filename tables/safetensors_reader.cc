@@ -1,7 +1,9 @@
 #include <openssl/evp.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstdint>
 #include <cstring>
 #include <iterator>
 #include <tuple>
@@ -16,6 +18,7 @@
 #include "tables/file_bytes.h"
 #include "tables/safetensors.h"
 #include "tables/strict_json.h"
+#include "tables/table_file.h"
 
 namespace keepset::tables {
 namespace {
@@ -141,15 +144,9 @@ class ParsedFile final : public SafetensorsFile {
     const auto it = index_.find(name);
     return it == index_.end() ? nullptr : &tensors_[it->second];
   }
-  std::string Digest() const override {
-    const absl::Span<const std::byte> bytes = file_->bytes();
-    unsigned char hash[EVP_MAX_MD_SIZE];
-    unsigned int hash_bytes = 0;
-    KEEPSET_CHECK(
-        EVP_Digest(bytes.data(), bytes.size(), hash, &hash_bytes, EVP_sha256(), nullptr) == 1);
-    return absl::StrCat("sha256:", absl::BytesToHexString(absl::string_view(
-                                       reinterpret_cast<const char*>(hash), hash_bytes)));
-  }
+  std::string Digest() const override { return FileDigest(file_->bytes()); }
+  absl::Span<const std::byte> bytes() const override { return file_->bytes(); }
+  void ReleasePages() const override { file_->ReleasePages(); }
 
  private:
   absl::Status ParseMetadata(const Json& metadata);
@@ -277,6 +274,12 @@ std::string TensorWhere(const SafetensorsFile& file, const TensorInfo& tensor) {
   return absl::StrCat(file.label(), ": tensor ", absl::CHexEscape(tensor.name.substr(0, 80)));
 }
 
+absl::Status NotFinite(const SafetensorsFile& file, const TensorInfo& tensor, int64_t element,
+                       float value) {
+  return FieldError(TensorWhere(file, tensor), absl::StrCat("element[", element, "]"),
+                    absl::StrCat(value), "a finite number");
+}
+
 absl::StatusOr<std::unique_ptr<SafetensorsFile>> Checked(std::unique_ptr<FileBytes> bytes,
                                                          absl::string_view label) {
   auto file = std::make_unique<ParsedFile>(std::move(bytes), label);
@@ -290,6 +293,15 @@ int64_t TensorDTypeBytes(TensorDType dtype) { return Entry(dtype).bytes; }
 
 absl::string_view TensorDTypeName(TensorDType dtype) { return Entry(dtype).name; }
 
+std::string FileDigest(absl::Span<const std::byte> bytes) {
+  unsigned char hash[EVP_MAX_MD_SIZE];
+  unsigned int hash_bytes = 0;
+  KEEPSET_CHECK(EVP_Digest(bytes.data(), bytes.size(), hash, &hash_bytes, EVP_sha256(), nullptr) ==
+                1);
+  return absl::StrCat("sha256:", absl::BytesToHexString(absl::string_view(
+                                     reinterpret_cast<const char*>(hash), hash_bytes)));
+}
+
 absl::StatusOr<std::unique_ptr<SafetensorsFile>> SafetensorsFile::Open(const std::string& path,
                                                                        ReadMode mode) {
   KEEPSET_ASSIGN_OR_RETURN(std::unique_ptr<FileBytes> bytes, FileBytes::Open(path, mode));
@@ -299,6 +311,28 @@ absl::StatusOr<std::unique_ptr<SafetensorsFile>> SafetensorsFile::Open(const std
 absl::StatusOr<std::unique_ptr<SafetensorsFile>> SafetensorsFile::Parse(
     absl::Span<const std::byte> bytes, absl::string_view label) {
   return Checked(FileBytes::CopyOf(bytes), label);
+}
+
+absl::StatusOr<std::unique_ptr<SafetensorsFile>> SafetensorsFile::ParseOwned(
+    std::string bytes, absl::string_view label) {
+  return Checked(FileBytes::Own(std::move(bytes)), label);
+}
+
+absl::StatusOr<FloatTensor> ViewFloats(const SafetensorsFile& file, const TensorInfo& tensor) {
+  static_assert(std::endian::native == std::endian::little, "tensors are little-endian");
+  const auto* first = reinterpret_cast<const float*>(tensor.bytes.data());
+  FloatTensor view;
+  if (tensor.dtype != TensorDType::kF32 ||
+      reinterpret_cast<std::uintptr_t>(first) % alignof(float) != 0) {
+    KEEPSET_ASSIGN_OR_RETURN(view.copy, ReadFloats(file, tensor));
+    view.values = view.copy;
+    return view;
+  }
+  view.values = absl::MakeConstSpan(first, tensor.num_elements);
+  for (int64_t i = 0; i < tensor.num_elements; ++i) {
+    if (!std::isfinite(view.values[i])) return NotFinite(file, tensor, i, view.values[i]);
+  }
+  return view;
 }
 
 absl::StatusOr<std::vector<float>> ReadFloats(const SafetensorsFile& file,
@@ -319,10 +353,7 @@ absl::StatusOr<std::vector<float>> ReadFloats(const SafetensorsFile& file,
         return FieldError(TensorWhere(file, tensor), "dtype", TensorDTypeName(tensor.dtype),
                           "F32, F16 or BF16");
     }
-    if (!std::isfinite(values[i])) {
-      return FieldError(TensorWhere(file, tensor), absl::StrCat("element[", i, "]"),
-                        absl::StrCat(values[i]), "a finite number");
-    }
+    if (!std::isfinite(values[i])) return NotFinite(file, tensor, i, values[i]);
   }
   return values;
 }

@@ -1,5 +1,5 @@
-// JSON from files we do not trust, and typed access to its fields. Private to tables/: nlohmann's
-// types stay out of the room's public headers.
+// JSON from files we do not trust, and typed access to its fields. For .cc files only: nlohmann's
+// types stay out of public headers.
 //
 // Errors are InvalidArgument and read "<where>: <field>=<value>, want <what>".
 #ifndef KEEPSET_TABLES_STRICT_JSON_H_

@@ -26,6 +26,17 @@ namespace keepset::tables {
 absl::StatusOr<std::shared_ptr<const DecisionTable>> ReadTable(const std::string& path);
 absl::StatusOr<std::shared_ptr<const DecisionTable>> ParseTable(absl::Span<const std::byte> bytes,
                                                                 absl::string_view label);
+// The same of bytes that are handed over: held once, not copied.
+absl::StatusOr<std::shared_ptr<const DecisionTable>> ParseOwnedTable(std::string bytes,
+                                                                     absl::string_view label);
+// A table whose tensors stay in a private mapping of `path`, so that they cost page cache and no
+// memory of this process until they are read. Only for files that nobody ever changes in place:
+// a mapping of one that shrinks faults. DataLoss: the file has another digest.
+absl::StatusOr<std::shared_ptr<const DecisionTable>> MapTable(const std::string& path,
+                                                              absl::string_view digest);
+
+// "sha256:<hex>" of a file's bytes: its TableIdentity::digest.
+std::string FileDigest(absl::Span<const std::byte> bytes);
 
 // Everything a compilerkv table file states; what Write and the compiler fill in.
 struct CompilerKvTableContent {
@@ -70,10 +81,6 @@ absl::StatusOr<CompilerKvTableContent> ImportReferenceDirectory(const std::strin
 // evaluation, ignored, and what the kind holds (compilerkv: tensors with shape and range, budgets,
 // bins, edges).
 std::string InspectTable(const DecisionTable& table);
-
-// When the table was made, as its provenance says ("created", RFC 3339); nothing when it says
-// nothing of the kind.
-std::optional<absl::Time> TableCreated(const DecisionTable& table);
 
 // How two tables decide differently, one JSON document; keys without meaning for the pair are null:
 // shared_budgets; head_rankings {mean_spearman, mean_kendall, by_layer [{budget, layer, spearman,

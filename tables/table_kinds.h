@@ -10,6 +10,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "nlohmann/json.hpp"
 #include "tables/decision_table.h"
@@ -22,6 +23,7 @@ struct TableHeader {
   TableIdentity identity;
   ModelFingerprint model;
   std::string provenance_source;
+  absl::Time created = absl::InfinitePast();
   std::string metadata_json;
   nlohmann::json document;
   std::vector<std::string> ignored;
@@ -32,16 +34,17 @@ struct TableKind {
   // JSON keys and tensors of this kind; others are listed as ignored.
   std::vector<absl::string_view> keys;
   std::vector<absl::string_view> tensors;
-  absl::StatusOr<std::shared_ptr<const DecisionTable>> (*parse)(const SafetensorsFile& file,
-                                                                TableHeader header);
+  // The table may keep views into `file`, and then keeps the file.
+  absl::StatusOr<std::shared_ptr<const DecisionTable>> (*parse)(
+      std::shared_ptr<const SafetensorsFile> file, TableHeader header);
 };
 
 std::vector<TableKind> TableKinds();
 
 absl::StatusOr<std::shared_ptr<const DecisionTable>> ParseCompilerKvTable(
-    const SafetensorsFile& file, TableHeader header);
+    std::shared_ptr<const SafetensorsFile> file, TableHeader header);
 absl::StatusOr<std::shared_ptr<const DecisionTable>> ParseObservationHeadsTable(
-    const SafetensorsFile& file, TableHeader header);
+    std::shared_ptr<const SafetensorsFile> file, TableHeader header);
 
 }  // namespace keepset::tables
 

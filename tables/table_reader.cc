@@ -41,8 +41,18 @@ absl::StatusOr<std::string> LabelField(const Json& document, absl::string_view k
   return value;
 }
 
-absl::StatusOr<std::string> ProvenanceSource(const Json& document, absl::string_view where) {
-  KEEPSET_ASSIGN_OR_RETURN(const Json provenance, ObjectField(document, "provenance", where));
+// The order of versions is a convenience; a file without a readable time is as good as any other.
+absl::Time CreatedAt(const Json& provenance) {
+  const auto created = provenance.find("created");
+  absl::Time time;
+  if (created == provenance.end() || !created->is_string() ||
+      !absl::ParseTime(absl::RFC3339_full, created->get<std::string>(), &time, nullptr)) {
+    return absl::InfinitePast();
+  }
+  return time;
+}
+
+absl::StatusOr<std::string> ProvenanceSource(const Json& provenance, absl::string_view where) {
   KEEPSET_ASSIGN_OR_RETURN(std::string source,
                            StringField(provenance, "source", absl::StrCat(where, ": provenance")));
   if (std::find(std::begin(kSources), std::end(kSources), source) == std::end(kSources)) {
@@ -113,7 +123,9 @@ std::vector<std::string> ListIgnored(const SafetensorsFile& file, const Json& do
   return ignored;
 }
 
-absl::StatusOr<std::shared_ptr<const DecisionTable>> TableOf(const SafetensorsFile& file) {
+absl::StatusOr<std::shared_ptr<const DecisionTable>> TableOf(
+    std::shared_ptr<const SafetensorsFile> shared_file) {
+  const SafetensorsFile& file = *shared_file;
   const std::string& where = file.label();
   const std::string* metadata = file.metadata(kMetadataKey);
   if (metadata == nullptr) {
@@ -128,7 +140,9 @@ absl::StatusOr<std::shared_ptr<const DecisionTable>> TableOf(const SafetensorsFi
   KEEPSET_ASSIGN_OR_RETURN(const TableKind kind, FindKind(document, where));
   KEEPSET_ASSIGN_OR_RETURN(header.identity.name, LabelField(document, "name", where));
   KEEPSET_ASSIGN_OR_RETURN(header.identity.version, LabelField(document, "version", where));
-  KEEPSET_ASSIGN_OR_RETURN(header.provenance_source, ProvenanceSource(document, where));
+  KEEPSET_ASSIGN_OR_RETURN(const Json provenance, ObjectField(document, "provenance", where));
+  KEEPSET_ASSIGN_OR_RETURN(header.provenance_source, ProvenanceSource(provenance, where));
+  header.created = CreatedAt(provenance);
   KEEPSET_ASSIGN_OR_RETURN(const Json model, ObjectField(document, "model", where));
   KEEPSET_ASSIGN_OR_RETURN(header.model,
                            ParseModelFingerprint(model.dump(), absl::StrCat(where, ": model")));
@@ -139,22 +153,42 @@ absl::StatusOr<std::shared_ptr<const DecisionTable>> TableOf(const SafetensorsFi
   KEEPSET_RETURN_IF_ERROR(CheckFreeObjects(document, where));
   header.ignored = ListIgnored(file, document, kind);
   header.identity.digest = file.Digest();
-  return kind.parse(file, std::move(header));
+  return kind.parse(std::move(shared_file), std::move(header));
 }
 
 }  // namespace
 
 absl::StatusOr<std::shared_ptr<const DecisionTable>> ReadTable(const std::string& path) {
-  KEEPSET_ASSIGN_OR_RETURN(const std::unique_ptr<SafetensorsFile> file,
+  KEEPSET_ASSIGN_OR_RETURN(std::unique_ptr<SafetensorsFile> file,
                            SafetensorsFile::Open(path, ReadMode::kCopy));
-  return TableOf(*file);
+  return TableOf(std::move(file));
 }
 
 absl::StatusOr<std::shared_ptr<const DecisionTable>> ParseTable(absl::Span<const std::byte> bytes,
                                                                 absl::string_view label) {
-  KEEPSET_ASSIGN_OR_RETURN(const std::unique_ptr<SafetensorsFile> file,
+  KEEPSET_ASSIGN_OR_RETURN(std::unique_ptr<SafetensorsFile> file,
                            SafetensorsFile::Parse(bytes, label));
-  return TableOf(*file);
+  return TableOf(std::move(file));
+}
+
+absl::StatusOr<std::shared_ptr<const DecisionTable>> ParseOwnedTable(std::string bytes,
+                                                                     absl::string_view label) {
+  KEEPSET_ASSIGN_OR_RETURN(std::unique_ptr<SafetensorsFile> file,
+                           SafetensorsFile::ParseOwned(std::move(bytes), label));
+  return TableOf(std::move(file));
+}
+
+absl::StatusOr<std::shared_ptr<const DecisionTable>> MapTable(const std::string& path,
+                                                              absl::string_view digest) {
+  KEEPSET_ASSIGN_OR_RETURN(std::shared_ptr<const SafetensorsFile> file,
+                           SafetensorsFile::Open(path, ReadMode::kMap));
+  KEEPSET_ASSIGN_OR_RETURN(std::shared_ptr<const DecisionTable> table, TableOf(file));
+  if (table->identity().digest != digest) {
+    return absl::DataLossError(
+        absl::StrCat(path, ": digest=", table->identity().digest, ", want ", digest));
+  }
+  file->ReleasePages();
+  return table;
 }
 
 }  // namespace keepset::tables

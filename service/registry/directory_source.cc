@@ -26,12 +26,11 @@ constexpr int kMaxDebounces = 20;
 
 class DirectorySource : public TableSource {
  public:
-  DirectorySource(const DirectorySourceOptions& options, tables::TableStore& store,
-                  const Clock& clock, TableSourceObserver* observer)
+  DirectorySource(const DirectorySourceOptions& options, const TableSourceContext& context)
       : options_(options),
-        clock_(clock),
-        observer_(observer),
-        tables_(options.directory, store, clock, observer) {}
+        registry_(context.registry),
+        clock_(context.clock),
+        tables_(options.directory, context.registry, context.loader, context.clock) {}
 
   ~DirectorySource() override { Stop(); }
 
@@ -91,20 +90,14 @@ class DirectorySource : public TableSource {
       status = outcome.status();
       unfinished = outcome.ok() && *outcome == DirectoryTables::Outcome::kUnfinished;
     }
-    if (status.ok()) {
-      told_ = absl::StatusCode::kOk;
-      return unfinished;
-    }
-    if (told_ != status.code()) {
-      told_ = status.code();
-      if (observer_ != nullptr) observer_->OnRefused(options_.directory, status);
-    }
+    if (status.ok()) return unfinished;
+    registry_.SetSourceHealth(kind(), status);
     return true;
   }
 
   const DirectorySourceOptions options_;
+  TableRegistry& registry_;
   const Clock& clock_;
-  TableSourceObserver* const observer_;
 
   absl::Mutex mutex_;
   std::unique_ptr<DirectoryWatch> watch_ ABSL_GUARDED_BY(mutex_);
@@ -112,16 +105,13 @@ class DirectorySource : public TableSource {
 
   // Start's, before there is a thread, then the thread's.
   DirectoryTables tables_;
-  // What the observer knows of the directory itself.
-  absl::StatusCode told_ = absl::StatusCode::kOk;
 };
 
 }  // namespace
 
-std::unique_ptr<TableSource> NewDirectorySource(const DirectorySourceOptions& options,
-                                                tables::TableStore& store, const Clock& clock,
-                                                TableSourceObserver* observer) {
-  return std::make_unique<DirectorySource>(options, store, clock, observer);
+std::unique_ptr<TableSource> NewDirectorySource(const TableSourceOptions& options,
+                                                const TableSourceContext& context) {
+  return std::make_unique<DirectorySource>(options.directory, context);
 }
 
 }  // namespace keepset::service

@@ -5,17 +5,16 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <cstddef>
 #include <cstring>
 #include <set>
+#include <tuple>
 #include <utility>
+#include <vector>
 
 #include "absl/cleanup/cleanup.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
-#include "absl/types/span.h"
 #include "base/status_macros.h"
-#include "tables/table_file.h"
 
 namespace keepset::service {
 namespace {
@@ -30,6 +29,8 @@ absl::Duration TimeStampStep(const FileIdentity& identity) {
 
 // A swap of the whole directory's content (`..data`) between two files of one scan starts it again.
 constexpr int kMaxAttempts = 3;
+
+constexpr absl::string_view kDirectorySource = "directory";
 
 // Worth another try although the file stays as it is.
 bool IsPassing(const absl::Status& status) {
@@ -63,6 +64,12 @@ absl::StatusOr<std::vector<std::string>> ListTableFiles(const std::string& direc
   return names;
 }
 
+// One state of a file, for the registry: a refusal is told once for each.
+std::string InstanceOf(const FileIdentity& identity) {
+  return absl::StrCat(identity.device, ":", identity.inode, ":", identity.size_bytes, ":",
+                      identity.modified_ns, ":", identity.changed_ns);
+}
+
 bool IsGone(const std::string& path) {
   struct stat st;
   return lstat(path.c_str(), &st) != 0 && errno == ENOENT;
@@ -92,7 +99,7 @@ absl::StatusOr<DirectoryTables::Outcome> DirectoryTables::Scan() {
       it = present.contains(it->first) ? std::next(it) : entries_.erase(it);
     }
     if (IsOneMoment()) {
-      PublishIfChanged();
+      registry_.Sync(kDirectorySource, Collect());
       return outcome;
     }
   }
@@ -122,7 +129,7 @@ DirectoryTables::Outcome DirectoryTables::Update(const std::string& name, Entry&
     entry.seen = *identity;
     entry.seen_since = now;
     entry.decided = false;
-    entry.told_refusal.clear();
+    entry.refusal = absl::OkStatus();
   }
   if (entry.decided && !entry.look_again) return Outcome::kComplete;
 
@@ -130,16 +137,15 @@ DirectoryTables::Outcome DirectoryTables::Update(const std::string& name, Entry&
       absl::FromUnixNanos(std::max(identity->modified_ns, identity->changed_ns));
   // The clock of a remote filesystem may be ahead of ours; what we saw ourselves counts as well.
   const absl::Duration unchanged_for = std::max(clock_.Now() - newest, now - entry.seen_since);
-  const absl::StatusOr<std::string> bytes =
+  absl::StatusOr<std::string> bytes =
       ReadStable(path, *identity, unchanged_for, LeaseUse::kWhereGranted);
   if (absl::IsUnavailable(bytes.status())) return Outcome::kUnfinished;
   entry.look_again = unchanged_for < TimeStampStep(*identity) || IsPassing(bytes.status());
   entry.decided = true;
   if (!bytes.ok()) return Refuse(name, entry, bytes.status());
-  absl::StatusOr<TablePtr> table = tables::ParseTable(
-      absl::MakeConstSpan(reinterpret_cast<const std::byte*>(bytes->data()), bytes->size()), path);
+  absl::StatusOr<TablePtr> table = loader_.LoadTable({*std::move(bytes), path, ""});
   if (!table.ok()) return Refuse(name, entry, table.status());
-  entry.told_refusal.clear();
+  entry.refusal = absl::OkStatus();
   // The same bytes stay the same object: nothing changed, nothing is published.
   if (entry.latest == nullptr || entry.latest->identity() != (*table)->identity()) {
     entry.latest = *std::move(table);
@@ -153,50 +159,53 @@ DirectoryTables::Outcome DirectoryTables::Refuse(const std::string& name, Entry&
   if (absl::IsNotFound(why) && IsGone(absl::StrCat(directory_, "/", name))) {
     return Outcome::kUnfinished;
   }
-  const std::string message = why.ToString();
-  if (entry.told_refusal != message) {
-    entry.told_refusal = message;
-    if (observer_ != nullptr) observer_->OnRefused(name, why);
-  }
+  entry.refusal = why;
   return entry.seen.has_value() && entry.look_again ? Outcome::kUnfinished : Outcome::kComplete;
 }
 
-void DirectoryTables::PublishIfChanged() {
-  std::map<std::string, std::string> owners;  // table name -> file name
-  std::vector<std::string> refused;
+SourceSet DirectoryTables::Collect() {
+  SourceSet set;
+  set.rule = ActivationRule::kNewest;
+  using Version = std::pair<std::string, std::string>;  // name, version
+  std::map<Version, std::string> owners;                // file name
+  const auto version_of = [](const TablePtr& table) {
+    return Version(table->identity().name, table->identity().version);
+  };
+  const auto fail = [&](const std::string& file, const Entry& entry, absl::Status why) {
+    SourceFailure failure;
+    failure.origin = file;
+    failure.instance = entry.seen.has_value() ? InstanceOf(*entry.seen) : "";
+    failure.why = std::move(why);
+    if (entry.latest != nullptr) std::tie(failure.name, failure.version) = version_of(entry.latest);
+    set.failures.push_back(std::move(failure));
+  };
+  std::vector<std::string> taken;
   for (auto& [file, entry] : entries_) {
+    if (!entry.refusal.ok()) fail(file, entry, entry.refusal);
     if (entry.latest == nullptr) continue;
-    const std::string& table = entry.latest->identity().name;
-    const auto [owner, is_first] = owners.emplace(table, file);
+    const auto [owner, is_first] = owners.emplace(version_of(entry.latest), file);
     if (is_first) {
-      entry.active = entry.latest;
-      entry.told_duplicate.clear();
+      entry.delivered = entry.latest;
       continue;
     }
-    refused.push_back(file);
-    const absl::Status why = absl::AlreadyExistsError(
-        absl::StrCat(directory_, "/", file, ": table name \"", table, "\" is that of ",
-                     owner->second, " already, want one file per table name"));
-    const std::string message = absl::StrCat(why.ToString(), " ", entry.latest->identity().digest);
-    if (entry.told_duplicate == message) continue;
-    entry.told_duplicate = message;
-    if (observer_ != nullptr) observer_->OnRefused(file, why);
+    taken.push_back(file);
+    fail(file, entry,
+         absl::AlreadyExistsError(
+             absl::StrCat(directory_, "/", file, ": table ", entry.latest->identity().name, "@",
+                          entry.latest->identity().version, " is that of ", owner->second,
+                          " already, want one file per version")));
   }
-  // A file whose new table was refused goes on with what it had, unless that name is taken too.
-  for (const std::string& file : refused) {
+  // A file whose new table was refused goes on with what it had, unless that is taken too.
+  for (const std::string& file : taken) {
     Entry& entry = entries_[file];
-    if (entry.active != nullptr && !owners.emplace(entry.active->identity().name, file).second) {
-      entry.active = nullptr;
+    if (entry.delivered != nullptr && !owners.emplace(version_of(entry.delivered), file).second) {
+      entry.delivered = nullptr;
     }
   }
-  std::vector<TablePtr> set;
   for (const auto& [file, entry] : entries_) {
-    if (entry.active != nullptr) set.push_back(entry.active);
+    if (entry.delivered != nullptr) set.tables.push_back({entry.delivered, file});
   }
-  if (published_ == set) return;
-  published_ = set;
-  store_.Publish(std::move(set));
-  if (observer_ != nullptr) observer_->OnPublished(*store_.Snapshot());
+  return set;
 }
 
 }  // namespace keepset::service

@@ -1,22 +1,21 @@
 // What a directory of table files holds, from one look to the next: which state of each file was
-// read, its last good table and what was said about it. Publishes a changed set in one swap.
+// read, its last good table and why it was refused. Hands the whole set to the registry.
 #ifndef KEEPSET_SERVICE_REGISTRY_DIRECTORY_TABLES_H_
 #define KEEPSET_SERVICE_REGISTRY_DIRECTORY_TABLES_H_
 
 #include <map>
-#include <memory>
 #include <optional>
 #include <string>
-#include <vector>
+#include <utility>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 #include "base/clock.h"
 #include "service/registry/stable_read.h"
-#include "service/registry/table_source.h"
-#include "tables/decision_table.h"
-#include "tables/table_store.h"
+#include "service/registry/table_loader.h"
+#include "service/registry/table_registry.h"
 
 namespace keepset::service {
 
@@ -28,24 +27,22 @@ bool IsTableFileName(absl::string_view name);
 // Not thread-safe: one thread scans.
 class DirectoryTables {
  public:
-  // `store`, `clock` and `observer` outlive this; observer may be nullptr.
-  DirectoryTables(std::string directory, tables::TableStore& store, const Clock& clock,
-                  TableSourceObserver* observer)
-      : directory_(std::move(directory)), store_(store), clock_(clock), observer_(observer) {}
+  // `registry`, `loader` and `clock` outlive this.
+  DirectoryTables(std::string directory, TableRegistry& registry, TableLoader& loader,
+                  const Clock& clock)
+      : directory_(std::move(directory)), registry_(registry), loader_(loader), clock_(clock) {}
 
   enum class Outcome {
     kComplete,
     kUnfinished,  // a file is being written or has just been: scan again soon, event or not
   };
 
-  // Reads every new or changed file, then publishes the set if it is another one than before; the
-  // first scan always publishes. An error is the directory's own (NotFound, PermissionDenied,
-  // InvalidArgument, Internal) and leaves everything as it was.
+  // Reads every new or changed file, then hands the set to the registry. An error is the
+  // directory's own (NotFound, PermissionDenied, InvalidArgument, Internal) and leaves everything
+  // as it was.
   absl::StatusOr<Outcome> Scan();
 
  private:
-  using TablePtr = std::shared_ptr<const tables::DecisionTable>;
-
   struct Entry {
     std::optional<FileIdentity> seen;  // the state last looked at
     absl::Duration seen_since;         // Clock::Monotonic() of the first look at it
@@ -53,24 +50,21 @@ class DirectoryTables {
     // Read so soon after the file's time stamps that a second write may have left them the same, or
     // refused for a reason that passes.
     bool look_again = false;
-    TablePtr latest;           // of the last state that was a valid table
-    TablePtr active;           // published last
-    std::string told_refusal;  // what the observer knows
-    std::string told_duplicate;
+    TablePtr latest;       // of the last state that was a valid table
+    TablePtr delivered;    // handed over last
+    absl::Status refusal;  // of the state last looked at; OK: none
   };
 
   Outcome Update(const std::string& name, Entry& entry);
-  // Tells the observer, once per state of the file.
   Outcome Refuse(const std::string& name, Entry& entry, const absl::Status& why);
   bool IsOneMoment() const;
-  void PublishIfChanged();
+  SourceSet Collect();
 
   const std::string directory_;
-  tables::TableStore& store_;
+  TableRegistry& registry_;
+  TableLoader& loader_;
   const Clock& clock_;
-  TableSourceObserver* const observer_;
   std::map<std::string, Entry> entries_;  // by file name
-  std::optional<std::vector<TablePtr>> published_;
 };
 
 }  // namespace keepset::service

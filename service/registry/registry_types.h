@@ -90,6 +90,8 @@ struct TableVersionInfo {
   absl::Time state_since;
   bool durable = false;  // a restarted server has it before any source answers
   TablePtr table;        // nullptr: not in memory
+
+  bool operator==(const TableVersionInfo&) const = default;
 };
 
 struct LineView {
@@ -104,6 +106,8 @@ struct SourceView {
   std::string source;
   absl::Status health;  // OK, or why it cannot be read; what it delivered stays
   absl::Time since;     // of that health
+
+  bool operator==(const SourceView&) const = default;
 };
 
 struct RegistryView {

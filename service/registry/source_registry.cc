@@ -6,10 +6,9 @@
 
 namespace keepset::service {
 
-#define KEEPSET_TABLE_SOURCE(kind, factory)                                           \
-  std::unique_ptr<TableSource> factory(const DirectorySourceOptions& options,         \
-                                       tables::TableStore& store, const Clock& clock, \
-                                       TableSourceObserver* observer);
+#define KEEPSET_TABLE_SOURCE(kind, factory)                               \
+  std::unique_ptr<TableSource> factory(const TableSourceOptions& options, \
+                                       const TableSourceContext& context);
 #include "service/registry/sources.def"
 #undef KEEPSET_TABLE_SOURCE
 
@@ -22,12 +21,10 @@ std::vector<std::string> ListTableSources() {
 }
 
 absl::StatusOr<std::unique_ptr<TableSource>> NewTableSource(absl::string_view kind,
-                                                            const DirectorySourceOptions& options,
-                                                            tables::TableStore& store,
-                                                            const Clock& clock,
-                                                            TableSourceObserver* observer) {
+                                                            const TableSourceOptions& options,
+                                                            const TableSourceContext& context) {
 #define KEEPSET_TABLE_SOURCE(listed_kind, factory) \
-  if (kind == #listed_kind) return factory(options, store, clock, observer);
+  if (kind == #listed_kind) return factory(options, context);
 #include "service/registry/sources.def"
 #undef KEEPSET_TABLE_SOURCE
   return absl::NotFoundError(

@@ -8,20 +8,16 @@
 
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
-#include "base/clock.h"
 #include "service/registry/table_source.h"
-#include "tables/table_store.h"
 
 namespace keepset::service {
 
 std::vector<std::string> ListTableSources();
 
-// NotFound: no source of that kind, naming those there are. Lifetimes as for NewDirectorySource.
+// NotFound: no source of that kind, naming those there are.
 absl::StatusOr<std::unique_ptr<TableSource>> NewTableSource(absl::string_view kind,
-                                                            const DirectorySourceOptions& options,
-                                                            tables::TableStore& store,
-                                                            const Clock& clock,
-                                                            TableSourceObserver* observer);
+                                                            const TableSourceOptions& options,
+                                                            const TableSourceContext& context);
 
 }  // namespace keepset::service
 

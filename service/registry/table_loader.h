@@ -13,6 +13,8 @@
 
 namespace keepset::service {
 
+class StateDirectory;
+
 struct TableCandidate {
   std::string bytes;
   std::string label;      // file, key: begins every message
@@ -29,6 +31,11 @@ class TableLoader {
 
 // Validates and keeps the file's bytes in memory, once.
 std::unique_ptr<TableLoader> NewTableLoader();
+
+// Validates, copies the file into `state` and serves the table from a private mapping of that copy:
+// page cache instead of memory. The same content is one table, whoever brings it. `state` outlives
+// the loader.
+std::unique_ptr<TableLoader> NewMappingTableLoader(StateDirectory& state);
 
 }  // namespace keepset::service
 

@@ -30,6 +30,9 @@ namespace keepset::service {
 
 class StateDirectory;
 
+// The state directory's name among the sources' health.
+inline constexpr absl::string_view kStateSource = "state";
+
 // What a source holds that may be served.
 struct SourceTable {
   TablePtr table;
@@ -45,6 +48,7 @@ struct SourceFailure {
   absl::Status why;     // OK: still validating
   std::string name;     // as far as known
   std::string version;  // likewise
+  absl::Time since;     // set by the registry
 };
 
 // Who makes a newly delivered version active.
@@ -80,6 +84,8 @@ class RegistryObserver {
   // `before` is nullptr for the first state. The snapshot is the one published with `after`.
   virtual void OnChanged(const RegistryView* /*before*/, const RegistryView& /*after*/,
                          const tables::TableSnapshot& /*snapshot*/) {}
+  // A source handed its set over, whether or not anything changed by that.
+  virtual void OnSynced(absl::string_view /*source*/) {}
   // A table was refused; the last good one of that origin, if any, stays. Once per instance.
   virtual void OnRefused(absl::string_view /*source*/, absl::string_view /*origin*/,
                          const absl::Status& /*why*/) {}
@@ -94,12 +100,17 @@ struct TableRegistryOptions {
   RegistryObserver* observer = nullptr;  // may be nullptr
   // Where choices, uploads and active tables survive a restart; nullptr: nowhere.
   StateDirectory* state = nullptr;
+  // Kinds of the sources that will Sync. What the state directory knows of others is theirs no
+  // longer.
+  std::vector<std::string> sources = {};
 };
 
 class TableRegistry {
  public:
-  // Recovers what the state directory holds and publishes it: active tables first answer from
-  // there. What it cannot read it reports and leaves out.
+  // Recovers what the state directory holds and publishes it, so that the active tables answer
+  // before any source does. A table file it cannot read is left out and told (OnSourceHealth
+  // "state"). InvalidArgument, FailedPrecondition: registry.json is damaged or newer, and what was
+  // chosen is not known.
   static absl::StatusOr<std::unique_ptr<TableRegistry>> New(const TableRegistryOptions& options);
   virtual ~TableRegistry() = default;
 
@@ -125,8 +136,7 @@ class TableRegistry {
 
   // ---- changes by the local authority; same contracts as RegistryAuthority. Saved before they
   // take effect: what cannot be saved is refused and has changed nothing.
-  virtual absl::StatusOr<LoadReceipt> Load(SourceTable table, absl::string_view bytes,
-                                           const WriteContext& context) = 0;
+  virtual absl::StatusOr<LoadReceipt> Load(SourceTable table, const WriteContext& context) = 0;
   virtual absl::StatusOr<WriteReceipt> Activate(const TableRef& table, absl::string_view set_alias,
                                                 const WriteContext& context) = 0;
   virtual absl::StatusOr<WriteReceipt> FollowNewest(absl::string_view name,

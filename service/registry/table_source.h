@@ -1,44 +1,43 @@
-// Where active tables come from; listed in sources.def. A source owns its thread, validates
-// completely off the hot path and publishes whole sets into a TableStore in one swap.
+// Where tables come from; listed in sources.def. A source owns its thread, turns what it finds into
+// tables through the TableLoader and hands whole sets to the registry (TableRegistry::Sync), which
+// decides what is active and publishes it.
 #ifndef KEEPSET_SERVICE_REGISTRY_TABLE_SOURCE_H_
 #define KEEPSET_SERVICE_REGISTRY_TABLE_SOURCE_H_
 
-#include <cstdint>
 #include <memory>
 #include <string>
-#include <vector>
 
 #include "absl/status/status.h"
-#include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 #include "base/clock.h"
-#include "tables/decision_table.h"
-#include "tables/table_store.h"
+#include "service/registry/registry_authority.h"
+#include "service/registry/table_loader.h"
+#include "service/registry/table_registry.h"
 
 namespace keepset::service {
-
-// What a source tells metrics and the log; called from Start, then from the source's thread.
-class TableSourceObserver {
- public:
-  virtual ~TableSourceObserver() = default;
-  // A set was published: the tables now active.
-  virtual void OnPublished(const tables::TableSnapshot& /*snapshot*/) {}
-  // One file was refused, or the source itself cannot be read any more; the last good version, if
-  // any, stays active. Told once per change, not on every re-scan.
-  virtual void OnRefused(absl::string_view /*file*/, const absl::Status& /*why*/) {}
-};
 
 class TableSource {
  public:
   virtual ~TableSource() = default;  // stops and joins
+  // Its name in TableRegistry::Sync, too.
   virtual absl::string_view kind() const = 0;
 
-  // Reads what is there, publishes it and begins to watch. NotFound / PermissionDenied when the
-  // source itself cannot be read; damaged tables are reported to the observer and do not fail the
-  // start.
+  // Reads what is there, hands it over and begins to watch. NotFound / PermissionDenied when the
+  // source itself cannot be read; damaged tables are failures of the set and do not fail the start.
   virtual absl::Status Start() = 0;
   virtual void Stop() = 0;
+
+  // Who takes writes while this source runs, instead of the local authority; nullptr: it does not
+  // decide. Valid as long as the source.
+  virtual RegistryAuthority* authority() { return nullptr; }
+};
+
+// What every source works with; all of it outlives the source.
+struct TableSourceContext {
+  TableRegistry& registry;
+  TableLoader& loader;
+  const Clock& clock;
 };
 
 struct DirectorySourceOptions {
@@ -49,13 +48,17 @@ struct DirectorySourceOptions {
   absl::Duration rescan = absl::Seconds(30);
 };
 
+// Each source reads its own member.
+struct TableSourceOptions {
+  DirectorySourceOptions directory;
+};
+
 // Watches a directory of *.safetensors table files with inotify (close-after-write, renames, the
-// Kubernetes `..data` swap). Dot files and editor swap files are not tables. One table name in two
-// files: the second in file-name order is refused, naming both. `store`, `clock` and `observer`
-// must outlive the source; observer may be nullptr.
-std::unique_ptr<TableSource> NewDirectorySource(const DirectorySourceOptions& options,
-                                                tables::TableStore& store, const Clock& clock,
-                                                TableSourceObserver* observer);
+// Kubernetes `..data` swap). Dot files and editor swap files are not tables. Several files may hold
+// versions of one table name; one version in two files: the second in file-name order is refused,
+// naming both.
+std::unique_ptr<TableSource> NewDirectorySource(const TableSourceOptions& options,
+                                                const TableSourceContext& context);
 
 }  // namespace keepset::service
 

@@ -27,6 +27,18 @@ std::string Milliseconds(absl::Duration time) {
   return absl::StrFormat("%.3f", absl::ToDoubleMilliseconds(time));
 }
 
+v1::TableSelection EncodeSelection(tables::TableSelection selection, bool by_session) {
+  switch (selection) {
+    case tables::TableSelection::kActive:
+      return v1::TABLE_SELECTION_ACTIVE;
+    case tables::TableSelection::kCanary:
+      return v1::TABLE_SELECTION_CANARY;
+    case tables::TableSelection::kPinned:
+      return by_session ? v1::TABLE_SELECTION_SESSION : v1::TABLE_SELECTION_PINNED;
+  }
+  return v1::TABLE_SELECTION_UNSPECIFIED;
+}
+
 }  // namespace
 
 OperationCall::OperationCall(const ServiceContext& context, const CallInfo& info,
@@ -101,9 +113,20 @@ void OperationCall::OnDequeued() {
 absl::Status OperationCall::ResolveTable(engine::OperationSpec& spec) {
   KEEPSET_ASSIGN_OR_RETURN(const std::string kind, context_.policies.TableKind(spec.policy));
   if (kind.empty()) return absl::OkStatus();
-  KEEPSET_ASSIGN_OR_RETURN(const tables::TableQuery query, DecodeTableQuery(wire_, spec, kind));
-  KEEPSET_ASSIGN_OR_RETURN(spec.table, tables::ResolveTable(*snapshot_, query));
+  KEEPSET_ASSIGN_OR_RETURN(tables::TableQuery query, DecodeTableQuery(wire_, spec, kind));
+  bool by_session = false;
+  if (query.name.empty() && !query.pins() && !wire_.session_id().empty()) {
+    const std::optional<v1::TablePin> pin = context_.session_pins.Of(wire_.session_id());
+    by_session = pin.has_value();
+    if (by_session) ApplyPin(*pin, query);
+  }
+  KEEPSET_ASSIGN_OR_RETURN(const tables::ResolvedTable resolved,
+                           tables::ResolveTable(*snapshot_, query));
+  spec.table = resolved.table;
   table_ = spec.table->identity();
+  selection_.set_selection(EncodeSelection(resolved.selection, by_session));
+  selection_.set_alias(query.alias);
+  selection_.set_loose_match(resolved.loose_match);
   return absl::OkStatus();
 }
 
@@ -190,6 +213,7 @@ absl::Status OperationCall::ShedOperation(v1::OperationResult* out) {
 void OperationCall::EncodeInto(const engine::OperationResult& result, v1::OperationResult* out) {
   transport_ = leases_.Transport();
   EncodeResult(result, out);
+  if (out->has_table()) out->mutable_table()->MergeFrom(selection_);
   out->set_transport(transport_);
   out->mutable_stages()->set_queue(absl::ToDoubleSeconds(queue_time_));
   out->mutable_stages()->set_lease(absl::ToDoubleSeconds(LeaseTime()));
@@ -332,6 +356,7 @@ void OperationCall::WriteLogLine(const absl::Status& status) {
   };
   if (table_.has_value()) {
     fields.emplace_back("table", absl::StrCat(table_->name, "@", table_->version));
+    if (selection_.selection() == v1::TABLE_SELECTION_CANARY) fields.emplace_back("canary", "1");
   }
   if (info_.trace.has_value()) {
     fields.emplace_back("trace_id", info_.trace->trace_id);

@@ -118,6 +118,7 @@ class OperationCall {
   absl::Duration reply_time_;
   OperationSample sample_;
   std::optional<tables::TableIdentity> table_;
+  v1::TableIdentity selection_;  // why that table, for the reply; without identity
   std::string transport_ = "inline";
 };
 

@@ -182,13 +182,19 @@ absl::StatusOr<OperationSpec> DecodeSpec(const v1::OperationSpec& wire, const Co
   return spec;
 }
 
+void ApplyPin(const v1::TablePin& pin, tables::TableQuery& query) {
+  query.name = pin.name();
+  query.version = pin.version();
+  query.digest = pin.digest();
+  query.alias = pin.alias();
+}
+
 absl::StatusOr<tables::TableQuery> DecodeTableQuery(const v1::OperationSpec& wire,
                                                     const OperationSpec& spec,
                                                     absl::string_view table_kind) {
   tables::TableQuery query;
-  query.name = wire.table().name();
-  query.version = wire.table().version();
-  query.digest = wire.table().digest();
+  ApplyPin(wire.table(), query);
+  query.request_id = wire.request_id();
   query.kind = std::string(table_kind);
   query.model = spec.model;
   if (const auto it = spec.parameters.find("fingerprint_match"); it != spec.parameters.end()) {

@@ -15,6 +15,7 @@
 #include "service/rpc/correlation_ids.h"
 #include "service/rpc/fence_table.h"
 #include "service/rpc/request_codec.h"
+#include "service/rpc/session_pins.h"
 #include "service/rpc/work_queue.h"
 #include "tables/table_store.h"
 
@@ -36,6 +37,7 @@ struct ServiceContext {
   const Clock& clock;
   Admission& admission;
   FenceTable& fences;
+  SessionPins& session_pins;
   WorkQueue& queue;
   CorrelationIds& correlation_ids;
   CodecLimits codec;

@@ -122,6 +122,7 @@ class SessionServiceImpl final : public SessionService {
     if (context_.admission.draining()) {
       return absl::UnavailableError("the server is draining, use another one");
     }
+    KEEPSET_RETURN_IF_ERROR(CheckPin(request.table()));
     OpenSessionArgs args;
     args.client_uuid = request.client_uuid();
     args.engine = request.engine();
@@ -142,9 +143,22 @@ class SessionServiceImpl final : public SessionService {
       absl::MutexLock lock(&mutex_);
       lease_seconds_[info.session_id] = response->lease_seconds();
     }
-    // One that was replaced meanwhile must not leave its entry behind.
-    if (!context_.sessions.CheckSession(info.session_id).ok()) Forget(info.session_id);
+    if (request.has_table()) context_.session_pins.Set(info.session_id, request.table());
+    // One that was replaced meanwhile must not leave its entries behind.
+    if (!context_.sessions.CheckSession(info.session_id).ok()) {
+      Forget(info.session_id);
+      context_.session_pins.Forget(info.session_id);
+    }
     return absl::OkStatus();
+  }
+
+  // A pin that no table answers is better known now than with the first operation. Whether the
+  // table fits is known with the first model.
+  absl::Status CheckPin(const v1::TablePin& pin) const {
+    tables::TableQuery query;
+    ApplyPin(pin, query);
+    if (query.name.empty() && !query.pins()) return absl::OkStatus();
+    return tables::CheckTableExists(*context_.tables.Snapshot(), query);
   }
 
   absl::Status Register(const v1::RegisterRegionRequest& request,

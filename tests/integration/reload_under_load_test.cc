@@ -10,6 +10,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
+#include "keepset/v1/table.grpc.pb.h"
 #include "tables/table_file.h"
 #include "tests/engine/run_operation.h"
 #include "tests/fakes/table_files.h"
@@ -195,6 +196,68 @@ TEST(ReloadUnderLoad, NoOperationFailsAndNoneMixesTables) {
   for (std::thread& worker : workers) worker.join();
   EXPECT_EQ(findings.first_complaint(), "");
   EXPECT_GT(findings.answers("stays"), 0);
+}
+
+TEST(ReloadUnderLoad, ActivationsAndRollbacksFailNothingAndMixNothing) {
+  constexpr int kVersions = 4;
+  constexpr int kChanges = 60;
+  const fakes::SyntheticPrompt prompt({.num_layers = 2});
+  const std::vector<client::LayerInput> layers = TypedLayers(prompt);
+  TestServer server("table_writes: true");
+  const auto tables = v1::TableService::NewStub(server.NewChannel());
+  std::vector<Version> versions;
+  std::map<std::string, Version> by_digest;
+  for (int i = 0; i < kVersions; ++i) {
+    versions.push_back(MakeVersion(prompt, "live", absl::StrCat(i), 0.80f + 0.04f * i));
+    by_digest[versions.back().digest] = versions.back();
+    v1::LoadTableRequest request;
+    request.set_inline_(versions.back().file);
+    v1::LoadTableResponse response;
+    ASSERT_TRUE(tables->Load(NewContext().get(), request, &response).ok());
+  }
+  const auto activate = [&](const std::string& digest) {
+    v1::ActivateTableRequest request;
+    request.mutable_table()->set_digest(digest);
+    v1::TableWriteResponse response;
+    const grpc::Status status = tables->Activate(NewContext().get(), request, &response);
+    EXPECT_TRUE(status.ok()) << status.error_message();
+  };
+  activate(versions[0].digest);
+  client::OperationSpec spec = TypedSpec(prompt, "compilerkv", kBudget);
+  spec.table.name = "live";
+
+  Findings findings;
+  std::atomic<bool> stop = false;
+  std::vector<std::thread> workers;
+  for (int i = 0; i < 4; ++i) {
+    workers.emplace_back([&] {
+      const auto client = ConnectTo(server.address(), client::Transport::kInline);
+      if (client == nullptr) return;
+      const auto stream = client->OpenStream();
+      EXPECT_TRUE(stream.ok()) << stream.status();
+      while (stream.ok() && !stop.load()) {
+        findings.Add(RunOnce(**stream, spec, layers), by_digest, "");
+      }
+    });
+  }
+  const auto client = ConnectTo(server.address(), client::Transport::kInline);
+  const auto stream = client->OpenStream();
+  ASSERT_TRUE(stream.ok()) << stream.status();
+  for (int i = 1; i <= kChanges; ++i) {
+    const Version& next = versions[i % kVersions];
+    activate(next.digest);
+    // What began after the answer of a write sees it.
+    findings.Add(RunOnce(**stream, spec, layers), by_digest, next.digest);
+    v1::RollbackTableRequest request;
+    request.set_name("live");
+    v1::TableWriteResponse response;
+    ASSERT_TRUE(tables->Rollback(NewContext().get(), request, &response).ok());
+    findings.Add(RunOnce(**stream, spec, layers), by_digest, response.line().active_digest());
+    activate(next.digest);
+  }
+  stop = true;
+  for (std::thread& worker : workers) worker.join();
+  EXPECT_EQ(findings.first_complaint(), "");
 }
 
 }  // namespace

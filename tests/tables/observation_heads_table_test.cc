@@ -243,7 +243,7 @@ TEST(ResolveTable, ThePolicysKindPicksTheTable) {
   query.model = SmallModel();
   const auto table = ResolveTable(snapshot, query);
   ASSERT_TRUE(table.ok()) << table.status();
-  EXPECT_EQ((*table)->identity().name, "golden-heads");
+  EXPECT_EQ(table->table->identity().name, "golden-heads");
 }
 
 TEST(ResolveTable, AnotherModelsHeadsDoNotFit) {

@@ -1,6 +1,7 @@
 #include "tables/table_store.h"
 
 #include <atomic>
+#include <cmath>
 #include <thread>
 
 #include "absl/strings/str_cat.h"
@@ -86,7 +87,7 @@ TEST(ResolveTable, FindsTheOnlyTableThatFits) {
   store.Publish({Named("a", "1", SmallModel()), Named("b", "1", other)});
   const auto table = ResolveTable(*store.Snapshot(), QueryFor(other));
   ASSERT_TRUE(table.ok()) << table.status();
-  EXPECT_EQ((*table)->identity().name, "b");
+  EXPECT_EQ(table->table->identity().name, "b");
 }
 
 TEST(ResolveTable, UnknownIdentityIsNotFoundAndListsWhatThereIs) {
@@ -107,7 +108,7 @@ TEST(ResolveTable, AnEmptyStoreSaysSo) {
   const TableStore store;
   const auto table = ResolveTable(*store.Snapshot(), QueryFor(SmallModel()));
   EXPECT_EQ(table.status().code(), absl::StatusCode::kNotFound);
-  EXPECT_THAT(std::string(table.status().message()), HasSubstr("no active table"));
+  EXPECT_THAT(std::string(table.status().message()), HasSubstr("no table"));
 }
 
 TEST(ResolveTable, AMisfitNamesTheField) {
@@ -128,7 +129,7 @@ TEST(ResolveTable, SeveralFittingTablesNeedAName) {
   EXPECT_EQ(ResolveTable(*store.Snapshot(), query).status().code(),
             absl::StatusCode::kFailedPrecondition);
   query.name = "b";
-  EXPECT_EQ((*ResolveTable(*store.Snapshot(), query))->identity().name, "b");
+  EXPECT_EQ(ResolveTable(*store.Snapshot(), query)->table->identity().name, "b");
 }
 
 TEST(ResolveTable, ADigestPinsTheTable) {
@@ -136,7 +137,7 @@ TEST(ResolveTable, ADigestPinsTheTable) {
   store.Publish({Named("a", "1", SmallModel()), Named("b", "1", SmallModel())});
   TableQuery query = QueryFor(SmallModel());
   query.digest = store.Snapshot()->tables[1]->identity().digest;
-  EXPECT_EQ((*ResolveTable(*store.Snapshot(), query))->identity().name, "b");
+  EXPECT_EQ(ResolveTable(*store.Snapshot(), query)->table->identity().name, "b");
 }
 
 TEST(ResolveTable, RelaxationsLetOtherDepthsAndNamesFit) {
@@ -151,6 +152,137 @@ TEST(ResolveTable, RelaxationsLetOtherDepthsAndNamesFit) {
   EXPECT_FALSE(ResolveTable(*store.Snapshot(), query).ok());
   query.fingerprint_match = FingerprintMatch::kShape;
   EXPECT_TRUE(ResolveTable(*store.Snapshot(), query).ok());
+}
+
+// A line "a" with an active version 1 and a loaded version 2.
+TableSnapshot TwoVersions() {
+  TableSnapshot snapshot;
+  snapshot.revision = 1;
+  snapshot.tables = {Named("a", "1", SmallModel())};
+  snapshot.loaded = {snapshot.tables[0], Named("a", "2", SmallModel())};
+  return snapshot;
+}
+
+TableSnapshot WithCanary(int basis_points) {
+  TableSnapshot snapshot = TwoVersions();
+  snapshot.roles["a"] = {.canary = snapshot.loaded[1],
+                         .canary_basis_points = basis_points,
+                         .canary_salt = "salt",
+                         .aliases = {}};
+  return snapshot;
+}
+
+TEST(ResolveTable, AVersionThatIsOnlyLoadedAnswersThosePinningIt) {
+  const TableSnapshot snapshot = TwoVersions();
+  TableQuery query = QueryFor(SmallModel());
+  EXPECT_EQ(ResolveTable(snapshot, query)->table->identity().version, "1");
+  EXPECT_EQ(ResolveTable(snapshot, query)->selection, TableSelection::kActive);
+  query.version = "2";
+  EXPECT_EQ(ResolveTable(snapshot, query)->table->identity().version, "2");
+  EXPECT_EQ(ResolveTable(snapshot, query)->selection, TableSelection::kPinned);
+}
+
+TEST(ResolveTable, ANameAloneIsAnsweredByTheActiveVersion) {
+  TableQuery query = QueryFor(SmallModel());
+  query.name = "a";
+  EXPECT_EQ(ResolveTable(TwoVersions(), query)->table->identity().version, "1");
+}
+
+TEST(ResolveTable, AliasesNameVersionsOfTheLine) {
+  TableSnapshot snapshot = WithCanary(1);
+  snapshot.roles["a"].aliases["next"] = snapshot.loaded[1];
+  TableQuery query = QueryFor(SmallModel());
+  for (const auto& [alias, version] :
+       {std::pair("stable", "1"), std::pair("canary", "2"), std::pair("next", "2")}) {
+    query.alias = alias;
+    const auto resolved = ResolveTable(snapshot, query);
+    ASSERT_TRUE(resolved.ok()) << resolved.status();
+    EXPECT_EQ(resolved->table->identity().version, version) << alias;
+    EXPECT_EQ(resolved->selection, TableSelection::kPinned);
+  }
+  query.alias = "none";
+  EXPECT_EQ(ResolveTable(snapshot, query).status().code(), absl::StatusCode::kNotFound);
+}
+
+TEST(ResolveTable, AnAliasOfAnotherLineIsNotFound) {
+  TableSnapshot snapshot = WithCanary(1);
+  snapshot.roles["a"].aliases["next"] = snapshot.loaded[1];
+  TableQuery query = QueryFor(SmallModel());
+  query.name = "b";
+  query.alias = "next";
+  EXPECT_EQ(ResolveTable(snapshot, query).status().code(), absl::StatusCode::kNotFound);
+}
+
+TEST(ResolveTable, ACanaryGetsItsShareAndEachRequestKeepsItsSide) {
+  const TableSnapshot snapshot = WithCanary(1000);
+  TableQuery query = QueryFor(SmallModel());
+  int canary = 0;
+  constexpr int kRequests = 20000;
+  for (int i = 0; i < kRequests; ++i) {
+    query.request_id = absl::StrCat("request-", i);
+    const auto first = ResolveTable(snapshot, query);
+    EXPECT_EQ(first->table, ResolveTable(snapshot, query)->table);
+    EXPECT_EQ(first->selection == TableSelection::kCanary, first->table == snapshot.loaded[1]);
+    canary += first->selection == TableSelection::kCanary ? 1 : 0;
+  }
+  // Five standard deviations of a binomial share of 0.1.
+  EXPECT_NEAR(canary, 0.1 * kRequests, 5 * std::sqrt(kRequests * 0.1 * 0.9));
+}
+
+TEST(ResolveTable, AGrowingCanaryKeepsTheRequestsItHas) {
+  TableQuery query = QueryFor(SmallModel());
+  for (int i = 0; i < 2000; ++i) {
+    query.request_id = absl::StrCat(i);
+    if (ResolveTable(WithCanary(500), query)->selection != TableSelection::kCanary) continue;
+    EXPECT_EQ(ResolveTable(WithCanary(2500), query)->selection, TableSelection::kCanary);
+  }
+}
+
+TEST(ResolveTable, AFullCanaryGetsEveryRequestThatHasAnId) {
+  const TableSnapshot snapshot = WithCanary(10000);
+  TableQuery query = QueryFor(SmallModel());
+  EXPECT_EQ(ResolveTable(snapshot, query)->selection, TableSelection::kActive);
+  for (int i = 0; i < 1000; ++i) {
+    query.request_id = absl::StrCat(i);
+    EXPECT_EQ(ResolveTable(snapshot, query)->selection, TableSelection::kCanary);
+  }
+}
+
+TEST(ResolveTable, APinBeatsTheCanary) {
+  const TableSnapshot snapshot = WithCanary(10000);
+  TableQuery query = QueryFor(SmallModel());
+  query.request_id = "any";
+  query.version = "1";
+  EXPECT_EQ(ResolveTable(snapshot, query)->table->identity().version, "1");
+  query.version = "";
+  query.alias = "stable";
+  EXPECT_EQ(ResolveTable(snapshot, query)->table->identity().version, "1");
+}
+
+TEST(ResolveTable, SaysWhenTheTableFitsOnlyLoosely) {
+  TableStore store;
+  store.Publish({Named("a", "1", SmallModel())});
+  TableQuery query = QueryFor(SmallModel());
+  query.fingerprint_match = FingerprintMatch::kShape;
+  EXPECT_FALSE(ResolveTable(*store.Snapshot(), query)->loose_match);
+  query.model.architecture = "another";
+  EXPECT_TRUE(ResolveTable(*store.Snapshot(), query)->loose_match);
+}
+
+// Fixed so that servers of a fleet, of whatever version, put a request on the same side.
+TEST(CanaryBucket, NeverChanges) {
+  EXPECT_EQ(CanaryBucket("", ""), 2267);
+  EXPECT_EQ(CanaryBucket("salt", "request-1"), 8747);
+  EXPECT_EQ(CanaryBucket("sal", "trequest-1"), 2940);
+}
+
+TEST(CanaryBucket, IsUniformOverSequentialIds) {
+  int counts[10] = {};
+  constexpr int kIds = 100000;
+  for (int i = 0; i < kIds; ++i) ++counts[CanaryBucket("sha256:00", absl::StrCat(i)) / 1000];
+  for (const int count : counts) {
+    EXPECT_NEAR(count, kIds / 10, 5 * std::sqrt(kIds * 0.1 * 0.9));
+  }
 }
 
 }  // namespace

@@ -11,13 +11,16 @@
 #include <thread>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
 #include "base/clock.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "service/registry/directory_tables.h"
 #include "service/registry/file_lease.h"
+#include "service/registry/table_loader.h"
+#include "service/registry/table_registry.h"
 #include "service/registry/table_source.h"
-#include "tests/fakes/fake_table_source_observer.h"
+#include "tests/fakes/fake_registry_observer.h"
 #include "tests/fakes/table_files.h"
 
 namespace keepset::service {
@@ -37,14 +40,22 @@ class DirectorySourceTest : public testing::Test {
 
   // Watches until the end of the test.
   void Start(const DirectorySourceOptions& options) {
-    source_ = NewDirectorySource(options, store_, SystemClock(), &observer_);
+    source_ = NewSource(options);
     const absl::Status status = source_->Start();
     ASSERT_TRUE(status.ok()) << status;
   }
 
+  std::unique_ptr<TableSource> NewSource(const DirectorySourceOptions& options) {
+    return NewDirectorySource({.directory = options},
+                              {.registry = *registry_, .loader = *loader_, .clock = SystemClock()});
+  }
+
   const fakes::ScratchDirectory directory_;
   tables::TableStore store_;
-  fakes::FakeTableSourceObserver observer_;
+  fakes::FakeRegistryObserver observer_;
+  const std::unique_ptr<TableLoader> loader_ = NewTableLoader();
+  const std::unique_ptr<TableRegistry> registry_ =
+      *TableRegistry::New({.store = &store_, .clock = &SystemClock(), .observer = &observer_});
   std::unique_ptr<TableSource> source_;
 };
 
@@ -57,17 +68,18 @@ TEST(IsTableFileName, TakesTablesAndLeavesWhatWritersPutBeside) {
   }
 }
 
-TEST_F(DirectorySourceTest, PublishesAnEmptySetForAnEmptyDirectory) {
+TEST_F(DirectorySourceTest, DeliversNothingFromAnEmptyDirectory) {
   Start(Options());
-  EXPECT_EQ(observer_.published().size(), 1);
   EXPECT_TRUE(store_.Snapshot()->tables.empty());
+  ASSERT_EQ(observer_.health().size(), 1);
+  EXPECT_EQ(observer_.health()[0].file, "directory");
+  EXPECT_TRUE(observer_.health()[0].why.ok());
 }
 
 TEST_F(DirectorySourceTest, RefusesToStartWithoutItsDirectory) {
   DirectorySourceOptions options = Options();
   options.directory = directory_ / "none";
-  const absl::Status status =
-      NewDirectorySource(options, store_, SystemClock(), &observer_)->Start();
+  const absl::Status status = NewSource(options)->Start();
   EXPECT_EQ(status.code(), absl::StatusCode::kNotFound);
   EXPECT_THAT(std::string(status.message()), HasSubstr(options.directory));
 }
@@ -76,15 +88,13 @@ TEST_F(DirectorySourceTest, RefusesToStartOnAFile) {
   DirectorySourceOptions options = Options();
   options.directory = directory_ / "file";
   fakes::WriteInPlace(options.directory, "x");
-  EXPECT_EQ(NewDirectorySource(options, store_, SystemClock(), &observer_)->Start().code(),
-            absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(NewSource(options)->Start().code(), absl::StatusCode::kInvalidArgument);
 }
 
 TEST_F(DirectorySourceTest, RefusesToStartOnAnUnreadableDirectory) {
   if (geteuid() == 0) GTEST_SKIP() << "root reads every directory";
   chmod(directory_.path().c_str(), 0);
-  const absl::Status status =
-      NewDirectorySource(Options(), store_, SystemClock(), &observer_)->Start();
+  const absl::Status status = NewSource(Options())->Start();
   chmod(directory_.path().c_str(), 0700);
   EXPECT_EQ(status.code(), absl::StatusCode::kPermissionDenied);
   EXPECT_THAT(std::string(status.message()), HasSubstr(directory_.path()));
@@ -121,6 +131,7 @@ TEST_F(DirectorySourceTest, FollowsTheDataLinkOfAConfigMap) {
     ASSERT_TRUE(observer_.WaitForVersions({release, release}));
   }
   for (const auto& set : observer_.published()) {
+    if (set.empty()) continue;  // before the source began
     ASSERT_EQ(set.size(), 2);
     EXPECT_EQ(set[0].version, set[1].version) << "files of two releases in one set";
   }
@@ -161,7 +172,11 @@ TEST_F(DirectorySourceTest, PublishesNothingWhenTheContentStaysTheSame) {
   fakes::WriteAndRename(a, fakes::TableBytes("a", "1"));
   fakes::WriteInPlace(directory_ / "b.safetensors", fakes::TableBytes("b", "1"));
   ASSERT_TRUE(observer_.WaitForVersions({"1", "1"}));
-  EXPECT_EQ(observer_.published().size(), 2);
+  const size_t with_both = observer_.published().size();
+  fakes::WriteAndRename(a, fakes::TableBytes("a", "1"));
+  fakes::WriteInPlace(directory_ / "c.safetensors", fakes::TableBytes("c", "1"));
+  ASSERT_TRUE(observer_.WaitForVersions({"1", "1", "1"}));
+  EXPECT_EQ(observer_.published().size(), with_both + 1);
 }
 
 TEST_F(DirectorySourceTest, ReportsADamagedFileOncePerChange) {
@@ -180,9 +195,9 @@ TEST_F(DirectorySourceTest, ReportsADamagedFileOncePerChange) {
   EXPECT_EQ(observer_.refused()[1].file, "bad.safetensors");
 }
 
-TEST_F(DirectorySourceTest, RefusesTheSecondFileOfATableNameNamingBoth) {
-  fakes::WriteInPlace(directory_ / "a.safetensors", fakes::TableBytes("same", "1"));
-  fakes::WriteInPlace(directory_ / "b.safetensors", fakes::TableBytes("same", "2"));
+TEST_F(DirectorySourceTest, RefusesTheSecondFileOfAVersionNamingBoth) {
+  fakes::WriteInPlace(directory_ / "a.safetensors", fakes::TableBytes("same", "1", 1.0f));
+  fakes::WriteInPlace(directory_ / "b.safetensors", fakes::TableBytes("same", "1", 1.25f));
   Start(Options());
   ASSERT_TRUE(observer_.WaitForVersions({"1"}));
   ASSERT_EQ(observer_.refused().size(), 1);
@@ -191,17 +206,60 @@ TEST_F(DirectorySourceTest, RefusesTheSecondFileOfATableNameNamingBoth) {
   EXPECT_THAT(message, HasSubstr("a.safetensors"));
   EXPECT_THAT(message, HasSubstr("b.safetensors"));
   fs::remove(directory_ / "a.safetensors");
-  EXPECT_TRUE(observer_.WaitForVersions({"2"}));
+  EXPECT_TRUE(
+      observer_.WaitForDigest("same", fakes::DigestOf(fakes::TableBytes("same", "1", 1.25f))));
 }
 
-TEST_F(DirectorySourceTest, KeepsTheOldTableOfAFileWhoseNewNameIsTaken) {
+TEST_F(DirectorySourceTest, KeepsTheOldTableOfAFileWhoseNewVersionIsTaken) {
   fakes::WriteInPlace(directory_ / "a.safetensors", fakes::TableBytes("a", "1"));
   fakes::WriteInPlace(directory_ / "b.safetensors", fakes::TableBytes("b", "1"));
   Start(Options());
-  fakes::WriteAndRename(directory_ / "b.safetensors", fakes::TableBytes("a", "2"));
+  fakes::WriteAndRename(directory_ / "b.safetensors", fakes::TableBytes("a", "1", 1.25f));
   ASSERT_TRUE(observer_.WaitForRefusals(1));
   ASSERT_EQ(store_.Snapshot()->tables.size(), 2);
   EXPECT_EQ(store_.Snapshot()->tables[1]->identity().name, "b");
+}
+
+TEST_F(DirectorySourceTest, LoadsEveryVersionAndActivatesTheNewest) {
+  fakes::WriteInPlace(directory_ / "a.safetensors", fakes::TableBytes("same", "10"));
+  fakes::WriteInPlace(directory_ / "b.safetensors", fakes::TableBytes("same", "9"));
+  Start(Options());
+  ASSERT_TRUE(observer_.WaitForVersions({"10"}));
+  EXPECT_EQ(store_.Snapshot()->loaded.size(), 2);
+  fakes::WriteInPlace(directory_ / "c.safetensors", fakes::TableBytes("same", "11"));
+  ASSERT_TRUE(observer_.WaitForVersions({"11"}));
+  fs::remove(directory_ / "c.safetensors");
+  ASSERT_TRUE(observer_.WaitForVersions({"10"}));
+  EXPECT_TRUE(observer_.refused().empty());
+}
+
+TEST_F(DirectorySourceTest, OnlyLoadsANewVersionOnceAnOperatorHasChosen) {
+  fakes::WriteInPlace(directory_ / "a.safetensors", fakes::TableBytes("same", "1"));
+  Start(Options());
+  TableRef first;
+  first.name = "same";
+  first.version = "1";
+  ASSERT_TRUE(registry_->Activate(first, "", {}).ok());
+  fakes::WriteInPlace(directory_ / "b.safetensors", fakes::TableBytes("same", "2"));
+  ASSERT_TRUE(registry_->AwaitView(
+      [](const RegistryView& view) { return view.lines.at("same")->versions.size() == 2; },
+      absl::Now() + absl::Seconds(30)));
+  EXPECT_EQ(store_.Snapshot()->tables.at(0)->identity().version, "1");
+}
+
+TEST_F(DirectorySourceTest, KeepsAChosenVersionWhoseFileIsReplaced) {
+  const std::string path = directory_ / "a.safetensors";
+  fakes::WriteInPlace(path, fakes::TableBytes("same", "1"));
+  Start(Options());
+  TableRef first;
+  first.name = "same";
+  first.version = "1";
+  ASSERT_TRUE(registry_->Activate(first, "", {}).ok());
+  fakes::WriteAndRename(path, fakes::TableBytes("same", "2"));
+  ASSERT_TRUE(registry_->AwaitView(
+      [](const RegistryView& view) { return view.lines.at("same")->versions.size() == 2; },
+      absl::Now() + absl::Seconds(30)));
+  EXPECT_EQ(store_.Snapshot()->tables.at(0)->identity().version, "1");
 }
 
 TEST_F(DirectorySourceTest, LetsTwoFilesSwapTheirTableNames) {
@@ -240,8 +298,7 @@ TEST_F(DirectorySourceTest, KeepsServingWhenTheDirectoryGoesAndResumesWhenItRetu
   fakes::WriteInPlace(options.directory + "/a.safetensors", fakes::TableBytes("a", "1"));
   Start(options);
   fs::rename(options.directory, directory_ / "gone");
-  ASSERT_TRUE(observer_.WaitForRefusals(1));
-  EXPECT_EQ(observer_.refused()[0].file, options.directory);
+  ASSERT_TRUE(observer_.WaitForHealth("directory", absl::StatusCode::kNotFound));
   EXPECT_EQ(store_.Snapshot()->tables.size(), 1);
   fs::create_directory(directory_ / "next");
   fakes::WriteInPlace(directory_ / "next/a.safetensors", fakes::TableBytes("a", "2"));
@@ -250,7 +307,9 @@ TEST_F(DirectorySourceTest, KeepsServingWhenTheDirectoryGoesAndResumesWhenItRetu
   // And it is watched again, not only scanned.
   fakes::WriteAndRename(options.directory + "/a.safetensors", fakes::TableBytes("a", "3"));
   EXPECT_TRUE(observer_.WaitForVersions({"3"}));
-  EXPECT_EQ(observer_.refused().size(), 1);
+  // Well at the start, away once, back again.
+  EXPECT_EQ(observer_.health().size(), 3);
+  EXPECT_TRUE(observer_.health()[2].why.ok());
 }
 
 TEST_F(DirectorySourceTest, ReportsADirectoryWithATableName) {

@@ -14,7 +14,10 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "service/registry/source_registry.h"
-#include "tests/fakes/fake_table_source_observer.h"
+#include "service/registry/state_directory.h"
+#include "service/registry/table_loader.h"
+#include "service/registry/table_registry.h"
+#include "tests/fakes/fake_registry_observer.h"
 #include "tests/fakes/table_files.h"
 
 namespace keepset::service {
@@ -24,48 +27,67 @@ using testing::HasSubstr;
 
 class TableSourceTest : public testing::TestWithParam<std::string> {
  protected:
-  std::unique_ptr<TableSource> NewSource(tables::TableStore& store, TableSourceObserver* observer) {
-    DirectorySourceOptions options;
-    options.directory = directory_.path();
-    options.debounce = absl::Milliseconds(1);
-    auto source = NewTableSource(GetParam(), options, store, SystemClock(), observer);
+  // A server's tables: store, registry and one source. Ends with the source first.
+  struct Host {
+    tables::TableStore store;
+    fakes::FakeRegistryObserver observer;
+    std::unique_ptr<TableLoader> loader;
+    std::unique_ptr<TableRegistry> registry;
+    std::unique_ptr<TableSource> source;
+  };
+
+  std::unique_ptr<Host> NewHost(StateDirectory* state = nullptr) {
+    auto host = std::make_unique<Host>();
+    host->loader = state == nullptr ? NewTableLoader() : NewMappingTableLoader(*state);
+    auto registry = TableRegistry::New({.store = &host->store,
+                                        .clock = &SystemClock(),
+                                        .observer = &host->observer,
+                                        .state = state,
+                                        .sources = {GetParam()}});
+    EXPECT_TRUE(registry.ok()) << registry.status();
+    host->registry = *std::move(registry);
+    TableSourceOptions options;
+    options.directory.directory = directory_.path();
+    options.directory.debounce = absl::Milliseconds(1);
+    auto source = NewTableSource(
+        GetParam(), options,
+        {.registry = *host->registry, .loader = *host->loader, .clock = SystemClock()});
     EXPECT_TRUE(source.ok()) << source.status();
-    return *std::move(source);
+    host->source = *std::move(source);
+    return host;
   }
 
   const fakes::ScratchDirectory directory_;
-  tables::TableStore store_;
-  fakes::FakeTableSourceObserver observer_;
+  const std::unique_ptr<Host> host_ = NewHost();
+  tables::TableStore& store_ = host_->store;
+  fakes::FakeRegistryObserver& observer_ = host_->observer;
+  const std::unique_ptr<TableSource>& source_ = host_->source;
 };
 
-TEST_P(TableSourceTest, NamesItsKind) { EXPECT_EQ(NewSource(store_, nullptr)->kind(), GetParam()); }
+TEST_P(TableSourceTest, NamesItsKind) { EXPECT_EQ(source_->kind(), GetParam()); }
 
 TEST_P(TableSourceTest, PublishesWhatIsThereBeforeStartReturns) {
   fakes::WriteInPlace(directory_ / "a.safetensors", fakes::TableBytes("a", "1"));
-  const auto source = NewSource(store_, &observer_);
-  ASSERT_TRUE(source->Start().ok());
+  ASSERT_TRUE(source_->Start().ok());
   ASSERT_EQ(store_.Snapshot()->tables.size(), 1);
   EXPECT_EQ(store_.Snapshot()->tables[0]->identity().name, "a");
 }
 
 TEST_P(TableSourceTest, RefusesToStartTwice) {
-  const auto source = NewSource(store_, &observer_);
-  ASSERT_TRUE(source->Start().ok());
-  EXPECT_EQ(source->Start().code(), absl::StatusCode::kFailedPrecondition);
+  ASSERT_TRUE(source_->Start().ok());
+  EXPECT_EQ(source_->Start().code(), absl::StatusCode::kFailedPrecondition);
 }
 
 TEST_P(TableSourceTest, StopsTwiceAndWithoutAStart) {
-  const auto source = NewSource(store_, &observer_);
-  source->Stop();
-  ASSERT_TRUE(source->Start().ok());
-  source->Stop();
-  source->Stop();
+  source_->Stop();
+  ASSERT_TRUE(source_->Start().ok());
+  source_->Stop();
+  source_->Stop();
 }
 
 TEST_P(TableSourceTest, PublishesAReplacedTableAndKeepsTheOldSnapshotAlive) {
   fakes::WriteInPlace(directory_ / "a.safetensors", fakes::TableBytes("a", "1"));
-  const auto source = NewSource(store_, &observer_);
-  ASSERT_TRUE(source->Start().ok());
+  ASSERT_TRUE(source_->Start().ok());
   const auto before = store_.Snapshot();
   fakes::WriteAndRename(directory_ / "a.safetensors", fakes::TableBytes("a", "2"));
   ASSERT_TRUE(observer_.WaitForVersions({"2"}));
@@ -77,8 +99,7 @@ TEST_P(TableSourceTest, PublishesAReplacedTableAndKeepsTheOldSnapshotAlive) {
 TEST_P(TableSourceTest, KeepsTheLastGoodTableOfADamagedFile) {
   const std::string path = directory_ / "a.safetensors";
   fakes::WriteInPlace(path, fakes::TableBytes("a", "1"));
-  const auto source = NewSource(store_, &observer_);
-  ASSERT_TRUE(source->Start().ok());
+  ASSERT_TRUE(source_->Start().ok());
   fakes::WriteAndRename(path, fakes::TableBytes("a", "2").substr(0, 100));
   ASSERT_TRUE(observer_.WaitForRefusals(1));
   EXPECT_EQ(store_.Snapshot()->tables.at(0)->identity().version, "1");
@@ -90,8 +111,7 @@ TEST_P(TableSourceTest, KeepsTheLastGoodTableOfADamagedFile) {
 TEST_P(TableSourceTest, PublishesGoodTablesBesideADamagedOneAtStart) {
   fakes::WriteInPlace(directory_ / "a.safetensors", "no table");
   fakes::WriteInPlace(directory_ / "b.safetensors", fakes::TableBytes("b", "1"));
-  const auto source = NewSource(store_, &observer_);
-  ASSERT_TRUE(source->Start().ok());
+  ASSERT_TRUE(source_->Start().ok());
   EXPECT_EQ(store_.Snapshot()->tables.size(), 1);
   EXPECT_EQ(observer_.refused().size(), 1);
 }
@@ -99,16 +119,41 @@ TEST_P(TableSourceTest, PublishesGoodTablesBesideADamagedOneAtStart) {
 TEST_P(TableSourceTest, RecoversTheSetAfterARestart) {
   fakes::WriteInPlace(directory_ / "a.safetensors", fakes::TableBytes("a", "1"));
   fakes::WriteInPlace(directory_ / "b.safetensors", fakes::TableBytes("b", "1"));
-  {
-    const auto source = NewSource(store_, &observer_);
-    ASSERT_TRUE(source->Start().ok());
-  }
+  ASSERT_TRUE(source_->Start().ok());
+  source_->Stop();
   fakes::WriteAndRename(directory_ / "b.safetensors", fakes::TableBytes("b", "2"));
-  tables::TableStore next_store;
-  fakes::FakeTableSourceObserver next_observer;
-  const auto next = NewSource(next_store, &next_observer);
-  ASSERT_TRUE(next->Start().ok());
-  EXPECT_TRUE(next_observer.WaitForVersions({"1", "2"}));
+  const std::unique_ptr<Host> next = NewHost();
+  ASSERT_TRUE(next->source->Start().ok());
+  EXPECT_TRUE(next->observer.WaitForVersions({"1", "2"}));
+}
+
+TEST_P(TableSourceTest, ServesTheActiveSetAfterARestartBeforeTheSourceAnswers) {
+  const fakes::ScratchDirectory kept;
+  fakes::WriteInPlace(directory_ / "a.safetensors", fakes::TableBytes("a", "1"));
+  {
+    const auto state = *StateDirectory::Open(kept / "state");
+    const std::unique_ptr<Host> first = NewHost(state.get());
+    ASSERT_TRUE(first->source->Start().ok());
+    ASSERT_TRUE(first->observer.WaitForVersions({"1"}));
+  }
+  fakes::WriteAndRename(directory_ / "a.safetensors", fakes::TableBytes("a", "2"));
+  const auto state = *StateDirectory::Open(kept / "state");
+  const std::unique_ptr<Host> next = NewHost(state.get());
+  ASSERT_EQ(next->store.Snapshot()->tables.size(), 1);
+  EXPECT_EQ(next->store.Snapshot()->tables[0]->identity().version, "1");
+  ASSERT_TRUE(next->source->Start().ok());
+  EXPECT_TRUE(next->observer.WaitForVersions({"2"}));
+}
+
+TEST_P(TableSourceTest, RollsBackToWhatAFileHeldBefore) {
+  fakes::WriteInPlace(directory_ / "a.safetensors", fakes::TableBytes("a", "1"));
+  ASSERT_TRUE(source_->Start().ok());
+  fakes::WriteAndRename(directory_ / "a.safetensors", fakes::TableBytes("a", "2"));
+  ASSERT_TRUE(observer_.WaitForVersions({"2"}));
+  const absl::StatusOr<WriteReceipt> receipt = host_->registry->Rollback("a", {});
+  ASSERT_TRUE(receipt.ok()) << receipt.status();
+  EXPECT_EQ(receipt->previous_version, "2");
+  EXPECT_EQ(store_.Snapshot()->tables.at(0)->identity().version, "1");
 }
 
 // Two tables whose files have one length and differ in every tensor byte and nowhere else: any
@@ -121,7 +166,7 @@ struct TornPair {
   std::string digests[2] = {fakes::DigestOf(bytes[0]), fakes::DigestOf(bytes[1])};
 };
 
-void ExpectOnlyWholeTables(const fakes::FakeTableSourceObserver& observer, const TornPair& pair) {
+void ExpectOnlyWholeTables(const fakes::FakeRegistryObserver& observer, const TornPair& pair) {
   for (const auto& set : observer.published()) {
     for (const tables::TableIdentity& table : set) {
       if (table.name != "t") continue;
@@ -145,8 +190,7 @@ TEST_P(TableSourceTest, PublishesNoMixtureWhileAWriterPausesHalfWay) {
   const TornPair pair;
   const std::string path = directory_ / "t.safetensors";
   fakes::WriteInPlace(path, pair.bytes[0]);
-  const auto source = NewSource(store_, &observer_);
-  ASSERT_TRUE(source->Start().ok());
+  ASSERT_TRUE(source_->Start().ok());
 
   constexpr int kRounds = 100;
   for (int round = 1; round <= kRounds; ++round) {
@@ -170,8 +214,7 @@ TEST_P(TableSourceTest, PublishesNoMixtureOfAWriterThatNeverWaits) {
   const TornPair pair;
   const std::string path = directory_ / "t.safetensors";
   fakes::WriteInPlace(path, pair.bytes[0]);
-  const auto source = NewSource(store_, &observer_);
-  ASSERT_TRUE(source->Start().ok());
+  ASSERT_TRUE(source_->Start().ok());
 
   constexpr int kRounds = 400;
   std::thread writer([&] {
@@ -196,7 +239,11 @@ INSTANTIATE_TEST_SUITE_P(EverySource, TableSourceTest, testing::ValuesIn(ListTab
 
 TEST(NewTableSource, RefusesAnUnknownKindNamingTheKnown) {
   tables::TableStore store;
-  const absl::Status status = NewTableSource("tape", {}, store, SystemClock(), nullptr).status();
+  const auto registry = *TableRegistry::New({.store = &store, .clock = &SystemClock()});
+  const auto loader = NewTableLoader();
+  const absl::Status status =
+      NewTableSource("tape", {}, {.registry = *registry, .loader = *loader, .clock = SystemClock()})
+          .status();
   EXPECT_EQ(status.code(), absl::StatusCode::kNotFound);
   EXPECT_THAT(std::string(status.message()), HasSubstr("directory"));
 }

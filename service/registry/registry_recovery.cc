@@ -1,0 +1,133 @@
+#include "service/registry/registry_recovery.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "service/registry/registry_changes.h"
+
+namespace keepset::service {
+namespace {
+
+bool MustStay(const Line& line, const LoadedVersion& loaded) {
+  return loaded.holders.contains(std::string(kUploadSource)) || IsActive(line, loaded) ||
+         IsNamed(line, loaded);
+}
+
+std::set<std::string> DigestsOf(const RegistryState& state) {
+  std::set<std::string> digests;
+  for (const auto& [name, line] : state.lines) {
+    for (const auto& [version, loaded] : line.loaded) {
+      digests.insert(loaded.table->identity().digest);
+    }
+    for (const RetiredVersion& retired : line.retired) {
+      if (retired.table != nullptr) digests.insert(retired.target.digest);
+    }
+  }
+  return digests;
+}
+
+void Restore(const StoredTable& stored, TablePtr table, const std::vector<std::string>& sources,
+             absl::Time now, Line& line) {
+  if (stored.retired) {
+    RetiredVersion retired;
+    retired.target = stored.target;
+    retired.table = std::move(table);
+    retired.reason = "retired before this server started";
+    retired.loaded = stored.loaded;
+    retired.since = now;
+    line.retired.push_back(std::move(retired));
+    return;
+  }
+  LoadedVersion& loaded = line.loaded[stored.target.version];
+  loaded.table = std::move(table);
+  loaded.loaded = stored.loaded;
+  loaded.since = now;
+  for (const auto& [source, holder] : stored.holders) {
+    if (source == kUploadSource || std::count(sources.begin(), sources.end(), source) > 0) {
+      loaded.holders[source] = holder;
+    }
+  }
+}
+
+}  // namespace
+
+std::vector<TablePtr> TablesToKeep(const RegistryState& state) {
+  std::vector<TablePtr> tables;
+  for (const auto& [name, line] : state.lines) {
+    for (const auto& [version, loaded] : line.loaded) {
+      if (MustStay(line, loaded)) tables.push_back(loaded.table);
+    }
+    for (const RetiredVersion& retired : line.retired) {
+      if (retired.table != nullptr) tables.push_back(retired.table);
+    }
+  }
+  return tables;
+}
+
+RegistryDocument DocumentOf(const RegistryState& state,
+                            const std::function<bool(const std::string&)>& is_kept) {
+  RegistryDocument document;
+  for (const auto& [name, line] : state.lines) {
+    document.lines[name] = line.assignment;
+    for (const auto& [version, loaded] : line.loaded) {
+      const TableTarget target = TargetOf(*loaded.table);
+      if (!is_kept(target.digest)) continue;
+      document.tables.push_back({name, target, loaded.holders, false, loaded.loaded});
+    }
+    for (const RetiredVersion& retired : line.retired) {
+      if (retired.table == nullptr || !is_kept(retired.target.digest)) continue;
+      document.tables.push_back({name, retired.target, {}, true, retired.loaded});
+    }
+  }
+  return document;
+}
+
+std::set<std::string> UnusedDigests(const RegistryState& before, const RegistryState& after) {
+  std::set<std::string> unused = DigestsOf(before);
+  for (const std::string& digest : DigestsOf(after)) unused.erase(digest);
+  return unused;
+}
+
+bool HoldsDigest(const RegistryState& state, const std::string& digest) {
+  return DigestsOf(state).contains(digest);
+}
+
+absl::StatusOr<Recovered> RecoverState(StateDirectory& disk,
+                                       const std::vector<std::string>& sources, absl::Time now) {
+  Recovered recovered;
+  const absl::StatusOr<RegistryDocument> document = disk.ReadDocument();
+  if (absl::IsNotFound(document.status())) return recovered;
+  if (!document.ok()) return document.status();
+  recovered.revision = document->revision_limit;
+  for (const auto& [name, assignment] : document->lines) {
+    recovered.state.lines[name].assignment = assignment;
+  }
+  std::set<std::string> digests;
+  std::vector<std::string> problems;
+  for (const StoredTable& stored : document->tables) {
+    absl::StatusOr<TablePtr> table = disk.Map(stored.target.digest);
+    if (table.ok() && ((*table)->identity().name != stored.name ||
+                       (*table)->identity().version != stored.target.version)) {
+      table = absl::DataLossError(absl::StrCat(
+          stored.target.digest, ": is table ", (*table)->identity().name, "@",
+          (*table)->identity().version, ", want ", stored.name, "@", stored.target.version));
+    }
+    if (!table.ok()) {
+      problems.emplace_back(table.status().message());
+      continue;
+    }
+    digests.insert(stored.target.digest);
+    Restore(stored, *std::move(table), sources, now, recovered.state.lines[stored.name]);
+  }
+  disk.RemoveOthers(digests);
+  if (!problems.empty()) {
+    recovered.problem = absl::DataLossError(
+        absl::StrCat(problems.size(), " of ", document->tables.size(),
+                     " saved tables cannot be read: ", absl::StrJoin(problems, "; ")));
+  }
+  return recovered;
+}
+
+}  // namespace keepset::service

@@ -1,0 +1,50 @@
+// keepset.v1.TableService over the registry. Reads answer from the registry's view; writes go
+// through the authority on a thread of their own, are refused unless they are switched on, and
+// leave one audit line each, refused or not.
+#ifndef KEEPSET_SERVICE_RPC_TABLE_SERVICE_H_
+#define KEEPSET_SERVICE_RPC_TABLE_SERVICE_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+
+#include "base/log.h"
+#include "keepset/v1/table.grpc.pb.h"
+#include "service/registry/registry_authority.h"
+#include "service/registry/table_loader.h"
+#include "service/registry/table_registry.h"
+#include "service/rpc/correlation_ids.h"
+#include "service/rpc/work_queue.h"
+
+namespace keepset::service {
+
+enum class TableWrites { kDenied, kAllowed };
+
+struct TableServiceOptions {
+  TableWrites writes = TableWrites::kDenied;
+  int64_t max_table_bytes = int64_t{64} << 20;  // of one upload
+  std::string tables_directory;                 // of LoadTableRequest.path; empty: none
+};
+
+// What the service works with; all of it outlives the service.
+struct TableServiceContext {
+  TableRegistry& registry;
+  RegistryAuthority& authority;
+  TableLoader& validator;  // of Validate: keeps nothing
+  WorkQueue& blocking;     // runs what waits for disks or other servers
+  Logger& log;
+  CorrelationIds& correlation_ids;
+};
+
+class TableService : public v1::TableService::CallbackService {
+ public:
+  static std::unique_ptr<TableService> New(TableServiceOptions options,
+                                           const TableServiceContext& context);
+
+  // Ends the open watches with UNAVAILABLE; later ones too.
+  virtual void CloseStreams() = 0;
+};
+
+}  // namespace keepset::service
+
+#endif  // KEEPSET_SERVICE_RPC_TABLE_SERVICE_H_

@@ -1,0 +1,93 @@
+#include "service/server_tables.h"
+
+#include <string>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "service/registry/state_directory.h"
+#include "service/registry/table_source.h"
+
+namespace keepset::service {
+namespace {
+
+absl::Status InField(absl::string_view field, const std::string& value,
+                     const absl::Status& status) {
+  if (status.ok()) return status;
+  return {status.code(), absl::StrCat(field, "=\"", value, "\": ", status.message())};
+}
+
+class ServerTablesImpl final : public ServerTables {
+ public:
+  ServerTablesImpl(const v1::ServerConfig& config, tables::TableStore& store, const Clock& clock,
+                   Metrics& metrics, RegistryObserver& observer)
+      : config_(config), store_(store), clock_(clock), metrics_(metrics), observer_(observer) {}
+
+  ~ServerTablesImpl() override { Stop(); }
+
+  absl::Status Init() {
+    const std::string& path = config_.state_directory();
+    if (!path.empty()) {
+      absl::StatusOr<std::unique_ptr<StateDirectory>> state = StateDirectory::Open(path);
+      if (!state.ok()) return InField("state_directory", path, state.status());
+      state_ = *std::move(state);
+    }
+    loader_ = state_ == nullptr ? NewTableLoader() : NewMappingTableLoader(*state_);
+    validator_ = NewTableLoader();
+    TableRegistryOptions options;
+    options.store = &store_;
+    options.clock = &clock_;
+    options.observer = &observer_;
+    options.state = state_.get();
+    if (!config_.tables_directory().empty()) options.sources.emplace_back("directory");
+    absl::StatusOr<std::unique_ptr<TableRegistry>> registry = TableRegistry::New(options);
+    if (!registry.ok()) return InField("state_directory", path, registry.status());
+    registry_ = *std::move(registry);
+    authority_ = NewLocalAuthority(*registry_, *loader_);
+    return StartDirectory();
+  }
+
+  TableRegistry& registry() override { return *registry_; }
+  RegistryAuthority& authority() override { return *authority_; }
+  TableLoader& validator() override { return *validator_; }
+  void Stop() override {
+    if (directory_ != nullptr) directory_->Stop();
+  }
+
+ private:
+  absl::Status StartDirectory() {
+    if (config_.tables_directory().empty()) return absl::OkStatus();
+    TableSourceOptions options;
+    options.directory.directory = config_.tables_directory();
+    directory_ =
+        NewDirectorySource(options, {.registry = *registry_, .loader = *loader_, .clock = clock_});
+    metrics_.EnableTableSource(directory_->kind());
+    return InField("tables_directory", config_.tables_directory(), directory_->Start());
+  }
+
+  const v1::ServerConfig& config_;
+  tables::TableStore& store_;
+  const Clock& clock_;
+  Metrics& metrics_;
+  RegistryObserver& observer_;
+  std::unique_ptr<StateDirectory> state_;
+  std::unique_ptr<TableLoader> loader_;
+  std::unique_ptr<TableLoader> validator_;
+  std::unique_ptr<TableRegistry> registry_;
+  std::unique_ptr<RegistryAuthority> authority_;
+  std::unique_ptr<TableSource> directory_;
+};
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<ServerTables>> ServerTables::Start(const v1::ServerConfig& config,
+                                                                  tables::TableStore& store,
+                                                                  const Clock& clock,
+                                                                  Metrics& metrics,
+                                                                  RegistryObserver& observer) {
+  auto server_tables = std::make_unique<ServerTablesImpl>(config, store, clock, metrics, observer);
+  KEEPSET_RETURN_IF_ERROR(server_tables->Init());
+  return server_tables;
+}
+
+}  // namespace keepset::service
