@@ -94,11 +94,17 @@ absl::Status Watch(Arguments arguments, Console& console) {
   const absl::Time deadline = timeout_ms.has_value() ? absl::Now() + absl::Milliseconds(*timeout_ms)
                                                      : absl::InfiniteFuture();
   const std::string name = parser.num_positionals() == 1 ? parser.positional(0) : "";
-  return parser.client().Watch(name, until, deadline, [&](const client::TableChange& change) {
-    PrintChange(change, parser, console);
-    return console.out.good() ? client::TableClient::Next::kContinue
-                              : client::TableClient::Next::kStop;
-  });
+  const absl::Status status =
+      parser.client().Watch(name, until, deadline, [&](const client::TableChange& change) {
+        PrintChange(change, parser, console);
+        return console.out.good() ? client::TableClient::Next::kContinue
+                                  : client::TableClient::Next::kStop;
+      });
+  if (!absl::IsDeadlineExceeded(status) || !timeout_ms.has_value()) return status;
+  // Without a version to wait for, the time given is the time watched.
+  if (!until_active.has_value()) return absl::OkStatus();
+  return absl::DeadlineExceededError(
+      absl::StrCat(*until_active, " was not active within ", *timeout_ms, " ms"));
 }
 
 struct RegistryCommand {
