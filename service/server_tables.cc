@@ -17,6 +17,21 @@ absl::Status InField(absl::string_view field, const std::string& value,
   return {status.code(), absl::StrCat(field, "=\"", value, "\": ", status.message())};
 }
 
+EtcdSourceOptions EtcdOptionsOf(const v1::ServerConfig::Etcd& config) {
+  EtcdSourceOptions options;
+  options.client.endpoints.assign(config.endpoints().begin(), config.endpoints().end());
+  options.client.ca_file = config.ca_file();
+  options.client.certificate_file = config.certificate_file();
+  options.client.key_file = config.key_file();
+  options.client.username = config.username();
+  options.client.password_file = config.password_file();
+  options.prefix = config.prefix();
+  options.max_value_bytes = static_cast<int64_t>(config.max_value_bytes());
+  options.shared_directory = config.shared_directory();
+  options.start_timeout = absl::Milliseconds(config.start_timeout_ms());
+  return options;
+}
+
 class ServerTablesImpl final : public ServerTables {
  public:
   ServerTablesImpl(const v1::ServerConfig& config, tables::TableStore& store, const Clock& clock,
@@ -40,18 +55,23 @@ class ServerTablesImpl final : public ServerTables {
     options.observer = &observer_;
     options.state = state_.get();
     if (!config_.tables_directory().empty()) options.sources.emplace_back("directory");
+    if (config_.has_etcd()) options.sources.emplace_back("etcd");
     absl::StatusOr<std::unique_ptr<TableRegistry>> registry = TableRegistry::New(options);
     if (!registry.ok()) return InField("state_directory", path, registry.status());
     registry_ = *std::move(registry);
     authority_ = NewLocalAuthority(*registry_, *loader_);
-    return StartDirectory();
+    KEEPSET_RETURN_IF_ERROR(StartDirectory());
+    return StartEtcd();
   }
 
   TableRegistry& registry() override { return *registry_; }
-  RegistryAuthority& authority() override { return *authority_; }
+  RegistryAuthority& authority() override {
+    return etcd_ != nullptr ? *etcd_->authority() : *authority_;
+  }
   TableLoader& validator() override { return *validator_; }
   void Stop() override {
     if (directory_ != nullptr) directory_->Stop();
+    if (etcd_ != nullptr) etcd_->Stop();
   }
 
  private:
@@ -65,6 +85,16 @@ class ServerTablesImpl final : public ServerTables {
     return InField("tables_directory", config_.tables_directory(), directory_->Start());
   }
 
+  absl::Status StartEtcd() {
+    if (!config_.has_etcd()) return absl::OkStatus();
+    TableSourceOptions options;
+    options.etcd = EtcdOptionsOf(config_.etcd());
+    options.etcd.seed = static_cast<uint64_t>(absl::ToUnixNanos(clock_.Now()));
+    etcd_ = NewEtcdSource(options, {.registry = *registry_, .loader = *loader_, .clock = clock_});
+    metrics_.EnableTableSource(etcd_->kind());
+    return etcd_->Start();
+  }
+
   const v1::ServerConfig& config_;
   tables::TableStore& store_;
   const Clock& clock_;
@@ -76,6 +106,7 @@ class ServerTablesImpl final : public ServerTables {
   std::unique_ptr<TableRegistry> registry_;
   std::unique_ptr<RegistryAuthority> authority_;
   std::unique_ptr<TableSource> directory_;
+  std::unique_ptr<TableSource> etcd_;
 };
 
 }  // namespace

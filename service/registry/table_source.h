@@ -11,6 +11,7 @@
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
 #include "base/clock.h"
+#include "service/registry/etcd_source_options.h"
 #include "service/registry/registry_authority.h"
 #include "service/registry/table_loader.h"
 #include "service/registry/table_registry.h"
@@ -51,6 +52,7 @@ struct DirectorySourceOptions {
 // Each source reads its own member.
 struct TableSourceOptions {
   DirectorySourceOptions directory;
+  EtcdSourceOptions etcd = {};
 };
 
 // Watches a directory of *.safetensors table files with inotify (close-after-write, renames, the
@@ -59,6 +61,13 @@ struct TableSourceOptions {
 // naming both.
 std::unique_ptr<TableSource> NewDirectorySource(const TableSourceOptions& options,
                                                 const TableSourceContext& context);
+
+// A fleet's tables and decisions in etcd, followed by one watch per server; takes the writes, which
+// come back by that watch. Where etcd cannot be reached Start succeeds all the same: the registry
+// keeps what it has, the source's health says so, and the source comes back by itself.
+// InvalidArgument from Start: options that cannot be used.
+std::unique_ptr<TableSource> NewEtcdSource(const TableSourceOptions& options,
+                                           const TableSourceContext& context);
 
 }  // namespace keepset::service
 

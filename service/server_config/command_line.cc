@@ -67,6 +67,17 @@ std::vector<Flag> Flags() {
          config.set_table_writes(true);
          return true;
        }},
+      {"etcd", "HOST:PORT",
+       "tables and decisions of a fleet, watched; repeatable for members of one cluster",
+       [](absl::string_view text, ServerConfig& config) {
+         config.mutable_etcd()->add_endpoints(std::string(text));
+         return !text.empty();
+       }},
+      {"etcd-prefix", "PREFIX", "of the keys in etcd (default /keepset)",
+       [](absl::string_view text, ServerConfig& config) {
+         config.mutable_etcd()->set_prefix(std::string(text));
+         return !text.empty();
+       }},
       {"side-socket", "PATH",
        "descriptor-passing socket (default: first Unix socket with .fd appended)",
        [](absl::string_view text, ServerConfig& config) {
@@ -137,6 +148,7 @@ absl::Status Usage(absl::string_view message) {
 // Lists laid over a file replace it; MergeFrom alone would append.
 void Overlay(const ServerConfig& flags, ServerConfig& config) {
   if (!flags.listen().empty()) config.clear_listen();
+  if (!flags.etcd().endpoints().empty()) config.mutable_etcd()->clear_endpoints();
   config.MergeFrom(flags);
 }
 

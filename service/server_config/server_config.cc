@@ -92,6 +92,12 @@ void FillMemory(v1::ServerConfig::Memory& memory) {
   if (memory.lease_seconds() == 0) memory.set_lease_seconds(120);
 }
 
+void FillEtcd(v1::ServerConfig::Etcd& etcd) {
+  if (etcd.prefix().empty()) etcd.set_prefix("/keepset");
+  if (etcd.max_value_bytes() == 0) etcd.set_max_value_bytes(uint64_t{1} << 20);
+  if (etcd.start_timeout_ms() == 0) etcd.set_start_timeout_ms(5000);
+}
+
 template <typename Value>
 absl::Status CheckRange(absl::string_view field, Value value, Value low, Value high) {
   if (value < low || value > high) {
@@ -146,6 +152,7 @@ absl::Status ResolveServerConfig(v1::ServerConfig& config) {
   }
   FillLimits(*config.mutable_limits());
   FillMemory(*config.mutable_memory());
+  if (config.has_etcd()) FillEtcd(*config.mutable_etcd());
   if (config.num_workers() == 0) config.set_num_workers(2);
   if (config.drain_timeout_ms() == 0) config.set_drain_timeout_ms(10000);
   if (config.log_format().empty()) config.set_log_format("text");
@@ -181,6 +188,15 @@ absl::Status ResolveServerConfig(v1::ServerConfig& config) {
       CheckRange<uint64_t>("limits.max_seq_len", limits.max_seq_len(), 1, uint64_t{1} << 24));
   KEEPSET_RETURN_IF_ERROR(
       CheckRange<uint32_t>("limits.max_layers", limits.max_layers(), 1, 1 << 16));
+  if (config.has_etcd()) {
+    if (config.etcd().endpoints().empty()) {
+      return absl::InvalidArgumentError("etcd.endpoints: none, want at least one host:port");
+    }
+    KEEPSET_RETURN_IF_ERROR(CheckRange<uint64_t>(
+        "etcd.max_value_bytes", config.etcd().max_value_bytes(), 1024, uint64_t{1} << 30));
+    KEEPSET_RETURN_IF_ERROR(CheckRange<uint32_t>("etcd.start_timeout_ms",
+                                                 config.etcd().start_timeout_ms(), 1, 600'000));
+  }
   KEEPSET_RETURN_IF_ERROR(CheckRange<uint32_t>("num_workers", config.num_workers(), 1, 1024));
   KEEPSET_RETURN_IF_ERROR(CheckRange<uint32_t>("num_threads", config.num_threads(), 0, 4096));
   return CheckRange<uint32_t>("memory.lease_seconds", config.memory().lease_seconds(), 3, 3600);

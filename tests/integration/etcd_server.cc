@@ -165,13 +165,15 @@ std::unique_ptr<grpc::ClientContext> EtcdServer::Context() const {
 
 void EtcdServer::Put(const std::string& key, const std::string& value) { PutAll({{key, value}}); }
 
-int64_t EtcdServer::PutAll(const std::vector<std::pair<std::string, std::string>>& pairs) {
+int64_t EtcdServer::Commit(const std::vector<std::pair<std::string, std::string>>& pairs,
+                           const std::string& deleted) {
   etcdserverpb::TxnRequest request;
   for (const auto& [key, value] : pairs) {
     etcdserverpb::PutRequest* put = request.add_success()->mutable_request_put();
     put->set_key(key);
     put->set_value(value);
   }
+  if (!deleted.empty()) request.add_success()->mutable_request_delete_range()->set_key(deleted);
   etcdserverpb::TxnResponse response;
   const grpc::Status status = Keys()->Txn(Context().get(), request, &response);
   EXPECT_TRUE(status.ok()) << status.error_message();

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "etcd/rpc.grpc.pb.h"
@@ -42,7 +43,12 @@ class EtcdServer {
   // The test's own way in, past the product's client.
   void Put(const std::string& key, const std::string& value);
   // All at one revision, which is returned.
-  int64_t PutAll(const std::vector<std::pair<std::string, std::string>>& pairs);
+  int64_t PutAll(const std::vector<std::pair<std::string, std::string>>& pairs) {
+    return Commit(pairs, "");
+  }
+  // The same, and the key `deleted` goes; empty: none does.
+  int64_t Commit(const std::vector<std::pair<std::string, std::string>>& pairs,
+                 const std::string& deleted);
   void Delete(const std::string& key);
   std::string Get(const std::string& key);  // empty: not there
   int64_t Revision();

@@ -13,7 +13,7 @@ POINTS = (
     ("engine/codecs/codecs.def", "KEEPSET_CODEC", "engine/codecs/*_codec.cc"),
     ("kernels/backends.def", "KEEPSET_BACKEND", "kernels/*/*_backend.cc"),
     ("service/memory/transports.def", "KEEPSET_TRANSPORT", "service/memory/*_transport.cc"),
-    ("service/registry/sources.def", "KEEPSET_TABLE_SOURCE", "service/registry/*_source.cc"),
+    ("service/registry/sources.def", "KEEPSET_TABLE_SOURCE", "service/registry/**/*_source.cc"),
 )
 SUFFIX = re.compile(r"_(policy|codec|backend|transport|source)$")
 

@@ -2,8 +2,6 @@
 
 #include <utility>
 
-#include "absl/memory/memory.h"
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "etcd/rpc.grpc.pb.h"

@@ -16,25 +16,11 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
-#include "absl/time/time.h"
+#include "service/registry/etcd_source_options.h"
 
 namespace keepset::service::etcd {
 
-struct ClientOptions {
-  // "host:port", "http://host:port" or "https://host:port"; TLS for https and wherever one of the
-  // three files below is given.
-  std::vector<std::string> endpoints;
-  std::string ca_file;  // empty: the system's certificates
-  std::string certificate_file;
-  std::string key_file;
-  std::string username;  // empty: no login
-  std::string password_file;
-  // For one call at one endpoint.
-  absl::Duration request_timeout = absl::Seconds(3);
-  // A connection that does not answer a ping for this long is dead. etcd refuses more than one ping
-  // in 5 s.
-  absl::Duration keepalive = absl::Seconds(10);
-};
+using ClientOptions = EtcdClientOptions;
 
 struct KeyValue {
   std::string key;

@@ -73,6 +73,8 @@ absl::Status Mirror::ReadAll() {
   cluster_id_ = all.cluster_id;
   revision_ = all.revision;
   must_read_ = false;
+  // Contact was made: a watch that fails now is a loss of its own.
+  told_ = Told::kNothing;
   return absl::OkStatus();
 }
 

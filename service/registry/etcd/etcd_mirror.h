@@ -29,7 +29,7 @@ class MirrorListener {
   virtual void OnRead(const RangeResult& all) = 0;
   // What one revision changed.
   virtual void OnChanged(int64_t revision, const std::vector<Change>& changes) = 0;
-  // From here on nothing is told until OnInStep. Once per loss.
+  // From here on nothing is told until OnRead or OnInStep. Once per loss.
   virtual void OnLost(const absl::Status& why) = 0;
   // Everything up to now has been told, and every change will be.
   virtual void OnInStep() = 0;

@@ -1,5 +1,5 @@
-// What every source of sources.def owes. A source that takes no directory brings its own way to
-// put a table in place.
+// What every source of sources.def owes (table_origin.h: how tables come to it), and what a source
+// of files owes beside that.
 #include <fcntl.h>
 #include <unistd.h>
 
@@ -19,6 +19,7 @@
 #include "service/registry/table_registry.h"
 #include "tests/fakes/fake_registry_observer.h"
 #include "tests/fakes/table_files.h"
+#include "tests/service/registry/table_origin.h"
 
 namespace keepset::service {
 namespace {
@@ -46,18 +47,15 @@ class TableSourceTest : public testing::TestWithParam<std::string> {
                                         .sources = {GetParam()}});
     EXPECT_TRUE(registry.ok()) << registry.status();
     host->registry = *std::move(registry);
-    TableSourceOptions options;
-    options.directory.directory = directory_.path();
-    options.directory.debounce = absl::Milliseconds(1);
     auto source = NewTableSource(
-        GetParam(), options,
+        GetParam(), origin_->Options(),
         {.registry = *host->registry, .loader = *host->loader, .clock = SystemClock()});
     EXPECT_TRUE(source.ok()) << source.status();
     host->source = *std::move(source);
     return host;
   }
 
-  const fakes::ScratchDirectory directory_;
+  const std::unique_ptr<TableOrigin> origin_ = NewTableOrigin(GetParam());
   const std::unique_ptr<Host> host_ = NewHost();
   tables::TableStore& store_ = host_->store;
   fakes::FakeRegistryObserver& observer_ = host_->observer;
@@ -67,7 +65,7 @@ class TableSourceTest : public testing::TestWithParam<std::string> {
 TEST_P(TableSourceTest, NamesItsKind) { EXPECT_EQ(source_->kind(), GetParam()); }
 
 TEST_P(TableSourceTest, PublishesWhatIsThereBeforeStartReturns) {
-  fakes::WriteInPlace(directory_ / "a.safetensors", fakes::TableBytes("a", "1"));
+  origin_->Place("a", fakes::TableBytes("a", "1"));
   ASSERT_TRUE(source_->Start().ok());
   ASSERT_EQ(store_.Snapshot()->tables.size(), 1);
   EXPECT_EQ(store_.Snapshot()->tables[0]->identity().name, "a");
@@ -86,10 +84,10 @@ TEST_P(TableSourceTest, StopsTwiceAndWithoutAStart) {
 }
 
 TEST_P(TableSourceTest, PublishesAReplacedTableAndKeepsTheOldSnapshotAlive) {
-  fakes::WriteInPlace(directory_ / "a.safetensors", fakes::TableBytes("a", "1"));
+  origin_->Place("a", fakes::TableBytes("a", "1"));
   ASSERT_TRUE(source_->Start().ok());
   const auto before = store_.Snapshot();
-  fakes::WriteAndRename(directory_ / "a.safetensors", fakes::TableBytes("a", "2"));
+  origin_->Place("a", fakes::TableBytes("a", "2"));
   ASSERT_TRUE(observer_.WaitForVersions({"2"}));
   EXPECT_EQ(before->tables[0]->identity().version, "1");
   EXPECT_EQ(store_.Snapshot()->tables[0]->identity().version, "2");
@@ -97,31 +95,30 @@ TEST_P(TableSourceTest, PublishesAReplacedTableAndKeepsTheOldSnapshotAlive) {
 }
 
 TEST_P(TableSourceTest, KeepsTheLastGoodTableOfADamagedFile) {
-  const std::string path = directory_ / "a.safetensors";
-  fakes::WriteInPlace(path, fakes::TableBytes("a", "1"));
+  origin_->Place("a", fakes::TableBytes("a", "1"));
   ASSERT_TRUE(source_->Start().ok());
-  fakes::WriteAndRename(path, fakes::TableBytes("a", "2").substr(0, 100));
+  origin_->Place("a", fakes::TableBytes("a", "2").substr(0, 100));
   ASSERT_TRUE(observer_.WaitForRefusals(1));
   EXPECT_EQ(store_.Snapshot()->tables.at(0)->identity().version, "1");
-  EXPECT_THAT(std::string(observer_.refused()[0].why.message()), HasSubstr("a.safetensors"));
-  fakes::WriteAndRename(path, fakes::TableBytes("a", "3"));
+  EXPECT_THAT(std::string(observer_.refused()[0].why.message()), HasSubstr(origin_->PlaceOf("a")));
+  origin_->Place("a", fakes::TableBytes("a", "3"));
   EXPECT_TRUE(observer_.WaitForVersions({"3"}));
 }
 
 TEST_P(TableSourceTest, PublishesGoodTablesBesideADamagedOneAtStart) {
-  fakes::WriteInPlace(directory_ / "a.safetensors", "no table");
-  fakes::WriteInPlace(directory_ / "b.safetensors", fakes::TableBytes("b", "1"));
+  origin_->Place("a", "no table");
+  origin_->Place("b", fakes::TableBytes("b", "1"));
   ASSERT_TRUE(source_->Start().ok());
   EXPECT_EQ(store_.Snapshot()->tables.size(), 1);
   EXPECT_EQ(observer_.refused().size(), 1);
 }
 
 TEST_P(TableSourceTest, RecoversTheSetAfterARestart) {
-  fakes::WriteInPlace(directory_ / "a.safetensors", fakes::TableBytes("a", "1"));
-  fakes::WriteInPlace(directory_ / "b.safetensors", fakes::TableBytes("b", "1"));
+  origin_->Place("a", fakes::TableBytes("a", "1"));
+  origin_->Place("b", fakes::TableBytes("b", "1"));
   ASSERT_TRUE(source_->Start().ok());
   source_->Stop();
-  fakes::WriteAndRename(directory_ / "b.safetensors", fakes::TableBytes("b", "2"));
+  origin_->Place("b", fakes::TableBytes("b", "2"));
   const std::unique_ptr<Host> next = NewHost();
   ASSERT_TRUE(next->source->Start().ok());
   EXPECT_TRUE(next->observer.WaitForVersions({"1", "2"}));
@@ -129,14 +126,14 @@ TEST_P(TableSourceTest, RecoversTheSetAfterARestart) {
 
 TEST_P(TableSourceTest, ServesTheActiveSetAfterARestartBeforeTheSourceAnswers) {
   const fakes::ScratchDirectory kept;
-  fakes::WriteInPlace(directory_ / "a.safetensors", fakes::TableBytes("a", "1"));
+  origin_->Place("a", fakes::TableBytes("a", "1"));
   {
     const auto state = *StateDirectory::Open(kept / "state");
     const std::unique_ptr<Host> first = NewHost(state.get());
     ASSERT_TRUE(first->source->Start().ok());
     ASSERT_TRUE(first->observer.WaitForVersions({"1"}));
   }
-  fakes::WriteAndRename(directory_ / "a.safetensors", fakes::TableBytes("a", "2"));
+  origin_->Place("a", fakes::TableBytes("a", "2"));
   const auto state = *StateDirectory::Open(kept / "state");
   const std::unique_ptr<Host> next = NewHost(state.get());
   ASSERT_EQ(next->store.Snapshot()->tables.size(), 1);
@@ -146,9 +143,9 @@ TEST_P(TableSourceTest, ServesTheActiveSetAfterARestartBeforeTheSourceAnswers) {
 }
 
 TEST_P(TableSourceTest, RollsBackToWhatAFileHeldBefore) {
-  fakes::WriteInPlace(directory_ / "a.safetensors", fakes::TableBytes("a", "1"));
+  origin_->Place("a", fakes::TableBytes("a", "1"));
   ASSERT_TRUE(source_->Start().ok());
-  fakes::WriteAndRename(directory_ / "a.safetensors", fakes::TableBytes("a", "2"));
+  origin_->Place("a", fakes::TableBytes("a", "2"));
   ASSERT_TRUE(observer_.WaitForVersions({"2"}));
   const absl::StatusOr<WriteReceipt> receipt = host_->registry->Rollback("a", {});
   ASSERT_TRUE(receipt.ok()) << receipt.status();
@@ -186,9 +183,17 @@ TEST(TornPair, MixesToAValidTableThatIsNeither) {
   EXPECT_NE(mixture, pair.digests[1]);
 }
 
-TEST_P(TableSourceTest, PublishesNoMixtureWhileAWriterPausesHalfWay) {
+class FileSourceTest : public TableSourceTest {
+ protected:
+  // Of the directory the source watches.
+  std::string PathOf(const std::string& table) const {
+    return absl::StrCat(origin_->Options().directory.directory, "/", origin_->PlaceOf(table));
+  }
+};
+
+TEST_P(FileSourceTest, PublishesNoMixtureWhileAWriterPausesHalfWay) {
   const TornPair pair;
-  const std::string path = directory_ / "t.safetensors";
+  const std::string path = PathOf("t");
   fakes::WriteInPlace(path, pair.bytes[0]);
   ASSERT_TRUE(source_->Start().ok());
 
@@ -201,7 +206,7 @@ TEST_P(TableSourceTest, PublishesNoMixtureWhileAWriterPausesHalfWay) {
     ASSERT_EQ(pwrite(writer, next.data(), half, 0), half);
     // The source has looked at the directory in the middle of the write once it shows this one.
     const std::string version = absl::StrCat("m", round);
-    fakes::WriteAndRename(directory_ / "m.safetensors", fakes::TableBytes("m", version));
+    origin_->Place("m", fakes::TableBytes("m", version));
     ASSERT_TRUE(observer_.WaitForVersions({version, "1"}));
     ASSERT_EQ(pwrite(writer, next.data() + half, TornPair::kTailBytes, half), TornPair::kTailBytes);
     close(writer);
@@ -210,9 +215,9 @@ TEST_P(TableSourceTest, PublishesNoMixtureWhileAWriterPausesHalfWay) {
   ExpectOnlyWholeTables(observer_, pair);
 }
 
-TEST_P(TableSourceTest, PublishesNoMixtureOfAWriterThatNeverWaits) {
+TEST_P(FileSourceTest, PublishesNoMixtureOfAWriterThatNeverWaits) {
   const TornPair pair;
-  const std::string path = directory_ / "t.safetensors";
+  const std::string path = PathOf("t");
   fakes::WriteInPlace(path, pair.bytes[0]);
   ASSERT_TRUE(source_->Start().ok());
 
@@ -234,6 +239,8 @@ TEST_P(TableSourceTest, PublishesNoMixtureOfAWriterThatNeverWaits) {
   ExpectOnlyWholeTables(observer_, pair);
 }
 
+INSTANTIATE_TEST_SUITE_P(SourcesOfFiles, FileSourceTest, testing::Values("directory"),
+                         [](const auto& info) { return info.param; });
 INSTANTIATE_TEST_SUITE_P(EverySource, TableSourceTest, testing::ValuesIn(ListTableSources()),
                          [](const auto& info) { return info.param; });
 

@@ -83,6 +83,32 @@ TEST(ParseCommandLine, FlagsWinOverTheFile) {
   EXPECT_EQ(line->config.num_threads(), 3);
 }
 
+TEST(ResolveServerConfig, FillsInAndChecksEtcd) {
+  v1::ServerConfig config = Config("etcd { endpoints: 'etcd:2379' }");
+  ASSERT_TRUE(ResolveServerConfig(config).ok());
+  EXPECT_EQ(config.etcd().prefix(), "/keepset");
+  EXPECT_EQ(config.etcd().max_value_bytes(), 1 << 20);
+  config = Config("");
+  ASSERT_TRUE(ResolveServerConfig(config).ok());
+  EXPECT_FALSE(config.has_etcd());
+  config = Config("etcd { prefix: '/x' }");
+  EXPECT_THAT(ResolveServerConfig(config).message(), HasSubstr("etcd.endpoints: none"));
+  config = Config("etcd { endpoints: 'etcd:2379' max_value_bytes: 10 }");
+  EXPECT_THAT(ResolveServerConfig(config).message(), HasSubstr("etcd.max_value_bytes=10"));
+}
+
+TEST(ParseCommandLine, EtcdFlagsReplaceTheFilesEndpoints) {
+  const std::string path = absl::StrCat(::testing::TempDir(), "/keepsetd_etcd.textproto");
+  std::ofstream(path) << "etcd { endpoints: 'a:1' prefix: '/p' }\n";
+  const std::string config = absl::StrCat("--config=", path);
+  const char* const arguments[] = {config.c_str(), "--etcd", "b:1", "--etcd=c:1"};
+  const auto line = ParseCommandLine(arguments);
+  ASSERT_TRUE(line.ok()) << line.status();
+  ASSERT_EQ(line->config.etcd().endpoints_size(), 2);
+  EXPECT_EQ(line->config.etcd().endpoints(0), "b:1");
+  EXPECT_EQ(line->config.etcd().prefix(), "/p");
+}
+
 TEST(ParseCommandLine, ReadsOctalModes) {
   const char* const arguments[] = {"--socket-mode", "0660"};
   EXPECT_EQ(ParseCommandLine(arguments)->config.socket_mode(), 0660);

@@ -1,0 +1,222 @@
+#include "service/registry/etcd/etcd_tables.h"
+
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
+#include "service/registry/stable_read.h"
+
+namespace keepset::service::etcd {
+namespace {
+
+constexpr int64_t kMaxPointerBytes = 64 * 1024;
+
+// Keys of `all` and nothing else stay in `entries`.
+template <typename Entry>
+void KeepOnly(const std::set<std::string>& all, std::map<std::string, Entry>& entries) {
+  std::erase_if(entries, [&](const auto& entry) { return !all.contains(entry.first); });
+}
+
+template <typename Entry>
+void ForgetRevisions(std::map<std::string, Entry>& entries) {
+  for (auto& [key, entry] : entries) entry.mod_revision = 0;
+}
+
+}  // namespace
+
+void EtcdTables::Replace(const RangeResult& all) {
+  if (all.cluster_id != cluster_id_) {
+    // Revisions of two clusters say nothing about each other.
+    ForgetRevisions(tables_);
+    ForgetRevisions(lines_);
+    ForgetRevisions(bad_keys_);
+    cluster_id_ = all.cluster_id;
+  }
+  std::set<std::string> keys;
+  for (const KeyValue& pair : all.pairs) {
+    keys.insert(pair.key);
+    Put(pair);
+  }
+  KeepOnly(keys, tables_);
+  KeepOnly(keys, lines_);
+  KeepOnly(keys, bad_keys_);
+}
+
+void EtcdTables::Apply(const std::vector<Change>& changes) {
+  for (const Change& change : changes) {
+    if (change.kind == Change::Kind::kDelete) {
+      Erase(change.pair.key);
+    } else {
+      Put(change.pair);
+    }
+  }
+}
+
+bool EtcdTables::has_missing_files() const {
+  for (const auto& [key, entry] : tables_) {
+    if (entry.awaited.has_value()) return true;
+  }
+  return false;
+}
+
+bool EtcdTables::RetryFiles() {
+  bool found = false;
+  for (auto& [key, entry] : tables_) {
+    if (!entry.awaited.has_value()) continue;
+    entry.health = LoadFile(TablePointer(*entry.awaited), key, entry);
+    found = found || entry.health.ok();
+  }
+  return found;
+}
+
+void EtcdTables::Erase(const std::string& key) {
+  tables_.erase(key);
+  lines_.erase(key);
+  bad_keys_.erase(key);
+}
+
+void EtcdTables::Put(const KeyValue& pair) {
+  const absl::StatusOr<Key> key = layout_.Parse(pair.key);
+  if (!key.ok()) {
+    bad_keys_[pair.key] = {pair.mod_revision, key.status()};
+    return;
+  }
+  if (key->kind == Key::Kind::kLine) {
+    LineEntry& entry = lines_[pair.key];
+    if (entry.mod_revision == pair.mod_revision) return;
+    entry.key = *key;
+    entry.mod_revision = pair.mod_revision;
+    absl::StatusOr<LineAssignment> line = ParseLine(pair.value, pair.key);
+    entry.health = line.status();
+    if (line.ok()) entry.assignment = *std::move(line);
+    return;
+  }
+  TableEntry& entry = tables_[pair.key];
+  if (entry.mod_revision == pair.mod_revision) return;
+  entry.key = *key;
+  entry.mod_revision = pair.mod_revision;
+  entry.awaited.reset();
+  entry.health = LoadValue(pair, entry);
+}
+
+absl::Status EtcdTables::LoadValue(const KeyValue& pair, TableEntry& entry) {
+  const bool is_pointer = IsTablePointer(pair.value);
+  const int64_t max_bytes = is_pointer ? kMaxPointerBytes : options_.max_value_bytes;
+  if (static_cast<int64_t>(pair.value.size()) > max_bytes) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        pair.key, ": value_bytes=", pair.value.size(), ", want at most ", max_bytes,
+        is_pointer ? " of digest and path"
+                   : " (etcd.max_value_bytes), or digest and path of a file on the shared volume"));
+  }
+  if (!is_pointer) return LoadBytes(pair.value, pair.key, entry);
+  KEEPSET_ASSIGN_OR_RETURN(const TablePointer pointer, ParseTablePointer(pair.value, pair.key));
+  return LoadFile(pointer, pair.key, entry);
+}
+
+absl::Status EtcdTables::LoadFile(const TablePointer& pointer, const std::string& origin,
+                                  TableEntry& entry) {
+  if (entry.table != nullptr && entry.table->identity().digest == pointer.digest) {
+    entry.awaited.reset();
+    return absl::OkStatus();
+  }
+  if (options_.shared_directory.empty()) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(origin, ": path=\"", pointer.path,
+                     "\" names a file, but this server has no etcd.shared_directory"));
+  }
+  entry.awaited = pointer;
+  const std::string path = absl::StrCat(options_.shared_directory, "/", pointer.path);
+  KEEPSET_ASSIGN_OR_RETURN(const FileIdentity identity, IdentityOf(path));
+  // No need to wait until it has settled: the digest tells whether it is whole.
+  KEEPSET_ASSIGN_OR_RETURN(std::string bytes,
+                           ReadStable(path, identity, kSettleTime, LeaseUse::kNever));
+  TableEntry read;
+  read.key = entry.key;
+  absl::Status status =
+      LoadBytes(std::move(bytes), absl::StrCat(origin, " (", path, ")"), read);
+  if (read.table == nullptr) return status;
+  if (read.table->identity().digest != pointer.digest) {
+    return absl::InvalidArgumentError(absl::StrCat(origin, ": ", path, " has digest ",
+                                                   read.table->identity().digest, ", want ",
+                                                   pointer.digest));
+  }
+  entry.awaited.reset();
+  entry.table = std::move(read.table);
+  return absl::OkStatus();
+}
+
+absl::Status EtcdTables::LoadBytes(std::string bytes, const std::string& origin,
+                                   TableEntry& entry) {
+  KEEPSET_ASSIGN_OR_RETURN(
+      TablePtr table,
+      loader_.LoadTable({.bytes = std::move(bytes), .label = origin, .signature = ""}));
+  const tables::TableIdentity& identity = table->identity();
+  if (identity.name != entry.key.name || identity.version != entry.key.version) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        origin, ": holds table ", identity.name, "@", identity.version, ", want ", entry.key.name,
+        "@", entry.key.version, " or the key ", layout_.TableKey(identity.name, identity.version)));
+  }
+  // The same content stays the same object.
+  if (entry.table == nullptr || entry.table->identity() != identity) entry.table = std::move(table);
+  return absl::OkStatus();
+}
+
+TableTarget EtcdTables::Resolved(const std::string& name, TableTarget target) const {
+  if (!target.digest.empty()) return target;
+  const auto found = tables_.find(layout_.TableKey(name, target.version));
+  if (found != tables_.end() && found->second.table != nullptr) {
+    target.digest = found->second.table->identity().digest;
+  }
+  return target;
+}
+
+LineAssignment EtcdTables::Resolved(const std::string& name, LineAssignment assignment) const {
+  if (assignment.active) assignment.active = Resolved(name, *assignment.active);
+  if (assignment.canary) {
+    assignment.canary->target = Resolved(name, assignment.canary->target);
+    if (assignment.canary->salt.empty()) assignment.canary->salt = assignment.canary->target.digest;
+  }
+  for (auto& [alias, target] : assignment.aliases) target = Resolved(name, target);
+  for (Activation& activation : assignment.history) {
+    activation.target = Resolved(name, activation.target);
+  }
+  return assignment;
+}
+
+SourceSet EtcdTables::Set(const std::set<std::string>& known_lines) const {
+  SourceSet set;
+  set.rule = ActivationRule::kOnRequest;
+  const LineAssignment undecided;
+  for (const std::string& name : known_lines) set.assignments[name] = undecided;
+  const auto fail = [&set](const std::string& origin, int64_t mod_revision, const absl::Status& why,
+                           const Key& key) {
+    if (why.ok()) return;
+    SourceFailure failure;
+    failure.origin = origin;
+    failure.instance = absl::StrCat(mod_revision);
+    failure.why = why;
+    failure.name = key.name;
+    failure.version = key.version;
+    set.failures.push_back(std::move(failure));
+  };
+  for (const auto& [key, entry] : tables_) {
+    if (entry.table != nullptr) set.tables.push_back({.table = entry.table, .origin = key});
+    fail(key, entry.mod_revision, entry.health, entry.key);
+    set.assignments.try_emplace(entry.key.name, undecided);
+  }
+  for (const auto& [key, entry] : lines_) {
+    fail(key, entry.mod_revision, entry.health, entry.key);
+    set.assignments[entry.key.name] = Resolved(entry.key.name, entry.assignment);
+  }
+  for (const auto& [key, bad] : bad_keys_) fail(key, bad.mod_revision, bad.why, Key());
+  return set;
+}
+
+std::map<std::string, int64_t> EtcdTables::Revisions() const {
+  std::map<std::string, int64_t> revisions;
+  for (const auto& [key, entry] : tables_) revisions[key] = entry.mod_revision;
+  for (const auto& [key, entry] : lines_) revisions[key] = entry.mod_revision;
+  return revisions;
+}
+
+}  // namespace keepset::service::etcd
