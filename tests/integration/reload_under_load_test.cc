@@ -2,19 +2,15 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
-#include <map>
 #include <string>
 #include <thread>
-#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
-#include "absl/synchronization/mutex.h"
 #include "keepset/v1/table.grpc.pb.h"
-#include "tables/table_file.h"
-#include "tests/engine/run_operation.h"
 #include "tests/fakes/table_files.h"
 #include "tests/integration/server_fixture.h"
+#include "tests/integration/table_answers.h"
 #include "tests/integration/typed_worker.h"
 
 namespace keepset::integration {
@@ -23,89 +19,6 @@ namespace {
 constexpr int kStreams = 9;
 constexpr int kSwaps = 110;
 constexpr int64_t kBudget = 40;
-
-struct Version {
-  std::string file;
-  std::string digest;
-  // What the library answers with this table: tau and keep sets of every layer.
-  std::vector<double> taus;
-  std::vector<std::vector<int32_t>> sets;
-};
-
-Version MakeVersion(const fakes::SyntheticPrompt& prompt, const std::string& name,
-                    const std::string& version, float gate) {
-  Version made;
-  made.file = TableFileFor(prompt, name, version, gate);
-  made.digest = fakes::DigestOf(made.file);
-  engine::OperationSpec spec = prompt.spec();
-  spec.policy = "compilerkv";
-  spec.budget.kind = engine::Budget::Kind::kTokens;
-  spec.budget.tokens = kBudget;
-  spec.ppl = 10.0;
-  auto table = tables::ParseTable(
-      absl::MakeConstSpan(reinterpret_cast<const std::byte*>(made.file.data()), made.file.size()),
-      "table");
-  EXPECT_TRUE(table.ok()) << table.status();
-  spec.table = *std::move(table);
-  const absl::StatusOr<engine::OperationResult> result = engine::Bench().Run(spec, prompt);
-  EXPECT_TRUE(result.ok()) << result.status();
-  for (const engine::LayerResult& layer : result->layers) {
-    made.taus.push_back(*layer.tau);
-    made.sets.push_back(layer.keep_indices[0]);
-  }
-  return made;
-}
-
-// What went wrong first, and how often each version answered. Thread-safe.
-class Findings {
- public:
-  void Add(const absl::StatusOr<client::OperationResult>& result,
-           const std::map<std::string, Version>& versions, const std::string& want_digest) {
-    absl::MutexLock lock(&mutex_);
-    if (!result.ok()) {
-      Complain(absl::StrCat("failed: ", result.status().ToString()));
-      return;
-    }
-    if (!result->table.has_value()) {
-      Complain("no table in the reply");
-      return;
-    }
-    ++answers_[result->table->version];
-    if (!want_digest.empty() && result->table->digest != want_digest) {
-      Complain(absl::StrCat("pinned ", want_digest, ", answered by ", result->table->digest));
-    }
-    const auto version = versions.find(result->table->digest);
-    if (version == versions.end()) {
-      Complain(absl::StrCat("a table that was never written: ", result->table->digest));
-      return;
-    }
-    for (size_t l = 0; l < result->layers.size(); ++l) {
-      const client::LayerResult& layer = result->layers[l];
-      if (layer.tau != version->second.taus[l] ||
-          layer.sets[0].keep_indices != version->second.sets[l]) {
-        Complain(absl::StrCat("layer ", l, " is not of version ", result->table->version));
-      }
-    }
-  }
-  std::string first_complaint() const {
-    absl::MutexLock lock(&mutex_);
-    return complaint_;
-  }
-  int64_t answers(const std::string& version) const {
-    absl::MutexLock lock(&mutex_);
-    const auto it = answers_.find(version);
-    return it == answers_.end() ? 0 : it->second;
-  }
-
- private:
-  void Complain(std::string text) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    if (complaint_.empty()) complaint_ = std::move(text);
-  }
-
-  mutable absl::Mutex mutex_;
-  std::string complaint_ ABSL_GUARDED_BY(mutex_);
-  std::map<std::string, int64_t> answers_ ABSL_GUARDED_BY(mutex_);
-};
 
 bool IsActive(client::Client& client, const std::string& digest) {
   const absl::StatusOr<client::ServerInfo> info = client.GetServerInfo();
@@ -116,33 +29,17 @@ bool IsActive(client::Client& client, const std::string& digest) {
   return false;
 }
 
-absl::StatusOr<client::OperationResult> SendAndFinish(
-    client::CompressStream& stream, uint64_t operation,
-    const std::vector<client::LayerInput>& layers) {
-  for (const client::LayerInput& layer : layers) {
-    if (absl::Status sent = stream.SendLayer(operation, layer); !sent.ok()) return sent;
-  }
-  return stream.Finish(operation);
-}
-
-absl::StatusOr<client::OperationResult> RunOnce(client::CompressStream& stream,
-                                                const client::OperationSpec& spec,
-                                                const std::vector<client::LayerInput>& layers) {
-  const absl::StatusOr<uint64_t> operation = stream.Begin(spec);
-  if (!operation.ok()) return operation.status();
-  return SendAndFinish(stream, *operation, layers);
-}
-
 TEST(ReloadUnderLoad, NoOperationFailsAndNoneMixesTables) {
   const fakes::SyntheticPrompt prompt({.num_layers = 2});
   const std::vector<client::LayerInput> layers = TypedLayers(prompt);
-  std::vector<Version> live;
-  std::map<std::string, Version> by_digest;
+  std::vector<AnsweringTable> live;
+  TablesByDigest by_digest;
   for (int i = 0; i <= kSwaps; ++i) {
-    live.push_back(MakeVersion(prompt, "live", absl::StrCat(i), 0.80f + 0.001f * i));
+    live.push_back(
+        MakeAnsweringTable(prompt, "live", absl::StrCat(i), 0.80f + 0.001f * i, kBudget));
     by_digest[live.back().digest] = live.back();
   }
-  const Version pinned = MakeVersion(prompt, "pinned", "stays", 0.95f);
+  const AnsweringTable pinned = MakeAnsweringTable(prompt, "pinned", "stays", 0.95f, kBudget);
   by_digest[pinned.digest] = pinned;
   for (int i = 1; i <= kSwaps; ++i) ASSERT_NE(live[i].taus, live[i - 1].taus);
 
@@ -205,10 +102,11 @@ TEST(ReloadUnderLoad, ActivationsAndRollbacksFailNothingAndMixNothing) {
   const std::vector<client::LayerInput> layers = TypedLayers(prompt);
   TestServer server("table_writes: true");
   const auto tables = v1::TableService::NewStub(server.NewChannel());
-  std::vector<Version> versions;
-  std::map<std::string, Version> by_digest;
+  std::vector<AnsweringTable> versions;
+  TablesByDigest by_digest;
   for (int i = 0; i < kVersions; ++i) {
-    versions.push_back(MakeVersion(prompt, "live", absl::StrCat(i), 0.80f + 0.04f * i));
+    versions.push_back(
+        MakeAnsweringTable(prompt, "live", absl::StrCat(i), 0.80f + 0.04f * i, kBudget));
     by_digest[versions.back().digest] = versions.back();
     v1::LoadTableRequest request;
     request.set_inline_(versions.back().file);
@@ -244,7 +142,7 @@ TEST(ReloadUnderLoad, ActivationsAndRollbacksFailNothingAndMixNothing) {
   const auto stream = client->OpenStream();
   ASSERT_TRUE(stream.ok()) << stream.status();
   for (int i = 1; i <= kChanges; ++i) {
-    const Version& next = versions[i % kVersions];
+    const AnsweringTable& next = versions[i % kVersions];
     activate(next.digest);
     // What began after the answer of a write sees it.
     findings.Add(RunOnce(**stream, spec, layers), by_digest, next.digest);
