@@ -132,8 +132,7 @@ absl::Status EtcdTables::LoadFile(const TablePointer& pointer, const std::string
                            ReadStable(path, identity, kSettleTime, LeaseUse::kNever));
   TableEntry read;
   read.key = entry.key;
-  absl::Status status =
-      LoadBytes(std::move(bytes), absl::StrCat(origin, " (", path, ")"), read);
+  absl::Status status = LoadBytes(std::move(bytes), absl::StrCat(origin, " (", path, ")"), read);
   if (read.table == nullptr) return status;
   if (read.table->identity().digest != pointer.digest) {
     return absl::InvalidArgumentError(absl::StrCat(origin, ": ", path, " has digest ",
