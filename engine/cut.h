@@ -53,6 +53,9 @@ class Cutter {
   Cutter(Settings settings, kernels::ComputeBackend& backend, kernels::OpContext& op_context)
       : settings_(std::move(settings)), backend_(backend), op_context_(op_context) {}
 
+  // Replaces the positions per set.
+  void set_limit(int64_t limit) { settings_.limit = limit; }
+
   // Rows of a layer's scores when they are cut: KV heads in scope kv_head when the policy scores
   // them apart, else 1.
   int64_t CutRows(int64_t score_rows) const;
@@ -81,7 +84,7 @@ class Cutter {
   absl::StatusOr<LayerResult> Cut(const kernels::ScoreBuffer& scores, float tau, int64_t count,
                                   int64_t min_kept);
 
-  const Settings settings_;
+  Settings settings_;
   kernels::ComputeBackend& backend_;
   kernels::OpContext& op_context_;
 };

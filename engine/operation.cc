@@ -50,13 +50,12 @@ absl::Status CheckTable(const OperationSpec& spec, const Requirements& needs) {
 class OperationImpl final : public Operation {
  public:
   OperationImpl(Plan plan, kernels::ComputeBackend& backend, const Clock& clock)
-      : plan_(std::move(plan)), backend_(backend), clock_(clock), context_{plan_.spec,
-                                                                           backend_,
-                                                                           *plan_.op_context,
-                                                                           plan_.scope,
-                                                                           plan_.budget_tokens,
-                                                                           plan_.row_positions,
-                                                                           plan_.ppl} {}
+      : plan_(std::move(plan)),
+        backend_(backend),
+        clock_(clock),
+        context_{
+            plan_.spec,          backend_,  *plan_.op_context,     plan_.scope, plan_.budget_tokens,
+            plan_.row_positions, plan_.ppl, plan_.protected_ranges} {}
 
   absl::Status BeginPolicy() {
     KEEPSET_RETURN_IF_ERROR(policy().Begin(context_));
@@ -75,7 +74,8 @@ class OperationImpl final : public Operation {
     keeps_all_ = policy().keeps_everything() ||
                  (plan_.budget_tokens >= seq_len() && !policy().applies_below_budget());
     layer_results_.resize(num_layers());
-    layer_scores_.resize(num_layers());
+    const bool shared = policy().locality() == Locality::kShared;
+    layer_scores_.resize(shared ? policy().num_layer_groups() : num_layers());
     return absl::OkStatus();
   }
 
@@ -90,17 +90,19 @@ class OperationImpl final : public Operation {
       return absl::InvalidArgumentError(absl::StrCat("layer ", layer, ": all ", num_layers(),
                                                      " layers were observed, want Finish"));
     }
-    if (layer != next_layer_) {
+    if (layer < next_layer_ || layer > NextNeededLayer()) {
       return absl::InvalidArgumentError(
-          absl::StrCat("layer ", layer, ": out of order, want layer ", next_layer_));
+          absl::StrCat("layer ", layer, ": out of order, want layer ", NextNeededLayer()));
     }
-    KEEPSET_RETURN_IF_ERROR(CheckObservation(spec(), plan_.needs, layer, observation));
-    if (!keeps_all_ && !DeadlinePassed() && DeviceWorks()) {
+    const bool needed = policy().NeedsLayer(layer);
+    KEEPSET_RETURN_IF_ERROR(CheckObservation(
+        spec(), needed ? policy().layer_requirements(layer) : Requirements(), layer, observation));
+    if (needed && !keeps_all_ && !DeadlinePassed() && DeviceWorks()) {
       absl::Status status = ScoreLayer(layer, observation);
       // A layer that a broken device could not score is no fault of the caller.
       if (!status.ok() && DeviceWorks()) return status;
     }
-    ++next_layer_;
+    next_layer_ = layer + 1;
     return absl::OkStatus();
   }
 
@@ -112,10 +114,10 @@ class OperationImpl final : public Operation {
 
   absl::StatusOr<const OperationResult*> Finish() override {
     if (finished_) return &result_;
-    if (next_layer_ < num_layers()) {
-      return absl::FailedPreconditionError(absl::StrCat("layer ", next_layer_,
-                                                        ": not observed, want layers ", next_layer_,
-                                                        "..", num_layers() - 1, " before Finish"));
+    if (const int64_t next = NextNeededLayer(); next < num_layers()) {
+      return absl::FailedPreconditionError(absl::StrCat("layer ", next,
+                                                        ": not observed, want layers ", next, "..",
+                                                        num_layers() - 1, " before Finish"));
     }
     KEEPSET_RETURN_IF_ERROR(finish_status_);
     if (keeps_all_) {
@@ -180,6 +182,14 @@ class OperationImpl final : public Operation {
   int64_t num_layers() const { return plan_.spec.model.num_layers; }
   int64_t seq_len() const { return plan_.spec.seq_len; }
   bool is_sequence() const { return plan_.scope == Scope::kSequence; }
+  bool is_shared() const { return policy().locality() == Locality::kShared; }
+
+  // The first layer from the next on that cannot be left out.
+  int64_t NextNeededLayer() const {
+    int64_t layer = next_layer_;
+    while (layer < num_layers() && !policy().NeedsLayer(layer)) ++layer;
+    return layer;
+  }
 
   // Once passed, it stays passed: no later layer is scored and Finish keeps everything.
   bool DeadlinePassed() {
@@ -191,6 +201,15 @@ class OperationImpl final : public Operation {
 
   absl::Status ScoreLayer(int64_t layer, const LayerObservation& observation) {
     const absl::Duration start = clock_.Monotonic();
+    if (is_shared()) {
+      std::unique_ptr<kernels::ScoreBuffer>& scores = layer_scores_[policy().LayerGroup(layer)];
+      if (scores == nullptr) {
+        KEEPSET_ASSIGN_OR_RETURN(scores, backend_.NewBuffer(1, seq_len()));
+      }
+      KEEPSET_RETURN_IF_ERROR(policy().Score(context_, layer, observation, *scores));
+      result_.times.score += clock_.Monotonic() - start;
+      return absl::OkStatus();
+    }
     // Scores that are cut or merged at once pass through one buffer.
     const bool keep_scores =
         policy().locality() == Locality::kGlobal || (!cutter_->CutsLayersApart() && !is_sequence());
@@ -228,6 +247,7 @@ class OperationImpl final : public Operation {
   }
 
   absl::Status CutAll() {
+    if (is_shared()) return CutShared();
     const absl::Duration start = clock_.Monotonic();
     if (policy().locality() == Locality::kGlobal) {
       std::vector<kernels::ScoreBuffer*> scores;
@@ -246,6 +266,37 @@ class OperationImpl final : public Operation {
     }
     if (is_sequence()) return CutSequence();
     if (!cutter_->CutsLayersApart()) return CutEqual();
+    return absl::OkStatus();
+  }
+
+  // Every group of layers is cut once; in scope sequence their scores are merged first, each as
+  // often as it has layers.
+  absl::Status CutShared() {
+    const absl::Duration start = clock_.Monotonic();
+    std::vector<kernels::ScoreBuffer*> scores;
+    for (const auto& buffer : layer_scores_) scores.push_back(buffer.get());
+    KEEPSET_RETURN_IF_ERROR(policy().FinishScores(context_, scores));
+    KEEPSET_RETURN_IF_ERROR(backend_.Wait(*plan_.op_context));
+    cutter_->set_limit(policy().ChosenLimit(std::min(plan_.budget_tokens, seq_len())));
+    const absl::Duration before_cut = clock_.Monotonic();
+    result_.times.score += before_cut - start;
+    if (is_sequence() && scores.size() > 1) {
+      for (int64_t layer = 0; layer < num_layers(); ++layer) {
+        KEEPSET_RETURN_IF_ERROR(
+            cutter_->MergeLayer(*scores[policy().LayerGroup(layer)], sequence_scores_));
+      }
+      return CutSequence();
+    }
+    std::vector<LayerResult> results;
+    for (kernels::ScoreBuffer* const group : scores) {
+      KEEPSET_ASSIGN_OR_RETURN(LayerResult result,
+                               cutter_->CutLayer(*group, -std::numeric_limits<float>::infinity()));
+      results.push_back(std::move(result));
+    }
+    for (int64_t layer = 0; layer < num_layers(); ++layer) {
+      layer_results_[layer] = results[policy().LayerGroup(layer)];
+    }
+    result_.times.select += clock_.Monotonic() - before_cut;
     return absl::OkStatus();
   }
 
@@ -327,6 +378,8 @@ class OperationImpl final : public Operation {
       result_.defaulted_inputs.emplace_back(DefaultedInputName(input));
     }
     result_.relaxed = std::move(diagnostics.relaxed);
+    result_.outside_mass = diagnostics.outside_mass;
+    result_.predicted_miss_rate = diagnostics.predicted_miss_rate;
     result_.backend = backend_.name();
     const int64_t num_kv_heads = spec().model.num_kv_heads;
     const int64_t head_bytes = TokenBytes(spec()) / num_kv_heads;
@@ -384,11 +437,12 @@ class OperationImpl final : public Operation {
   bool finished_ = false;
   absl::Status finish_status_;
   int64_t next_layer_ = 0;
-  std::vector<std::optional<LayerResult>> layer_results_;            // [L]
-  std::vector<std::unique_ptr<kernels::ScoreBuffer>> layer_scores_;  // [L], null when not kept
-  std::unique_ptr<kernels::ScoreBuffer> spare_scores_;               // [score_rows, T]
-  std::unique_ptr<kernels::ScoreBuffer> merged_scores_;              // [1, T]
-  std::unique_ptr<kernels::ScoreBuffer> sequence_scores_;            // [1, T]
+  std::vector<std::optional<LayerResult>> layer_results_;  // [L]
+  // [L], null when not kept; one per group of layers when the policy shares scores.
+  std::vector<std::unique_ptr<kernels::ScoreBuffer>> layer_scores_;
+  std::unique_ptr<kernels::ScoreBuffer> spare_scores_;     // [score_rows, T]
+  std::unique_ptr<kernels::ScoreBuffer> merged_scores_;    // [1, T]
+  std::unique_ptr<kernels::ScoreBuffer> sequence_scores_;  // [1, T]
   OperationResult result_;
 };
 
@@ -405,7 +459,6 @@ absl::StatusOr<std::unique_ptr<Operation>> Operation::Begin(OperationSpec spec,
   Plan plan;
   plan.spec = std::move(spec);
   KEEPSET_ASSIGN_OR_RETURN(const Scope native_scope, policies.NativeScope(plan.spec.policy));
-  plan.scope = plan.spec.scope.value_or(native_scope);
   PolicyParameters parameters(plan.spec.policy, plan.spec.parameters);
   KEEPSET_ASSIGN_OR_RETURN(plan.policy, policies.New(plan.spec.policy, parameters));
   KEEPSET_ASSIGN_OR_RETURN(plan.cut_options,
@@ -413,13 +466,15 @@ absl::StatusOr<std::unique_ptr<Operation>> Operation::Begin(OperationSpec spec,
   KEEPSET_RETURN_IF_ERROR(parameters.RefuseUnknown());
   plan.needs = plan.policy->requirements();
   KEEPSET_RETURN_IF_ERROR(CheckShape(plan.spec, plan.needs));
-  KEEPSET_ASSIGN_OR_RETURN(plan.row_positions, ResolveRowPositions(plan.spec));
+  KEEPSET_ASSIGN_OR_RETURN(plan.row_positions, ResolveRowPositions(plan.spec, plan.needs));
   KEEPSET_ASSIGN_OR_RETURN(plan.ppl, ResolvePerplexity(plan.spec));
   if (plan.needs.ppl && !plan.ppl.has_value()) {
     return absl::InvalidArgumentError(
         absl::StrCat("policy ", plan.spec.policy, ": missing ppl, want ppl or window_logprobs"));
   }
   KEEPSET_RETURN_IF_ERROR(CheckTable(plan.spec, plan.needs));
+  plan.scope =
+      plan.spec.scope.value_or(plan.policy->native_scope(plan.spec).value_or(native_scope));
   if (plan.policy->keeps_everything() && plan.spec.budget.kind == Budget::Kind::kTableDefault) {
     plan.budget_tokens = plan.spec.seq_len;
   } else {

@@ -96,6 +96,26 @@ struct LayerObservation {
   kernels::KvView v;            // [Hkv, T, dv]
 };
 
+// What a worker has to send for one operation.
+struct LayerInputNeeds {
+  int64_t layer = 0;
+  bool queries = false;  // q_window (or attn_tile)
+  bool keys = false;
+  bool values = false;
+  // Heads that are read; empty: all.
+  std::vector<int64_t> qo_heads;
+  std::vector<int64_t> kv_heads;
+};
+struct InputNeeds {
+  std::vector<LayerInputNeeds> layers;  // ascending; others may be left out
+  bool ppl = false;
+  bool last_row = false;       // the last row of the prompt observes
+  bool observed_rows = false;  // rows that the request chooses observe
+  bool probe_rows = false;     // rows of the probe observe
+  std::string probe_name;
+  std::string probe_text;
+};
+
 struct LayerResult {
   // One ascending set, or one per KV head in scope kv_head.
   std::vector<std::vector<int32_t>> keep_indices;
@@ -131,6 +151,9 @@ struct OperationResult {
   std::optional<double> ppl;
   std::optional<int64_t> entropy_bin;
   std::optional<int64_t> ppl_bin;
+  // Share of the score outside the cut, and the miss rate a table's calibration predicts for it.
+  std::optional<double> outside_mass;
+  std::optional<double> predicted_miss_rate;
   bool has_candidates = false;  // the policy has a threshold, so candidates and tau mean something
   std::vector<LayerResult> layers;  // [L]; kept_full lists all positions
   std::vector<std::string> defaulted_inputs;

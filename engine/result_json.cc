@@ -33,6 +33,8 @@ std::string ResultJson(const OperationResult& result) {
   document.ppl = result.ppl;
   document.entropy_bin = result.entropy_bin;
   document.ppl_bin = result.ppl_bin;
+  document.outside_mass = result.outside_mass;
+  document.predicted_miss_rate = result.predicted_miss_rate;
   for (const LayerResult& layer : result.layers) {
     tables::ResultLayer entry;
     for (const std::vector<int32_t>& set : layer.keep_indices) {

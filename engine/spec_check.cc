@@ -70,6 +70,11 @@ absl::Status CheckLse(const OperationSpec& spec, const kernels::LseView& view,
   return kernels::ValidateView(view, what);
 }
 
+// Row positions lie below it.
+int64_t PositionsEnd(const OperationSpec& spec, const Requirements& needs) {
+  return spec.seq_len + (needs.probe_rows ? kMaxProbeTokens : 0);
+}
+
 }  // namespace
 
 int64_t ValueHeadDim(const OperationSpec& spec) {
@@ -99,8 +104,9 @@ absl::Status CheckShape(const OperationSpec& spec, const Requirements& needs) {
     return absl::InvalidArgumentError(
         absl::StrCat("num_qo_heads x seq_len = ", columns, ", want at most ", kMaxColumns));
   }
+  const int64_t most_rows = spec.row_positions.empty() ? spec.seq_len : PositionsEnd(spec, needs);
   KEEPSET_RETURN_IF_ERROR(
-      InRange("num_rows (window)", spec.num_rows, needs.observation ? 1 : 0, spec.seq_len));
+      InRange("num_rows (window)", spec.num_rows, needs.observation ? 1 : 0, most_rows));
   if (!std::isfinite(spec.softmax_scale) || spec.softmax_scale < 0.0f) {
     return absl::InvalidArgumentError(
         absl::StrCat("softmax_scale=", spec.softmax_scale, ", want finite and above 0"));
@@ -108,8 +114,10 @@ absl::Status CheckShape(const OperationSpec& spec, const Requirements& needs) {
   return KnownDType("kv_dtype", spec.kv_dtype);
 }
 
-absl::StatusOr<std::vector<int64_t>> ResolveRowPositions(const OperationSpec& spec) {
+absl::StatusOr<std::vector<int64_t>> ResolveRowPositions(const OperationSpec& spec,
+                                                         const Requirements& needs) {
   const int64_t num_rows = spec.num_rows;
+  const int64_t end = PositionsEnd(spec, needs);
   if (spec.row_positions.empty()) {
     std::vector<int64_t> positions(num_rows);
     for (int64_t i = 0; i < num_rows; ++i) positions[i] = spec.seq_len - num_rows + i;
@@ -119,7 +127,7 @@ absl::StatusOr<std::vector<int64_t>> ResolveRowPositions(const OperationSpec& sp
       Equal("row_positions", "entries", static_cast<int64_t>(spec.row_positions.size()), num_rows));
   for (int64_t i = 0; i < num_rows; ++i) {
     const std::string name = absl::StrCat("row_positions[", i, "]");
-    KEEPSET_RETURN_IF_ERROR(InRange(name, spec.row_positions[i], 0, spec.seq_len - 1));
+    KEEPSET_RETURN_IF_ERROR(InRange(name, spec.row_positions[i], 0, end - 1));
     if (i > 0 && spec.row_positions[i] <= spec.row_positions[i - 1]) {
       return absl::InvalidArgumentError(absl::StrCat(
           name, "=", spec.row_positions[i], ", want ascending, above ", spec.row_positions[i - 1]));

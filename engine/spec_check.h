@@ -18,8 +18,11 @@ namespace keepset::engine {
 // The upper limits keep every product of shapes inside 63 bits.
 absl::Status CheckShape(const OperationSpec& spec, const Requirements& needs);
 
-// [W] ascending positions of the observed rows: the given ones, or the last W.
-absl::StatusOr<std::vector<int64_t>> ResolveRowPositions(const OperationSpec& spec);
+// [W] ascending positions of the observed rows: the given ones, or the last W. Only where `needs`
+// has probe rows may they lie behind the prompt, up to kMaxProbeTokens of them.
+inline constexpr int64_t kMaxProbeTokens = 4096;
+absl::StatusOr<std::vector<int64_t>> ResolveRowPositions(const OperationSpec& spec,
+                                                         const Requirements& needs);
 
 // spec.ppl, else exp(-mean(window_logprobs)), else nothing. InvalidArgument when a given signal is
 // not finite or a perplexity not positive.

@@ -22,6 +22,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
 #include "absl/types/span.h"
 #include "kernels/views.h"
@@ -50,17 +51,29 @@ enum class RowReduction { kMean, kSum, kMax, kLast };
 enum class Merge { kMean, kMax, kSum };
 enum class PoolKind { kAverage, kMax };
 
+// Some of the observed rows of one query head, and how they become one value per position.
+struct HeadRows {
+  int64_t head = 0;
+  int64_t first_row = 0;  // index into the W rows
+  int64_t num_rows = 0;
+  RowReduction reduction = RowReduction::kMean;
+};
+
 struct WindowArgs {
-  QueryView q;                              // [H, W, d]
-  KvView k;                                 // [Hkv, T, d]
-  absl::Span<const int64_t> row_positions;  // [W] ascending; row i sees t <= row_positions[i]
-  LseView window_lse;                       // Optional: [H, W]; halves the work.
+  QueryView q;  // [H, W, d]
+  KvView k;     // [Hkv, T, d]
+  // [W] ascending; row i sees t <= row_positions[i], and every position when that is T or more.
+  absl::Span<const int64_t> row_positions;
+  LseView window_lse;  // Optional: [H, W]; halves the work.
   float softmax_scale = 0.0f;
   RowReduction reduction = RowReduction::kMean;
   absl::string_view what;  // Prefix of error messages, for example "layer 3".
   // Optional: [Hkv, T] receives the RowNorms of v, which a backend may read along with k.
   KvView v;  // [Hkv, T, dv]
   ScoreBuffer* value_norms = nullptr;
+  // Not empty: only these, row j of out for heads[j], `reduction` aside. Ordered by head. K of a KV
+  // head is read once for all its listed heads, and not at all when none is listed.
+  absl::Span<const HeadRows> heads;
 };
 
 struct TileArgs {
@@ -68,6 +81,14 @@ struct TileArgs {
   absl::Span<const int64_t> row_positions;  // [W]; entries at t > row_positions[i] are ignored
   RowReduction reduction = RowReduction::kMean;
   absl::string_view what;
+  absl::Span<const HeadRows> heads;  // as in WindowArgs
+};
+
+// How a row of scores is brought to a common scale.
+enum class Normalization {
+  kMax,          // divided by its maximum
+  kSum,          // divided by its sum
+  kStandardize,  // minus its mean, divided by its standard deviation
 };
 
 // Which positions of a row of scores are chosen.
@@ -115,7 +136,7 @@ class ComputeBackend {
 
   // out[h, t] = reduction over rows i of softmax_t(scale * q[h,i].k[h/G,t]) masked to
   // t <= row_positions[i]; rows that do not see t contribute 0 (and are counted in the mean's W).
-  // methods.md 0.1. out: [H, T].
+  // methods.md 0.1. out: [H, T], or [heads.size(), T] with args.heads.
   virtual absl::Status WindowColumns(OpContext& context, const WindowArgs& args,
                                      ScoreBuffer& out) = 0;
   // The same from a given tile. Values must be finite and >= 0.
@@ -124,6 +145,25 @@ class ComputeBackend {
   // out[g, t] = || x[g, t, :] ||_2 in fp32. out: [Hkv, T].
   virtual absl::Status RowNorms(OpContext& context, const KvView& x, absl::string_view what,
                                 ScoreBuffer& out) = 0;
+
+  // out[j, t] = -cos(k[h, t, :], m_h) of KV head h = kv_heads[j], m_h the mean over t of the keys
+  // scaled to unit length (methods.md 4.13); the cosine with a zero vector is 0. Other KV heads are
+  // not read. out: [kv_heads.size(), T].
+  virtual absl::Status KeyNovelty(OpContext& /*context*/, const KvView& /*k*/,
+                                  absl::Span<const int64_t> /*kv_heads*/, absl::string_view what,
+                                  ScoreBuffer& /*out*/) {
+    return absl::UnimplementedError(
+        absl::StrCat(what, ": backend ", name(), " has no novelty of keys yet, want cpu"));
+  }
+
+  // Scales every row by what it is outside `excluded` (ascending, disjoint); excluded positions are
+  // scaled as well. A row whose maximum, sum or deviation there is not above 0 becomes 0.
+  virtual absl::Status NormalizeRows(OpContext& /*context*/, Normalization /*normalization*/,
+                                     absl::Span<const SelectArgs::Range> /*excluded*/,
+                                     ScoreBuffer& /*x*/) {
+    return absl::UnimplementedError(
+        absl::StrCat("backend ", name(), " normalises no rows yet, want cpu"));
+  }
 
   // x[r, t] /= max(eps, mean_t x[r, t]) for every row (methods.md 1.1 step 2).
   virtual absl::Status DivideByRowMean(OpContext& context, float eps, ScoreBuffer& x) = 0;

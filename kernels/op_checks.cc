@@ -101,21 +101,56 @@ absl::Status CheckShape(const ScoreBuffer& x, int64_t rows, int64_t cols, absl::
 }
 
 absl::Status CheckRowPositions(absl::Span<const int64_t> row_positions, int64_t num_rows,
-                               int64_t seq_len, absl::string_view what) {
+                               absl::string_view what) {
+  // Beyond it sums with offsets into the prompt could overflow.
+  constexpr int64_t kMaxPosition = std::numeric_limits<int32_t>::max();
   if (static_cast<int64_t>(row_positions.size()) != num_rows) {
     return absl::InvalidArgumentError(absl::StrCat(
         what, ": row_positions has ", row_positions.size(), " entries, want ", num_rows));
   }
   int64_t least = 0;
   for (int64_t i = 0; i < num_rows; ++i) {
-    if (row_positions[i] < least || row_positions[i] >= seq_len) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(what, ": row_positions[", i, "]=", row_positions[i], ", want ", least, "..",
-                       seq_len - 1, " (ascending, within the prompt)"));
+    if (row_positions[i] < least || row_positions[i] > kMaxPosition) {
+      return absl::InvalidArgumentError(absl::StrCat(what, ": row_positions[", i,
+                                                     "]=", row_positions[i], ", want ", least, "..",
+                                                     kMaxPosition, " (ascending)"));
     }
     least = row_positions[i] + 1;
   }
   return absl::OkStatus();
+}
+
+absl::Status CheckHeadRows(absl::Span<const HeadRows> heads, int64_t num_heads, int64_t num_rows,
+                           absl::string_view what) {
+  for (size_t j = 0; j < heads.size(); ++j) {
+    const HeadRows& one = heads[j];
+    const int64_t least = j == 0 ? 0 : heads[j - 1].head;
+    if (one.head < least || one.head >= num_heads) {
+      return absl::InvalidArgumentError(absl::StrCat(what, ": heads[", j, "]: head ", one.head,
+                                                     ", want ", least, "..", num_heads - 1,
+                                                     " (ordered)"));
+    }
+    if (one.first_row < 0 || one.num_rows < 1 || one.first_row > num_rows - one.num_rows) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(what, ": heads[", j, "]: ", one.num_rows, " rows from ", one.first_row,
+                       ", want at least one within 0..", num_rows - 1));
+    }
+  }
+  return absl::OkStatus();
+}
+
+std::vector<HeadRows> WantedRows(absl::Span<const HeadRows> heads, RowReduction reduction,
+                                 int64_t num_heads, int64_t num_rows) {
+  std::vector<HeadRows> wanted(heads.begin(), heads.end());
+  if (wanted.empty()) {
+    for (int64_t h = 0; h < num_heads; ++h) wanted.push_back({h, 0, num_rows, reduction});
+  }
+  for (HeadRows& one : wanted) {
+    if (one.reduction != RowReduction::kLast) continue;
+    one.first_row += one.num_rows - 1;
+    one.num_rows = 1;
+  }
+  return wanted;
 }
 
 absl::Status CheckWindow(const WindowArgs& args, const ScoreBuffer& out) {
@@ -130,8 +165,9 @@ absl::Status CheckWindow(const WindowArgs& args, const ScoreBuffer& out) {
         absl::StrCat(args.what, ": q: num_qo_heads=", args.q.num_qo_heads,
                      ", want a multiple of num_kv_heads=", args.k.num_kv_heads));
   }
+  KEEPSET_RETURN_IF_ERROR(CheckRowPositions(args.row_positions, args.q.num_rows, args.what));
   KEEPSET_RETURN_IF_ERROR(
-      CheckRowPositions(args.row_positions, args.q.num_rows, args.k.seq_len, args.what));
+      CheckHeadRows(args.heads, args.q.num_qo_heads, args.q.num_rows, args.what));
   if (!(args.softmax_scale > 0.0f) || !std::isfinite(args.softmax_scale)) {
     return absl::InvalidArgumentError(
         absl::StrCat(args.what, ": softmax_scale=", args.softmax_scale, ", want finite and > 0"));
@@ -154,15 +190,19 @@ absl::Status CheckWindow(const WindowArgs& args, const ScoreBuffer& out) {
                        ", want ", args.k.num_kv_heads, " and ", args.k.seq_len, " as k has"));
     }
   }
-  return CheckShape(out, args.q.num_qo_heads, args.k.seq_len, absl::StrCat(args.what, ": out"));
+  const int64_t outputs =
+      args.heads.empty() ? args.q.num_qo_heads : static_cast<int64_t>(args.heads.size());
+  return CheckShape(out, outputs, args.k.seq_len, absl::StrCat(args.what, ": out"));
 }
 
 absl::Status CheckTile(const TileArgs& args, const ScoreBuffer& out) {
   const TileView& tile = args.tile;
   KEEPSET_RETURN_IF_ERROR(ValidateView(tile, absl::StrCat(args.what, ": attn_tile")));
-  KEEPSET_RETURN_IF_ERROR(
-      CheckRowPositions(args.row_positions, tile.num_rows, tile.seq_len, args.what));
-  return CheckShape(out, tile.num_qo_heads, tile.seq_len, absl::StrCat(args.what, ": out"));
+  KEEPSET_RETURN_IF_ERROR(CheckRowPositions(args.row_positions, tile.num_rows, args.what));
+  KEEPSET_RETURN_IF_ERROR(CheckHeadRows(args.heads, tile.num_qo_heads, tile.num_rows, args.what));
+  const int64_t outputs =
+      args.heads.empty() ? tile.num_qo_heads : static_cast<int64_t>(args.heads.size());
+  return CheckShape(out, outputs, tile.seq_len, absl::StrCat(args.what, ": out"));
 }
 
 absl::Status CheckRowNorms(const KvView& x, absl::string_view what, const ScoreBuffer& out) {

@@ -4,6 +4,7 @@
 #define KEEPSET_KERNELS_OP_CHECKS_H_
 
 #include <cstdint>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/strings/string_view.h"
@@ -16,9 +17,16 @@ namespace keepset::kernels {
 // `x` is [rows, cols].
 absl::Status CheckShape(const ScoreBuffer& x, int64_t rows, int64_t cols, absl::string_view name);
 
-// row_positions: [num_rows], strictly ascending within [0, seq_len).
+// row_positions: [num_rows], strictly ascending from 0; a position at or behind the prompt's end
+// sees all of it.
 absl::Status CheckRowPositions(absl::Span<const int64_t> row_positions, int64_t num_rows,
-                               int64_t seq_len, absl::string_view what);
+                               absl::string_view what);
+// Heads in order and in range, rows within [0, num_rows).
+absl::Status CheckHeadRows(absl::Span<const HeadRows> heads, int64_t num_heads, int64_t num_rows,
+                           absl::string_view what);
+// What is asked for: the listed heads, or all of them with all rows; kLast as the one row it reads.
+std::vector<HeadRows> WantedRows(absl::Span<const HeadRows> heads, RowReduction reduction,
+                                 int64_t num_heads, int64_t num_rows);
 
 absl::Status CheckWindow(const WindowArgs& args, const ScoreBuffer& out);
 absl::Status CheckTile(const TileArgs& args, const ScoreBuffer& out);

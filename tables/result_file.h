@@ -40,6 +40,9 @@ struct ResultDocument {
   std::optional<double> ppl;
   std::optional<int64_t> entropy_bin;
   std::optional<int64_t> ppl_bin;
+  // Written when present.
+  std::optional<double> outside_mass;
+  std::optional<double> predicted_miss_rate;
   std::vector<ResultLayer> layers;  // [num_layers]
   std::vector<std::string> defaulted_inputs;
   std::vector<std::string> relaxed;

@@ -20,6 +20,25 @@ absl::StatusOr<int64_t> PolicyParameters::Int(absl::string_view name, int64_t de
   return value;
 }
 
+absl::StatusOr<std::optional<double>> PolicyParameters::OptionalNumber(absl::string_view name,
+                                                                       double min, double max) {
+  const std::optional<std::string> text = OptionalText(name);
+  if (!text.has_value()) return std::nullopt;
+  double value = 0.0;
+  if (!absl::SimpleAtod(*text, &value) || !(value >= min && value <= max)) {
+    return absl::InvalidArgumentError(absl::StrCat("policy ", policy_, ": parameter ", name, "=",
+                                                   *text, ", want a number in ", min, "..", max));
+  }
+  return value;
+}
+
+std::optional<std::string> PolicyParameters::OptionalText(absl::string_view name) {
+  known_.emplace(name);
+  const auto it = values_.find(std::string(name));
+  if (it == values_.end()) return std::nullopt;
+  return it->second;
+}
+
 absl::StatusOr<std::string> PolicyParameters::Choice(
     absl::string_view name, std::initializer_list<absl::string_view> choices) {
   known_.emplace(name);

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <map>
+#include <optional>
 #include <set>
 #include <string>
 #include <utility>
@@ -23,6 +24,11 @@ class PolicyParameters {
   // The parameter or its default. InvalidArgument: not an integer, or outside [min, max].
   absl::StatusOr<int64_t> Int(absl::string_view name, int64_t default_value, int64_t min,
                               int64_t max);
+  // The parameter, if it is given. InvalidArgument: not a number, or outside [min, max].
+  absl::StatusOr<std::optional<double>> OptionalNumber(absl::string_view name, double min,
+                                                       double max);
+  // The parameter as it is given, if it is.
+  std::optional<std::string> OptionalText(absl::string_view name);
   // The parameter or the first of `choices`. InvalidArgument lists the choices.
   absl::StatusOr<std::string> Choice(absl::string_view name,
                                      std::initializer_list<absl::string_view> choices);

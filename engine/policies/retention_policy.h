@@ -31,6 +31,7 @@ struct Requirements {
   bool keys = false;                  // k even when a tile is given
   bool values = false;                // v
   bool ppl = false;                   // perplexity or window_logprobs
+  bool probe_rows = false;            // row_positions may lie behind the prompt (rows of a probe)
   absl::string_view table_kind = {};  // empty: no table
 };
 
@@ -44,6 +45,7 @@ enum class ScoreKind {
 enum class Locality {
   kLayer,   // after Score of that layer: the operation may answer while streaming
   kGlobal,  // after FinishScores
+  kShared,  // after FinishScores; a group of layers shares one row of scores
 };
 
 // What every call of a policy sees. Lives as long as the operation.
@@ -55,6 +57,7 @@ struct PolicyContext {
   int64_t budget_tokens = 0;                // as requested, before the clamp to T
   absl::Span<const int64_t> row_positions;  // [W]
   std::optional<double> ppl;                // from spec.ppl or spec.window_logprobs
+  absl::Span<const kernels::SelectArgs::Range> protected_ranges = {};
 };
 
 struct LayerVerdict {
@@ -71,6 +74,8 @@ struct PolicyDiagnostics {
   std::optional<int64_t> ppl_bin;
   std::vector<DefaultedInput> defaulted_inputs;
   std::vector<std::string> relaxed;
+  std::optional<double> outside_mass;
+  std::optional<double> predicted_miss_rate;
 };
 
 class RetentionPolicy {
@@ -80,6 +85,23 @@ class RetentionPolicy {
   virtual Requirements requirements() const = 0;
   virtual ScoreKind score_kind() const { return ScoreKind::kRanking; }
   virtual Locality locality() const { return Locality::kLayer; }
+  // What a worker must send for `spec`, of which model, seq_len, parameters and table are looked
+  // at.
+  virtual absl::StatusOr<InputNeeds> Needs(const OperationSpec& spec) const;
+  // Scope of a request that names none, where it depends on the table.
+  virtual std::optional<Scope> native_scope(const OperationSpec& /*spec*/) const {
+    return std::nullopt;
+  }
+  // After Begin: what this layer must bring, at most requirements(). A layer that is not needed may
+  // be left out, and nothing of it is asked for when it comes.
+  virtual bool NeedsLayer(int64_t /*layer*/) const { return true; }
+  virtual Requirements layer_requirements(int64_t /*layer*/) const { return requirements(); }
+  // kShared only: layers of one group share scores; groups are counted from 0.
+  virtual int64_t num_layer_groups() const { return 1; }
+  virtual int64_t LayerGroup(int64_t /*layer*/) const { return 0; }
+  // kShared only, after FinishScores: positions to keep per set where the policy chooses how many;
+  // `limit` is the budget.
+  virtual int64_t ChosenLimit(int64_t limit) const { return limit; }
   // Keeps everything by definition (`full`): no observation is looked at.
   virtual bool keeps_everything() const { return false; }
   // Whether tau applies although the budget covers the whole prompt (`gate_below_budget`).
@@ -91,11 +113,12 @@ class RetentionPolicy {
   virtual absl::Status Begin(PolicyContext& context) = 0;
 
   // Writes the scores of one layer: [score_rows, T], higher is better. Layers come in ascending
-  // order.
+  // order. kShared: `scores` [1, T] are the group's, zero at first; the layer is added to them,
+  // after everything that can fail.
   virtual absl::Status Score(PolicyContext& context, int64_t layer,
                              const LayerObservation& observation, kernels::ScoreBuffer& scores) = 0;
 
-  // kGlobal only: completes every layer's scores in place after the last layer.
+  // kGlobal: completes every layer's scores in place after the last layer. kShared: every group's.
   virtual absl::Status FinishScores(PolicyContext& /*context*/,
                                     absl::Span<kernels::ScoreBuffer* const> /*scores*/) {
     return absl::OkStatus();

@@ -44,6 +44,15 @@ class CpuBackend : public ComputeBackend {
                         ScoreBuffer& out) override {
     return cpu::RowNorms(Cpu(context), x, what, out);
   }
+  absl::Status KeyNovelty(OpContext& context, const KvView& k, absl::Span<const int64_t> kv_heads,
+                          absl::string_view what, ScoreBuffer& out) override {
+    return cpu::KeyNovelty(Cpu(context), k, kv_heads, what, out);
+  }
+  absl::Status NormalizeRows(OpContext& context, Normalization normalization,
+                             absl::Span<const SelectArgs::Range> excluded,
+                             ScoreBuffer& x) override {
+    return cpu::NormalizeRows(Cpu(context), normalization, excluded, x);
+  }
   absl::Status DivideByRowMean(OpContext& context, float eps, ScoreBuffer& x) override {
     return cpu::DivideByRowMean(Cpu(context), eps, x);
   }

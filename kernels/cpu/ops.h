@@ -37,6 +37,11 @@ absl::Status GatherRows(CpuContext& context, const KvView& in,
                         absl::Span<const absl::Span<const int32_t>> keep_indices,
                         const MutableKvView& out);
 
+absl::Status KeyNovelty(CpuContext& context, const KvView& k, absl::Span<const int64_t> kv_heads,
+                        absl::string_view what, ScoreBuffer& out);
+absl::Status NormalizeRows(CpuContext& context, Normalization normalization,
+                           absl::Span<const SelectArgs::Range> excluded, ScoreBuffer& x);
+
 }  // namespace keepset::kernels::cpu
 
 #endif  // KEEPSET_KERNELS_CPU_OPS_H_

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstdint>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
@@ -19,19 +20,22 @@ constexpr int64_t kColumnsPerTask = 2048;
 absl::Status TileColumns(CpuContext& context, const TileArgs& args, ScoreBuffer& out) {
   const TileView& tile = args.tile;
   KEEPSET_RETURN_IF_ERROR(CheckTile(args, out));
+  const std::vector<HeadRows> wanted =
+      WantedRows(args.heads, args.reduction, tile.num_qo_heads, tile.num_rows);
+  const auto num_outputs = static_cast<int64_t>(wanted.size());
   KEEPSET_RETURN_IF_ERROR(
       context.ReserveSlots(SlotScratch::kLogits, kColumnsPerTask * int64_t{sizeof(float)}));
   const int64_t tasks_per_head = (tile.seq_len + kColumnsPerTask - 1) / kColumnsPerTask;
-  const int64_t first_row = args.reduction == RowReduction::kLast ? tile.num_rows - 1 : 0;
   return context.TryParallelFor(
-      tile.num_qo_heads * tasks_per_head, [&](int64_t task, int slot) -> absl::Status {
-        const int64_t head = task / tasks_per_head;
+      num_outputs * tasks_per_head, [&](int64_t task, int slot) -> absl::Status {
+        const HeadRows& output = wanted[task / tasks_per_head];
+        const int64_t head = output.head;
         const int64_t begin = task % tasks_per_head * kColumnsPerTask;
         const int64_t count = std::min(kColumnsPerTask, tile.seq_len - begin);
-        float* acc = out.data() + head * tile.seq_len + begin;
+        float* acc = out.data() + task / tasks_per_head * tile.seq_len + begin;
         std::fill(acc, acc + count, 0.0f);
         float* row = context.slot(slot, SlotScratch::kLogits).as<float>();
-        for (int64_t i = first_row; i < tile.num_rows; ++i) {
+        for (int64_t i = output.first_row; i < output.first_row + output.num_rows; ++i) {
           const int64_t visible = std::clamp<int64_t>(args.row_positions[i] + 1 - begin, 0, count);
           Widen(tile.data + (head * tile.head_stride + i * tile.row_stride + begin) *
                                 DTypeBytes(tile.dtype),
@@ -50,7 +54,7 @@ absl::Status TileColumns(CpuContext& context, const TileArgs& args, ScoreBuffer&
                 absl::StrCat(args.what, ": attn_tile: head ", head, " row ", i, " position ",
                              begin + t, " is ", row[t], ", want finite and >= 0"));
           }
-          if (args.reduction == RowReduction::kMax) {
+          if (output.reduction == RowReduction::kMax) {
             for (int64_t t = 0; t < visible; ++t) acc[t] = std::max(acc[t], row[t]);
           } else {
             for (int64_t t = 0; t < visible; ++t) acc[t] += row[t];
@@ -62,8 +66,8 @@ absl::Status TileColumns(CpuContext& context, const TileArgs& args, ScoreBuffer&
           return absl::InvalidArgumentError(
               absl::StrCat(args.what, ": attn_tile: head ", head, " columns sum beyond fp32"));
         }
-        if (args.reduction == RowReduction::kMean) {
-          const float divisor = static_cast<float>(tile.num_rows);
+        if (output.reduction == RowReduction::kMean) {
+          const float divisor = static_cast<float>(output.num_rows);
           for (int64_t t = 0; t < count; ++t) acc[t] /= divisor;
         }
         return absl::OkStatus();

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
@@ -44,35 +45,52 @@ int64_t RowBytes(const WindowArgs& args) {
   return chunks_kept * kChunkTokens * int64_t{sizeof(float)};
 }
 
-// Query heads that meet one packed chunk of K together.
+// One observed row of one query head.
+struct Row {
+  int64_t head = 0;
+  int64_t i = 0;
+};
+
+// One row of the result: a reduction over rows of the unit, which ascend in position.
+struct Output {
+  int64_t row = 0;        // of `out`
+  int64_t first_row = 0;  // of the unit
+  int64_t num_rows = 0;
+  RowReduction reduction = RowReduction::kMean;
+};
+
+// Rows that meet one packed chunk of K together, and what is made of them.
 struct Unit {
   int64_t kv_head = 0;
-  int64_t first_head = 0;
-  int64_t num_heads = 0;
+  int64_t first_row = 0;  // among all rows of the op
+  int64_t num_rows = 0;
+  int64_t first_output = 0;
+  int64_t num_outputs = 0;
 };
 
 class WindowOp {
  public:
-  // Reduces `num_rows` of the observed rows from `first_row` on.
-  WindowOp(CpuContext& context, const WindowArgs& args, int64_t first_row, int64_t num_rows,
+  // Makes row j of `out` from wanted[j]; `wanted` is ordered by head.
+  WindowOp(CpuContext& context, const WindowArgs& args, absl::Span<const HeadRows> wanted,
            float* out)
       : context_(context),
         args_(args),
         out_(out),
         seq_len_(args.k.seq_len),
         head_dim_(args.k.head_dim),
-        group_(args.q.num_qo_heads / args.k.num_kv_heads),
-        num_chunks_(CeilDiv(seq_len_, kChunkTokens)),
-        first_row_(first_row),
-        num_rows_(num_rows) {
-    const int64_t head_bytes = num_rows_ * RowBytes(args);
-    unit_heads_ = std::clamp<int64_t>(kUnitBytes / head_bytes, 1, group_);
-    unit_bytes_ = unit_heads_ * head_bytes;
-    unit_rows_ = unit_heads_ * num_rows_;
+        num_chunks_(CeilDiv(seq_len_, kChunkTokens)) {
+    const int64_t group = args.q.num_qo_heads / args.k.num_kv_heads;
+    for (size_t begin = 0; begin < wanted.size();) {
+      size_t end = begin;
+      while (end < wanted.size() && wanted[end].head == wanted[begin].head) ++end;
+      AddHead(wanted.subspan(begin, end - begin), static_cast<int64_t>(begin), group);
+      begin = end;
+    }
+    num_units_ = static_cast<int64_t>(units_.size());
+    for (const Unit& unit : units_) unit_rows_ = std::max(unit_rows_, unit.num_rows);
+    unit_bytes_ = unit_rows_ * RowBytes(args);
     unit_blocks_ = CeilDiv(unit_rows_, kRowBlock);
     stat_rows_ = CeilDiv(unit_rows_, kMaxLanes) * kMaxLanes;
-    units_per_kv_head_ = CeilDiv(group_, unit_heads_);
-    num_units_ = units_per_kv_head_ * args.k.num_kv_heads;
     group_units_ = std::clamp<int64_t>(kGroupBytes / unit_bytes_, 1, num_units_);
   }
 
@@ -97,7 +115,7 @@ class WindowOp {
       context_.ParallelFor(count * num_chunks_, [&](int64_t task, int) {
         const int64_t place = task / num_chunks_;
         const int64_t chunk = task % num_chunks_;
-        ReduceChunk(UnitAt(begin + place), chunk, exponentials(place, chunk),
+        ReduceChunk(units_[begin + place], chunk, exponentials(place, chunk),
                     factors(place, chunk));
       });
     }
@@ -110,19 +128,42 @@ class WindowOp {
   int64_t ChunkCount(int64_t chunk) const {
     return std::min(kChunkTokens, seq_len_ - ChunkBegin(chunk));
   }
-  // Tokens of the chunk that used row `row` sees.
-  int64_t Visible(int64_t row, int64_t chunk) const {
-    const int64_t seen = args_.row_positions[first_row_ + row] + 1 - ChunkBegin(chunk);
+  // Tokens of the chunk that observed row `i` sees.
+  int64_t Visible(int64_t i, int64_t chunk) const {
+    const int64_t seen = args_.row_positions[i] + 1 - ChunkBegin(chunk);
     return std::clamp<int64_t>(seen, 0, ChunkCount(chunk));
   }
+  const Row& RowAt(const Unit& unit, int64_t row) const { return rows_[unit.first_row + row]; }
 
-  Unit UnitAt(int64_t index) const {
-    Unit unit;
-    unit.kv_head = index / units_per_kv_head_;
-    const int64_t first = index % units_per_kv_head_ * unit_heads_;
-    unit.first_head = unit.kv_head * group_ + first;
-    unit.num_heads = std::min(unit_heads_, group_ - first);
-    return unit;
+  // Adds what is wanted of one query head, row by row of the range that covers it, to the last unit
+  // where that serves the same KV head and has room.
+  void AddHead(absl::Span<const HeadRows> wanted, int64_t first_output, int64_t group) {
+    const int64_t head = wanted.front().head;
+    const int64_t kv_head = head / group;
+    int64_t begin = args_.q.num_rows;
+    int64_t end = 0;
+    for (const HeadRows& one : wanted) {
+      begin = std::min(begin, one.first_row);
+      end = std::max(end, one.first_row + one.num_rows);
+    }
+    const bool fits = !units_.empty() && units_.back().kv_head == kv_head &&
+                      (units_.back().num_rows + end - begin) * RowBytes(args_) <= kUnitBytes;
+    if (!fits) {
+      Unit unit;
+      unit.kv_head = kv_head;
+      unit.first_row = static_cast<int64_t>(rows_.size());
+      unit.first_output = first_output;
+      units_.push_back(unit);
+    }
+    Unit& unit = units_.back();
+    for (size_t j = 0; j < wanted.size(); ++j) {
+      outputs_.push_back({first_output + static_cast<int64_t>(j),
+                          unit.num_rows + wanted[j].first_row - begin, wanted[j].num_rows,
+                          wanted[j].reduction});
+    }
+    for (int64_t i = begin; i < end; ++i) rows_.push_back({head, i});
+    unit.num_rows += end - begin;
+    unit.num_outputs += static_cast<int64_t>(wanted.size());
   }
 
   float* queries(int64_t unit, int64_t block) {
@@ -142,7 +183,7 @@ class WindowOp {
   float* maxes(int64_t place, int64_t chunk) { return stats(0, place, chunk); }
   float* sums(int64_t place, int64_t chunk) { return stats(1, place, chunk); }
   float* factors(int64_t place, int64_t chunk) { return stats(2, place, chunk); }
-  // log2-sum-exp2 of a query row, at the place of the statistics: [num_qo_heads, num_rows_]
+  // log2-sum-exp2 of every row of the op, at the place of the statistics.
   float* references() { return context_.shared(SharedScratch::kRowStats).as<float>(); }
 
   absl::Status Reserve() {
@@ -152,7 +193,7 @@ class WindowOp {
             .Reserve(num_units_ * unit_blocks_ * head_dim_ * kRowBlock * kFloat));
     if (has_lse()) {
       KEEPSET_RETURN_IF_ERROR(context_.shared(SharedScratch::kRowStats)
-                                  .Reserve(args_.q.num_qo_heads * num_rows_ * kFloat));
+                                  .Reserve(static_cast<int64_t>(rows_.size()) * kFloat));
       KEEPSET_RETURN_IF_ERROR(context_.ReserveSlots(SlotScratch::kExponentials, unit_bytes_));
     } else {
       KEEPSET_RETURN_IF_ERROR(
@@ -175,8 +216,8 @@ class WindowOp {
   }
 
   absl::Status PackUnitQueries(int64_t unit_index, int slot) {
-    const Unit unit = UnitAt(unit_index);
-    const int64_t rows = unit.num_heads * num_rows_;
+    const Unit& unit = units_[unit_index];
+    const int64_t rows = unit.num_rows;
     // Folding log2(e) into the scale turns every exponential into a power of two.
     const float scale = static_cast<float>(args_.softmax_scale * kLog2E);
     float* staging = context_.slot(slot, SlotScratch::kStaging).as<float>();
@@ -184,33 +225,31 @@ class WindowOp {
       const int64_t count = std::min(kRowBlock, rows - begin);
       const std::byte* block[kRowBlock];
       for (int64_t r = 0; r < count; ++r) {
-        const int64_t row = begin + r;
-        const int64_t head = unit.first_head + row / num_rows_;
-        const int64_t i = first_row_ + row % num_rows_;
-        block[r] = QueryRow(head, i);
-        if (has_lse()) KEEPSET_RETURN_IF_ERROR(ReadLse(head, i));
+        const Row& row = RowAt(unit, begin + r);
+        block[r] = QueryRow(row.head, row.i);
+        if (has_lse()) KEEPSET_RETURN_IF_ERROR(ReadLse(row, unit.first_row + begin + r));
       }
       if (!PackQueries(block, count, head_dim_, args_.q.dtype, scale, staging,
                        queries(unit_index, begin / kRowBlock))) {
         int64_t row = begin;
         while (FindNonFinite(block[row - begin], head_dim_, args_.q.dtype) < 0) ++row;
-        return absl::InvalidArgumentError(
-            absl::StrCat(args_.what, ": q: head ", unit.first_head + row / num_rows_, " row ",
-                         first_row_ + row % num_rows_, " is not finite"));
+        return absl::InvalidArgumentError(absl::StrCat(args_.what, ": q: head ",
+                                                       RowAt(unit, row).head, " row ",
+                                                       RowAt(unit, row).i, " is not finite"));
       }
     }
     return absl::OkStatus();
   }
 
-  absl::Status ReadLse(int64_t head, int64_t i) {
+  absl::Status ReadLse(const Row& row, int64_t place) {
     const LseView& view = args_.window_lse;
-    const float lse = LoadElement(view.data, head * view.head_stride + i, view.dtype);
+    const float lse = LoadElement(view.data, row.head * view.head_stride + row.i, view.dtype);
     const float reference = static_cast<float>(lse * kLog2E);
     if (!IsFinite(reference)) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(args_.what, ": window_lse: head ", head, " row ", i, " is not finite"));
+      return absl::InvalidArgumentError(absl::StrCat(args_.what, ": window_lse: head ", row.head,
+                                                     " row ", row.i, " is not finite"));
     }
-    references()[head * num_rows_ + i - first_row_] = reference;
+    references()[place] = reference;
     return absl::OkStatus();
   }
 
@@ -256,13 +295,13 @@ class WindowOp {
   absl::Status ForLogits(int64_t unit_index, const Unit& unit, int64_t chunk, int slot, Fn fn) {
     const float* panels = context_.slot(slot, SlotScratch::kPanels).as<float>();
     float* logits = context_.slot(slot, SlotScratch::kLogits).as<float>();
-    const int64_t rows = unit.num_heads * num_rows_;
+    const int64_t rows = unit.num_rows;
     for (int64_t begin = 0; begin < rows; begin += kRowBlock) {
       const int64_t count = std::min(kRowBlock, rows - begin);
       int64_t visible[kRowBlock];
       int64_t most = 0;
       for (int64_t r = 0; r < count; ++r) {
-        visible[r] = Visible((begin + r) % num_rows_, chunk);
+        visible[r] = Visible(RowAt(unit, begin + r).i, chunk);
         most = std::max(most, visible[r]);
       }
       PrefetchNextKeys(unit, chunk, begin, rows, slot);
@@ -278,8 +317,8 @@ class WindowOp {
 
   absl::Status LogitError(const Unit& unit, int64_t row, int64_t chunk, const float* logits,
                           int64_t visible) const {
-    const int64_t head = unit.first_head + row / num_rows_;
-    const int64_t i = first_row_ + row % num_rows_;
+    const int64_t head = RowAt(unit, row).head;
+    const int64_t i = RowAt(unit, row).i;
     for (int64_t t = 0; t < visible; ++t) {
       if (!IsFinite(logits[t])) {
         return absl::InvalidArgumentError(
@@ -293,7 +332,7 @@ class WindowOp {
   }
 
   absl::Status FirstSweep(int64_t unit_index, int64_t place, int64_t chunk, int slot) {
-    const Unit unit = UnitAt(unit_index);
+    const Unit& unit = units_[unit_index];
     KEEPSET_RETURN_IF_ERROR(PackKeys(unit, chunk, slot));
     float* max = maxes(place, chunk);
     float* sum = sums(place, chunk);
@@ -308,10 +347,10 @@ class WindowOp {
   }
 
   absl::Status GivenLseChunk(int64_t unit_index, int64_t chunk, int slot) {
-    const Unit unit = UnitAt(unit_index);
+    const Unit& unit = units_[unit_index];
     KEEPSET_RETURN_IF_ERROR(PackKeys(unit, chunk, slot));
     float* exps = context_.slot(slot, SlotScratch::kExponentials).as<float>();
-    const float* reference = references() + unit.first_head * num_rows_;
+    const float* reference = references() + unit.first_row;
     KEEPSET_RETURN_IF_ERROR(
         ForLogits(unit_index, unit, chunk, slot,
                   [&](int64_t begin, int64_t rows, const int64_t* visible, const float* logits) {
@@ -324,15 +363,19 @@ class WindowOp {
 
   // exps: [unit rows, kChunkTokens], rows that see nothing of the chunk are not filled in.
   void ReduceChunk(const Unit& unit, int64_t chunk, const float* exps, const float* row_factors) {
-    // Positions ascend, so the rows that see nothing come first.
-    int64_t first = 0;
-    while (first < num_rows_ && Visible(first, chunk) == 0) ++first;
-    for (int64_t j = 0; j < unit.num_heads; ++j) {
-      float* to = out_ + (unit.first_head + j) * seq_len_ + ChunkBegin(chunk);
-      const int64_t row = j * num_rows_ + first;
+    for (int64_t j = unit.first_output; j < unit.first_output + unit.num_outputs; ++j) {
+      const Output& output = outputs_[j];
+      // Positions ascend, so the rows that see nothing come first.
+      int64_t first = 0;
+      while (first < output.num_rows &&
+             Visible(RowAt(unit, output.first_row + first).i, chunk) == 0) {
+        ++first;
+      }
+      float* to = out_ + output.row * seq_len_ + ChunkBegin(chunk);
+      const int64_t row = output.first_row + first;
       ReduceRows(exps + row * kChunkTokens, kChunkTokens,
-                 row_factors == nullptr ? nullptr : row_factors + row, num_rows_ - first,
-                 args_.reduction, num_rows_, ChunkCount(chunk), to);
+                 row_factors == nullptr ? nullptr : row_factors + row, output.num_rows - first,
+                 output.reduction, output.num_rows, ChunkCount(chunk), to);
     }
   }
 
@@ -341,49 +384,56 @@ class WindowOp {
   float* const out_;
   const int64_t seq_len_;
   const int64_t head_dim_;
-  const int64_t group_;  // query heads per KV head
   const int64_t num_chunks_;
-  const int64_t first_row_;
-  const int64_t num_rows_;  // rows used of each query head
-  int64_t unit_heads_ = 0;
-  int64_t unit_bytes_ = 0;
+  std::vector<Row> rows_;
+  std::vector<Unit> units_;
+  std::vector<Output> outputs_;  // in order of `wanted`
+  int64_t num_units_ = 0;
+  // Of the largest unit.
   int64_t unit_rows_ = 0;
+  int64_t unit_bytes_ = 0;
   int64_t unit_blocks_ = 0;
   int64_t stat_rows_ = 0;
-  int64_t units_per_kv_head_ = 0;
-  int64_t num_units_ = 0;
   int64_t group_units_ = 0;  // units whose exponentials are held at the same time
 };
 
 // Takes the rows in blocks of `rows_at_once`. Every value is >= 0, so that both sums and maxima
 // begin at 0.
-absl::Status RunInBlocks(CpuContext& context, const WindowArgs& args, int64_t rows_at_once,
-                         ScoreBuffer& out) {
-  const int64_t num_rows = args.q.num_rows;
-  KEEPSET_ASSIGN_OR_RETURN(const std::unique_ptr<ScoreBuffer> block,
-                           CpuScoreBuffer::New(out.rows(), out.cols()));
-  KEEPSET_RETURN_IF_ERROR(Fill(context, 0, out.cols(), 0.0f, out));
-  const bool is_max = args.reduction == RowReduction::kMax;
-  for (int64_t begin = 0; begin < num_rows; begin += rows_at_once) {
-    const int64_t count = std::min(rows_at_once, num_rows - begin);
-    KEEPSET_RETURN_IF_ERROR(WindowOp(context, args, begin, count, block->data()).Run());
-    const float weight = args.reduction == RowReduction::kMean
-                             ? static_cast<float>(count) / static_cast<float>(num_rows)
-                             : 1.0f;
+absl::Status RunInBlocks(CpuContext& context, const WindowArgs& args, const HeadRows& wanted,
+                         int64_t rows_at_once, float* out) {
+  const int64_t cols = args.k.seq_len;
+  KEEPSET_ASSIGN_OR_RETURN(const std::unique_ptr<ScoreBuffer> block, CpuScoreBuffer::New(1, cols));
+  std::fill(out, out + cols, 0.0f);
+  for (int64_t begin = 0; begin < wanted.num_rows; begin += rows_at_once) {
+    HeadRows part = wanted;
+    part.first_row += begin;
+    part.num_rows = std::min(rows_at_once, wanted.num_rows - begin);
     KEEPSET_RETURN_IF_ERROR(
-        Accumulate(context, *block, is_max ? Merge::kMax : Merge::kSum, weight, out));
+        WindowOp(context, args, absl::MakeConstSpan(&part, 1), block->data()).Run());
+    const float* values = block->data();
+    if (wanted.reduction == RowReduction::kMax) {
+      for (int64_t t = 0; t < cols; ++t) out[t] = std::max(out[t], values[t]);
+      continue;
+    }
+    const float weight =
+        wanted.reduction == RowReduction::kMean
+            ? static_cast<float>(part.num_rows) / static_cast<float>(wanted.num_rows)
+            : 1.0f;
+    for (int64_t t = 0; t < cols; ++t) out[t] += weight * values[t];
   }
   return absl::OkStatus();
 }
 
 absl::Status ScoreWindow(CpuContext& context, const WindowArgs& args, ScoreBuffer& out) {
-  const int64_t num_rows = args.q.num_rows;
-  if (args.reduction == RowReduction::kLast) {
-    return WindowOp(context, args, num_rows - 1, 1, out.data()).Run();
-  }
+  const std::vector<HeadRows> wanted =
+      WantedRows(args.heads, args.reduction, args.q.num_qo_heads, args.q.num_rows);
   const int64_t rows_at_once = std::max<int64_t>(1, kUnitBytes / RowBytes(args));
-  if (num_rows > rows_at_once) return RunInBlocks(context, args, rows_at_once, out);
-  return WindowOp(context, args, 0, num_rows, out.data()).Run();
+  if (args.q.num_rows <= rows_at_once) return WindowOp(context, args, wanted, out.data()).Run();
+  for (size_t j = 0; j < wanted.size(); ++j) {
+    KEEPSET_RETURN_IF_ERROR(RunInBlocks(context, args, wanted[j], rows_at_once,
+                                        out.data() + static_cast<int64_t>(j) * args.k.seq_len));
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace

@@ -101,6 +101,12 @@ absl::Status DescribeTileFault(uint64_t code, const std::string& what, int64_t n
                    " position ", place % seq_len, " is not a number that is finite and >= 0"));
 }
 
+absl::Status RefuseHeads(absl::Span<const HeadRows> heads, absl::string_view what) {
+  if (heads.empty()) return absl::OkStatus();
+  return absl::UnimplementedError(absl::StrCat(
+      what, ": the CUDA backend reads all heads of a layer, no list of heads; want cpu"));
+}
+
 // Where in the call's tensors the used rows lie, and how they are reduced.
 absl::Status StageQueries(StreamState& state, const WindowArgs& args, WindowParams* params) {
   const int64_t first_row = args.reduction == RowReduction::kLast ? args.q.num_rows - 1 : 0;
@@ -160,6 +166,7 @@ absl::Status StageValues(StreamState& state, const WindowArgs& args, WindowParam
 
 absl::Status WindowColumns(StreamState& state, const WindowArgs& args, ScoreBuffer& out) {
   KEEPSET_RETURN_IF_ERROR(CheckWindow(args, out));
+  KEEPSET_RETURN_IF_ERROR(RefuseHeads(args.heads, args.what));
   KEEPSET_RETURN_IF_ERROR(CheckKvLimits(args.k, absl::StrCat(args.what, ": k")));
   const int64_t group = args.q.num_qo_heads / args.k.num_kv_heads;
   KEEPSET_RETURN_IF_ERROR(CheckLimit(args.q.num_rows, kMaxGroupRows / group, "num_rows",
@@ -197,6 +204,7 @@ absl::Status WindowColumns(StreamState& state, const WindowArgs& args, ScoreBuff
 
 absl::Status TileColumns(StreamState& state, const TileArgs& args, ScoreBuffer& out) {
   KEEPSET_RETURN_IF_ERROR(CheckTile(args, out));
+  KEEPSET_RETURN_IF_ERROR(RefuseHeads(args.heads, args.what));
   const TileView& tile = args.tile;
   const std::string what(args.what);
   KEEPSET_RETURN_IF_ERROR(CheckLimit(tile.seq_len, kMaxPositions, "seq_len", what));

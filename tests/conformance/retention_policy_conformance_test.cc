@@ -24,7 +24,7 @@ class RetentionPolicyConformance : public ::testing::TestWithParam<Case> {
     spec.scope = std::get<1>(GetParam());
     spec.budget.kind = Budget::Kind::kTokens;
     spec.budget.tokens = budget;
-    spec.table = fakes::MakeTable(prompt_.model(), {});
+    spec.table = fakes::MakeTableFor(spec.policy, prompt_.model());
     spec.ppl = 10.0;
     return spec;
   }

@@ -100,6 +100,16 @@ class GatedBackend final : public kernels::ComputeBackend {
                         absl::string_view what, kernels::ScoreBuffer& out) override {
     return inner_->RowNorms(context, x, what, out);
   }
+  absl::Status KeyNovelty(kernels::OpContext& context, const kernels::KvView& k,
+                          absl::Span<const int64_t> kv_heads, absl::string_view what,
+                          kernels::ScoreBuffer& out) override {
+    return inner_->KeyNovelty(context, k, kv_heads, what, out);
+  }
+  absl::Status NormalizeRows(kernels::OpContext& context, kernels::Normalization normalization,
+                             absl::Span<const kernels::SelectArgs::Range> excluded,
+                             kernels::ScoreBuffer& x) override {
+    return inner_->NormalizeRows(context, normalization, excluded, x);
+  }
   absl::Status DivideByRowMean(kernels::OpContext& context, float eps,
                                kernels::ScoreBuffer& x) override {
     return inner_->DivideByRowMean(context, eps, x);

@@ -191,6 +191,19 @@ void SyntheticPrompt::set_v(int64_t layer, int64_t head, int64_t t, int64_t c, f
   Store(v_[layer], KvOffset(head, t, c), value);
 }
 
+namespace {
+
+std::shared_ptr<const tables::DecisionTable> Parsed(const absl::StatusOr<std::string>& file) {
+  KEEPSET_CHECK(file.ok());
+  auto table = tables::ParseTable(
+      absl::MakeConstSpan(reinterpret_cast<const std::byte*>(file->data()), file->size()),
+      "sample");
+  KEEPSET_CHECK(table.ok());
+  return *std::move(table);
+}
+
+}  // namespace
+
 std::shared_ptr<const tables::DecisionTable> MakeTable(const tables::ModelFingerprint& model,
                                                        const TableSample& sample) {
   const int64_t entropy_bins = static_cast<int64_t>(sample.entropy_edges.size()) + 1;
@@ -213,13 +226,35 @@ std::shared_ptr<const tables::DecisionTable> MakeTable(const tables::ModelFinger
     content.head_weights.insert(content.head_weights.end(), weights.begin(), weights.end());
     content.gate_thresholds.insert(content.gate_thresholds.end(), gates.begin(), gates.end());
   }
-  const absl::StatusOr<std::string> file = tables::SerializeTable(content);
-  KEEPSET_CHECK(file.ok());
-  auto table = tables::ParseTable(
-      absl::MakeConstSpan(reinterpret_cast<const std::byte*>(file->data()), file->size()),
-      "sample");
-  KEEPSET_CHECK(table.ok());
-  return *std::move(table);
+  return Parsed(tables::SerializeTable(content));
+}
+
+std::shared_ptr<const tables::DecisionTable> MakeObservationHeads(
+    const tables::ModelFingerprint& model, std::vector<tables::HeadObservation> observations,
+    const tables::ObservationSettings& settings) {
+  tables::ObservationHeadsContent content;
+  content.name = "heads";
+  content.version = "1";
+  content.model = model;
+  content.observations = std::move(observations);
+  content.settings = settings;
+  content.provenance_json = R"({"source": "hand-written"})";
+  return Parsed(tables::SerializeTable(content));
+}
+
+std::shared_ptr<const tables::DecisionTable> MakeTableFor(const std::string& policy,
+                                                          const tables::ModelFingerprint& model) {
+  using tables::ObservedRows;
+  if (policy != "observation_heads") return MakeTable(model, {});
+  tables::ObservationSettings settings;
+  settings.pool_kernel = 3;
+  settings.dilate = 2;
+  return MakeObservationHeads(model,
+                              {{0, 1, ObservedRows::kLastRow, 0.5f},
+                               {0, 1, ObservedRows::kMaxRows, 1.0f},
+                               {1, 1, ObservedRows::kKeyNovelty, 0.25f},
+                               {2, 3, ObservedRows::kMeanRows, 0.75f}},
+                              settings);
 }
 
 }  // namespace keepset::fakes

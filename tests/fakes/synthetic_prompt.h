@@ -6,12 +6,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "engine/operation_types.h"
 #include "kernels/views.h"
 #include "tables/decision_table.h"
 #include "tables/model_fingerprint.h"
+#include "tables/observation_heads_table.h"
 
 namespace keepset::fakes {
 
@@ -78,6 +80,15 @@ struct TableSample {
 };
 std::shared_ptr<const tables::DecisionTable> MakeTable(const tables::ModelFingerprint& model,
                                                        const TableSample& sample);
+
+// An observation_heads table with these observations and settings, provenance hand-written.
+std::shared_ptr<const tables::DecisionTable> MakeObservationHeads(
+    const tables::ModelFingerprint& model, std::vector<tables::HeadObservation> observations,
+    const tables::ObservationSettings& settings);
+
+// A table of the kind that `policy` reads: all its ways to observe the prompt itself, or weights 1.
+std::shared_ptr<const tables::DecisionTable> MakeTableFor(const std::string& policy,
+                                                          const tables::ModelFingerprint& model);
 
 }  // namespace keepset::fakes
 
