@@ -217,6 +217,18 @@ keepset_status keepset_operation_gather(keepset_operation* operation, int64_t la
                                         const keepset_kv_view* out_k, const keepset_kv_view* out_v);
 void keepset_operation_destroy(keepset_operation* operation);
 
+/* One JSON document that a call answers with. */
+typedef struct keepset_report keepset_report;
+const char* keepset_report_json(const keepset_report* report);
+void keepset_report_destroy(keepset_report* report);
+
+/* What a worker has to send for `spec`, of which model_json, policy, parameters and table are
+ * looked at: {"layers": [{"layer", "queries", "keys", "values", "qo_heads", "kv_heads"}], "rows":
+ * [..], "ppl", "probe"}. Empty head lists mean all heads; layers that are not listed may be left
+ * out. */
+keepset_status keepset_input_needs(keepset_engine* engine, const keepset_operation_spec* spec,
+                                   keepset_report** out);
+
 /* "compressed", "kept_full", "shadow". */
 const char* keepset_result_outcome(const keepset_result* result);
 const char* keepset_result_reason(const keepset_result* result);
@@ -280,11 +292,6 @@ keepset_status keepset_result_write(const char* path, const char* result_json,
 /* ---- Compiling tables
  * ---------------------------------------------------------------------------- */
 
-/* One JSON document about what a long call did. */
-typedef struct keepset_report keepset_report;
-const char* keepset_report_json(const keepset_report* report);
-void keepset_report_destroy(keepset_report* report);
-
 /* Bytes read so far and bytes of all files; from any thread, one call at a time. */
 typedef void (*keepset_progress)(void* user, int64_t bytes_done, int64_t bytes_total);
 
@@ -324,6 +331,35 @@ typedef struct keepset_compile_options {
 
 /* Compiles calibration records to a table file; a failure leaves no file. `out` may be NULL. */
 keepset_status keepset_table_compile(const keepset_compile_options* options, keepset_report** out);
+
+typedef struct keepset_compile_heads_options {
+  size_t struct_size;
+  const char* const* record_paths; /* [num_record_paths], observation records */
+  size_t num_record_paths;
+  const char* name;
+  const char* version;
+  const char* out_path; /* table file to write */
+  const int64_t* budgets;
+  size_t num_budgets;
+  const int64_t* pool_kernels; /* NULL: 1, 5 */
+  size_t num_pool_kernels;
+  const int64_t* dilations; /* NULL: 0, 4, 12 */
+  size_t num_dilations;
+  int64_t max_heads;            /* 0: 16 */
+  int64_t num_heads;            /* 0: validated */
+  int64_t num_folds;            /* 0: 4 */
+  int64_t default_budget;       /* 0: none */
+  int64_t created_unix_seconds; /* written to the file; 0: now */
+  int32_t num_threads;          /* 0: all cores this process may use */
+  int32_t reserved;
+  keepset_progress progress; /* steps done and steps of all; may be NULL */
+  void* progress_user;
+} keepset_compile_heads_options;
+
+/* Compiles observation records to an observation_heads table file; a failure leaves no file. `out`
+ * may be NULL. */
+keepset_status keepset_table_compile_heads(const keepset_compile_heads_options* options,
+                                           keepset_report** out);
 
 /* What record files hold: counts per state and action, coverage of the risk cells, rejections. Uses
  * record_paths, bins, actions, num_threads and progress of the options. */

@@ -81,32 +81,6 @@ absl::Status CheckWeight(const SafetensorsFile& file, std::size_t index, float w
   return ElementError(file, "weights", index, absl::StrCat(weight), "at least 0");
 }
 
-// One row of the three tensors, checked against the model.
-absl::StatusOr<HeadObservation> ToObservation(const SafetensorsFile& file,
-                                              const ModelFingerprint& model, std::size_t index,
-                                              int64_t layer, int64_t head, int64_t rows,
-                                              float weight) {
-  if (rows < 0 || rows >= kNumObservedRows) {
-    return ElementError(
-        file, "rows", index, absl::StrCat(rows),
-        absl::StrCat("0..", kNumObservedRows - 1, " (", absl::StrJoin(kRowsNames, ", "), ")"));
-  }
-  const auto observed = static_cast<ObservedRows>(rows);
-  const bool is_key = observed == ObservedRows::kKeyNovelty;
-  const int64_t num_heads = is_key ? model.num_kv_heads : model.num_qo_heads;
-  if (layer < 0 || layer >= model.num_layers) {
-    return ElementError(file, "heads", 2 * index, absl::StrCat(layer),
-                        absl::StrCat("a layer in 0..", model.num_layers - 1));
-  }
-  if (head < 0 || head >= num_heads) {
-    return ElementError(
-        file, "heads", 2 * index + 1, absl::StrCat(head),
-        absl::StrCat("a ", is_key ? "KV head" : "query head", " in 0..", num_heads - 1));
-  }
-  KEEPSET_RETURN_IF_ERROR(CheckWeight(file, index, weight));
-  return HeadObservation{layer, head, observed, weight};
-}
-
 absl::StatusOr<std::vector<HeadObservation>> ReadObservations(const SafetensorsFile& file,
                                                               const ModelFingerprint& model) {
   KEEPSET_ASSIGN_OR_RETURN(const TensorInfo* heads_info,
@@ -133,7 +107,7 @@ absl::StatusOr<std::vector<HeadObservation>> ReadObservations(const SafetensorsF
   for (std::size_t i = 0; i < weights.size(); ++i) {
     KEEPSET_ASSIGN_OR_RETURN(
         const HeadObservation one,
-        ToObservation(file, model, i, heads[2 * i], heads[2 * i + 1], rows[i], weights[i]));
+        CheckedObservation(file, model, i, heads[2 * i], heads[2 * i + 1], rows[i], weights[i]));
     if (!seen.emplace(one.layer, one.head, one.rows).second) {
       return ElementError(
           file, "heads", 2 * i, absl::StrCat(one.layer),
@@ -185,26 +159,6 @@ absl::StatusOr<std::vector<LayerGroup>> ReadLayerGroups(const Json& object, int6
     return refuse(*list, absl::StrCat("groups up to layer ", num_layers, ", end of the model"));
   }
   return groups;
-}
-
-absl::StatusOr<std::optional<ObservationProbe>> ReadProbe(const Json& object,
-                                                          absl::string_view where) {
-  const auto entry = object.find("probe");
-  if (entry == object.end() || entry->is_null()) return std::nullopt;
-  KEEPSET_ASSIGN_OR_RETURN(const Json probe, ObjectField(object, "probe", where));
-  const std::string inside = absl::StrCat(where, ".probe");
-  ObservationProbe result;
-  KEEPSET_ASSIGN_OR_RETURN(result.name, StringField(probe, "name", inside));
-  KEEPSET_ASSIGN_OR_RETURN(result.text, StringField(probe, "text", inside));
-  if (result.name.empty() || result.name.size() > kMaxProbeNameBytes) {
-    return FieldError(inside, "name", PreviewJson(probe["name"]),
-                      absl::StrCat("1..", kMaxProbeNameBytes, " bytes"));
-  }
-  if (result.text.empty() || result.text.size() > kMaxProbeTextBytes) {
-    return FieldError(inside, "text", PreviewJson(probe["text"]),
-                      absl::StrCat("1..", kMaxProbeTextBytes, " bytes"));
-  }
-  return result;
 }
 
 absl::StatusOr<std::vector<RiskPoint>> ReadRiskCurve(const Json& object, absl::string_view where) {
@@ -260,7 +214,7 @@ absl::StatusOr<ObservationSettings> ReadSettings(const Json& document, int64_t n
                                ? ObservationNormalization::kSum
                                : ObservationNormalization::kMax;
   KEEPSET_ASSIGN_OR_RETURN(settings.layer_groups, ReadLayerGroups(object, num_layers, inside));
-  KEEPSET_ASSIGN_OR_RETURN(settings.probe, ReadProbe(object, inside));
+  KEEPSET_ASSIGN_OR_RETURN(settings.probe, ReadObservationProbe(object, inside));
   KEEPSET_ASSIGN_OR_RETURN(settings.risk_curve, ReadRiskCurve(object, inside));
   return settings;
 }
@@ -302,6 +256,51 @@ bool NeedsPromptRows(ObservedRows rows) {
 
 bool NeedsProbeRows(ObservedRows rows) {
   return rows == ObservedRows::kProbeMax || rows == ObservedRows::kProbeMean;
+}
+
+absl::StatusOr<HeadObservation> CheckedObservation(const SafetensorsFile& file,
+                                                   const ModelFingerprint& model, std::size_t index,
+                                                   int64_t layer, int64_t head, int64_t rows,
+                                                   float weight) {
+  if (rows < 0 || rows >= kNumObservedRows) {
+    return ElementError(
+        file, "rows", index, absl::StrCat(rows),
+        absl::StrCat("0..", kNumObservedRows - 1, " (", absl::StrJoin(kRowsNames, ", "), ")"));
+  }
+  const auto observed = static_cast<ObservedRows>(rows);
+  const bool is_key = observed == ObservedRows::kKeyNovelty;
+  const int64_t num_heads = is_key ? model.num_kv_heads : model.num_qo_heads;
+  if (layer < 0 || layer >= model.num_layers) {
+    return ElementError(file, "heads", 2 * index, absl::StrCat(layer),
+                        absl::StrCat("a layer in 0..", model.num_layers - 1));
+  }
+  if (head < 0 || head >= num_heads) {
+    return ElementError(
+        file, "heads", 2 * index + 1, absl::StrCat(head),
+        absl::StrCat("a ", is_key ? "KV head" : "query head", " in 0..", num_heads - 1));
+  }
+  KEEPSET_RETURN_IF_ERROR(CheckWeight(file, index, weight));
+  return HeadObservation{layer, head, observed, weight};
+}
+
+absl::StatusOr<std::optional<ObservationProbe>> ReadObservationProbe(const Json& object,
+                                                                     absl::string_view where) {
+  const auto entry = object.find("probe");
+  if (entry == object.end() || entry->is_null()) return std::nullopt;
+  KEEPSET_ASSIGN_OR_RETURN(const Json probe, ObjectField(object, "probe", where));
+  const std::string inside = absl::StrCat(where, ".probe");
+  ObservationProbe result;
+  KEEPSET_ASSIGN_OR_RETURN(result.name, StringField(probe, "name", inside));
+  KEEPSET_ASSIGN_OR_RETURN(result.text, StringField(probe, "text", inside));
+  if (result.name.empty() || result.name.size() > kMaxProbeNameBytes) {
+    return FieldError(inside, "name", PreviewJson(probe["name"]),
+                      absl::StrCat("1..", kMaxProbeNameBytes, " bytes"));
+  }
+  if (result.text.empty() || result.text.size() > kMaxProbeTextBytes) {
+    return FieldError(inside, "text", PreviewJson(probe["text"]),
+                      absl::StrCat("1..", kMaxProbeTextBytes, " bytes"));
+  }
+  return result;
 }
 
 absl::StatusOr<std::shared_ptr<const DecisionTable>> ParseObservationHeadsTable(

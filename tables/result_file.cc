@@ -137,24 +137,28 @@ std::string ResultJson(const ResultDocument& document) {
   }
   OrderedJson layers = OrderedJson::array();
   for (const ResultLayer& layer : document.layers) layers.push_back(LayerJson(layer, per_head));
-  const OrderedJson object = {{"format", "keepset.result"},
-                              {"format_version", 1},
-                              {"outcome", document.outcome},
-                              {"reason", document.reason},
-                              {"policy", document.policy},
-                              {"scope", document.scope},
-                              {"seq_len", document.seq_len},
-                              {"table", table},
-                              {"entropy", OrNull(document.entropy)},
-                              {"ppl", OrNull(document.ppl)},
-                              {"entropy_bin", OrNull(document.entropy_bin)},
-                              {"ppl_bin", OrNull(document.ppl_bin)},
-                              {"layers", layers},
-                              {"defaulted_inputs", document.defaulted_inputs},
-                              {"relaxed", document.relaxed},
-                              {"backend", document.backend},
-                              {"bytes_before", document.bytes_before},
-                              {"bytes_after", document.bytes_after}};
+  OrderedJson object = {{"format", "keepset.result"},
+                        {"format_version", 1},
+                        {"outcome", document.outcome},
+                        {"reason", document.reason},
+                        {"policy", document.policy},
+                        {"scope", document.scope},
+                        {"seq_len", document.seq_len},
+                        {"table", table},
+                        {"entropy", OrNull(document.entropy)},
+                        {"ppl", OrNull(document.ppl)},
+                        {"entropy_bin", OrNull(document.entropy_bin)},
+                        {"ppl_bin", OrNull(document.ppl_bin)},
+                        {"layers", layers},
+                        {"defaulted_inputs", document.defaulted_inputs},
+                        {"relaxed", document.relaxed},
+                        {"backend", document.backend},
+                        {"bytes_before", document.bytes_before},
+                        {"bytes_after", document.bytes_after}};
+  if (document.outside_mass.has_value()) object["outside_mass"] = *document.outside_mass;
+  if (document.predicted_miss_rate.has_value()) {
+    object["predicted_miss_rate"] = *document.predicted_miss_rate;
+  }
   return object.dump(-1, ' ', false, OrderedJson::error_handler_t::replace);
 }
 

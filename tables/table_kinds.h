@@ -3,7 +3,10 @@
 #ifndef KEEPSET_TABLES_TABLE_KINDS_H_
 #define KEEPSET_TABLES_TABLE_KINDS_H_
 
+#include <cstddef>
+#include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -14,6 +17,7 @@
 #include "absl/types/span.h"
 #include "nlohmann/json.hpp"
 #include "tables/decision_table.h"
+#include "tables/observation_heads_table.h"
 #include "tables/safetensors.h"
 
 namespace keepset::tables {
@@ -45,6 +49,16 @@ absl::StatusOr<std::shared_ptr<const DecisionTable>> ParseCompilerKvTable(
     std::shared_ptr<const SafetensorsFile> file, TableHeader header);
 absl::StatusOr<std::shared_ptr<const DecisionTable>> ParseObservationHeadsTable(
     std::shared_ptr<const SafetensorsFile> file, TableHeader header);
+
+// One observation as files state it, checked against the model; `index` is its place in the tensors
+// heads, rows and weights.
+absl::StatusOr<HeadObservation> CheckedObservation(const SafetensorsFile& file,
+                                                   const ModelFingerprint& model, std::size_t index,
+                                                   int64_t layer, int64_t head, int64_t rows,
+                                                   float weight);
+// Key `probe` of `object`, if it is there.
+absl::StatusOr<std::optional<ObservationProbe>> ReadObservationProbe(const nlohmann::json& object,
+                                                                     absl::string_view where);
 
 }  // namespace keepset::tables
 

@@ -15,6 +15,7 @@
 #include "absl/strings/str_split.h"
 #include "absl/strings/string_view.h"
 #include "base/status_macros.h"
+#include "clients/cli/compile_heads_command.h"
 #include "clients/cli/engine_handles.h"
 #include "clients/cli/exit_status.h"
 #include "clients/cli/flag_parser.h"
@@ -174,6 +175,7 @@ std::string SummaryText(const Json& summary) {
 }  // namespace
 
 absl::Status RunTablesCompile(absl::Span<const std::string> arguments, Console& console) {
+  if (AsksForHeads(arguments)) return RunCompileHeads(arguments, console);
   NewTableFlags flags;
   RecordFlags records;
   std::optional<std::string> solver;
@@ -181,6 +183,7 @@ absl::Status RunTablesCompile(absl::Span<const std::string> arguments, Console& 
   std::optional<int64_t> default_budget;
   std::optional<int64_t> max_rejected;
   std::optional<int64_t> created;
+  std::optional<std::string> kind;
   bool independent = false;
   bool compare = false;
   FlagParser parser("tables compile",
@@ -188,7 +191,10 @@ absl::Status RunTablesCompile(absl::Span<const std::string> arguments, Console& 
                     "--version V -o TABLE",
                     "Fits head weights and gates to calibration records (JSON lines).");
   flags.AddTo(parser);
-  parser.Text("--solver", "NAME", "exact (default) or adam, the paper's optimiser", &solver)
+  parser
+      .Text("--kind", "KIND", "compilerkv (default) or observation_heads, which has its own flags",
+            &kind)
+      .Text("--solver", "NAME", "exact (default) or adam, the paper's optimiser", &solver)
       .Real("--conservative-weight", "X", "pull towards logged actions, default 0.75",
             &conservative_weight)
       .Int("--default-budget", "N", "budget of requests that name none", &default_budget)
@@ -206,6 +212,9 @@ absl::Status RunTablesCompile(absl::Span<const std::string> arguments, Console& 
   KEEPSET_ASSIGN_OR_RETURN(const std::vector<std::string> paths,
                            parser.Parse(arguments, 1, kManyFiles));
   KEEPSET_RETURN_IF_ERROR(flags.Check());
+  if (kind.has_value() && *kind != "compilerkv") {
+    return UsageError(absl::StrCat("--kind=", *kind, ", want compilerkv or observation_heads"));
+  }
   if (solver.has_value() && *solver != "exact" && *solver != "adam") {
     return UsageError(absl::StrCat("--solver=", *solver, ", want exact or adam"));
   }

@@ -66,24 +66,28 @@ std::string RemoteResultJson(const client::OperationResult& result) {
   for (const client::LayerResult& layer : result.layers) {
     layers.push_back(LayerJson(result, layer));
   }
-  const Json document = {{"format", "keepset.result"},
-                         {"format_version", 1},
-                         {"outcome", std::string(client::OutcomeName(result.outcome))},
-                         {"reason", std::string(client::ReasonName(result.reason))},
-                         {"policy", result.policy},
-                         {"scope", std::string(client::ScopeName(result.scope))},
-                         {"seq_len", result.seq_len},
-                         {"table", table},
-                         {"entropy", OrNull(result.entropy)},
-                         {"ppl", OrNull(result.ppl)},
-                         {"entropy_bin", OrNull(result.entropy_bin)},
-                         {"ppl_bin", OrNull(result.ppl_bin)},
-                         {"layers", layers},
-                         {"defaulted_inputs", result.defaulted_inputs},
-                         {"relaxed", result.relaxed},
-                         {"backend", result.backend},
-                         {"bytes_before", result.bytes_before},
-                         {"bytes_after", result.bytes_after}};
+  Json document = {{"format", "keepset.result"},
+                   {"format_version", 1},
+                   {"outcome", std::string(client::OutcomeName(result.outcome))},
+                   {"reason", std::string(client::ReasonName(result.reason))},
+                   {"policy", result.policy},
+                   {"scope", std::string(client::ScopeName(result.scope))},
+                   {"seq_len", result.seq_len},
+                   {"table", table},
+                   {"entropy", OrNull(result.entropy)},
+                   {"ppl", OrNull(result.ppl)},
+                   {"entropy_bin", OrNull(result.entropy_bin)},
+                   {"ppl_bin", OrNull(result.ppl_bin)},
+                   {"layers", layers},
+                   {"defaulted_inputs", result.defaulted_inputs},
+                   {"relaxed", result.relaxed},
+                   {"backend", result.backend},
+                   {"bytes_before", result.bytes_before},
+                   {"bytes_after", result.bytes_after}};
+  if (result.outside_mass.has_value()) document["outside_mass"] = *result.outside_mass;
+  if (result.predicted_miss_rate.has_value()) {
+    document["predicted_miss_rate"] = *result.predicted_miss_rate;
+  }
   return document.dump(-1, ' ', false, Json::error_handler_t::replace);
 }
 

@@ -157,6 +157,17 @@ class GrpcClient final : public Client {
     return DecodeResult(*response.mutable_result(), reply_context);
   }
 
+  absl::StatusOr<InputNeeds> GetRequirements(const OperationSpec& spec) override {
+    v1::GetRequirementsRequest request;
+    EncodeSpec(spec, request.mutable_spec());
+    grpc::ClientContext context;
+    context.set_deadline(absl::ToChronoTime(absl::Now() + options_.call_timeout));
+    v1::GetRequirementsResponse response;
+    const grpc::Status status = compression_->GetRequirements(&context, request, &response);
+    if (!status.ok()) return Unreachable(FromRpcStatus(status));
+    return DecodeNeeds(response);
+  }
+
   absl::StatusOr<std::unique_ptr<CompressStream>> OpenStream() override {
     const std::shared_ptr<Session> session = CurrentSession();
     return NewCompressStream(compression_.get(), session == nullptr ? "" : session->id(),

@@ -135,8 +135,11 @@ class Client {
   // Answers when no operation uses the region any more. NotFound: no such name.
   virtual absl::Status RetireRegion(const std::string& name) = 0;
 
-  // All layers in one call. Gathered rows are viewed where they lie: in the destination regions or
-  // in bytes the result owns.
+  // What has to be sent for `spec`, of which model, policy, parameters and table are looked at.
+  virtual absl::StatusOr<InputNeeds> GetRequirements(const OperationSpec& spec) = 0;
+
+  // All layers in one call, those the policy does not read aside. Gathered rows are viewed where
+  // they lie: in the destination regions or in bytes the result owns.
   virtual absl::StatusOr<OperationResult> CompressUnary(const OperationSpec& spec,
                                                         absl::Span<const LayerInput> layers) = 0;
   // The same over a stream of its own.

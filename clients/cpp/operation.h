@@ -192,6 +192,9 @@ struct OperationResult {
   std::optional<double> ppl;
   std::optional<int64_t> entropy_bin;
   std::optional<int64_t> ppl_bin;
+  // Share of the score outside the cut, and the miss rate the table's calibration predicts for it.
+  std::optional<double> outside_mass;
+  std::optional<double> predicted_miss_rate;
   bool has_candidates = false;
   std::vector<LayerResult> layers;  // [num_layers]
   std::vector<std::string> defaulted_inputs;
@@ -201,6 +204,27 @@ struct OperationResult {
   int64_t bytes_before = 0;
   int64_t bytes_after = 0;
   StageSeconds stages;
+};
+
+// What a worker has to send for an operation.
+struct InputNeeds {
+  struct Layer {
+    int64_t layer = 0;
+    bool queries = false;  // q_window (or attn_tile)
+    bool keys = false;
+    bool values = false;
+    // Heads that are read; empty: all.
+    std::vector<int64_t> qo_heads;
+    std::vector<int64_t> kv_heads;
+  };
+  std::vector<Layer> layers;  // ascending; others may be left out, unless K and V are gathered
+  bool ppl = false;
+  bool last_row = false;       // the last row of the prompt observes
+  bool observed_rows = false;  // rows that the request chooses observe
+  bool probe_rows = false;     // rows of the probe observe
+  std::string probe_name;
+  std::string probe_text;
+  std::optional<TableIdentity> table;
 };
 
 }  // namespace keepset::client

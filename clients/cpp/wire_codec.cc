@@ -313,6 +313,8 @@ absl::StatusOr<OperationResult> DecodeResult(v1::OperationResult& result,
   if (result.has_ppl()) out.ppl = result.ppl();
   if (result.has_entropy_bin()) out.entropy_bin = result.entropy_bin();
   if (result.has_ppl_bin()) out.ppl_bin = result.ppl_bin();
+  if (result.has_outside_mass()) out.outside_mass = result.outside_mass();
+  if (result.has_predicted_miss_rate()) out.predicted_miss_rate = result.predicted_miss_rate();
   out.has_candidates = result.has_candidates();
   if (result.layers_size() != context.num_layers) {
     return absl::InternalError(
@@ -339,6 +341,31 @@ absl::StatusOr<OperationResult> DecodeResult(v1::OperationResult& result,
   out.stages = {result.stages().queue(), result.stages().lease(), result.stages().score(),
                 result.stages().select(), result.stages().gather()};
   return out;
+}
+
+InputNeeds DecodeNeeds(const v1::GetRequirementsResponse& wire) {
+  InputNeeds needs;
+  for (const v1::LayerRequirements& one : wire.layers()) {
+    InputNeeds::Layer layer;
+    layer.layer = one.layer();
+    layer.queries = one.queries();
+    layer.keys = one.keys();
+    layer.values = one.values();
+    layer.qo_heads.assign(one.qo_heads().begin(), one.qo_heads().end());
+    layer.kv_heads.assign(one.kv_heads().begin(), one.kv_heads().end());
+    needs.layers.push_back(std::move(layer));
+  }
+  needs.ppl = wire.ppl();
+  needs.last_row = wire.last_row();
+  needs.observed_rows = wire.observed_rows();
+  needs.probe_rows = wire.probe_rows();
+  needs.probe_name = wire.probe_name();
+  needs.probe_text = wire.probe_text();
+  if (wire.has_table()) {
+    const v1::TableIdentity& table = wire.table();
+    needs.table = TableIdentity{table.name(), table.version(), table.digest(), table.source()};
+  }
+  return needs;
 }
 
 }  // namespace keepset::client

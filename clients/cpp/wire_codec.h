@@ -47,6 +47,8 @@ absl::StatusOr<LayerResult> DecodeLayer(v1::LayerResult& layer, const ReplyConte
 absl::StatusOr<OperationResult> DecodeResult(v1::OperationResult& result,
                                              const ReplyContext& context);
 
+InputNeeds DecodeNeeds(const v1::GetRequirementsResponse& wire);
+
 }  // namespace keepset::client
 
 #endif  // KEEPSET_CLIENTS_CPP_WIRE_CODEC_H_

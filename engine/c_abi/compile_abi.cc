@@ -15,10 +15,6 @@
 #include "tables/table_compiler.h"
 #include "tables/table_file.h"
 
-struct keepset_report {
-  std::string json;
-};
-
 namespace {
 
 using ::keepset::engine::Guard;

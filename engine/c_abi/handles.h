@@ -52,6 +52,10 @@ struct keepset_capture {
   std::string model_json;
 };
 
+struct keepset_report {
+  std::string json;
+};
+
 namespace keepset::engine {
 
 // Records this thread's last error and returns its code.

@@ -7,6 +7,7 @@
 #include "absl/time/time.h"
 #include "base/status_macros.h"
 #include "engine/c_abi/handles.h"
+#include "engine/input_needs.h"
 #include "engine/result_json.h"
 #include "tables/model_fingerprint.h"
 
@@ -120,6 +121,25 @@ keepset_status keepset_operation_begin(keepset_engine* engine, const keepset_ope
                                                        std::move(converted), *engine->policies,
                                                        *engine->backend, keepset::SystemClock()));
     *out = operation.release();
+    return absl::OkStatus();
+  });
+}
+
+keepset_status keepset_input_needs(keepset_engine* engine, const keepset_operation_spec* spec,
+                                   keepset_report** out) {
+  return Guard([&]() -> absl::Status {
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(engine, "engine"));
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(spec, "spec"));
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(out, "out"));
+    KEEPSET_RETURN_IF_ERROR(
+        RequireStruct(spec->struct_size, sizeof(*spec), "keepset_operation_spec"));
+    KEEPSET_ASSIGN_OR_RETURN(const keepset::engine::OperationSpec converted,
+                             keepset::engine::ToSpec(*spec));
+    KEEPSET_ASSIGN_OR_RETURN(const keepset::engine::InputNeeds needs,
+                             keepset::engine::DescribeNeeds(converted, *engine->policies));
+    auto report = std::make_unique<keepset_report>();
+    report->json = keepset::engine::InputNeedsJson(needs);
+    *out = report.release();
     return absl::OkStatus();
   });
 }

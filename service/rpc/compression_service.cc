@@ -5,6 +5,8 @@
 #include "google/protobuf/arena.h"
 #include "service/rpc/compress_reactor.h"
 #include "service/rpc/compress_stream_reactor.h"
+#include "service/rpc/requirements.h"
+#include "service/rpc/wire_status.h"
 
 namespace keepset::service {
 namespace {
@@ -52,6 +54,16 @@ class CompressionServiceImpl final : public CompressionService {
   grpc::ServerBidiReactor<v1::StreamRequest, v1::StreamResponse>* CompressStream(
       grpc::CallbackServerContext* call) override {
     return StartCompressStream(context_, *call, streams_);
+  }
+
+  grpc::ServerUnaryReactor* GetRequirements(grpc::CallbackServerContext* call,
+                                            const v1::GetRequirementsRequest* request,
+                                            v1::GetRequirementsResponse* response) override {
+    grpc::ServerUnaryReactor* reactor = call->DefaultReactor();
+    const absl::Status status = DescribeRequirements(context_, *request, *response);
+    reactor->Finish(
+        ToGrpcStatus(status.ok() ? status : PublicStatus(status, context_.correlation_ids.Next())));
+    return reactor;
   }
 
   void CloseStreams() override { streams_.CloseAll(); }

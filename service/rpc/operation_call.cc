@@ -23,6 +23,13 @@ constexpr size_t kMaxRequestIdBytes = 256;
 // Keep indices of one operation, 4 bytes each: 1 GiB here, and a reply gRPC can send.
 constexpr int64_t kMaxReplyPositions = int64_t{1} << 28;
 
+// A policy may do without a layer, gathering cannot.
+absl::Status MissingForGather(size_t layer) {
+  return absl::InvalidArgumentError(
+      absl::StrCat("layer ", layer,
+                   ": was not sent, gathering needs K and V of every layer in ascending order"));
+}
+
 std::string Milliseconds(absl::Duration time) {
   return absl::StrFormat("%.3f", absl::ToDoubleMilliseconds(time));
 }
@@ -165,6 +172,7 @@ absl::Status OperationCall::BeginOperation() {
 }
 
 absl::Status OperationCall::ObserveLayer(const v1::LayerInput& wire) {
+  if (keeps_messages() && wire.layer() > layers_.size()) return MissingForGather(layers_.size());
   KEEPSET_ASSIGN_OR_RETURN(DecodedLayer layer, DecodeLayer(wire, operation_->spec(), wire_.gather(),
                                                            wire_.block_table(), leases_));
   KEEPSET_RETURN_IF_ERROR(operation_->Observe(wire.layer(), layer.observation));
@@ -181,6 +189,9 @@ bool OperationCall::EarlyResult(int64_t layer, v1::LayerResult* out) const {
 
 absl::Status OperationCall::FinishOperation(v1::OperationResult* out) {
   KEEPSET_ASSIGN_OR_RETURN(const engine::OperationResult* result, operation_->Finish());
+  if (keeps_messages() && layers_.size() < result->layers.size()) {
+    return MissingForGather(layers_.size());
+  }
   const absl::Duration start = context_.clock.Monotonic();
   EncodeInto(*result, out);
   reply_time_ = context_.clock.Monotonic() - start;

@@ -18,6 +18,7 @@ using engine::OperationSpec;
 constexpr uint64_t kMaxHeads = 16384;
 constexpr uint64_t kMaxHeadDim = 8192;
 constexpr int64_t kMaxRows = 1 << 20;
+constexpr uint64_t kMaxProbeTokens = 4096;
 constexpr uint64_t kMaxBytes = uint64_t{1} << 62;
 
 absl::Status OutOfRange(absl::string_view field, uint64_t value, uint64_t min, uint64_t max) {
@@ -142,7 +143,8 @@ absl::StatusOr<OperationSpec> DecodeSpec(const v1::OperationSpec& wire, const Co
   }
   spec.row_positions.reserve(wire.row_positions_size());
   for (int i = 0; i < wire.row_positions_size(); ++i) {
-    if (wire.row_positions(i) >= wire.seq_len()) {
+    // Positions behind the prompt are rows of a probe; the engine knows which policies take them.
+    if (wire.row_positions(i) >= wire.seq_len() + kMaxProbeTokens) {
       return OutOfRange(absl::StrCat("row_positions[", i, "]"), wire.row_positions(i), 0,
                         wire.seq_len() - 1);
     }
@@ -187,6 +189,15 @@ void ApplyPin(const v1::TablePin& pin, tables::TableQuery& query) {
   query.version = pin.version();
   query.digest = pin.digest();
   query.alias = pin.alias();
+}
+
+absl::StatusOr<OperationSpec> DecodeQuestion(const v1::OperationSpec& wire,
+                                             const CodecLimits& limits) {
+  OperationSpec spec;
+  KEEPSET_RETURN_IF_ERROR(DecodeModel(wire.model(), limits, spec.model));
+  spec.policy = wire.policy();
+  for (const auto& [name, value] : wire.parameters()) spec.parameters.emplace(name, value);
+  return spec;
 }
 
 absl::StatusOr<tables::TableQuery> DecodeTableQuery(const v1::OperationSpec& wire,

@@ -43,6 +43,10 @@ absl::StatusOr<engine::OperationSpec> DecodeSpec(const v1::OperationSpec& wire,
 // The table `pin` names instead of what `query` named.
 void ApplyPin(const v1::TablePin& pin, tables::TableQuery& query);
 
+// Model, policy and parameters alone, for questions about an operation that is not begun.
+absl::StatusOr<engine::OperationSpec> DecodeQuestion(const v1::OperationSpec& wire,
+                                                     const CodecLimits& limits);
+
 // How the table of this request is looked up; `table_kind` is what the policy reads.
 // InvalidArgument: unknown value of fingerprint_match or layer_match.
 absl::StatusOr<tables::TableQuery> DecodeTableQuery(const v1::OperationSpec& wire,

@@ -95,6 +95,10 @@ void EncodeResult(const engine::OperationResult& result, v1::OperationResult* wi
   if (result.ppl.has_value()) wire->set_ppl(*result.ppl);
   if (result.entropy_bin.has_value()) wire->set_entropy_bin(*result.entropy_bin);
   if (result.ppl_bin.has_value()) wire->set_ppl_bin(*result.ppl_bin);
+  if (result.outside_mass.has_value()) wire->set_outside_mass(*result.outside_mass);
+  if (result.predicted_miss_rate.has_value()) {
+    wire->set_predicted_miss_rate(*result.predicted_miss_rate);
+  }
   wire->set_has_candidates(result.has_candidates);
   wire->mutable_layers()->Reserve(static_cast<int>(result.layers.size()));
   for (size_t l = 0; l < result.layers.size(); ++l) {

@@ -156,6 +156,8 @@ def result_of(message: compression_pb2.OperationResult) -> types.Result:
         ppl=_optional(message, "ppl"),
         entropy_bin=_optional(message, "entropy_bin"),
         ppl_bin=_optional(message, "ppl_bin"),
+        outside_mass=_optional(message, "outside_mass"),
+        predicted_miss_rate=_optional(message, "predicted_miss_rate"),
         has_candidates=message.has_candidates,
         defaulted_inputs=list(message.defaulted_inputs),
         relaxed=list(message.relaxed),
@@ -171,3 +173,17 @@ def result_of(message: compression_pb2.OperationResult) -> types.Result:
             "gather": stages.gather,
         },
     )
+
+
+def input_needs(message: compression_pb2.GetRequirementsResponse) -> types.InputNeeds:
+    layers = tuple(
+        types.LayerNeeds(one.layer, one.queries, one.keys, one.values, tuple(one.qo_heads),
+                         tuple(one.kv_heads)) for one in message.layers)
+    rows = tuple(name for name in ("last_row", "observed_rows", "probe_rows")
+                 if getattr(message, name))
+    table = None
+    if message.HasField("table"):
+        table = types.TableIdentity(
+            message.table.name, message.table.version, message.table.digest, message.table.source)
+    probe = (message.probe_name, message.probe_text) if message.probe_rows else None
+    return types.InputNeeds(layers, rows, message.ppl, probe, table)

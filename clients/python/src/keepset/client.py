@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import grpc
@@ -193,11 +193,27 @@ class Client:
 
     # ---- operations
 
-    def compress(self, *, layers: Sequence[types.Layer], **spec) -> types.Result:
-        """One operation in one call. Keywords are those of `begin`."""
+    def input_needs(self, *, model: types.ModelFingerprint, policy: str,
+                    parameters: Mapping[str, object] | None = None,
+                    table: types.TablePin = types.TablePin()  # noqa: B008 - frozen
+                    ) -> types.InputNeeds:
+        """What an operation of this policy and table reads, so that nothing else has to be sent."""
+        spec = Request(self, model=model, seq_len=1, policy=policy, parameters=parameters,
+                       table=table).spec
+        reply = self._call(self.compression_stub.GetRequirements,
+                           compression_pb2.GetRequirementsRequest(spec=spec))
+        return _codec.input_needs(reply)
+
+    def compress(self, *, layers: Sequence[types.Layer] | Mapping[int, types.Layer],
+                 **spec) -> types.Result:
+        """One operation in one call. Keywords are those of `begin`.
+
+        `layers` by index where the policy does not read them all (`input_needs`).
+        """
         operation = Request(self, **spec)
+        listed = sorted(layers.items()) if isinstance(layers, Mapping) else enumerate(layers)
         # The first layer completes the spec, so the inputs are built before it.
-        inputs = [operation.layer_input(index, layer) for index, layer in enumerate(layers)]
+        inputs = [operation.layer_input(index, layer) for index, layer in listed]
         request = compression_pb2.CompressRequest(spec=operation.spec, layers=inputs)
         response = self._call(self.compression_stub.Compress, request)
         return operation.result(response.result)

@@ -88,6 +88,29 @@ class TileLayer:
 
 
 @dataclasses.dataclass(frozen=True)
+class QueryLayer:
+    """Queries of the observed rows [num_qo_heads, W, d], keys and values [num_kv_heads, T, d], fp32."""
+
+    q_window: np.ndarray
+    k: np.ndarray
+    v: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Kept:
+    """keep_indices[layer][set]: one ascending set per layer, or one per KV head."""
+
+    keep_indices: list[list[np.ndarray]]
+    outside_mass: float | None
+    predicted_miss_rate: float | None
+    document: dict
+
+    def sets(self) -> list:
+        """Per layer the shared set, or the list of sets per KV head."""
+        return [one[0] if len(one) == 1 else one for one in self.keep_indices]
+
+
+@dataclasses.dataclass(frozen=True)
 class Decision:
     """Ascending positions and number of candidates per layer; signals of the prompt."""
 
@@ -144,12 +167,7 @@ class Engine:
             parameters=(_Parameter * len(listed))(*listed), num_parameters=len(listed),
             budget_kind=_BUDGET_TOKENS, budget=budget_tokens,
             protect_window=protect_window, ppl=ppl)
-        handle, operation = _POINTER(), _POINTER()
-        # The library takes tables from files only: every table passes the same strict reader.
-        with tempfile.NamedTemporaryFile(suffix=".safetensors", dir=_scratch()) as file:
-            file.write(table)
-            file.flush()
-            self._check(self._library.keepset_table_load(file.name.encode(), ctypes.byref(handle)))
+        handle, operation = self._load(table), _POINTER()
         try:
             spec.table = handle
             self._check(self._library.keepset_operation_begin(
@@ -166,17 +184,93 @@ class Engine:
                 self._library.keepset_operation_destroy(operation)
             self._library.keepset_table_destroy(handle)
 
+    def keep(self, *, model: ModelFingerprint, policy: str, layers: Mapping[int, QueryLayer],
+             seq_len: int, budget_tokens: int, softmax_scale: float,
+             row_positions: Sequence[int] | np.ndarray, table: bytes | None = None,
+             parameters: Mapping[str, object] | None = None, scope: str | None = None,
+             protect_sink: int = 0, protect_window: int = 0, ppl: float = float("nan")) -> Kept:
+        """Runs any policy; `layers` by index, those that the policy reads (`input_needs`)."""
+        rows = np.ascontiguousarray(row_positions, np.int64)
+        spec = self._spec(model, policy, parameters)
+        spec.seq_len, spec.num_rows, spec.row_positions = seq_len, len(rows), rows.ctypes.data
+        spec.softmax_scale, spec.kv_dtype = softmax_scale, _F32
+        spec.budget_kind, spec.budget = _BUDGET_TOKENS, budget_tokens
+        spec.scope = None if scope is None else scope.encode()
+        spec.protect_sink, spec.protect_window, spec.ppl = protect_sink, protect_window, ppl
+        handle, operation = _POINTER(), _POINTER()
+        try:
+            if table is not None:
+                handle = self._load(table)
+                spec.table = handle
+            self._check(self._library.keepset_operation_begin(
+                self._engine, ctypes.byref(spec), ctypes.byref(operation)))
+            for index, layer in sorted(layers.items()):
+                observation = _LayerObservation(
+                    struct_size=ctypes.sizeof(_LayerObservation),
+                    q_window=_rows_view(layer.q_window), k=_kv_view(layer.k), v=_kv_view(layer.v))
+                self._check(self._library.keepset_operation_observe(
+                    operation, index, ctypes.byref(observation)))
+            result = _POINTER()
+            self._check(self._library.keepset_operation_finish(operation, ctypes.byref(result)))
+            document = json.loads(self._library.keepset_result_json(result))
+            num_sets = self._library.keepset_result_num_sets(result)
+            kept = [[self._indices(result, layer, number) for number in range(num_sets)]
+                    for layer in range(model.num_layers)]
+            return Kept(kept, document.get("outside_mass"), document.get("predicted_miss_rate"),
+                        document)
+        finally:
+            if operation:
+                self._library.keepset_operation_destroy(operation)
+            self._library.keepset_table_destroy(handle)
+
+    def input_needs(self, *, model: ModelFingerprint, policy: str, table: bytes | None = None,
+                    parameters: Mapping[str, object] | None = None) -> dict:
+        """What a worker has to send for such an operation: layers with heads, rows, probe."""
+        spec = self._spec(model, policy, parameters)
+        spec.kv_dtype = _F32
+        handle, report = _POINTER(), _POINTER()
+        try:
+            if table is not None:
+                handle = self._load(table)
+                spec.table = handle
+            self._check(self._library.keepset_input_needs(
+                self._engine, ctypes.byref(spec), ctypes.byref(report)))
+            return json.loads(self._library.keepset_report_json(report))
+        finally:
+            if report:
+                self._library.keepset_report_destroy(report)
+            self._library.keepset_table_destroy(handle)
+
+    def _spec(self, model: ModelFingerprint, policy: str,
+              parameters: Mapping[str, object] | None) -> _OperationSpec:
+        listed = [(str(k).encode(), str(v).encode()) for k, v in (parameters or {}).items()]
+        return _OperationSpec(
+            struct_size=ctypes.sizeof(_OperationSpec),
+            model_json=json.dumps(model.to_json()).encode(), policy=policy.encode(),
+            parameters=(_Parameter * len(listed))(*listed), num_parameters=len(listed),
+            ppl=float("nan"))
+
+    def _load(self, table: bytes) -> ctypes.c_void_p:
+        """The library takes tables from files only: every table passes the same strict reader."""
+        handle = _POINTER()
+        with tempfile.NamedTemporaryFile(suffix=".safetensors", dir=_scratch()) as file:
+            file.write(table)
+            file.flush()
+            self._check(self._library.keepset_table_load(file.name.encode(), ctypes.byref(handle)))
+        return handle
+
+    def _indices(self, result: ctypes.c_void_p, layer: int, number: int) -> np.ndarray:
+        indices, count = ctypes.POINTER(ctypes.c_int32)(), ctypes.c_int64()
+        self._check(self._library.keepset_result_keep_indices(
+            result, ctypes.c_int64(layer), ctypes.c_int64(number), ctypes.byref(indices),
+            ctypes.byref(count)))
+        return np.ctypeslib.as_array(indices, (count.value,)).copy()
+
     def _finish(self, operation: ctypes.c_void_p, num_layers: int) -> Decision:
         result = _POINTER()
         self._check(self._library.keepset_operation_finish(operation, ctypes.byref(result)))
         document = json.loads(self._library.keepset_result_json(result))
-        keep_indices = []
-        for layer in range(num_layers):
-            indices, count = ctypes.POINTER(ctypes.c_int32)(), ctypes.c_int64()
-            self._check(self._library.keepset_result_keep_indices(
-                result, ctypes.c_int64(layer), ctypes.c_int64(0), ctypes.byref(indices),
-                ctypes.byref(count)))
-            keep_indices.append(np.ctypeslib.as_array(indices, (count.value,)).copy())
+        keep_indices = [self._indices(result, layer, 0) for layer in range(num_layers)]
         entropy = [layer.get("entropy") if layer.get("entropy") is not None
                    else document["entropy"] for layer in document["layers"]]
         return Decision(keep_indices, [layer["candidates"] for layer in document["layers"]],
@@ -191,7 +285,12 @@ class Engine:
             getattr(self._library, f"keepset_{name}").restype = ctypes.c_char_p
         self._library.keepset_engine_backend.argtypes = [_POINTER]
         self._library.keepset_result_json.argtypes = [_POINTER]
-        for name in ("engine", "table", "operation"):
+        self._library.keepset_result_num_sets.argtypes = [_POINTER]
+        self._library.keepset_result_num_sets.restype = ctypes.c_int64
+        self._library.keepset_report_json.argtypes = [_POINTER]
+        self._library.keepset_report_json.restype = ctypes.c_char_p
+        self._library.keepset_input_needs.argtypes = [_POINTER, _POINTER, _POINTER]
+        for name in ("engine", "table", "operation", "report"):
             function = getattr(self._library, f"keepset_{name}_destroy")
             function.argtypes, function.restype = [_POINTER], None
         self._library.keepset_operation_observe.argtypes = [_POINTER, ctypes.c_int64, _POINTER]

@@ -166,6 +166,32 @@ class LayerKept:
         return self.sets[0].indices
 
 
+@dataclasses.dataclass(frozen=True)
+class LayerNeeds:
+    """What one layer has to bring. Empty lists of heads mean all heads."""
+
+    layer: int
+    queries: bool
+    keys: bool
+    values: bool
+    qo_heads: tuple[int, ...]
+    kv_heads: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class InputNeeds:
+    """What a worker has to send for an operation; layers that are not listed may be left out.
+
+    rows: which rows observe, of "last_row", "observed_rows" and "probe_rows". probe: name and text.
+    """
+
+    layers: tuple[LayerNeeds, ...]
+    rows: tuple[str, ...]
+    ppl: bool
+    probe: tuple[str, str] | None
+    table: TableIdentity | None = None
+
+
 @dataclasses.dataclass
 class Result:
     """The answer of one operation. `outcome` is "compressed", "kept_full" or "shadow"."""
@@ -190,6 +216,9 @@ class Result:
     bytes_before: int
     bytes_after: int
     stage_seconds: dict[str, float]
+    # Share of the score outside the cut, and the miss rate the table's calibration predicts for it.
+    outside_mass: float | None = None
+    predicted_miss_rate: float | None = None
     _release: object = None
 
     @property

@@ -1,0 +1,388 @@
+#include "tables/observation_compiler.h"
+
+#include <algorithm>
+#include <cmath>
+#include <map>
+#include <random>
+#include <tuple>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "base/status_macros.h"
+#include "tables/observation_fit.h"
+#include "tables/observation_record.h"
+#include "tables/strict_json.h"
+
+namespace keepset::tables {
+namespace {
+
+using OrderedJson = nlohmann::ordered_json;
+
+constexpr int kShuffles = 20;
+constexpr uint64_t kShuffleSeed = 1;
+constexpr int64_t kMaxHeads = 4096;
+
+// One way to pool and dilate, and what held-out prompts say about every number of observations.
+struct Trial {
+  int64_t pool_kernel = 1;
+  int64_t dilate = 0;
+  std::vector<double> recall_by_size;         // held out, tasks alike
+  std::vector<double> error_by_size;          // standard error over prompts
+  std::map<std::string, double> task_recall;  // at the chosen size
+  int64_t chosen_size = 0;
+
+  double chosen_recall() const { return recall_by_size[chosen_size - 1]; }
+};
+
+absl::Status CheckOptions(const ObservationCompileOptions& options) {
+  const auto refuse = [](absl::string_view name, int64_t value, absl::string_view want) {
+    return absl::InvalidArgumentError(absl::StrCat(name, "=", value, ", want ", want));
+  };
+  if (options.budgets.empty()) {
+    return absl::InvalidArgumentError("budgets: none, want at least one");
+  }
+  for (const int64_t budget : options.budgets) {
+    if (budget < 1 || budget > INT32_MAX) return refuse("budgets", budget, "1..2147483647");
+  }
+  for (const int64_t kernel : options.pool_kernels) {
+    if (kernel < 1 || kernel > 1023 || kernel % 2 == 0) {
+      return refuse("pool_kernels", kernel, "odd numbers in 1..1023");
+    }
+  }
+  for (const int64_t dilate : options.dilations) {
+    if (dilate < 0 || dilate > 4096) return refuse("dilations", dilate, "0..4096");
+  }
+  if (options.pool_kernels.empty() || options.dilations.empty()) {
+    return absl::InvalidArgumentError("pool_kernels and dilations: want at least one of each");
+  }
+  if (options.max_heads < 1 || options.max_heads > kMaxHeads) {
+    return refuse("max_heads", options.max_heads, absl::StrCat("1..", kMaxHeads));
+  }
+  if (options.num_heads < 0 || options.num_heads > options.max_heads) {
+    return refuse("num_heads", options.num_heads,
+                  absl::StrCat("0 (validated) or 1..", options.max_heads));
+  }
+  if (options.num_folds < 2 || options.num_folds > 1000) {
+    return refuse("num_folds", options.num_folds, "2..1000");
+  }
+  return absl::OkStatus();
+}
+
+// Ordered by task and prompt, so that the order of the files is no input.
+absl::StatusOr<std::vector<ObservationRecord>> ReadRecords(const std::vector<std::string>& paths) {
+  std::vector<ObservationRecord> records;
+  for (const std::string& path : paths) {
+    KEEPSET_ASSIGN_OR_RETURN(ObservationRecord record, ReadObservationRecord(path));
+    if (!records.empty()) {
+      const ObservationRecord& first = records.front();
+      if (record.model != first.model) {
+        return absl::InvalidArgumentError(
+            absl::StrCat(path, ": model differs from that of ", paths.front()));
+      }
+      if (record.candidates != first.candidates || record.probe != first.probe) {
+        return absl::InvalidArgumentError(
+            absl::StrCat(path, ": candidates or probe differ from those of ", paths.front()));
+      }
+    }
+    double total = 0.0;
+    for (const float value : record.need) total += value;
+    for (const LayerGroup& range : record.protected_ranges) {
+      for (int64_t t = range.begin; t < range.end; ++t) total -= record.need[t];
+    }
+    if (!(total > 0.0)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(path, ": no needed mass outside protected positions"));
+    }
+    records.push_back(std::move(record));
+  }
+  std::sort(records.begin(), records.end(),
+            [](const ObservationRecord& a, const ObservationRecord& b) {
+              return std::tie(a.task, a.prompt_id) < std::tie(b.task, b.prompt_id);
+            });
+  for (size_t i = 1; i < records.size(); ++i) {
+    if (records[i].prompt_id == records[i - 1].prompt_id &&
+        records[i].task == records[i - 1].task) {
+      return absl::InvalidArgumentError(absl::StrCat("prompt ", records[i].prompt_id, " of task ",
+                                                     records[i].task, " is recorded twice"));
+    }
+  }
+  return records;
+}
+
+std::vector<FitPrompt> Prepare(const std::vector<ObservationRecord>& records, int64_t pool_kernel,
+                               ObservationNormalization normalization) {
+  std::vector<FitPrompt> prompts;
+  for (const ObservationRecord& record : records) {
+    prompts.push_back(PreparePrompt(record, pool_kernel, normalization));
+  }
+  return prompts;
+}
+
+std::vector<int64_t> Everyone(size_t count) {
+  std::vector<int64_t> all(count);
+  for (size_t i = 0; i < count; ++i) all[i] = static_cast<int64_t>(i);
+  return all;
+}
+
+// The fold of each prompt: the n-th of its task goes to fold n mod folds.
+std::vector<int64_t> FoldOf(const std::vector<ObservationRecord>& records, int64_t folds) {
+  std::map<std::string, int64_t> seen;
+  std::vector<int64_t> fold;
+  for (const ObservationRecord& record : records) fold.push_back(seen[record.task]++ % folds);
+  return fold;
+}
+
+double MeanOverTasks(const std::vector<ObservationRecord>& records,
+                     const std::vector<double>& values, std::map<std::string, double>* by_task) {
+  std::map<std::string, std::pair<double, double>> tasks;
+  for (size_t p = 0; p < values.size(); ++p) {
+    tasks[records[p].task].first += values[p];
+    tasks[records[p].task].second += 1.0;
+  }
+  double sum = 0.0;
+  for (const auto& [task, pair] : tasks) {
+    sum += pair.first / pair.second;
+    if (by_task != nullptr) (*by_task)[task] = pair.first / pair.second;
+  }
+  return sum / static_cast<double>(tasks.size());
+}
+
+// Held-out recall of every number of observations; the smallest number within one standard error of
+// the best is chosen, or `fixed_size` where it is reached.
+Trial Validate(const std::vector<ObservationRecord>& records, const std::vector<FitPrompt>& prompts,
+               const FitSettings& settings, int64_t pool_kernel, int64_t folds, int64_t fixed_size,
+               const std::function<void()>& step) {
+  Trial trial;
+  trial.pool_kernel = pool_kernel;
+  trial.dilate = settings.dilate;
+  const std::vector<int64_t> fold_of = FoldOf(records, folds);
+  // [size][prompt]; a path that ends early keeps its last choice.
+  std::vector<std::vector<double>> recalls(settings.max_heads,
+                                           std::vector<double>(prompts.size(), 0.0));
+  int64_t longest = 1;
+  for (int64_t fold = 0; fold < folds; ++fold) {
+    std::vector<int64_t> train;
+    std::vector<int64_t> test;
+    for (size_t p = 0; p < prompts.size(); ++p) {
+      (fold_of[p] == fold ? test : train).push_back(static_cast<int64_t>(p));
+    }
+    if (!test.empty() && !train.empty()) {
+      const std::vector<Choice> path = GreedyPath(prompts, train, settings);
+      longest = std::max(longest, static_cast<int64_t>(path.size()));
+      for (int64_t size = 1; size <= settings.max_heads && !path.empty(); ++size) {
+        const Choice& choice = path[std::min<size_t>(size, path.size()) - 1];
+        for (const int64_t p : test) recalls[size - 1][p] = Recall(prompts[p], choice, settings);
+      }
+    }
+    step();
+  }
+  recalls.resize(longest);
+  int64_t best = 0;
+  for (const std::vector<double>& by_prompt : recalls) {
+    const double mean = MeanOverTasks(records, by_prompt, nullptr);
+    double squares = 0.0;
+    for (const double value : by_prompt) squares += (value - mean) * (value - mean);
+    const auto count = static_cast<double>(by_prompt.size());
+    trial.recall_by_size.push_back(mean);
+    trial.error_by_size.push_back(std::sqrt(squares) / count);
+    if (mean > trial.recall_by_size[best]) {
+      best = static_cast<int64_t>(trial.recall_by_size.size()) - 1;
+    }
+  }
+  const double enough = trial.recall_by_size[best] - trial.error_by_size[best];
+  trial.chosen_size = 1;
+  while (trial.recall_by_size[trial.chosen_size - 1] < enough) ++trial.chosen_size;
+  if (fixed_size > 0) trial.chosen_size = std::min(fixed_size, longest);
+  MeanOverTasks(records, recalls[trial.chosen_size - 1], &trial.task_recall);
+  return trial;
+}
+
+// Mean recall of the choice's weights on observations drawn at random: the control that shows that
+// it matters which observations carry them. std::mt19937_64 is the same everywhere, its
+// distributions are not.
+double ShuffledRecall(const std::vector<FitPrompt>& prompts, const Choice& choice,
+                      int64_t num_candidates, const FitSettings& settings) {
+  std::mt19937_64 random(kShuffleSeed);
+  double sum = 0.0;
+  for (int i = 0; i < kShuffles; ++i) {
+    std::vector<int64_t> order = Everyone(num_candidates);
+    for (int64_t j = num_candidates - 1; j > 0; --j) {
+      std::swap(order[j], order[static_cast<int64_t>(random() % static_cast<uint64_t>(j + 1))]);
+    }
+    Choice shuffled = choice;
+    std::copy_n(order.begin(), choice.candidates.size(), shuffled.candidates.begin());
+    sum += MeanRecall(prompts, Everyone(prompts.size()), shuffled, settings);
+  }
+  return sum / kShuffles;
+}
+
+// The most that any set of this size can hold.
+double OracleRecall(const std::vector<FitPrompt>& prompts, const FitSettings& settings,
+                    const std::vector<ObservationRecord>& records) {
+  FitSettings undilated = settings;
+  undilated.dilate = 0;
+  std::vector<double> recalls;
+  for (const FitPrompt& prompt : prompts) {
+    const std::vector<float> need(prompt.need.begin(), prompt.need.end());
+    recalls.push_back(Recall(prompt, need, undilated));
+  }
+  return MeanOverTasks(records, recalls, nullptr);
+}
+
+OrderedJson TrialJson(const Trial& trial) {
+  return {{"pool_kernel", trial.pool_kernel},
+          {"dilate", trial.dilate},
+          {"num_heads", trial.chosen_size},
+          {"held_out_recall", trial.chosen_recall()},
+          {"held_out_recall_by_num_heads", trial.recall_by_size},
+          {"standard_error_by_num_heads", trial.error_by_size}};
+}
+
+struct Fitted {
+  Trial trial;
+  Choice choice;
+  std::vector<FitPrompt> prompts;
+  FitSettings settings;
+  OrderedJson trials = OrderedJson::array();
+};
+
+absl::StatusOr<Fitted> Fit(const std::vector<ObservationRecord>& records,
+                           const ObservationCompileOptions& options,
+                           const CompileProgress& progress) {
+  Fitted fitted;
+  fitted.settings.budgets = options.budgets;
+  fitted.settings.max_heads =
+      std::min<int64_t>(options.max_heads, static_cast<int64_t>(records[0].candidates.size()));
+  fitted.settings.num_threads = options.num_threads;
+  const int64_t total = options.num_folds * static_cast<int64_t>(options.pool_kernels.size() *
+                                                                 options.dilations.size());
+  int64_t done = 0;
+  const auto step = [&] {
+    ++done;
+    if (progress) progress(done, total);
+  };
+  bool any = false;
+  for (const int64_t pool_kernel : options.pool_kernels) {
+    const std::vector<FitPrompt> prompts = Prepare(records, pool_kernel, options.normalization);
+    for (const int64_t dilate : options.dilations) {
+      FitSettings settings = fitted.settings;
+      settings.dilate = dilate;
+      Trial trial = Validate(records, prompts, settings, pool_kernel, options.num_folds,
+                             options.num_heads, step);
+      fitted.trials.push_back(TrialJson(trial));
+      // The first of equals, so the smaller numbers where they are listed in order.
+      if (any && trial.chosen_recall() <= fitted.trial.chosen_recall()) continue;
+      any = true;
+      fitted.trial = std::move(trial);
+    }
+  }
+  fitted.settings.dilate = fitted.trial.dilate;
+  fitted.settings.max_heads = fitted.trial.chosen_size;
+  fitted.prompts = Prepare(records, fitted.trial.pool_kernel, options.normalization);
+  const std::vector<Choice> path =
+      GreedyPath(fitted.prompts, Everyone(records.size()), fitted.settings);
+  if (path.empty()) {
+    return absl::InvalidArgumentError(
+        "no observation finds any of the needed mass at these budgets; want larger budgets or "
+        "other candidates");
+  }
+  fitted.choice = path.back();
+  return fitted;
+}
+
+OrderedJson Evaluate(const std::vector<ObservationRecord>& records, const Fitted& fitted) {
+  const std::vector<int64_t> all = Everyone(records.size());
+  Choice uniform;
+  for (size_t c = 0; c < records[0].candidates.size(); ++c) {
+    uniform.candidates.push_back(static_cast<int64_t>(c));
+    uniform.weights.push_back(1.0);
+  }
+  const auto worst =
+      std::min_element(fitted.trial.task_recall.begin(), fitted.trial.task_recall.end(),
+                       [](const auto& a, const auto& b) { return a.second < b.second; });
+  return {{"objective", "recall of needed mass"},
+          {"held_out_recall", fitted.trial.chosen_recall()},
+          {"held_out_recall_by_task", fitted.trial.task_recall},
+          {"worst_task", worst->first},
+          {"worst_task_recall", worst->second},
+          {"fitted_recall", MeanRecall(fitted.prompts, all, fitted.choice, fitted.settings)},
+          {"uniform_recall", MeanRecall(fitted.prompts, all, uniform, fitted.settings)},
+          {"shuffled_recall",
+           ShuffledRecall(fitted.prompts, fitted.choice,
+                          static_cast<int64_t>(records[0].candidates.size()), fitted.settings)},
+          {"oracle_recall", OracleRecall(fitted.prompts, fitted.settings, records)}};
+}
+
+}  // namespace
+
+absl::StatusOr<CompiledObservationHeads> CompileObservationHeads(
+    const std::vector<std::string>& record_paths, const ObservationCompileOptions& options,
+    const CompileProgress& progress) {
+  KEEPSET_RETURN_IF_ERROR(CheckOptions(options));
+  if (record_paths.size() < 2) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("records: ", record_paths.size(), ", want at least 2 to validate"));
+  }
+  KEEPSET_ASSIGN_OR_RETURN(const std::vector<ObservationRecord> records, ReadRecords(record_paths));
+  KEEPSET_ASSIGN_OR_RETURN(const Fitted fitted, Fit(records, options, progress));
+
+  CompiledObservationHeads compiled;
+  ObservationHeadsContent& content = compiled.content;
+  content.name = options.name;
+  content.version = options.version;
+  content.model = records[0].model;
+  bool probes = false;
+  for (size_t i = 0; i < fitted.choice.candidates.size(); ++i) {
+    HeadObservation one = records[0].candidates[fitted.choice.candidates[i]];
+    one.weight = static_cast<float>(fitted.choice.weights[i]);
+    if (one.weight == 0.0f) continue;
+    probes = probes || NeedsProbeRows(one.rows);
+    content.observations.push_back(one);
+  }
+  content.settings.pool_kernel = fitted.trial.pool_kernel;
+  content.settings.dilate = fitted.trial.dilate;
+  content.settings.normalization = options.normalization;
+  if (probes) content.settings.probe = records[0].probe;
+  content.budgets = options.budgets;
+  content.default_budget = options.default_budget;
+
+  const OrderedJson evaluation = Evaluate(records, fitted);
+  std::map<std::string, int64_t> prompts_per_task;
+  std::vector<std::string> digests;
+  for (const ObservationRecord& record : records) {
+    ++prompts_per_task[record.task];
+    digests.push_back(record.digest);
+  }
+  std::sort(digests.begin(), digests.end());
+  const OrderedJson algorithm = {{"name", "greedy-recall"},
+                                 {"max_heads", options.max_heads},
+                                 {"folds", options.num_folds},
+                                 {"budgets", options.budgets}};
+  const OrderedJson provenance = {
+      {"source", "offline-calibration"},
+      {"prompts_per_task", prompts_per_task},
+      {"record_digests", digests},
+      {"tool_version", options.tool_version},
+      {"created", absl::FormatTime("%Y-%m-%dT%H:%M:%SZ", options.created, absl::UTCTimeZone())}};
+  content.algorithm_json = algorithm.dump();
+  content.provenance_json = provenance.dump();
+  content.evaluation_json = evaluation.dump();
+
+  OrderedJson report = evaluation;
+  report["records"] = records.size();
+  report["candidates"] = records[0].candidates.size();
+  report["chosen"] = TrialJson(fitted.trial);
+  report["observations"] = OrderedJson::array();
+  for (const HeadObservation& one : content.observations) {
+    report["observations"].push_back({{"layer", one.layer},
+                                      {"head", one.head},
+                                      {"rows", ObservedRowsName(one.rows)},
+                                      {"weight", one.weight}});
+  }
+  report["trials"] = fitted.trials;
+  compiled.report_json = report.dump(-1, ' ', false, OrderedJson::error_handler_t::replace);
+  return compiled;
+}
+
+}  // namespace keepset::tables

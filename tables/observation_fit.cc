@@ -1,0 +1,298 @@
+#include "tables/observation_fit.h"
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cmath>
+#include <functional>
+#include <map>
+#include <string>
+#include <utility>
+
+#include "tables/run_on_threads.h"
+
+namespace keepset::tables {
+namespace {
+
+constexpr int kRefitRounds = 200;
+// Of the mean diagonal: keeps the refit of nearly equal observations from running away.
+constexpr double kRidge = 1e-3;
+// A gain below it is rounding.
+constexpr double kLeastGain = 1e-9;
+
+// Zero padding counted, as the policy's pooling does.
+void PoolAverage(int64_t kernel, std::vector<double>& row) {
+  if (kernel == 1) return;
+  const auto seq_len = static_cast<int64_t>(row.size());
+  const std::vector<double> from = row;
+  for (int64_t t = 0; t < seq_len; ++t) {
+    double sum = 0.0;
+    const int64_t end = std::min(seq_len, t + kernel / 2 + 1);
+    for (int64_t s = std::max<int64_t>(0, t - kernel / 2); s < end; ++s) sum += from[s];
+    row[t] = sum / static_cast<double>(kernel);
+  }
+}
+
+void Standardize(const std::vector<bool>& is_protected, std::vector<double>& row) {
+  double sum = 0.0;
+  double squares = 0.0;
+  double count = 0.0;
+  for (size_t t = 0; t < row.size(); ++t) {
+    if (is_protected[t]) continue;
+    sum += row[t];
+    count += 1.0;
+  }
+  const double mean = count > 0.0 ? sum / count : 0.0;
+  for (size_t t = 0; t < row.size(); ++t) {
+    if (!is_protected[t]) squares += (row[t] - mean) * (row[t] - mean);
+  }
+  const double deviation = count > 0.0 ? std::sqrt(squares / count) : 0.0;
+  for (double& value : row) value = deviation > 0.0 ? (value - mean) / deviation : 0.0;
+}
+
+void Divide(const std::vector<bool>& is_protected, ObservationNormalization normalization,
+            std::vector<double>& row) {
+  double largest = 0.0;
+  double sum = 0.0;
+  for (size_t t = 0; t < row.size(); ++t) {
+    if (is_protected[t]) continue;
+    largest = std::max(largest, row[t]);
+    sum += row[t];
+  }
+  const double divisor = normalization == ObservationNormalization::kSum ? sum : largest;
+  for (double& value : row) value = divisor > 0.0 ? value / divisor : 0.0;
+}
+
+// Grows with the value, for every finite float.
+uint32_t OrderedBits(float value) {
+  const auto bits = std::bit_cast<uint32_t>(value == 0.0f ? 0.0f : value);
+  return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;
+}
+
+std::vector<float> Dilated(absl::Span<const float> scores, int64_t dilate) {
+  std::vector<float> out(scores.begin(), scores.end());
+  for (int64_t step = 1; step <= dilate; ++step) {
+    for (auto t = static_cast<int64_t>(scores.size()) - 1; t >= step; --t) {
+      out[t] = std::max(out[t], scores[t - step]);
+    }
+  }
+  return out;
+}
+
+void AddColumn(const FitPrompt& prompt, int64_t candidate, double weight,
+               std::vector<float>& scores) {
+  const float* column = prompt.columns.data() + candidate * prompt.seq_len;
+  const auto factor = static_cast<float>(weight);
+  for (int64_t t = 0; t < prompt.seq_len; ++t) scores[t] += factor * column[t];
+}
+
+std::vector<float> ScoresOf(const FitPrompt& prompt, const Choice& choice) {
+  std::vector<float> scores(prompt.seq_len, 0.0f);
+  for (size_t i = 0; i < choice.candidates.size(); ++i) {
+    AddColumn(prompt, choice.candidates[i], choice.weights[i], scores);
+  }
+  return scores;
+}
+
+// Mean over tasks of the mean over their prompts.
+double TaskMean(absl::Span<const FitPrompt> prompts, absl::Span<const int64_t> which,
+                absl::Span<const double> values) {
+  std::map<std::string, std::pair<double, double>> tasks;
+  for (size_t i = 0; i < which.size(); ++i) {
+    std::pair<double, double>& task = tasks[prompts[which[i]].task];
+    task.first += values[i];
+    task.second += 1.0;
+  }
+  double sum = 0.0;
+  for (const auto& [name, task] : tasks) sum += task.first / task.second;
+  return sum / static_cast<double>(tasks.size());
+}
+
+void ScaleToOne(std::vector<double>& weights) {
+  const double largest = *std::max_element(weights.begin(), weights.end());
+  for (double& weight : weights) weight /= largest;
+}
+
+// Least squares of the needed mass, scaled to a maximum of 1, on the chosen columns outside
+// protected positions: weights >= 0 by coordinate descent in a fixed order. Every task counts
+// alike.
+std::vector<double> RefitWeights(absl::Span<const FitPrompt> prompts,
+                                 absl::Span<const int64_t> which,
+                                 const std::vector<int64_t>& candidates) {
+  const size_t count = candidates.size();
+  std::vector<double> gram(count * count, 0.0);
+  std::vector<double> target(count, 0.0);
+  std::map<std::string, double> prompts_of_task;
+  for (const int64_t p : which) prompts_of_task[prompts[p].task] += 1.0;
+  for (const int64_t p : which) {
+    const FitPrompt& prompt = prompts[p];
+    const double share = 1.0 / (prompts_of_task[prompt.task] * static_cast<double>(prompt.seq_len));
+    const double largest = *std::max_element(prompt.need.begin(), prompt.need.end());
+    for (size_t i = 0; i < count; ++i) {
+      const float* a = prompt.columns.data() + candidates[i] * prompt.seq_len;
+      for (size_t j = 0; j <= i; ++j) {
+        const float* b = prompt.columns.data() + candidates[j] * prompt.seq_len;
+        double dot = 0.0;
+        for (int64_t t = 0; t < prompt.seq_len; ++t) {
+          if (!prompt.is_protected[t]) dot += static_cast<double>(a[t]) * b[t];
+        }
+        gram[i * count + j] += share * dot;
+        if (i != j) gram[j * count + i] += share * dot;
+      }
+      double dot = 0.0;
+      for (int64_t t = 0; t < prompt.seq_len; ++t) dot += a[t] * prompt.need[t] / largest;
+      target[i] += share * dot;
+    }
+  }
+  double trace = 0.0;
+  for (size_t i = 0; i < count; ++i) trace += gram[i * count + i];
+  const double ridge = kRidge * trace / static_cast<double>(count);
+  std::vector<double> weights(count, 0.0);
+  for (int round = 0; round < kRefitRounds; ++round) {
+    for (size_t i = 0; i < count; ++i) {
+      double rest = target[i];
+      for (size_t j = 0; j < count; ++j) {
+        if (j != i) rest -= gram[i * count + j] * weights[j];
+      }
+      const double diagonal = gram[i * count + i] + ridge;
+      weights[i] = diagonal > 0.0 ? std::max(0.0, rest / diagonal) : 0.0;
+    }
+  }
+  return weights;
+}
+
+// Objective of adding each candidate with weight 1 to scores per prompt; -1 for those chosen.
+std::vector<double> TryCandidates(absl::Span<const FitPrompt> prompts,
+                                  absl::Span<const int64_t> which, const Choice& chosen,
+                                  double weight, const FitSettings& settings) {
+  const FitPrompt& first = prompts[which[0]];
+  const auto num_candidates = static_cast<int64_t>(first.columns.size()) / first.seq_len;
+  std::vector<std::vector<float>> base;
+  for (const int64_t p : which) base.push_back(ScoresOf(prompts[p], chosen));
+  std::vector<double> objective(num_candidates, -1.0);
+  std::atomic<int64_t> next = 0;
+  RunOnThreads(ThreadCount(settings.num_threads), [&](int) {
+    for (int64_t c = next++; c < num_candidates; c = next++) {
+      const std::vector<int64_t>& taken = chosen.candidates;
+      if (std::find(taken.begin(), taken.end(), c) != taken.end()) continue;
+      std::vector<double> recalls;
+      for (size_t i = 0; i < which.size(); ++i) {
+        std::vector<float> scores = base[i];
+        AddColumn(prompts[which[i]], c, weight, scores);
+        recalls.push_back(Recall(prompts[which[i]], scores, settings));
+      }
+      objective[c] = TaskMean(prompts, which, recalls);
+    }
+  });
+  return objective;
+}
+
+}  // namespace
+
+FitPrompt PreparePrompt(const ObservationRecord& record, int64_t pool_kernel,
+                        ObservationNormalization normalization) {
+  FitPrompt prompt;
+  prompt.task = record.task;
+  prompt.seq_len = record.seq_len;
+  prompt.is_protected.assign(record.seq_len, false);
+  for (const LayerGroup& range : record.protected_ranges) {
+    for (int64_t t = range.begin; t < range.end; ++t) prompt.is_protected[t] = true;
+    prompt.num_protected += range.end - range.begin;
+  }
+  prompt.need.assign(record.need.begin(), record.need.end());
+  for (int64_t t = 0; t < record.seq_len; ++t) {
+    if (prompt.is_protected[t]) prompt.need[t] = 0.0;
+    prompt.total_need += prompt.need[t];
+  }
+  prompt.columns.reserve(record.scores.size());
+  for (size_t i = 0; i < record.candidates.size(); ++i) {
+    const auto begin = record.scores.begin() + static_cast<int64_t>(i) * record.seq_len;
+    std::vector<double> row(begin, begin + record.seq_len);
+    if (record.candidates[i].rows == ObservedRows::kKeyNovelty) {
+      Standardize(prompt.is_protected, row);
+      PoolAverage(pool_kernel, row);
+    } else {
+      PoolAverage(pool_kernel, row);
+      Divide(prompt.is_protected, normalization, row);
+    }
+    for (const double value : row) prompt.columns.push_back(static_cast<float>(value));
+  }
+  return prompt;
+}
+
+double Recall(const FitPrompt& prompt, absl::Span<const float> scores,
+              const FitSettings& settings) {
+  const std::vector<float> dilated = Dilated(scores, settings.dilate);
+  // Larger keys are better: the score, then the lower position.
+  std::vector<uint64_t> keys;
+  keys.reserve(prompt.seq_len);
+  for (int64_t t = 0; t < prompt.seq_len; ++t) {
+    if (prompt.is_protected[t]) continue;
+    keys.push_back(uint64_t{OrderedBits(dilated[t])} << 32 |
+                   (0xffffffffu - static_cast<uint32_t>(t)));
+  }
+  double sum = 0.0;
+  for (const int64_t budget : settings.budgets) {
+    const int64_t wanted =
+        std::clamp<int64_t>(budget - prompt.num_protected, 0, static_cast<int64_t>(keys.size()));
+    if (wanted == 0) continue;
+    std::nth_element(keys.begin(), keys.begin() + (wanted - 1), keys.end(), std::greater<>());
+    // In order of position, so that the sum's bits do not depend on how the keys were sorted.
+    std::vector<uint32_t> kept;
+    for (int64_t i = 0; i < wanted; ++i) {
+      kept.push_back(0xffffffffu - static_cast<uint32_t>(keys[i] & 0xffffffffu));
+    }
+    std::sort(kept.begin(), kept.end());
+    double found = 0.0;
+    for (const uint32_t t : kept) found += prompt.need[t];
+    sum += found / prompt.total_need;
+  }
+  return sum / static_cast<double>(settings.budgets.size());
+}
+
+double Recall(const FitPrompt& prompt, const Choice& choice, const FitSettings& settings) {
+  return Recall(prompt, ScoresOf(prompt, choice), settings);
+}
+
+double MeanRecall(absl::Span<const FitPrompt> prompts, absl::Span<const int64_t> which,
+                  const Choice& choice, const FitSettings& settings) {
+  std::vector<double> recalls;
+  for (const int64_t p : which) recalls.push_back(Recall(prompts[p], choice, settings));
+  return TaskMean(prompts, which, recalls);
+}
+
+std::vector<Choice> GreedyPath(absl::Span<const FitPrompt> prompts, absl::Span<const int64_t> which,
+                               const FitSettings& settings) {
+  std::vector<Choice> path;
+  Choice chosen;
+  double reached = 0.0;
+  while (static_cast<int64_t>(chosen.candidates.size()) < settings.max_heads) {
+    double weight = 1.0;
+    if (!chosen.weights.empty()) {
+      weight = 0.0;
+      for (const double one : chosen.weights) weight += one;
+      weight /= static_cast<double>(chosen.weights.size());
+    }
+    const std::vector<double> objective = TryCandidates(prompts, which, chosen, weight, settings);
+    const auto best = std::max_element(objective.begin(), objective.end());
+    if (*best <= reached + kLeastGain) break;
+    reached = *best;
+    chosen.candidates.push_back(best - objective.begin());
+    chosen.weights.push_back(weight);
+    Choice refitted = chosen;
+    refitted.weights = RefitWeights(prompts, which, chosen.candidates);
+    if (*std::max_element(refitted.weights.begin(), refitted.weights.end()) > 0.0) {
+      ScaleToOne(refitted.weights);
+      const double value = MeanRecall(prompts, which, refitted, settings);
+      if (value > reached + kLeastGain) {
+        reached = value;
+        chosen = refitted;
+      }
+    }
+    ScaleToOne(chosen.weights);
+    path.push_back(chosen);
+  }
+  return path;
+}
+
+}  // namespace keepset::tables

@@ -1,0 +1,157 @@
+// A worker asks what the active observation_heads table reads, and sends that alone.
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "tables/observation_heads_table.h"
+#include "tables/table_file.h"
+#include "tests/engine/run_operation.h"
+#include "tests/fakes/table_files.h"
+#include "tests/integration/server_fixture.h"
+#include "tests/integration/worker.h"
+
+namespace keepset::integration {
+namespace {
+
+using tables::ObservedRows;
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+
+constexpr uint64_t kBudget = 24;
+
+std::string TableBytes(const tables::ModelFingerprint& model, const std::string& version,
+                       float weight) {
+  tables::ObservationHeadsContent content;
+  content.name = "heads";
+  content.version = version;
+  content.model = model;
+  content.observations = {{1, 3, ObservedRows::kMaxRows, 1.0f},
+                          {1, 0, ObservedRows::kKeyNovelty, weight}};
+  content.settings.risk_curve = {{0.0, 0.0}, {1.0, 1.0}};
+  content.provenance_json = R"({"source": "hand-written"})";
+  const absl::StatusOr<std::string> bytes = tables::SerializeTable(content);
+  EXPECT_TRUE(bytes.ok()) << bytes.status();
+  return *bytes;
+}
+
+class ObservationHeadsServed : public ::testing::Test {
+ protected:
+  ObservationHeadsServed() {
+    fakes::WriteAndRename(tables_ / "heads.safetensors", TableBytes(prompt_.model(), "1", 0.5f));
+    server_ =
+        std::make_unique<TestServer>(absl::StrCat("tables_directory: \"", tables_.path(), "\""));
+  }
+
+  grpc::Status Ask(const v1::OperationSpec& spec, v1::GetRequirementsResponse& response) {
+    const auto stub = server_->compression();
+    const std::unique_ptr<grpc::ClientContext> context = NewContext();
+    v1::GetRequirementsRequest request;
+    *request.mutable_spec() = spec;
+    return stub->GetRequirements(context.get(), request, &response);
+  }
+
+  const fakes::SyntheticPrompt prompt_{fakes::PromptShape{}};
+  const fakes::ScratchDirectory tables_;
+  std::unique_ptr<TestServer> server_;
+};
+
+TEST_F(ObservationHeadsServed, TheServerSaysWhatToSend) {
+  v1::GetRequirementsResponse needs;
+  const grpc::Status status = Ask(WireSpec(prompt_, "observation_heads", kBudget), needs);
+  ASSERT_TRUE(status.ok()) << status.error_message();
+  ASSERT_EQ(needs.layers_size(), 1);
+  EXPECT_EQ(needs.layers(0).layer(), 1u);
+  EXPECT_THAT(needs.layers(0).qo_heads(), ElementsAre(3));
+  EXPECT_THAT(needs.layers(0).kv_heads(), ElementsAre(0, 1));
+  EXPECT_TRUE(needs.observed_rows() && !needs.last_row() && !needs.probe_rows());
+  EXPECT_EQ(needs.table().name(), "heads");
+}
+
+TEST_F(ObservationHeadsServed, OneLayerIsEnoughForAnAnswer) {
+  v1::CompressRequest request = WireRequest(prompt_, "observation_heads", kBudget);
+  v1::OperationResult whole;
+  ASSERT_TRUE(Compress(*server_, request, &whole).ok());
+  request.mutable_layers()->DeleteSubrange(2, 1);
+  request.mutable_layers()->DeleteSubrange(0, 1);
+  v1::OperationResult part;
+  const grpc::Status status = Compress(*server_, request, &part);
+  ASSERT_TRUE(status.ok()) << status.error_message();
+  ASSERT_EQ(part.layers_size(), 3);
+  for (int l = 0; l < 3; ++l) {
+    EXPECT_EQ(part.layers(l).sets(0).indices(), whole.layers(0).sets(0).indices()) << l;
+  }
+  EXPECT_EQ(part.scope(), v1::SCOPE_SEQUENCE);
+  EXPECT_TRUE(part.has_predicted_miss_rate());
+}
+
+TEST_F(ObservationHeadsServed, OneLayerIsEnoughOnAStream) {
+  WorkerStream stream(*server_);
+  stream.Begin(1, WireSpec(prompt_, "observation_heads", kBudget));
+  stream.Layer(1, WireLayer(prompt_, 1));
+  stream.End(1);
+  const auto answer = stream.NextAnswer();
+  ASSERT_TRUE(answer.has_value() && answer->has_result());
+  EXPECT_EQ(answer->result().layers_size(), 3);
+}
+
+TEST_F(ObservationHeadsServed, ALayerThatObservesMustBeSent) {
+  v1::CompressRequest request = WireRequest(prompt_, "observation_heads", kBudget);
+  request.mutable_layers()->DeleteSubrange(1, 2);
+  const grpc::Status status = Compress(*server_, request, nullptr);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::FAILED_PRECONDITION);
+  EXPECT_THAT(status.error_message(), HasSubstr("layer 1: not observed"));
+}
+
+TEST_F(ObservationHeadsServed, GatheringNeedsEveryLayer) {
+  v1::CompressRequest request = WireRequest(prompt_, "observation_heads", kBudget);
+  request.mutable_spec()->set_gather(v1::GATHER_INLINE);
+  v1::OperationResult result;
+  ASSERT_TRUE(Compress(*server_, request, &result).ok());
+  EXPECT_TRUE(result.gathered());
+  request.mutable_layers()->DeleteSubrange(2, 1);
+  grpc::Status status = Compress(*server_, request, nullptr);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  EXPECT_THAT(status.error_message(), HasSubstr("layer 2: was not sent, gathering needs"));
+  request.mutable_layers()->DeleteSubrange(0, 1);
+  status = Compress(*server_, request, nullptr);
+  EXPECT_THAT(status.error_message(), HasSubstr("layer 0: was not sent"));
+}
+
+TEST_F(ObservationHeadsServed, AReloadedTableServesTheNextOperation) {
+  fakes::WriteAndRename(tables_ / "heads.safetensors", TableBytes(prompt_.model(), "2", 2.0f));
+  const v1::CompressRequest request = WireRequest(prompt_, "observation_heads", kBudget);
+  v1::OperationResult result;
+  const absl::Time deadline = absl::Now() + absl::Seconds(30);
+  while (result.table().version() != "2" && absl::Now() < deadline) {
+    ASSERT_TRUE(Compress(*server_, request, &result).ok());
+  }
+  EXPECT_EQ(result.table().version(), "2");
+}
+
+TEST_F(ObservationHeadsServed, AnotherModelsTableDoesNotFit) {
+  v1::OperationSpec spec = WireSpec(prompt_, "observation_heads", kBudget);
+  spec.mutable_model()->set_num_qo_heads(8);
+  v1::GetRequirementsResponse needs;
+  EXPECT_EQ(Ask(spec, needs).error_code(), grpc::StatusCode::FAILED_PRECONDITION);
+}
+
+TEST_F(ObservationHeadsServed, WithoutItsTableThePolicyIsNotFound) {
+  TestServer bare;
+  const grpc::Status status =
+      Compress(bare, WireRequest(prompt_, "observation_heads", kBudget), nullptr);
+  EXPECT_EQ(status.error_code(), grpc::StatusCode::NOT_FOUND);
+}
+
+TEST_F(ObservationHeadsServed, AnUnknownPolicyHasNoRequirements) {
+  v1::GetRequirementsResponse needs;
+  EXPECT_EQ(Ask(WireSpec(prompt_, "nothing", kBudget), needs).error_code(),
+            grpc::StatusCode::NOT_FOUND);
+}
+
+}  // namespace
+}  // namespace keepset::integration

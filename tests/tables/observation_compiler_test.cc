@@ -1,0 +1,266 @@
+#include "tables/observation_compiler.h"
+
+#include <algorithm>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "gmock/gmock.h"
+#include "gtest/gtest.h"
+#include "nlohmann/json.hpp"
+#include "tables/observation_fit.h"
+#include "tables/observation_record.h"
+#include "tables/safetensors.h"
+#include "tables/table_file.h"
+#include "tests/tables/table_samples.h"
+
+namespace keepset::tables {
+namespace {
+
+using ::testing::ElementsAre;
+using ::testing::HasSubstr;
+using ::testing::UnorderedElementsAre;
+
+constexpr int64_t kSeqLen = 200;
+constexpr int64_t kCandidates = 9;  // 2 layers x 4 query heads, last row; 1 key novelty
+
+// Candidate 5 sees the needed positions in task "a", candidate 2 those of task "b"; the rest is
+// noise.
+struct Sample {
+  nlohmann::json document;
+  std::vector<int32_t> heads;
+  std::vector<int32_t> rows;
+  std::vector<float> scores;
+  std::vector<float> need = std::vector<float>(kSeqLen, 0.0f);
+
+  Sample(const std::string& task, int seed) {
+    document = {{"format", "keepset.observations"},
+                {"format_version", 1},
+                {"model", nlohmann::json::parse(ModelFingerprintJson(SmallModel()))},
+                {"prompt_id", absl::StrCat(task, "-", seed)},
+                {"task", task},
+                {"seq_len", kSeqLen},
+                {"protected", {{0, 4}}}};
+    std::mt19937_64 random(seed * 7 + static_cast<int>(task[0]));
+    const auto draw = [&] { return static_cast<float>(random() % 1000) / 1000.0f; };
+    for (int64_t c = 0; c < kCandidates; ++c) {
+      const bool is_key = c == kCandidates - 1;
+      heads.push_back(is_key ? 1 : static_cast<int32_t>(c / 4));
+      heads.push_back(is_key ? 0 : static_cast<int32_t>(c % 4));
+      rows.push_back(is_key ? 5 : 0);
+      for (int64_t t = 0; t < kSeqLen; ++t) scores.push_back(0.5f * draw());
+    }
+    const int64_t sees = task == "a" ? 5 : 2;
+    for (int i = 0; i < 6; ++i) {
+      const int64_t t = 10 + static_cast<int64_t>(random() % 180);
+      need[t] = 1.0f + draw();
+      scores[sees * kSeqLen + t] = 5.0f * need[t];
+    }
+    need[0] = 100.0f;  // protected: neither wanted nor counted
+  }
+
+  std::string Bytes() const {
+    const auto view = [](const auto& values) {
+      return absl::Span<const std::byte>(reinterpret_cast<const std::byte*>(values.data()),
+                                         values.size() * sizeof(values[0]));
+    };
+    const auto count = static_cast<int64_t>(rows.size());
+    return *SerializeSafetensors({{"keepset", document.dump()}},
+                                 {{"heads", TensorDType::kI32, {count, 2}, view(heads)},
+                                  {"rows", TensorDType::kI32, {count}, view(rows)},
+                                  {"scores", TensorDType::kF32, {count, kSeqLen}, view(scores)},
+                                  {"need", TensorDType::kF32, {kSeqLen}, view(need)}});
+  }
+};
+
+class ObservationCompiler : public ::testing::Test {
+ protected:
+  ObservationCompiler() {
+    options_.name = "heads";
+    options_.version = "1";
+    options_.budgets = {12};
+    options_.dilations = {0};
+    options_.pool_kernels = {1};
+    options_.created = absl::FromUnixSeconds(1);
+    for (int seed = 0; seed < 6; ++seed) {
+      for (const char* task : {"a", "b"}) Add(Sample(task, seed));
+    }
+  }
+
+  void Add(const Sample& sample) {
+    paths_.push_back(directory_.Path(absl::StrCat(paths_.size(), ".safetensors")));
+    WriteText(paths_.back(), sample.Bytes());
+  }
+
+  absl::StatusOr<CompiledObservationHeads> Compile() const {
+    return CompileObservationHeads(paths_, options_, nullptr);
+  }
+
+  void ExpectRefused(const Sample& sample, absl::string_view message) {
+    Add(sample);
+    const absl::Status status = Compile().status();
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_THAT(std::string(status.message()), HasSubstr(std::string(message)));
+  }
+
+  TemporaryDirectory directory_;
+  std::vector<std::string> paths_;
+  ObservationCompileOptions options_;
+};
+
+TEST_F(ObservationCompiler, FindsTheHeadOfEachTask) {
+  const auto compiled = Compile();
+  ASSERT_TRUE(compiled.ok()) << compiled.status();
+  std::vector<std::pair<int64_t, int64_t>> heads;
+  for (const HeadObservation& one : compiled->content.observations) {
+    heads.emplace_back(one.layer, one.head);
+  }
+  EXPECT_THAT(heads, UnorderedElementsAre(std::pair(1, 1), std::pair(0, 2)));
+  EXPECT_TRUE(SerializeTable(compiled->content).ok());
+}
+
+TEST_F(ObservationCompiler, ReportsControlsAndTheWorstTask) {
+  const auto compiled = Compile();
+  ASSERT_TRUE(compiled.ok()) << compiled.status();
+  const auto report = nlohmann::json::parse(compiled->report_json);
+  EXPECT_GT(report["held_out_recall"], 0.8);
+  EXPECT_LT(report["shuffled_recall"], 0.6);
+  EXPECT_LE(report["held_out_recall"], report["oracle_recall"].get<double>() + 1e-9);
+  EXPECT_LE(report["worst_task_recall"], report["held_out_recall"]);
+  EXPECT_EQ(report["held_out_recall_by_task"].size(), 2u);
+  EXPECT_EQ(report["records"], 12);
+}
+
+TEST_F(ObservationCompiler, NeitherOrderNorThreadsChangeABit) {
+  options_.num_threads = 1;
+  const std::string want = *SerializeTable(Compile()->content);
+  std::reverse(paths_.begin(), paths_.end());
+  options_.num_threads = 4;
+  EXPECT_EQ(*SerializeTable(Compile()->content), want);
+}
+
+TEST_F(ObservationCompiler, ChoosesTheDilationThatFindsWhatFollows) {
+  paths_.clear();
+  for (int seed = 0; seed < 6; ++seed) {
+    Sample sample("a", seed);
+    std::rotate(sample.need.rbegin(), sample.need.rbegin() + 2, sample.need.rend());
+    sample.need[2] = 0.0f;
+    Add(sample);
+  }
+  options_.budgets = {30};
+  options_.dilations = {0, 2};
+  const auto compiled = Compile();
+  ASSERT_TRUE(compiled.ok()) << compiled.status();
+  EXPECT_EQ(compiled->content.settings.dilate, 2);
+}
+
+TEST_F(ObservationCompiler, TakesTheNumberOfHeadsThatIsAskedFor) {
+  options_.num_heads = 1;
+  const auto compiled = Compile();
+  ASSERT_TRUE(compiled.ok()) << compiled.status();
+  EXPECT_EQ(compiled->content.observations.size(), 1u);
+}
+
+TEST_F(ObservationCompiler, ProgressCountsFolds) {
+  std::vector<int64_t> done;
+  ASSERT_TRUE(CompileObservationHeads(paths_, options_, [&](int64_t step, int64_t total) {
+                done.push_back(step);
+                EXPECT_EQ(total, 4);
+              }).ok());
+  EXPECT_THAT(done, ElementsAre(1, 2, 3, 4));
+}
+
+TEST_F(ObservationCompiler, OneRecordIsNotEnough) {
+  paths_.resize(1);
+  EXPECT_EQ(Compile().status().code(), absl::StatusCode::kInvalidArgument);
+}
+
+TEST_F(ObservationCompiler, ThePromptOfARecordIsItsOwn) {
+  ExpectRefused(Sample("a", 0), "prompt a-0 of task a is recorded twice");
+}
+
+TEST_F(ObservationCompiler, RecordsOfTwoModelsAreRefused) {
+  Sample sample("a", 90);
+  sample.document["model"]["architecture"] = "other";
+  ExpectRefused(sample, "model differs");
+}
+
+TEST_F(ObservationCompiler, RecordsOfTwoCandidateListsAreRefused) {
+  Sample sample("a", 90);
+  std::swap(sample.heads[1], sample.heads[3]);
+  ExpectRefused(sample, "candidates or probe differ");
+}
+
+TEST_F(ObservationCompiler, ARecordWithoutNeedIsRefused) {
+  Sample sample("a", 90);
+  std::fill(sample.need.begin() + 4, sample.need.end(), 0.0f);
+  ExpectRefused(sample, "no needed mass");
+}
+
+TEST_F(ObservationCompiler, OptionsOutOfRangeAreRefused) {
+  const ObservationCompileOptions good = options_;
+  const auto refused = [&](auto change) {
+    options_ = good;
+    change(options_);
+    EXPECT_EQ(Compile().status().code(), absl::StatusCode::kInvalidArgument);
+  };
+  refused([](ObservationCompileOptions& o) { o.budgets.clear(); });
+  refused([](ObservationCompileOptions& o) { o.budgets = {0}; });
+  refused([](ObservationCompileOptions& o) { o.pool_kernels = {2}; });
+  refused([](ObservationCompileOptions& o) { o.dilations = {-1}; });
+  refused([](ObservationCompileOptions& o) { o.dilations.clear(); });
+  refused([](ObservationCompileOptions& o) { o.max_heads = 0; });
+  refused([](ObservationCompileOptions& o) { o.num_heads = 17; });
+  refused([](ObservationCompileOptions& o) { o.num_folds = 1; });
+}
+
+absl::Status RecordStatus(const Sample& sample) {
+  const std::string bytes = sample.Bytes();
+  const auto file = SafetensorsFile::Parse(AsBytes(bytes), "record");
+  return file.ok() ? ParseObservationRecord(**file).status() : file.status();
+}
+
+TEST(ObservationRecord, DamageIsRefused) {
+  const auto refused = [](auto change, const std::string& message) {
+    Sample sample("a", 1);
+    change(sample);
+    const absl::Status status = RecordStatus(sample);
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << message;
+    EXPECT_THAT(std::string(status.message()), HasSubstr(message));
+  };
+  EXPECT_TRUE(RecordStatus(Sample("a", 1)).ok());
+  refused([](Sample& s) { s.document["format"] = "keepset.table"; }, "want keepset.observations");
+  refused([](Sample& s) { s.document.erase("task"); }, "task");
+  refused([](Sample& s) { s.document["seq_len"] = 100; }, "tensor scores");
+  refused([](Sample& s) { s.document["protected"] = {{4, 2}}; }, "protected");
+  refused([](Sample& s) { s.document["protected"] = {{0, 4}, {2, 9}}; }, "protected");
+  refused([](Sample& s) { s.heads[0] = 2; }, "want a layer in 0..1");
+  refused([](Sample& s) { s.heads[1] = 4; }, "want a query head in 0..3");
+  refused([](Sample& s) { s.rows[0] = 7; }, "want 0..5");
+  refused([](Sample& s) { s.heads[3] = 0; }, "each candidate once");
+  refused([](Sample& s) { s.need[9] = -1.0f; }, "tensor need");
+  refused([](Sample& s) { s.scores[9] = -1.0f; }, "attention of at least 0");
+}
+
+TEST(ObservationRecall, CountsNeedOnKeptPositionsOutsideProtectedOnes) {
+  FitPrompt prompt;
+  prompt.seq_len = 6;
+  prompt.need = {0, 1, 2, 0, 3, 4};
+  prompt.total_need = 10;
+  prompt.is_protected = {true, false, false, false, false, false};
+  prompt.num_protected = 1;
+  const std::vector<float> scores = {9, 1, 5, 0, 0, 2};
+  FitSettings settings;
+  settings.budgets = {3};  // the protected one, 2 and 5
+  EXPECT_DOUBLE_EQ(Recall(prompt, scores, settings), 0.6);
+  settings.budgets = {2};
+  EXPECT_DOUBLE_EQ(Recall(prompt, scores, settings), 0.2);
+  settings.dilate = 1;  // 1 stands behind the best of all, which is protected; then 2
+  settings.budgets = {3};
+  EXPECT_DOUBLE_EQ(Recall(prompt, scores, settings), 0.3);
+}
+
+}  // namespace
+}  // namespace keepset::tables
