@@ -9,7 +9,7 @@ JOBS := $(shell nproc)
 export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: demo demo-table test test-hf evidence gpu-bundle package test-package test-deploy build configure python setup check clean
+.PHONY: demo demo-table test test-hf evidence evidence-heads gpu-bundle package test-package test-deploy build configure python setup check clean
 
 demo: configure python
 	ninja -C $(BUILD) keepsetd keepset
@@ -68,6 +68,11 @@ gpu-bundle: setup
 	cmake --preset release -DKEEPSET_CUDA=ON >/dev/null
 	ninja -C $(BUILD) cuda_device_test gpu_bench keepsetd keepset
 	tools/gpu-bundle $(BUILD) out/gpu-bundle
+# The same for observation_heads tables alone; raw outcomes stay in the build folder.
+evidence-heads: configure python
+	ninja -C $(BUILD) keepset keepset_shared
+	$(VENV)/bin/python -m keepset.evidence.observation_heads --build $(BUILD) --out docs/results \
+	  --work $(BUILD)/evidence-heads
 
 setup:
 	@tools/setup build test

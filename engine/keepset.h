@@ -113,6 +113,22 @@ keepset_status keepset_table_write_uniform(const char* path, const char* name, c
                                            const char* model_json, float head_weight, float gate,
                                            const int64_t* budgets, size_t num_budgets);
 
+/* One observation of an observation_heads table; rows: 0 last row, 1 largest and 2 mean over the
+ * observed rows, 3 largest and 4 mean over the probe's rows, 5 key novelty (head is a KV head). */
+typedef struct keepset_head_observation {
+  int32_t layer;
+  int32_t head;
+  int32_t rows;
+  float weight;
+} keepset_head_observation;
+
+/* Writes an observation_heads table by hand, provenance "hand-written", without a probe. */
+keepset_status keepset_table_write_heads(const char* path, const char* name, const char* version,
+                                         const char* model_json,
+                                         const keepset_head_observation* observations,
+                                         size_t num_observations, int64_t pool_kernel,
+                                         int64_t dilate);
+
 /* Imports a reference directory (manifest.json, W_head.npy, T_gate.npy) into a table file.
  * budget: 0 when the directory states its budgets. */
 keepset_status keepset_table_import(const char* directory, const char* model_json, const char* name,

@@ -28,6 +28,7 @@ struct EngineBenchOptions {
   std::string policy = "compilerkv";
   int64_t repeats = kDefaultRepeats;
   int64_t num_layers = BenchShape().num_layers;
+  int64_t num_heads = 16;  // of an observation_heads table
   std::vector<int64_t> tokens{std::begin(kTokens), std::end(kTokens)};
 };
 
@@ -36,6 +37,24 @@ absl::StatusOr<TableHandle> UniformTable(const std::string& model_json) {
   const std::string path = directory.path() + "/uniform.keepset";
   KEEPSET_RETURN_IF_ERROR(FromEngine(keepset_table_write_uniform(
       path.c_str(), "bench-uniform", "1", model_json.c_str(), 1.0f, 0.8f, nullptr, 0)));
+  return LoadTable(path);
+}
+
+// Heads spread over the layers, largest value over the observed rows, pooling and dilation on.
+absl::StatusOr<TableHandle> HeadsTable(const std::string& model_json, const BenchShape& shape,
+                                       int64_t num_heads) {
+  KEEPSET_ASSIGN_OR_RETURN(const TemporaryDirectory directory, TemporaryDirectory::Create());
+  const std::string path = directory.path() + "/heads.keepset";
+  std::vector<keepset_head_observation> observations;
+  for (int64_t i = 0; i < num_heads; ++i) {
+    const int64_t place = i * shape.num_layers * shape.num_qo_heads / num_heads;
+    const auto layer = static_cast<int32_t>(place / shape.num_qo_heads);
+    const auto head = static_cast<int32_t>(place % shape.num_qo_heads);
+    observations.push_back({layer, head, 1, 1.0f});
+  }
+  KEEPSET_RETURN_IF_ERROR(FromEngine(keepset_table_write_heads(
+      path.c_str(), "bench-heads", "1", model_json.c_str(), observations.data(),
+      observations.size(), /*pool_kernel=*/5, /*dilate=*/12)));
   return LoadTable(path);
 }
 
@@ -53,6 +72,9 @@ absl::StatusOr<Json> Measure(keepset_engine* engine, const EngineBenchOptions& o
   TableHandle table;
   if (options.policy == "compilerkv") {
     KEEPSET_ASSIGN_OR_RETURN(table, UniformTable(workload.model_json()));
+    spec.table = table.get();
+  } else if (options.policy == "observation_heads") {
+    KEEPSET_ASSIGN_OR_RETURN(table, HeadsTable(workload.model_json(), shape, options.num_heads));
     spec.table = table.get();
   }
   // The machine's clock moves: the yardstick is the better of before and after.
@@ -77,10 +99,12 @@ absl::StatusOr<Json> Measure(keepset_engine* engine, const EngineBenchOptions& o
 
   // One multiply-add per element of Q K^T: the least any exact method does. The score stage also
   // holds exponentials, row sums and value norms, so its rate understates the logits part.
-  const double logits_gflop = 2e-9 * static_cast<double>(shape.num_qo_heads) *
+  const int64_t query_heads = options.policy == "observation_heads"
+                                  ? options.num_heads
+                                  : shape.num_layers * shape.num_qo_heads;
+  const double logits_gflop = 2e-9 * static_cast<double>(query_heads) *
                               static_cast<double>(shape.window) * static_cast<double>(tokens) *
-                              static_cast<double>(shape.head_dim) *
-                              static_cast<double>(shape.num_layers);
+                              static_cast<double>(shape.head_dim);
   const double score_p50 = Quantile(score, 0.5);
   const double floor_seconds = logits_gflop / peak_gflops;
   const double token_heads = static_cast<double>(tokens * shape.num_kv_heads * shape.num_layers);
@@ -115,6 +139,8 @@ absl::Status RunBenchEngine(absl::Span<const std::string> arguments, Console& co
   std::optional<int64_t> repeats;
   std::optional<int64_t> threads;
   std::optional<int64_t> tokens;
+  std::optional<int64_t> heads;
+  std::optional<std::string> against;
   bool quick = false;
   bool json = false;
   FlagParser parser("bench engine", "bench engine [--policy NAME] [--tokens N] [--repeats N]",
@@ -124,6 +150,8 @@ absl::Status RunBenchEngine(absl::Span<const std::string> arguments, Console& co
   parser.Text("--policy", "NAME", "default compilerkv, with a uniform table", &policy)
       .Int("--tokens", "N", "this length only", &tokens)
       .Int("--repeats", "N", "timed repeats, default 5", &repeats)
+      .Int("--heads", "N", "heads of the observation_heads table, default 16", &heads)
+      .Text("--against", "NAME", "time this policy too and print the share of its time", &against)
       .Int("--threads", "N", "CPU threads (0: all cores)", &threads)
       .Switch("--quick", "2 layers of 1k tokens, twice: whether it still runs", &quick)
       .Switch("--json", "no effect beside errors: the output is JSON lines", &json);
@@ -139,6 +167,11 @@ absl::Status RunBenchEngine(absl::Span<const std::string> arguments, Console& co
   }
   if (policy.has_value()) options.policy = *policy;
   if (tokens.has_value()) options.tokens = {*tokens};
+  if (heads.has_value()) options.num_heads = *heads;
+  const int64_t most_heads = options.num_layers * BenchShape().num_qo_heads;
+  if (options.num_heads < 1 || options.num_heads > most_heads) {
+    return RefusedError(absl::StrCat("--heads=", options.num_heads, ", want 1..", most_heads));
+  }
   if (repeats.has_value()) options.repeats = *repeats;
   if (options.repeats < 1 || options.repeats > kMaxRepeats) {
     return RefusedError(absl::StrCat("--repeats=", options.repeats, ", want 1..", kMaxRepeats));
@@ -152,7 +185,16 @@ absl::Status RunBenchEngine(absl::Span<const std::string> arguments, Console& co
   KEEPSET_ASSIGN_OR_RETURN(const EngineHandle engine, NewEngine(threads.value_or(0)));
   Progress progress(console);
   for (int64_t length : options.tokens) {
-    KEEPSET_ASSIGN_OR_RETURN(const Json line, Measure(engine.get(), options, length, progress));
+    KEEPSET_ASSIGN_OR_RETURN(Json line, Measure(engine.get(), options, length, progress));
+    if (against.has_value()) {
+      EngineBenchOptions other = options;
+      other.policy = *against;
+      KEEPSET_ASSIGN_OR_RETURN(const Json reference,
+                               Measure(engine.get(), other, length, progress));
+      console.out << reference.dump() << std::endl;
+      line["share_of_time_of_" + *against] =
+          line.value("seconds_p50", 0.0) / reference.value("seconds_p50", 1.0);
+    }
     console.out << line.dump() << std::endl;
   }
   return absl::OkStatus();

@@ -10,6 +10,7 @@
 #include "absl/types/span.h"
 #include "base/status_macros.h"
 #include "engine/c_abi/handles.h"
+#include "tables/observation_heads_table.h"
 #include "tables/safetensors.h"
 #include "tables/table_file.h"
 
@@ -114,6 +115,35 @@ keepset_status keepset_table_write_uniform(const char* path, const char* name, c
         content.gate_thresholds.insert(content.gate_thresholds.end(), gates.begin(), gates.end());
       }
     }
+    KEEPSET_ASSIGN_OR_RETURN(const std::string bytes, keepset::tables::SerializeTable(content));
+    return keepset::tables::WriteFileAtomically(path, bytes);
+  });
+}
+
+keepset_status keepset_table_write_heads(const char* path, const char* name, const char* version,
+                                         const char* model_json,
+                                         const keepset_head_observation* observations,
+                                         size_t num_observations, int64_t pool_kernel,
+                                         int64_t dilate) {
+  return Guard([&]() -> absl::Status {
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(path, "path"));
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(name, "name"));
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(version, "version"));
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(model_json, "model_json"));
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(observations, "observations"));
+    keepset::tables::ObservationHeadsContent content;
+    content.name = name;
+    content.version = version;
+    KEEPSET_ASSIGN_OR_RETURN(content.model,
+                             keepset::tables::ParseModelFingerprint(model_json, "model"));
+    for (size_t i = 0; i < num_observations; ++i) {
+      const keepset_head_observation& one = observations[i];
+      content.observations.push_back(
+          {one.layer, one.head, static_cast<keepset::tables::ObservedRows>(one.rows), one.weight});
+    }
+    content.settings.pool_kernel = pool_kernel;
+    content.settings.dilate = dilate;
+    content.provenance_json = R"({"source": "hand-written"})";
     KEEPSET_ASSIGN_OR_RETURN(const std::string bytes, keepset::tables::SerializeTable(content));
     return keepset::tables::WriteFileAtomically(path, bytes);
   });

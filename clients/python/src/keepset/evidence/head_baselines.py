@@ -1,0 +1,61 @@
+"""Policies that the engine does not have, in numpy, for comparison alone: KeyDiff and Expected Attention,
+each with one set per KV head (methods: kvpress' definitions)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from keepset.calibrate.head_prompts import HeadPrompt, key_novelty
+
+
+def cut(scores: np.ndarray, budget: int, prompt: HeadPrompt) -> np.ndarray:
+    """Ascending positions: protected ones first, then the best of scores [T], ties to the lower."""
+    order = np.lexsort((np.arange(len(scores)), -scores))
+    is_protected = np.zeros(len(scores), bool)
+    is_protected[: prompt.protect_sink] = True
+    if prompt.protect_window:
+        is_protected[-prompt.protect_window :] = True
+    rest = order[~is_protected[order]][: budget - int(is_protected.sum())]
+    return np.sort(np.concatenate([np.flatnonzero(is_protected), rest])).astype(np.int64)
+
+
+def keydiff(prompt: HeadPrompt, budget: int) -> list[list[np.ndarray]]:
+    """Keys far from the mean direction of their head stay."""
+    return [[cut(head, budget, prompt) for head in key_novelty(layer.k)] for layer in prompt.layers]
+
+
+def expected_attention(prompt: HeadPrompt, queries: list[np.ndarray], rope_theta: float, budget: int,
+                       num_sinks: int = 4, num_future: int = 512) -> list[list[np.ndarray]]:
+    """exp of the expected logit of a future query, times the value's norm.
+
+    queries[l] [H, T, d]: of every prompt position, post-RoPE; they are turned back here. The mean
+    rotation of the next `num_future` positions is applied to their mean and covariance.
+    """
+    out = []
+    seq_len = prompt.seq_len
+    half = queries[0].shape[-1] // 2
+    frequencies = rope_theta ** (-np.arange(half) / half)
+    back = -np.arange(seq_len)[:, None] * frequencies
+    ahead = (seq_len + np.arange(num_future))[:, None] * frequencies
+    cos, sin = np.cos(ahead).mean(0), np.sin(ahead).mean(0)
+    turn = np.block([[np.diag(cos), -np.diag(sin)], [np.diag(sin), np.diag(cos)]])
+    scale = prompt.softmax_scale
+    for q, layer in zip(queries, prompt.layers):
+        group = len(q) // len(layer.k)
+        first, second = q[..., :half], q[..., half:]
+        plain = np.concatenate([first * np.cos(back) - second * np.sin(back),
+                                second * np.cos(back) + first * np.sin(back)], -1)[:, num_sinks:]
+        scores = np.zeros(layer.k.shape[:2])
+        for head, one in enumerate(plain.astype(np.float64)):
+            mean = one.mean(0)
+            centred = one - mean
+            covariance = turn @ (centred.T @ centred / len(one)) @ turn.T
+            k = layer.k[head // group].astype(np.float64)
+            logits = scale * k @ (turn @ mean) + scale**2 / 2 * np.einsum(
+                "td,de,te->t", k, covariance, k)
+            weights = np.exp(logits[num_sinks:] - logits[num_sinks:].max())
+            scores[head // group, num_sinks:] += weights / weights.sum() / group
+        scores *= np.linalg.norm(layer.v, axis=-1)
+        scores[:, :num_sinks] = scores.max() + 1
+        out.append([cut(one, budget, prompt) for one in scores])
+    return out

@@ -1,0 +1,190 @@
+"""observation_heads from rollouts to a served table, in small."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+import keepset
+from keepset import table_file
+from keepset.calibrate import observation_heads as heads
+from keepset.calibrate.__main__ import Build
+from keepset.calibrate.head_prompts import (
+    KEY_NOVELTY,
+    LAST_ROW,
+    MAX_ROWS,
+    PROBE_MEAN,
+    ConstructedTasks,
+    SmallModelTasks,
+    attention,
+    candidate_scores,
+)
+from keepset.eval import constructed
+from keepset.eval.small_model import SmallModel
+from keepset.evidence import head_baselines
+from keepset.evidence.observation_heads import measure, shuffled, summarize
+from keepset.in_process import Engine, EngineError
+from keepset.server_process import ServerProcess
+
+from conftest import MODEL, SEQ_LEN, WINDOW, binary, random_layers, spec
+
+SMALL = {"seq_len": 256, "num_facts": 8}
+
+
+@pytest.fixture(scope="module")
+def build():
+    return Build(binary().parent.parent)
+
+
+@pytest.fixture(scope="module")
+def engine(build):
+    with Engine(build.library) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def small():
+    return SmallModelTasks(SmallModel.load(), **SMALL)
+
+
+@pytest.mark.parametrize("task", SmallModelTasks.TASKS)
+def test_the_full_cache_answers_and_the_need_lies_on_the_prompt(small, task):
+    prompt = small.prompt(task, 3)
+    outcome = prompt.outcome([np.arange(prompt.seq_len)] * len(prompt.layers))
+    assert outcome.exact
+    assert prompt.need.shape == (prompt.seq_len,) and prompt.need.min() >= 0
+
+
+def test_candidates_are_every_way_of_every_head(small):
+    prompt = small.prompt("later", 3)
+    candidates, scores = candidate_scores(prompt)
+    # 2 layers x (4 heads x (3 ways + 2 of the probe) + 2 KV heads of novelty)
+    assert len(candidates) == len(set(candidates)) == 44
+    assert scores.shape == (44, prompt.seq_len)
+    assert (0, 1, PROBE_MEAN) in candidates and (1, 1, KEY_NOVELTY) in candidates
+
+
+def test_the_engine_keeps_what_numpy_keeps(engine, small):
+    prompt = small.prompt("number", 4)
+    table = heads.heads_table(small.fingerprint, "two", [(1, 2, LAST_ROW, 1.0), (0, 3, MAX_ROWS, 0.5)])
+    tile = [attention(layer.q_window, layer.k, prompt.row_positions, prompt.softmax_scale)
+            for layer in prompt.layers]
+    in_span = prompt.row_positions >= prompt.observe[0]
+    inner = slice(prompt.protect_sink, prompt.seq_len - prompt.protect_window)
+    last, largest = tile[1][2, -1], tile[0][3][in_span].max(0)
+    scores = last / last[inner].max() + 0.5 * largest / largest[inner].max()
+    want = head_baselines.cut(scores, 40, prompt)
+    kept = heads.keep(engine, prompt, table, 40).sets()
+    assert all(np.array_equal(one, want) for one in kept)
+
+
+def test_only_the_layers_that_are_read_are_asked_for(engine, small):
+    table = heads.heads_table(small.fingerprint, "one", [(1, 2, LAST_ROW, 1.0)])
+    needs = engine.input_needs(model=small.fingerprint, policy="observation_heads", table=table)
+    assert needs["layers"] == [{"layer": 1, "queries": True, "keys": True, "values": False,
+                                "qo_heads": [2], "kv_heads": [1]}]
+    assert needs["rows"] == ["last_row"] and needs["probe"] is None
+
+
+def test_a_table_of_the_probe_uses_its_rows(engine, small):
+    prompt = small.prompt("later", 4)
+    table = heads.heads_table(small.fingerprint, "probing", [(1, 2, PROBE_MEAN, 1.0)],
+                              probe=small.PROBE)
+    kept = heads.keep(engine, prompt, table, 40).sets()
+    assert len(kept[0]) == 40 and kept[0][-1] < prompt.seq_len
+
+
+def test_a_bad_table_is_refused(engine, small):
+    prompt = small.prompt("number", 4)
+    table = heads.heads_table(small.fingerprint, "bad", [(9, 2, LAST_ROW, 1.0)])
+    with pytest.raises(EngineError, match="want a layer in 0..1"):
+        heads.keep(engine, prompt, table, 40)
+
+
+def test_the_compiler_finds_the_marker_head(build, engine, tmp_path):
+    model = constructed.marker_model("mass", permute_heads=True, seed=5)
+    tasks = ConstructedTasks(model, seq_len=1024, num_facts=16)
+    said = []
+    found = heads.compile_heads(build, engine, tasks, ("facts",), range(4), tmp_path, name="marker",
+                                version="1", budgets=(48,), say=said.append, max_heads=2)
+    first = found.report["observations"][0]
+    assert first["head"] == model.marker_heads()[0]
+    assert found.report["shuffled_recall"] < found.report["held_out_recall"]
+    prompt = tasks.prompt("facts", 99)
+    assert prompt.outcome(heads.keep(engine, prompt, found.table, 48).sets()).share > 0.9
+    # A second run reads its records instead of the model.
+    said.clear()
+    again = heads.compile_heads(build, engine, tasks, ("facts",), range(4), tmp_path, name="marker",
+                                version="1", budgets=(48,), say=said.append, max_heads=2)
+    assert not any("record" in line for line in said)
+    assert again.report["observations"] == found.report["observations"]
+
+
+def test_the_risk_curve_never_falls():
+    curve = heads.risk_curve([(0.1, False), (0.2, True), (0.3, False), (0.4, True), (0.5, True)])
+    assert [rate for _, rate in curve] == sorted(rate for _, rate in curve)
+    assert curve[0] == [0.1, 0.0] and curve[-1][1] == 1.0
+
+
+def test_the_reply_predicts_what_the_curve_says(engine, small):
+    prompt = small.prompt("number", 5)
+    table = heads.heads_table(small.fingerprint, "risky", [(1, 2, LAST_ROW, 1.0)])
+    kept = heads.keep(engine, prompt, heads.with_curve(table, [[0.0, 0.0], [1.0, 0.5]])[0], 40)
+    assert kept.predicted_miss_rate == pytest.approx(kept.outside_mass / 2)
+
+
+def test_shuffled_weights_sit_on_other_heads(small):
+    table = heads.heads_table(small.fingerprint, "two", [(1, 2, LAST_ROW, 1.0), (0, 3, MAX_ROWS, 0.5)])
+    assert shuffled(table) != table
+    assert shuffled(table) == shuffled(table)
+
+
+def test_raw_outcomes_are_kept_and_summarized(small, tmp_path):
+    methods = {"observation_heads": lambda prompt, budget: [np.arange(prompt.seq_len)] * 2,
+               "nothing": lambda prompt, budget: [np.arange(budget)] * 2}
+    outcomes = [measure(tmp_path, small, "number", seed, methods, (20,)) for seed in range(2)]
+    assert json.loads((tmp_path / "number-0.json").read_text()) == outcomes[0]
+    rows = summarize(outcomes, (20,))
+    assert rows["methods"]["observation_heads"]["20"]["exact"] == 1.0
+    assert rows["methods"]["nothing"]["20"]["ours_minus_this"]["mean"] == 1.0
+
+
+def test_keydiff_and_expected_attention_keep_the_budget(small):
+    prompt = small.prompt("later", 6)
+    queries = [layer.q_window for layer in small.whole_prefill("later", 6).layers]
+    for sets in (head_baselines.keydiff(prompt, 40),
+                 head_baselines.expected_attention(prompt, queries, 10000.0, 40)):
+        assert {len(head) for layer in sets for head in layer} == {40}
+
+
+def test_a_server_says_what_to_send_and_answers_from_it(tmp_path):
+    table = heads.heads_table(MODEL, "served", [(1, 3, MAX_ROWS, 1.0), (1, 0, KEY_NOVELTY, 0.5)])
+    table_file.write_atomically(tmp_path / "served.safetensors", table)
+    layers = random_layers()
+    with ServerProcess(binary(), tables=tmp_path) as server, keepset.Client.connect(
+            server.address) as client:
+        needs = client.input_needs(model=MODEL, policy="observation_heads")
+        assert [one.layer for one in needs.layers] == [1]
+        assert needs.layers[0].qo_heads == (3,) and needs.rows == ("observed_rows",)
+        whole = client.compress(layers=layers, **spec(policy="observation_heads"))
+        part = client.compress(layers={1: layers[1]}, **spec(policy="observation_heads"))
+        assert len(part.layers) == MODEL.num_layers and part.scope == "sequence"
+        for one, other in zip(whole.layers, part.layers):
+            assert np.array_equal(one.keep_indices, other.keep_indices)
+        observed = {"observe": f"{SEQ_LEN - WINDOW}:{SEQ_LEN - 4}"}
+        chosen = client.compress(layers={1: layers[1]},
+                                 **spec(policy="observation_heads", parameters=observed))
+        assert not np.array_equal(chosen.layers[0].keep_indices, part.layers[0].keep_indices)
+        with pytest.raises(keepset.InvalidInput, match="is not among row_positions"):
+            client.compress(layers={1: layers[1]},
+                            **spec(policy="observation_heads", parameters={"observe": "0:4"}))
+        with pytest.raises(keepset.KeepsetError, match="layer 1: not observed"):
+            client.compress(layers={0: layers[0]}, **spec(policy="observation_heads"))
+
+
+def test_a_prompt_states_its_own_span(small):
+    prompt = small.prompt("number", 7)
+    assert prompt.parameters() == {"observe": f"{prompt.seq_len - 2}:{prompt.seq_len}"}
+    later = dataclasses.replace(small.prompt("later", 7))
+    assert later.parameters(uses_probe=True)["probe"] == "recall"
