@@ -71,10 +71,13 @@ uint32_t OrderedBits(float value) {
 
 std::vector<float> Dilated(absl::Span<const float> scores, int64_t dilate) {
   std::vector<float> out(scores.begin(), scores.end());
-  for (int64_t step = 1; step <= dilate; ++step) {
-    for (auto t = static_cast<int64_t>(scores.size()) - 1; t >= step; --t) {
-      out[t] = std::max(out[t], scores[t - step]);
+  // Each pass joins two windows of maxima; the last one overlaps to end at the wanted width.
+  for (int64_t width = 1; width <= dilate;) {
+    const int64_t step = std::min(width, dilate + 1 - width);
+    for (auto t = static_cast<int64_t>(out.size()) - 1; t >= step; --t) {
+      out[t] = std::max(out[t], out[t - step]);
     }
+    width += step;
   }
   return out;
 }

@@ -37,7 +37,8 @@ FlagParser MakeParser(RawOptions& raw) {
   FlagParser parser("compress", kSynopsis, kSummary);
   CompressOptions& options = raw.options;
   parser
-      .Text("--policy", "NAME", "compilerkv, snapkv, streaming_llm, tova, knorm, random, full",
+      .Text("--policy", "NAME",
+            "compilerkv, observation_heads, snapkv, streaming_llm, tova, knorm, random, full",
             &raw.policy)
       .List("--param", "K=V", "a parameter of the policy; may be repeated", &raw.parameters)
       .Text("--table", "FILE", "decision table; with --server: its digest must be active there",
@@ -50,6 +51,8 @@ FlagParser MakeParser(RawOptions& raw) {
       .Int("--protect-window", "N", "always keep the last N positions", &raw.protect_window)
       .List("--protect-span", "NAME", "always keep a span of the capture; may be repeated",
             &options.protect_spans)
+      .Text("--observe-span", "NAME", "observation_heads: rows of this span of the capture observe",
+            &options.observe_span)
       .Real("--ppl", "X", "perplexity of the prompt's end; wins over the capture's", &options.ppl)
       .Switch("--shadow", "decide and report only", &options.shadow);
   AddServerFlags(parser, &options.server)

@@ -27,6 +27,7 @@ struct CompressOptions {
   int64_t protect_sink = 0;
   int64_t protect_window = 0;
   std::vector<std::string> protect_spans;
+  std::optional<std::string> observe_span;
   std::optional<double> ppl;
   bool shadow = false;
   ServerFlags server;

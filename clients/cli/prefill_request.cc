@@ -28,6 +28,13 @@ absl::Status PrefillRequest::Fill(const CompressOptions& options) {
   for (const auto& [name, value] : options.parameters) {
     parameters_.push_back({name.c_str(), value.c_str()});
   }
+  if (options.observe_span.has_value()) {
+    keepset_span span = {};
+    KEEPSET_RETURN_IF_ERROR(
+        FromEngine(keepset_capture_span(capture_.get(), options.observe_span->c_str(), &span)));
+    observe_ = absl::StrCat(span.begin, ":", span.end);
+    parameters_.push_back({"observe", observe_.c_str()});
+  }
   spec_.parameters = parameters_.data();
   spec_.num_parameters = parameters_.size();
   if (options.budget.has_value()) {

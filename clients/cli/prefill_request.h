@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "absl/status/statusor.h"
@@ -46,6 +47,7 @@ class PrefillRequest {
   const CaptureHandle capture_;
   keepset_operation_spec spec_ = {};
   client::ModelFingerprint model_;
+  std::string observe_;  // a parameter's value
   std::vector<keepset_parameter> parameters_;
   std::vector<keepset_span> spans_;
 };

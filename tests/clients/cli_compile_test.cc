@@ -132,5 +132,51 @@ TEST_F(TablesCompile, RecordsForPeopleShowsTheCoverage) {
               AllOf(HasSubstr("risk cells with records: 1 of 80"), HasSubstr("action 1.250  1")));
 }
 
+class CompileHeads : public CliTest {
+ protected:
+  CliRun Compile(const std::vector<std::string>& more) {
+    std::vector<std::string> words = {"tables",
+                                      "compile",
+                                      "--kind",
+                                      "observation_heads",
+                                      Golden("public_library_observations.safetensors"),
+                                      "--name",
+                                      "heads",
+                                      "--version",
+                                      "1",
+                                      "-o",
+                                      Path("table")};
+    words.insert(words.end(), more.begin(), more.end());
+    return RunBinary(words);
+  }
+};
+
+TEST_F(CompileHeads, WantsABudget) {
+  const CliRun run = Compile({});
+  EXPECT_EQ(run.exit_code, 2);
+  EXPECT_THAT(run.err, HasSubstr("--budget is missing"));
+}
+
+TEST_F(CompileHeads, OneRecordIsRefused) {
+  const CliRun run = Compile({"--budget", "2"});
+  EXPECT_EQ(run.exit_code, 3);
+  EXPECT_THAT(run.err, HasSubstr("records: 1, want at least 2"));
+}
+
+TEST_F(CompileHeads, ABudgetIsAnInteger) { EXPECT_EQ(Compile({"--budget", "many"}).exit_code, 2); }
+
+TEST_F(TablesCompile, AnUnknownKindIsNamed) {
+  const CliRun run = Compile(Records({kHead}), {"--kind", "others"});
+  EXPECT_EQ(run.exit_code, 2);
+  EXPECT_THAT(run.err, HasSubstr("--kind=others, want compilerkv or observation_heads"));
+}
+
+TEST_F(CompileHeads, ASpanOfRowsIsTheParameterObserve) {
+  const CliRun run =
+      CliTest::Compress({"--policy", "tova", "--budget", "4", "--observe-span", "system"});
+  EXPECT_EQ(run.exit_code, 2);
+  EXPECT_THAT(run.err, HasSubstr("unknown parameter observe=3:6"));
+}
+
 }  // namespace
 }  // namespace keepset::cli

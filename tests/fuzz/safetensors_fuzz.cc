@@ -1,4 +1,4 @@
-// One input as a safetensors file, a table, a capture and a .npy array.
+// One input as a safetensors file, a table, a capture, an observation record and a .npy array.
 #include <cstddef>
 #include <cstdint>
 
@@ -6,6 +6,7 @@
 #include "tables/capture_file.h"
 #include "tables/npy_reader.h"
 #include "tables/observation_heads_table.h"
+#include "tables/observation_record.h"
 #include "tables/safetensors.h"
 #include "tables/table_file.h"
 
@@ -47,6 +48,9 @@ void ParseAll(absl::Span<const std::byte> bytes) {
   if (const auto file = SafetensorsFile::Parse(bytes, "fuzz"); file.ok()) TouchTensors(**file);
   if (const auto table = ParseTable(bytes, "fuzz"); table.ok()) UseTable(**table);
   CaptureFile::Parse(bytes, "fuzz").status().IgnoreError();
+  if (const auto file = SafetensorsFile::Parse(bytes, "fuzz"); file.ok()) {
+    ParseObservationRecord(**file).status().IgnoreError();
+  }
   ParseNpy(bytes, "fuzz").status().IgnoreError();
 }
 

@@ -62,6 +62,26 @@ def write_observation_heads(path: pathlib.Path) -> None:
     save_file(tensors, path, metadata={"keepset": json.dumps(document)})
 
 
+def write_observations(path: pathlib.Path) -> None:
+    document = {
+        "format": "keepset.observations",
+        "format_version": 1,
+        "model": MODEL,
+        "prompt_id": "p-1",
+        "task": "p",
+        "seq_len": 4,
+        "protected": [[0, 1]],
+        "probe": {"name": "recall", "text": "What was said?"},
+    }
+    tensors = {
+        "heads": np.array([[1, 2], [0, 1]], dtype=np.int32),
+        "rows": np.array([2, 5], dtype=np.int32),
+        "scores": np.array([[0, 0.25, 0.5, 0.25], [-1, 1, 0.5, -0.5]], dtype=np.float16),
+        "need": np.array([0, 0, 2, 1], dtype=np.float32),
+    }
+    save_file(tensors, path, metadata={"keepset": json.dumps(document)})
+
+
 def write_capture(path: pathlib.Path) -> None:
     seq_len, window = 6, 2
     document = {
@@ -97,6 +117,7 @@ def main() -> None:
     directory = pathlib.Path(sys.argv[1])
     write_table(directory / "public_library_table.safetensors")
     write_observation_heads(directory / "public_library_observation_heads.safetensors")
+    write_observations(directory / "public_library_observations.safetensors")
     write_capture(directory / "public_library_capture.safetensors")
 
 

@@ -222,6 +222,18 @@ absl::Status RecordStatus(const Sample& sample) {
   return file.ok() ? ParseObservationRecord(**file).status() : file.status();
 }
 
+TEST(ObservationRecord, APublicLibrarysFileIsRead) {
+  const auto record = ReadObservationRecord(
+      absl::StrCat(KEEPSET_SOURCE_DIR, "/tests/golden/public_library_observations.safetensors"));
+  ASSERT_TRUE(record.ok()) << record.status();
+  EXPECT_THAT(record->candidates,
+              ElementsAre(HeadObservation{1, 2, ObservedRows::kMeanRows, 1.0f},
+                          HeadObservation{0, 1, ObservedRows::kKeyNovelty, 1.0f}));
+  EXPECT_THAT(record->scores, ElementsAre(0, 0.25f, 0.5f, 0.25f, -1, 1, 0.5f, -0.5f));
+  EXPECT_THAT(record->need, ElementsAre(0, 0, 2, 1));
+  EXPECT_EQ(record->probe->name, "recall");
+}
+
 TEST(ObservationRecord, DamageIsRefused) {
   const auto refused = [](auto change, const std::string& message) {
     Sample sample("a", 1);

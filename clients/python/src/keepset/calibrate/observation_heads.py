@@ -166,11 +166,14 @@ def compile_heads(build: Build, engine: Engine, tasks: Tasks, names: Sequence[st
             say(f"{name}: record {done + 1} of {len(wanted)}")
         records.append(path)
     tables: dict[str, tuple[bytes, dict]] = {}
-    for size in (0, *(one for one in _SIZES if one <= max_heads)):
+    validated = _fit(build, records, work / f"{name}.safetensors", name=name, version=version,
+                     budgets=budgets, max_heads=max_heads)
+    tables[str(len(validated[1]["observations"]))] = validated
+    # The other sizes pool and dilate as was validated.
+    for size in (one for one in _SIZES if one <= max_heads and str(one) not in tables):
         found = _fit(build, records, work / f"{name}.safetensors", name=name, version=version,
-                     budgets=budgets, num_heads=size, max_heads=max_heads)
-        number = len(found[1]["observations"])
-        tables.setdefault(str(number), found)
+                     budgets=budgets, max_heads=size, like=validated[1]["chosen"], num_heads=size)
+        tables.setdefault(str(len(found[1]["observations"])), found)
     losses = _losses(engine, tasks, names, seeds, budgets, tables, work / f"{name}.losses.json", say)
     best = min(tables, key=lambda size: (round(losses[size], 3), int(size)))
     table, report = tables[best]
@@ -183,12 +186,16 @@ def compile_heads(build: Build, engine: Engine, tasks: Tasks, names: Sequence[st
 
 
 def _fit(build: Build, records: Sequence[pathlib.Path], table: pathlib.Path, *, name: str,
-         version: str, budgets: Sequence[int], num_heads: int, max_heads: int) -> tuple[bytes, dict]:
+         version: str, budgets: Sequence[int], max_heads: int, num_heads: int = 0,
+         like: dict | None = None) -> tuple[bytes, dict]:
     command = [str(build.keepset), "tables", "compile", "--kind", "observation_heads",
                *map(str, records), "--name", name, "--version", version, "-o", str(table),
                "--max-heads", str(max_heads), "--num-heads", str(num_heads), "--json"]
     for budget in budgets:
         command += ["--budget", str(budget)]
+    if like is not None:
+        command += ["--pool-kernel", str(like["pool_kernel"]), "--dilate", str(like["dilate"]),
+                    "--folds", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise CalibrationError(f"keepset tables compile: {done.stderr.strip()}")

@@ -64,18 +64,21 @@ def all_heads(tasks: Tasks, ways: tuple[int, ...], name: str, layers: range | No
 
 
 def shuffled(table: bytes, seed: int = 0) -> bytes:
-    """The same weights on other observations of the same kinds, drawn at random."""
+    """The same weights on heads that the table does not use that way, drawn at random while there are any."""
     tensors = safetensors.numpy.load(table)
     document = with_curve(table, None, name="shuffled")[1]
     model = document["model"]
     rng = np.random.default_rng(seed)
-    taken = set()
+    own = {(int(layer), int(head), int(way))
+           for (layer, head), way in zip(tensors["heads"], tensors["rows"])}
+    taken: set[tuple[int, int, int]] = set()
     rows = tensors["rows"].copy()
     heads = tensors["heads"].copy()
     for index, way in enumerate(rows):
         most = model["num_kv_heads"] if way == KEY_NOVELTY else model["num_qo_heads"]
-        free = [(layer, head) for layer in range(model["num_layers"]) for head in range(most)
-                if (layer, head, int(way)) not in taken]
+        places = [(layer, head) for layer in range(model["num_layers"]) for head in range(most)
+                  if (layer, head, int(way)) not in taken]
+        free = [one for one in places if (*one, int(way)) not in own] or places
         chosen = free[rng.integers(len(free))]
         taken.add((*chosen, int(way)))
         heads[index] = chosen
