@@ -39,7 +39,7 @@ from keepset.calibrate.observation_heads import (
 )
 from keepset.eval import constructed
 from keepset.eval.small_model import SmallModel
-from keepset.evidence import head_baselines
+from keepset.evidence import head_baselines, head_gate
 from keepset.evidence.observation_heads_report import markdown
 from keepset.evidence.statistics import bootstrap_interval, paired_difference
 from keepset.in_process import Engine
@@ -160,6 +160,8 @@ class SmallModelPart:
         return {"revision": self._model.revision, "tasks": rows,
                 "calibration_text": CALIBRATION_TEXT, "test_text": TEST_TEXT,
                 "test_seeds": [self._seeds.start, self._seeds.stop],
+                "full_cache_on_further_tasks": head_gate.full_cache_accuracy(
+                    self._model, TEST_TEXT, min(12, len(self._seeds))),
                 "tables": {key: describe(found) for key, found in compiled.items()},
                 "risk": self._risk(compiled)}
 
