@@ -61,9 +61,9 @@ def _verdict(found: dict) -> Iterator[str]:
     yield (f"On the small model the compiled table is better than the best other method in "
            f"{cells.count('better')} of {len(cells)} cells, worse in {cells.count('worse')}, and no "
            "difference is shown in the others. It has only 8 query heads, of which those of the last "
-           "layer can all retrieve, so even shuffled weights do well on it: the constructed models, not "
-           "this one, show that it matters which heads observe. With the norm contrast the needed tokens "
-           "differ in their values alone, which no observation reads.")
+           "layer can all retrieve, so shuffled weights do well on questions inside its prompt: the "
+           "constructed models, not this one, show that it matters which heads observe. With the norm "
+           "contrast the needed tokens differ in their values alone, which no observation reads.")
     yield ""
     yield ("Small model, compiled table against the best other method of the same budget (tables of "
            "ours that are compiled or shuffled aside); paired 95 % interval over prompts.")
