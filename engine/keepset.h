@@ -311,8 +311,8 @@ keepset_status keepset_result_write(const char* path, const char* result_json,
 /* Bytes read so far and bytes of all files; from any thread, one call at a time. */
 typedef void (*keepset_progress)(void* user, int64_t bytes_done, int64_t bytes_total);
 
-/* Values a table entry may take: first + step * i, i = 0..count-1. count 0: the paper's, 0.8..1.5 in
- * steps of 0.025 for heads and 0.8..1.0 in steps of 0.01 for gates. */
+/* Values a table entry may take: first + step * i, i = 0..count-1. count 0: the paper's, 0.8..1.5
+ * in steps of 0.025 for heads and 0.8..1.0 in steps of 0.01 for gates. */
 typedef struct keepset_action_grid {
   double first;
   double step;

@@ -94,7 +94,7 @@ absl::Status Watch(Arguments arguments, Console& console) {
   const absl::Time deadline = timeout_ms.has_value() ? absl::Now() + absl::Milliseconds(*timeout_ms)
                                                      : absl::InfiniteFuture();
   const std::string name = parser.num_positionals() == 1 ? parser.positional(0) : "";
-  const absl::Status status =
+  absl::Status status =
       parser.client().Watch(name, until, deadline, [&](const client::TableChange& change) {
         PrintChange(change, parser, console);
         return console.out.good() ? client::TableClient::Next::kContinue
