@@ -145,7 +145,7 @@ absl::StatusOr<std::unique_ptr<DeviceRegion>> DeviceRegion::Export(void* data, i
         "allocator, or allocate the KV pool with cudaMalloc");
   }
   cuda_abi::AllocationHandle handle = 0;
-  KEEPSET_RETURN_IF_ERROR(Check(api, api.retain_handle(&handle, reinterpret_cast<void*>(base)),
+  KEEPSET_RETURN_IF_ERROR(Check(api, api.retain_handle(&handle, region->data_ - region->offset_),
                                 "cuMemRetainAllocationHandle"));
   const absl::Cleanup release = [&] { static_cast<void>(api.release(handle)); };
   KEEPSET_RETURN_IF_ERROR(

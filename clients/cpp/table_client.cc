@@ -169,7 +169,7 @@ class GrpcTableClient final : public TableClient {
 
   // gRPC's own words for a dead address name resolver internals; the address is what helps.
   absl::Status Explained(const grpc::Status& status) const {
-    const absl::Status out = FromRpcStatus(status);
+    absl::Status out = FromRpcStatus(status);
     if (!absl::IsUnavailable(out)) return out;
     return absl::UnavailableError(absl::StrCat("server ", options_.address, ": ", out.message()));
   }

@@ -2,6 +2,7 @@
 
 #include <dlfcn.h>
 
+#include <bit>
 #include <cstring>
 #include <utility>
 
@@ -111,7 +112,7 @@ class Libcuda final : public CudaDriver {
     return In<DeviceRange>(device, [&]() -> absl::StatusOr<DeviceRange> {
       cuda_abi::AllocationHandle handle = 0;
       // The descriptor travels in the pointer argument.
-      void* const os_handle = reinterpret_cast<void*>(static_cast<intptr_t>(fd));
+      void* const os_handle = std::bit_cast<void*>(static_cast<intptr_t>(fd));
       KEEPSET_RETURN_IF_ERROR(
           Check(api_.import_handle(&handle, os_handle, cuda_abi::kHandleTypePosixFd),
                 "cuMemImportFromShareableHandle"));

@@ -1,5 +1,6 @@
 #include "service/memory/device_region.h"
 
+#include <bit>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -13,7 +14,7 @@ class DeviceRegion final : public MappedRegion {
   DeviceRegion(absl::string_view kind, const DeviceRange& range, const RegionDescriptor& descriptor,
                std::function<void()> unmap)
       : kind_(kind),
-        data_(reinterpret_cast<std::byte*>(range.base + descriptor.offset)),
+        data_(std::bit_cast<std::byte*>(range.base + descriptor.offset)),
         size_bytes_(static_cast<int64_t>(descriptor.length)),
         access_(descriptor.access),
         unmap_(std::move(unmap)) {}
