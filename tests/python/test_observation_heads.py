@@ -159,7 +159,7 @@ def test_keydiff_and_expected_attention_keep_the_budget(small):
 
 
 def test_a_server_says_what_to_send_and_answers_from_it(tmp_path):
-    table = heads.heads_table(MODEL, "served", [(1, 3, MAX_ROWS, 1.0), (1, 0, KEY_NOVELTY, 0.5)])
+    table = heads.heads_table(MODEL, "served", [(1, 3, MAX_ROWS, 1.0), (1, 0, KEY_NOVELTY, 0.01)])
     table_file.write_atomically(tmp_path / "served.safetensors", table)
     layers = random_layers()
     with ServerProcess(binary(), tables=tmp_path) as server, keepset.Client.connect(

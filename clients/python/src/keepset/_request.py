@@ -51,6 +51,7 @@ class Request:
         self._budget = budget
         self._gather = gather and not shadow
         self._kv_dtype = kv_dtype
+        self._described = False
         self._regions: list[SharedRegion] = []
         self._outputs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._inputs: dict[int, types.Layer] = {}
@@ -114,8 +115,9 @@ class Request:
             self.spec.num_rows = 0 if rows is None else rows.shape[1]
 
     def layer_input(self, index: int, layer: types.Layer) -> compression_pb2.LayerInput:
-        if index == 0:
+        if not self._described:
             self.describe(layer)
+            self._described = True
         message = compression_pb2.LayerInput(layer=index)
         where = f"layer {index}"
         for field, array in (("q_window", layer.q_window), ("attn_tile", layer.attn_tile)):
