@@ -134,6 +134,12 @@ keepset_status keepset_table_write_heads(const char* path, const char* name, con
 keepset_status keepset_table_import(const char* directory, const char* model_json, const char* name,
                                     const char* version, int64_t budget, const char* out_path);
 
+/* Ed25519 signatures of table files. Sign writes `path`.sig, 64 bytes; key_path: PEM of a private
+ * key. Verify reads it, against the PEM of one or more public keys: PERMISSION_DENIED when none of
+ * them made it for these bytes. */
+keepset_status keepset_table_sign(const char* path, const char* key_path);
+keepset_status keepset_table_verify(const char* path, const char* public_key_path);
+
 /* ---- Views of the caller's tensors
  * --------------------------------------------------------------- */
 

@@ -33,6 +33,7 @@ absl::Status WriteStatus(const absl::Status& status);
 
 absl::Status RunTablesCompile(absl::Span<const std::string> arguments, Console& console);
 absl::Status RunTablesRecords(absl::Span<const std::string> arguments, Console& console);
+absl::Status RunTablesSign(absl::Span<const std::string> arguments, Console& console);
 
 }  // namespace keepset::cli
 

@@ -1,4 +1,4 @@
-// keepset tables: inspect | validate | diff | records | compile | import | uniform.
+// keepset tables: inspect | validate | sign | diff | records | compile | import | uniform.
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
@@ -31,21 +31,36 @@ std::string Dump(const Json& json) {
   return json.dump(-1, ' ', false, Json::error_handler_t::replace);
 }
 
+// Whatever is wrong with a signature, the table is refused.
+absl::Status VerifySignature(const std::string& file, const std::string& public_key) {
+  return WithExitCode(FromEngine(keepset_table_verify(file.c_str(), public_key.c_str())),
+                      ExitCode::kRefused);
+}
+
 absl::Status Validate(Arguments arguments, Console& console) {
   bool json = false;
-  FlagParser parser("tables validate", "tables validate FILE... [--json]",
+  std::optional<std::string> public_key;
+  FlagParser parser("tables validate", "tables validate FILE... [--public-key FILE] [--json]",
                     "Reads every file completely; one line per good file, exit code 3 when one is "
                     "refused.");
-  parser.Switch("--json", "one JSON object per file", &json);
+  parser
+      .Text("--public-key", "FILE", "Ed25519 keys, PEM; FILE.sig must be by one of them",
+            &public_key)
+      .Switch("--json", "one JSON object per file", &json);
   if (FlagParser::HelpAsked(arguments)) {
     console.out << parser.Help();
     return absl::OkStatus();
   }
   KEEPSET_ASSIGN_OR_RETURN(const std::vector<std::string> files,
                            parser.Parse(arguments, 1, kManyFiles));
+  if (public_key.has_value()) KEEPSET_RETURN_IF_ERROR(CheckFileExists("public key", *public_key));
   absl::Status last = absl::OkStatus();
   for (const std::string& file : files) {
-    const absl::StatusOr<TableHandle> table = LoadTable(file);
+    absl::StatusOr<TableHandle> table = LoadTable(file);
+    if (table.ok() && public_key.has_value()) {
+      const absl::Status verified = VerifySignature(file, *public_key);
+      if (!verified.ok()) table = verified;
+    }
     if (!table.ok()) {
       // Every refused file is reported; the last one by whoever prints the command's status.
       if (!last.ok()) PrintError(last, console);
@@ -56,15 +71,16 @@ absl::Status Validate(Arguments arguments, Console& console) {
     if (json) {
       console.out << Dump({{"file", file},
                            {"valid", true},
+                           {"signed", public_key.has_value()},
                            {"kind", keepset_table_kind(loaded)},
                            {"name", keepset_table_name(loaded)},
                            {"version", keepset_table_version(loaded)},
                            {"digest", keepset_table_digest(loaded)}})
                   << "\n";
     } else {
-      console.out << file << ": valid, " << keepset_table_kind(loaded) << " "
-                  << keepset_table_name(loaded) << " " << keepset_table_version(loaded) << " "
-                  << keepset_table_digest(loaded) << "\n";
+      console.out << file << ": valid, " << (public_key.has_value() ? "signed, " : "")
+                  << keepset_table_kind(loaded) << " " << keepset_table_name(loaded) << " "
+                  << keepset_table_version(loaded) << " " << keepset_table_digest(loaded) << "\n";
     }
   }
   return last;
@@ -151,6 +167,7 @@ struct TablesCommand {
 constexpr TablesCommand kTablesCommands[] = {
     {"inspect", "what table files say", RunTablesInspect},
     {"validate", "whether table files are good", Validate},
+    {"sign", "a signature beside each table file", RunTablesSign},
     {"diff", "what differs between two tables", RunTablesDiff},
     {"records", "what calibration records hold", RunTablesRecords},
     {"compile", "a table of calibration records", RunTablesCompile},

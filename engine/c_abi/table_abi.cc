@@ -13,6 +13,7 @@
 #include "tables/observation_heads_table.h"
 #include "tables/safetensors.h"
 #include "tables/table_file.h"
+#include "tables/table_signature.h"
 
 using ::keepset::engine::Guard;
 using ::keepset::engine::RequirePointer;
@@ -167,6 +168,25 @@ keepset_status keepset_table_import(const char* directory, const char* model_jso
                              keepset::tables::ImportReferenceDirectory(directory, options));
     KEEPSET_ASSIGN_OR_RETURN(const std::string bytes, keepset::tables::SerializeTable(content));
     return keepset::tables::WriteFileAtomically(out_path, bytes);
+  });
+}
+
+keepset_status keepset_table_sign(const char* path, const char* key_path) {
+  return Guard([&]() -> absl::Status {
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(path, "path"));
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(key_path, "key_path"));
+    return keepset::tables::SignTableFile(path, key_path);
+  });
+}
+
+keepset_status keepset_table_verify(const char* path, const char* public_key_path) {
+  return Guard([&]() -> absl::Status {
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(path, "path"));
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(public_key_path, "public_key_path"));
+    const std::string key_path = public_key_path;
+    KEEPSET_ASSIGN_OR_RETURN(const keepset::tables::TrustedKeys keys,
+                             keepset::tables::TrustedKeys::Read({&key_path, 1}));
+    return keepset::tables::VerifyTableFile(path, keys);
   });
 }
 
