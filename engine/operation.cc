@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <limits>
+#include <new>
 #include <numeric>
 #include <optional>
 #include <string>
@@ -32,20 +33,6 @@ struct Plan {
   CutOptions cut_options;
   PositionRanges protected_ranges;
 };
-
-absl::Status CheckTable(const OperationSpec& spec, const Requirements& needs) {
-  if (needs.table_kind.empty()) return absl::OkStatus();
-  if (spec.table == nullptr) {
-    return absl::NotFoundError(absl::StrCat("policy ", spec.policy, " needs a table of kind ",
-                                            needs.table_kind, ", none given"));
-  }
-  if (spec.table->kind() != needs.table_kind) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("policy ", spec.policy, ": table ", spec.table->identity().name,
-                     " is of kind ", spec.table->kind(), ", want ", needs.table_kind));
-  }
-  return absl::OkStatus();
-}
 
 class OperationImpl final : public Operation {
  public:
@@ -101,6 +88,7 @@ class OperationImpl final : public Operation {
       absl::Status status = ScoreLayer(layer, observation);
       // A layer that a broken device could not score is no fault of the caller.
       if (!status.ok() && DeviceWorks()) return status;
+      if (status.ok()) ObserveShadow(layer, observation);
     }
     next_layer_ = layer + 1;
     return absl::OkStatus();
@@ -134,6 +122,30 @@ class OperationImpl final : public Operation {
     KEEPSET_RETURN_IF_ERROR(finish_status_);
     FillResult();
     return &result_;
+  }
+
+  absl::StatusOr<std::unique_ptr<ShadowDecision>> TakeShadow() override {
+    KEEPSET_RETURN_IF_ERROR(shadow_status_);
+    // What was kept in full was no decision of the table's, but for "no saving".
+    const bool decided =
+        finished_ && (result_.reason == Reason::kNone || result_.reason == Reason::kNoSaving);
+    if (shadow_ == nullptr || !decided) return nullptr;
+    return NewShadowDecision(std::move(shadow_), result_);
+  }
+
+  // Nothing that goes wrong here is the operation's.
+  void AttachShadow(absl::StatusOr<std::unique_ptr<OperationImpl>> shadow) {
+    shadow_status_ = shadow.status();
+    if (!shadow.ok()) return;
+    if (plan_.needs.table_kind.empty()) {
+      shadow_status_ = absl::InvalidArgumentError(
+          absl::StrCat("shadow_table: policy ", spec().policy, " reads no table"));
+      return;
+    }
+    shadow_ = *std::move(shadow);
+    shadow_->policy().ShareStages(policy());
+    shadow_status_ = shadow_->BeginPolicy();
+    if (!shadow_status_.ok()) shadow_.reset();
   }
 
   const OperationResult& FinishKeptFull(Reason reason) override {
@@ -198,6 +210,17 @@ class OperationImpl final : public Operation {
   }
 
   bool DeviceWorks() const { return backend_.Health().ok(); }
+
+  void ObserveShadow(int64_t layer, const LayerObservation& observation) {
+    if (shadow_ == nullptr) return;
+    try {
+      shadow_status_ = shadow_->Observe(layer, observation);
+    } catch (const std::bad_alloc&) {
+      shadow_status_ = absl::ResourceExhaustedError(
+          absl::StrCat("layer ", layer, ": no memory for the scores of the shadow table"));
+    }
+    if (!shadow_status_.ok()) shadow_.reset();
+  }
 
   absl::Status ScoreLayer(int64_t layer, const LayerObservation& observation) {
     const absl::Duration start = clock_.Monotonic();
@@ -444,18 +467,12 @@ class OperationImpl final : public Operation {
   std::unique_ptr<kernels::ScoreBuffer> merged_scores_;    // [1, T]
   std::unique_ptr<kernels::ScoreBuffer> sequence_scores_;  // [1, T]
   OperationResult result_;
+  std::unique_ptr<OperationImpl> shadow_;
+  absl::Status shadow_status_;
 };
 
-}  // namespace
-
-absl::StatusOr<std::unique_ptr<Operation>> Operation::Begin(OperationSpec spec,
-                                                            const PolicyRegistry& policies,
-                                                            kernels::ComputeBackend& backend,
-                                                            const Clock& clock) {
-  if (const absl::Status health = backend.Health(); !health.ok()) {
-    return absl::UnavailableError(
-        absl::StrCat("backend ", backend.name(), " waits to be restarted: ", health.message()));
-  }
+absl::StatusOr<Plan> MakePlan(OperationSpec spec, const PolicyRegistry& policies,
+                              kernels::ComputeBackend& backend) {
   Plan plan;
   plan.spec = std::move(spec);
   KEEPSET_ASSIGN_OR_RETURN(const Scope native_scope, policies.NativeScope(plan.spec.policy));
@@ -491,8 +508,39 @@ absl::StatusOr<std::unique_ptr<Operation>> Operation::Begin(OperationSpec spec,
                                                    plan.budget_tokens));
   }
   KEEPSET_ASSIGN_OR_RETURN(plan.op_context, backend.NewContext());
+  return plan;
+}
+
+// The same question to the other table: no deadline, nobody waits for it.
+absl::StatusOr<std::unique_ptr<OperationImpl>> MakeShadow(const OperationSpec& spec,
+                                                          const PolicyRegistry& policies,
+                                                          kernels::ComputeBackend& backend,
+                                                          const Clock& clock) {
+  OperationSpec shadow = spec;
+  shadow.table = std::move(shadow.shadow_table);
+  shadow.shadow_table = nullptr;
+  shadow.mode = Mode::kShadow;
+  shadow.deadline = absl::InfiniteDuration();
+  KEEPSET_ASSIGN_OR_RETURN(Plan plan, MakePlan(std::move(shadow), policies, backend));
+  return std::make_unique<OperationImpl>(std::move(plan), backend, clock);
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Operation>> Operation::Begin(OperationSpec spec,
+                                                            const PolicyRegistry& policies,
+                                                            kernels::ComputeBackend& backend,
+                                                            const Clock& clock) {
+  if (const absl::Status health = backend.Health(); !health.ok()) {
+    return absl::UnavailableError(
+        absl::StrCat("backend ", backend.name(), " waits to be restarted: ", health.message()));
+  }
+  KEEPSET_ASSIGN_OR_RETURN(Plan plan, MakePlan(std::move(spec), policies, backend));
   auto operation = std::make_unique<OperationImpl>(std::move(plan), backend, clock);
   KEEPSET_RETURN_IF_ERROR(operation->BeginPolicy());
+  if (operation->spec().shadow_table != nullptr) {
+    operation->AttachShadow(MakeShadow(operation->spec(), policies, backend, clock));
+  }
   return operation;
 }
 

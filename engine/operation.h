@@ -15,6 +15,7 @@
 #include "base/clock.h"
 #include "engine/operation_types.h"
 #include "engine/policies/policy_registry.h"
+#include "engine/shadow.h"
 #include "kernels/compute_backend.h"
 
 namespace keepset::engine {
@@ -58,6 +59,11 @@ class Operation {
   virtual absl::Status Gather(int64_t layer, const kernels::KvView& k, const kernels::KvView& v,
                               const kernels::MutableKvView& out_k,
                               const kernels::MutableKvView& out_v) = 0;
+
+  // After Finish, once: what spec.shadow_table is asked with. nullptr: there is none, or this
+  // operation kept everything without deciding. An error: why that table could not be asked; it
+  // never fails another call of this class.
+  virtual absl::StatusOr<std::unique_ptr<ShadowDecision>> TakeShadow() = 0;
 
   // The answer when somebody else decides not to compress (load shedding, a device fault): every
   // position of every layer. Ends the operation. Of a finished operation only device_fault replaces

@@ -82,6 +82,9 @@ struct OperationSpec {
   // The table of this operation, already resolved; held until the operation ends.
   std::shared_ptr<const tables::DecisionTable> table;
 
+  // Asked too, from the same observations, and never applied (engine/shadow.h); nullptr: none.
+  std::shared_ptr<const tables::DecisionTable> shadow_table;
+
   Mode mode = Mode::kDecide;
   // Monotonic time (Clock::Monotonic) after which the operation answers kept_full, reason deadline.
   absl::Duration deadline = absl::InfiniteDuration();

@@ -209,4 +209,18 @@ absl::Status CheckObservation(const OperationSpec& spec, const Requirements& nee
   return absl::OkStatus();
 }
 
+absl::Status CheckTable(const OperationSpec& spec, const Requirements& needs) {
+  if (needs.table_kind.empty()) return absl::OkStatus();
+  if (spec.table == nullptr) {
+    return absl::NotFoundError(absl::StrCat("policy ", spec.policy, " needs a table of kind ",
+                                            needs.table_kind, ", none given"));
+  }
+  if (spec.table->kind() != needs.table_kind) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("policy ", spec.policy, ": table ", spec.table->identity().name,
+                     " is of kind ", spec.table->kind(), ", want ", needs.table_kind));
+  }
+  return absl::OkStatus();
+}
+
 }  // namespace keepset::engine

@@ -39,6 +39,9 @@ absl::Status CheckKv(const OperationSpec& spec, const kernels::KvView& view, int
 // The head_dim of V.
 int64_t ValueHeadDim(const OperationSpec& spec);
 
+// NotFound: a table is needed and none given. FailedPrecondition: one of another kind.
+absl::Status CheckTable(const OperationSpec& spec, const Requirements& needs);
+
 }  // namespace keepset::engine
 
 #endif  // KEEPSET_ENGINE_SPEC_CHECK_H_

@@ -4,9 +4,11 @@
 #include <openssl/err.h>
 #include <openssl/evp.h>
 #include <openssl/pem.h>
+#include <openssl/x509.h>
 
 #include <utility>
 
+#include "absl/cleanup/cleanup.h"
 #include "absl/strings/ascii.h"
 #include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
@@ -68,6 +70,28 @@ absl::StatusOr<std::string> DecodeSignature(absl::string_view signature, absl::s
                                                  " bytes or their base64"));
 }
 
+// nullptr: there is no further PEM block, or a damaged one; OpenSSL's error queue says which.
+absl::StatusOr<Pkey> NextPublicKey(BIO* bio, absl::string_view label) {
+  char* name = nullptr;
+  char* header = nullptr;
+  unsigned char* der = nullptr;
+  long size = 0;
+  if (PEM_read_bio(bio, &name, &header, &der, &size) != 1) return nullptr;
+  const absl::Cleanup free_all = [&] {
+    OPENSSL_free(name);
+    OPENSSL_free(header);
+    OPENSSL_free(der);
+  };
+  const unsigned char* at = der;
+  Pkey key(absl::string_view(name) == PEM_STRING_PUBLIC ? d2i_PUBKEY(nullptr, &at, size) : nullptr);
+  ERR_clear_error();
+  if (key != nullptr && IsEd25519(key.get())) return key;
+  return absl::InvalidArgumentError(absl::StrCat(
+      label, ": a PEM block \"", absl::CHexEscape(name), "\"",
+      key == nullptr ? "" : absl::StrCat(" of type ", EVP_PKEY_get0_type_name(key.get())),
+      ", want PUBLIC KEY of type ED25519"));
+}
+
 }  // namespace
 
 struct TrustedKeys::Key {
@@ -79,13 +103,8 @@ absl::StatusOr<TrustedKeys> TrustedKeys::Parse(absl::string_view pem, absl::stri
   if (bio == nullptr) return absl::ResourceExhaustedError("no memory for a key");
   TrustedKeys trusted;
   while (true) {
-    Pkey key(PEM_read_bio_PUBKEY(bio.get(), nullptr, NoPassword, nullptr));
+    KEEPSET_ASSIGN_OR_RETURN(Pkey key, NextPublicKey(bio.get(), label));
     if (key == nullptr) break;
-    if (!IsEd25519(key.get())) {
-      ERR_clear_error();
-      return absl::InvalidArgumentError(absl::StrCat(
-          label, ": a public key of type ", EVP_PKEY_get0_type_name(key.get()), ", want ED25519"));
-    }
     auto owned = std::make_shared<Key>();
     owned->pkey = std::move(key);
     trusted.keys_.push_back(std::move(owned));

@@ -101,51 +101,37 @@ class CompilerKvPolicy final : public RetentionPolicy {
     num_rows_ =
         std::min<int64_t>(settings_.window, static_cast<int64_t>(context.row_positions.size()));
     verdicts_.resize(spec.model.num_layers);
-    const int64_t num_kv_heads = spec.model.num_kv_heads;
-    const auto new_buffer = [&](int64_t rows) {
-      return context.backend.NewBuffer(rows, spec.seq_len);
-    };
-    KEEPSET_ASSIGN_OR_RETURN(columns_, new_buffer(spec.model.num_qo_heads));
-    KEEPSET_ASSIGN_OR_RETURN(layer_mean_, new_buffer(1));
-    KEEPSET_ASSIGN_OR_RETURN(rho_, new_buffer(num_kv_heads));
-    if (settings_.alpha_scope == AlphaScope::kGlobal) {
-      KEEPSET_ASSIGN_OR_RETURN(global_mean_, new_buffer(1));
-    }
-    if (settings_.alpha_scope == AlphaScope::kHead) {
-      KEEPSET_ASSIGN_OR_RETURN(head_means_, new_buffer(num_kv_heads));
-    }
-    return absl::OkStatus();
+    return stages_ == nullptr ? NewStages(context) : absl::OkStatus();
+  }
+
+  // What depends on the observations alone serves two tables: head weights and gates come after.
+  Sharing ShareStages(const RetentionPolicy& decider) override {
+    stages_ = static_cast<const CompilerKvPolicy&>(decider).stages_;
+    is_decider_ = false;
+    return Sharing::kShared;
   }
 
   absl::Status Score(PolicyContext& context, int64_t layer, const LayerObservation& observation,
                      kernels::ScoreBuffer& scores) override {
     kernels::ComputeBackend& backend = context.backend;
     kernels::OpContext& op = context.op_context;
-    KEEPSET_RETURN_IF_ERROR(
-        WindowColumnMeans(context, layer, observation, num_rows_, *columns_, rho_.get()));
-    KEEPSET_RETURN_IF_ERROR(
-        backend.MergeRows(op, *columns_, kernels::Merge::kMean, {}, *layer_mean_));
-    KEEPSET_RETURN_IF_ERROR(backend.DivideByRowMean(op, kEpsilon, *rho_));
-    if (settings_.alpha_scope == AlphaScope::kHead) {
-      KEEPSET_RETURN_IF_ERROR(
-          backend.MergeRows(op, *columns_, kernels::Merge::kMean, {}, *head_means_));
-      KEEPSET_RETURN_IF_ERROR(backend.Multiply(op, *head_means_, SeqLen(context), *rho_));
-    }
-    KEEPSET_RETURN_IF_ERROR(
-        backend.MergeRows(op, *rho_, kernels::Merge::kMax, GroupWeights(context, layer), scores));
+    if (is_decider_) KEEPSET_RETURN_IF_ERROR(ObserveLayer(context, layer, observation));
+    KEEPSET_RETURN_IF_ERROR(backend.MergeRows(op, *stages_->rho, kernels::Merge::kMax,
+                                              GroupWeights(context, layer), scores));
     if (settings_.alpha_scope == AlphaScope::kGlobal) {
+      if (!is_decider_) return absl::OkStatus();
       // A layer that is refused must not have been added: what is queued is checked first.
       KEEPSET_RETURN_IF_ERROR(backend.Wait(op));
-      return backend.Accumulate(op, *layer_mean_, kernels::Merge::kMean,
+      return backend.Accumulate(op, *stages_->layer_mean, kernels::Merge::kMean,
                                 1.0f / static_cast<float>(context.spec.model.num_layers),
-                                *global_mean_);
+                                *stages_->global_mean);
     }
     if (settings_.alpha_scope == AlphaScope::kLayer) {
-      KEEPSET_RETURN_IF_ERROR(backend.Multiply(op, *layer_mean_, SeqLen(context), scores));
+      KEEPSET_RETURN_IF_ERROR(backend.Multiply(op, *stages_->layer_mean, SeqLen(context), scores));
     }
     KEEPSET_RETURN_IF_ERROR(PoolScores(context, scores));
     const absl::StatusOr<kernels::ComputeBackend::Mass> mass =
-        backend.MassAndEntropy(op, *layer_mean_, 0);
+        backend.MassAndEntropy(op, *stages_->layer_mean, 0);
     if (!mass.ok()) {
       return absl::Status(
           mass.status().code(),
@@ -160,7 +146,7 @@ class CompilerKvPolicy final : public RetentionPolicy {
   absl::Status FinishScores(PolicyContext& context,
                             absl::Span<kernels::ScoreBuffer* const> scores) override {
     const absl::StatusOr<kernels::ComputeBackend::Mass> mass =
-        context.backend.MassAndEntropy(context.op_context, *global_mean_, 0);
+        context.backend.MassAndEntropy(context.op_context, *stages_->global_mean, 0);
     if (!mass.ok()) {
       return absl::Status(mass.status().code(),
                           absl::StrCat("attention mass of all layers: ", mass.status().message()));
@@ -168,7 +154,7 @@ class CompilerKvPolicy final : public RetentionPolicy {
     diagnostics_.entropy = mass->entropy;
     diagnostics_.entropy_bin = tables::BinOf(table_->entropy_edges(), mass->entropy);
     for (size_t layer = 0; layer < scores.size(); ++layer) {
-      KEEPSET_RETURN_IF_ERROR(context.backend.Multiply(context.op_context, *global_mean_,
+      KEEPSET_RETURN_IF_ERROR(context.backend.Multiply(context.op_context, *stages_->global_mean,
                                                        SeqLen(context), *scores[layer]));
       KEEPSET_RETURN_IF_ERROR(PoolScores(context, *scores[layer]));
       Gate(static_cast<int64_t>(layer), mass->entropy);
@@ -180,6 +166,53 @@ class CompilerKvPolicy final : public RetentionPolicy {
   PolicyDiagnostics diagnostics() const override { return diagnostics_; }
 
  private:
+  // Of one layer, but for global_mean; written by the deciding policy, read by both.
+  struct Stages {
+    std::unique_ptr<kernels::ScoreBuffer> columns;      // [H, T]
+    std::unique_ptr<kernels::ScoreBuffer> layer_mean;   // [1, T]
+    std::unique_ptr<kernels::ScoreBuffer> global_mean;  // [1, T], alpha_scope global
+    std::unique_ptr<kernels::ScoreBuffer> head_means;   // [Hkv, T], alpha_scope head
+    std::unique_ptr<kernels::ScoreBuffer> rho;          // [Hkv, T]
+  };
+
+  absl::Status NewStages(const PolicyContext& context) {
+    const OperationSpec& spec = context.spec;
+    const int64_t num_kv_heads = spec.model.num_kv_heads;
+    const auto new_buffer = [&](int64_t rows) {
+      return context.backend.NewBuffer(rows, spec.seq_len);
+    };
+    auto stages = std::make_shared<Stages>();
+    KEEPSET_ASSIGN_OR_RETURN(stages->columns, new_buffer(spec.model.num_qo_heads));
+    KEEPSET_ASSIGN_OR_RETURN(stages->layer_mean, new_buffer(1));
+    KEEPSET_ASSIGN_OR_RETURN(stages->rho, new_buffer(num_kv_heads));
+    if (settings_.alpha_scope == AlphaScope::kGlobal) {
+      KEEPSET_ASSIGN_OR_RETURN(stages->global_mean, new_buffer(1));
+    }
+    if (settings_.alpha_scope == AlphaScope::kHead) {
+      KEEPSET_ASSIGN_OR_RETURN(stages->head_means, new_buffer(num_kv_heads));
+    }
+    stages_ = std::move(stages);
+    return absl::OkStatus();
+  }
+
+  absl::Status ObserveLayer(PolicyContext& context, int64_t layer,
+                            const LayerObservation& observation) {
+    kernels::ComputeBackend& backend = context.backend;
+    kernels::OpContext& op = context.op_context;
+    KEEPSET_RETURN_IF_ERROR(WindowColumnMeans(context, layer, observation, num_rows_,
+                                              *stages_->columns, stages_->rho.get()));
+    KEEPSET_RETURN_IF_ERROR(
+        backend.MergeRows(op, *stages_->columns, kernels::Merge::kMean, {}, *stages_->layer_mean));
+    KEEPSET_RETURN_IF_ERROR(backend.DivideByRowMean(op, kEpsilon, *stages_->rho));
+    if (settings_.alpha_scope == AlphaScope::kHead) {
+      KEEPSET_RETURN_IF_ERROR(backend.MergeRows(op, *stages_->columns, kernels::Merge::kMean, {},
+                                                *stages_->head_means));
+      KEEPSET_RETURN_IF_ERROR(
+          backend.Multiply(op, *stages_->head_means, SeqLen(context), *stages_->rho));
+    }
+    return absl::OkStatus();
+  }
+
   static float SeqLen(const PolicyContext& context) {
     return static_cast<float>(context.spec.seq_len);
   }
@@ -247,12 +280,9 @@ class CompilerKvPolicy final : public RetentionPolicy {
   tables::CompilerKvSlice slice_;
   int64_t num_rows_ = 0;
   int64_t ppl_bin_ = 0;
-  std::vector<LayerVerdict> verdicts_;                 // [L]
-  std::unique_ptr<kernels::ScoreBuffer> columns_;      // [H, T]
-  std::unique_ptr<kernels::ScoreBuffer> layer_mean_;   // [1, T]
-  std::unique_ptr<kernels::ScoreBuffer> global_mean_;  // [1, T], alpha_scope global
-  std::unique_ptr<kernels::ScoreBuffer> head_means_;   // [Hkv, T], alpha_scope head
-  std::unique_ptr<kernels::ScoreBuffer> rho_;          // [Hkv, T]
+  std::vector<LayerVerdict> verdicts_;  // [L]
+  std::shared_ptr<Stages> stages_;
+  bool is_decider_ = true;  // false: another policy writes stages_
   PolicyDiagnostics diagnostics_;
 };
 

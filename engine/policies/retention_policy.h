@@ -109,6 +109,12 @@ class RetentionPolicy {
   // Rows of the score buffer the policy writes: num_kv_heads, or 1 when heads share one score.
   virtual int64_t score_rows(const PolicyContext& context) const = 0;
 
+  // Makes this policy score from the tensors `decider` has worked out: the same policy with the
+  // same parameters under another table, which has begun, scores every layer first and whose ops
+  // are waited for. Called before Begin. kAlone: it does not share, and observes for itself.
+  enum class Sharing { kAlone, kShared };
+  virtual Sharing ShareStages(const RetentionPolicy& /*decider*/) { return Sharing::kAlone; }
+
   // Called once before the first layer: checks table and signals, sizes buffers.
   virtual absl::Status Begin(PolicyContext& context) = 0;
 
