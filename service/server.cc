@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
+#include <cmath>
 #include <cstring>
 #include <fstream>
 #include <limits>
@@ -54,6 +55,8 @@ constexpr int64_t kTicksPerUsage = 10;
 constexpr auto kShutdownGrace = std::chrono::milliseconds(500);
 constexpr absl::string_view kMetricsOff = "off";
 constexpr size_t kFencesPerSession = 4096;
+// Each waiting one holds the scores of its operation.
+constexpr int64_t kShadowQueueCapacity = 16;
 constexpr int64_t kControlQueueCapacity = 1024;
 
 absl::StatusOr<std::string> ReadPem(absl::string_view field, const std::string& path) {
@@ -130,6 +133,7 @@ class ServerImpl final : public Server {
     if (server_tables_ != nullptr) server_tables_->Stop();
     queue_.reset();
     table_queue_.reset();
+    shadow_queue_.reset();
     registration_.reset();
     retirement_.reset();
     if (sessions_ != nullptr) sessions_->Shutdown();
@@ -206,6 +210,9 @@ class ServerImpl final : public Server {
         {.num_workers = 1, .capacity = kControlQueueCapacity, .on_depth_change = {}}, clock_);
     retirement_ = WorkQueue::New(
         {.num_workers = 4, .capacity = kControlQueueCapacity, .on_depth_change = {}}, clock_);
+    shadow_queue_ = WorkQueue::New(
+        {.num_workers = 1, .capacity = kShadowQueueCapacity, .on_depth_change = {}}, clock_);
+    shadows_ = std::make_unique<ShadowRunner>(*shadow_queue_, *metrics_, log_, clock_);
     const ServiceContext context = {
         .policies = *policies_,
         .backend = *backend_,
@@ -219,6 +226,9 @@ class ServerImpl final : public Server {
         .session_pins = session_pins_,
         .queue = *queue_,
         .correlation_ids = correlation_ids_,
+        .shadows = *shadows_,
+        .shadow = {.table = config_.shadow().table(),
+                   .basis_points = static_cast<int>(std::lround(config_.shadow().percent() * 100))},
         .codec = {.max_inline_bytes = static_cast<int64_t>(config_.limits().max_inline_bytes()),
                   .max_seq_len = static_cast<int64_t>(config_.limits().max_seq_len()),
                   .max_layers = static_cast<int64_t>(config_.limits().max_layers())},
@@ -416,6 +426,8 @@ class ServerImpl final : public Server {
   std::unique_ptr<TableService> table_service_;
   std::unique_ptr<SessionManager> sessions_;
   std::unique_ptr<WorkQueue> queue_;
+  std::unique_ptr<WorkQueue> shadow_queue_;
+  std::unique_ptr<ShadowRunner> shadows_;
   std::unique_ptr<WorkQueue> registration_;
   std::unique_ptr<WorkQueue> retirement_;
   std::unique_ptr<WorkQueue> table_queue_;

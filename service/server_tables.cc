@@ -2,9 +2,11 @@
 
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
+#include "service/registry/signature_loader.h"
 #include "service/registry/state_directory.h"
 #include "service/registry/table_source.h"
 
@@ -49,6 +51,7 @@ class ServerTablesImpl final : public ServerTables {
     }
     loader_ = state_ == nullptr ? NewTableLoader() : NewMappingTableLoader(*state_);
     validator_ = NewTableLoader();
+    KEEPSET_RETURN_IF_ERROR(WantSignatures());
     TableRegistryOptions options;
     options.store = &store_;
     options.clock = &clock_;
@@ -75,6 +78,22 @@ class ServerTablesImpl final : public ServerTables {
   }
 
  private:
+  // No table passes that the configuration wants signed and is not, wherever it comes from.
+  absl::Status WantSignatures() {
+    if (config_.trusted_key_files().empty()) return absl::OkStatus();
+    const std::vector<std::string> paths(config_.trusted_key_files().begin(),
+                                         config_.trusted_key_files().end());
+    const absl::StatusOr<tables::TrustedKeys> keys = tables::TrustedKeys::Read(paths);
+    if (!keys.ok()) {
+      return {keys.status().code(), absl::StrCat("trusted_key_files: ", keys.status().message())};
+    }
+    const SignatureRule rule =
+        config_.require_signature() ? SignatureRule::kRequired : SignatureRule::kWhereSigned;
+    loader_ = NewSignatureLoader(std::move(loader_), *keys, rule);
+    validator_ = NewSignatureLoader(std::move(validator_), *keys, rule);
+    return absl::OkStatus();
+  }
+
   absl::Status StartDirectory() {
     if (config_.tables_directory().empty()) return absl::OkStatus();
     TableSourceOptions options;

@@ -15,6 +15,7 @@
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
+#include "tables/table_signature.h"
 
 namespace keepset::service {
 namespace {
@@ -70,6 +71,28 @@ std::string InstanceOf(const FileIdentity& identity) {
                       identity.modified_ns, ":", identity.changed_ns);
 }
 
+// Of the signature beside a table file; nothing when there is none.
+absl::StatusOr<std::optional<FileIdentity>> SignatureIdentity(const std::string& table_path) {
+  absl::StatusOr<FileIdentity> identity = IdentityOf(tables::SignaturePath(table_path));
+  if (absl::IsNotFound(identity.status())) return std::nullopt;
+  KEEPSET_RETURN_IF_ERROR(identity.status());
+  return *identity;
+}
+
+// Empty without one.
+absl::StatusOr<std::string> ReadSignature(const std::string& table_path,
+                                          const std::optional<FileIdentity>& identity,
+                                          absl::Duration unchanged_for) {
+  if (!identity.has_value()) return std::string();
+  const std::string path = tables::SignaturePath(table_path);
+  const auto most = static_cast<int64_t>(tables::kMaxSignatureFileBytes);
+  if (identity->size_bytes > most || identity->size_bytes == 0) {
+    return absl::InvalidArgumentError(absl::StrCat(path, ": ", identity->size_bytes,
+                                                   " bytes, want a signature of at most ", most));
+  }
+  return ReadStable(path, *identity, unchanged_for, LeaseUse::kWhereGranted);
+}
+
 bool IsGone(const std::string& path) {
   struct stat st;
   return lstat(path.c_str(), &st) != 0 && errno == ENOENT;
@@ -113,6 +136,9 @@ bool DirectoryTables::IsOneMoment() const {
     if (!entry.decided || !entry.seen.has_value()) continue;
     const absl::StatusOr<FileIdentity> now = IdentityOf(absl::StrCat(directory_, "/", name));
     if (!now.ok() || *now != *entry.seen) return false;
+    const absl::StatusOr<std::optional<FileIdentity>> signature =
+        SignatureIdentity(absl::StrCat(directory_, "/", name));
+    if (!signature.ok() || *signature != entry.seen_signature) return false;
   }
   return true;
 }
@@ -124,26 +150,38 @@ DirectoryTables::Outcome DirectoryTables::Update(const std::string& name, Entry&
     entry.seen.reset();
     return Refuse(name, entry, identity.status());
   }
+  const absl::StatusOr<std::optional<FileIdentity>> signature = SignatureIdentity(path);
+  if (!signature.ok()) return Refuse(name, entry, signature.status());
   const absl::Duration now = clock_.Monotonic();
-  if (entry.seen != *identity) {
+  if (entry.seen != *identity || entry.seen_signature != *signature) {
     entry.seen = *identity;
+    entry.seen_signature = *signature;
     entry.seen_since = now;
     entry.decided = false;
     entry.refusal = absl::OkStatus();
   }
   if (entry.decided && !entry.look_again) return Outcome::kComplete;
 
-  const absl::Time newest =
-      absl::FromUnixNanos(std::max(identity->modified_ns, identity->changed_ns));
+  int64_t newest_ns = std::max(identity->modified_ns, identity->changed_ns);
+  if (signature->has_value()) {
+    newest_ns = std::max({newest_ns, (*signature)->modified_ns, (*signature)->changed_ns});
+  }
+  const absl::Time newest = absl::FromUnixNanos(newest_ns);
   // The clock of a remote filesystem may be ahead of ours; what we saw ourselves counts as well.
   const absl::Duration unchanged_for = std::max(clock_.Now() - newest, now - entry.seen_since);
   absl::StatusOr<std::string> bytes =
       ReadStable(path, *identity, unchanged_for, LeaseUse::kWhereGranted);
-  if (absl::IsUnavailable(bytes.status())) return Outcome::kUnfinished;
-  entry.look_again = unchanged_for < TimeStampStep(*identity) || IsPassing(bytes.status());
+  const absl::StatusOr<std::string> signature_bytes =
+      ReadSignature(path, *signature, unchanged_for);
+  if (absl::IsUnavailable(bytes.status()) || absl::IsUnavailable(signature_bytes.status())) {
+    return Outcome::kUnfinished;
+  }
+  entry.look_again = unchanged_for < TimeStampStep(*identity) || IsPassing(bytes.status()) ||
+                     IsPassing(signature_bytes.status());
   entry.decided = true;
   if (!bytes.ok()) return Refuse(name, entry, bytes.status());
-  absl::StatusOr<TablePtr> table = loader_.LoadTable({*std::move(bytes), path, ""});
+  if (!signature_bytes.ok()) return Refuse(name, entry, signature_bytes.status());
+  absl::StatusOr<TablePtr> table = loader_.LoadTable({*std::move(bytes), path, *signature_bytes});
   if (!table.ok()) return Refuse(name, entry, table.status());
   entry.refusal = absl::OkStatus();
   // The same bytes stay the same object: nothing changed, nothing is published.

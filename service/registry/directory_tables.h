@@ -44,9 +44,10 @@ class DirectoryTables {
 
  private:
   struct Entry {
-    std::optional<FileIdentity> seen;  // the state last looked at
-    absl::Duration seen_since;         // Clock::Monotonic() of the first look at it
-    bool decided = false;              // that state was read, or refused
+    std::optional<FileIdentity> seen;            // the state last looked at
+    std::optional<FileIdentity> seen_signature;  // of the file beside it; absent: there is none
+    absl::Duration seen_since;                   // Clock::Monotonic() of the first look at it
+    bool decided = false;                        // that state was read, or refused
     // Read so soon after the file's time stamps that a second write may have left them the same, or
     // refused for a reason that passes.
     bool look_again = false;

@@ -119,7 +119,13 @@ void OperationCall::OnDequeued() {
 
 absl::Status OperationCall::ResolveTable(engine::OperationSpec& spec) {
   KEEPSET_ASSIGN_OR_RETURN(const std::string kind, context_.policies.TableKind(spec.policy));
-  if (kind.empty()) return absl::OkStatus();
+  if (kind.empty()) {
+    if (wire_.has_shadow_table()) {
+      shadow_ = absl::InvalidArgumentError(
+          absl::StrCat("shadow_table: policy ", spec.policy, " reads no table"));
+    }
+    return absl::OkStatus();
+  }
   KEEPSET_ASSIGN_OR_RETURN(tables::TableQuery query, DecodeTableQuery(wire_, spec, kind));
   bool by_session = false;
   if (query.name.empty() && !query.pins() && !wire_.session_id().empty()) {
@@ -131,6 +137,7 @@ absl::Status OperationCall::ResolveTable(engine::OperationSpec& spec) {
                            tables::ResolveTable(*snapshot_, query));
   spec.table = resolved.table;
   table_ = spec.table->identity();
+  shadow_ = ChooseShadow(wire_, context_.shadow, *snapshot_, query, spec);
   selection_.set_selection(EncodeSelection(resolved.selection, by_session));
   selection_.set_alias(query.alias);
   selection_.set_loose_match(resolved.loose_match);
@@ -210,8 +217,46 @@ absl::Status OperationCall::FinishOperation(v1::OperationResult* out) {
     sample_.stages[static_cast<int>(Stage::kGather)] = result->times.gather;
     out->mutable_stages()->set_gather(absl::ToDoubleSeconds(result->times.gather));
   }
+  FinishShadow(out);
   ReleaseResources();
   return absl::OkStatus();
+}
+
+// In the reply when the request asked for it, else beside the reply.
+void OperationCall::FinishShadow(v1::OperationResult* out) {
+  if (!shadow_.has_value()) return;
+  absl::StatusOr<std::unique_ptr<engine::ShadowDecision>> decision = nullptr;
+  if (shadow_->ok()) {
+    decision = operation_->TakeShadow();
+  } else {
+    decision = *shadow_;
+  }
+  const bool in_reply = wire_.has_shadow_table();
+  if (!decision.ok()) {
+    context_.shadows.RecordFailed(decision.status());
+    if (in_reply) out->mutable_shadow()->set_error(PublicText(decision.status()));
+  } else if (*decision == nullptr) {
+    context_.shadows.RecordSkipped();
+    if (in_reply) out->mutable_shadow()->set_error("nothing was decided, the full cache stays");
+  } else if (!in_reply) {
+    context_.shadows.FinishLater(*std::move(decision));
+  } else {
+    const absl::StatusOr<engine::ShadowReport> report = context_.shadows.FinishNow(**decision);
+    v1::ShadowResult* const shadow = out->mutable_shadow();
+    if (!report.ok()) {
+      shadow->set_error(PublicText(report.status()));
+      return;
+    }
+    shadow->mutable_table()->set_name(report->table.name);
+    shadow->mutable_table()->set_version(report->table.version);
+    shadow->mutable_table()->set_digest(report->table.digest);
+    shadow->set_kept_overlap(report->kept_overlap);
+    shadow->set_would_be_bytes(report->would_be_bytes);
+  }
+}
+
+std::string OperationCall::PublicText(const absl::Status& status) const {
+  return std::string(PublicStatus(status, correlation_id_).message());
 }
 
 absl::Status OperationCall::ShedOperation(v1::OperationResult* out) {

@@ -88,9 +88,12 @@ class OperationCall {
   absl::Status GatherLayers(const engine::OperationResult& result, v1::OperationResult* out);
   absl::Status GatherInline(int64_t layer, const engine::LayerResult& result, v1::LayerResult* out);
   void EncodeInto(const engine::OperationResult& result, v1::OperationResult* out);
+  void FinishShadow(v1::OperationResult* out);
   void ReleaseResources();
   void MarkReject(Reject why);
   void RecordReject(const absl::Status& status);
+  // What a peer may read of it.
+  std::string PublicText(const absl::Status& status) const;
   absl::Duration LeaseTime() const;
   void WriteLogLine(const absl::Status& status);
 
@@ -119,6 +122,8 @@ class OperationCall {
   OperationSample sample_;
   std::optional<tables::TableIdentity> table_;
   v1::TableIdentity selection_;  // why that table, for the reply; without identity
+  // Nothing: no second table is asked. Not OK: why the one asked for cannot be.
+  std::optional<absl::Status> shadow_;
   std::string transport_ = "inline";
 };
 

@@ -16,6 +16,8 @@
 #include "service/rpc/fence_table.h"
 #include "service/rpc/request_codec.h"
 #include "service/rpc/session_pins.h"
+#include "service/rpc/shadow_choice.h"
+#include "service/rpc/shadow_runner.h"
 #include "service/rpc/work_queue.h"
 #include "tables/table_store.h"
 
@@ -40,6 +42,8 @@ struct ServiceContext {
   SessionPins& session_pins;
   WorkQueue& queue;
   CorrelationIds& correlation_ids;
+  ShadowRunner& shadows;
+  ShadowOptions shadow;
   CodecLimits codec;
   int64_t stream_credits = 64;  // layer inputs in flight per stream
   // Operations a stream may have begun and not ended.

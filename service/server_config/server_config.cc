@@ -74,6 +74,26 @@ absl::Status CheckListen(const v1::ServerConfig& config) {
   return absl::OkStatus();
 }
 
+absl::Status CheckTables(const v1::ServerConfig& config) {
+  if (config.require_signature() && config.trusted_key_files().empty()) {
+    return absl::InvalidArgumentError(
+        "require_signature: want trusted_key_files, nobody's signature would do");
+  }
+  const v1::ServerConfig::Shadow& shadow = config.shadow();
+  // Not a number fails both comparisons.
+  if (!(shadow.percent() >= 0 && shadow.percent() <= 100)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("shadow.percent=", shadow.percent(), ", want 0..100"));
+  }
+  const v1::TablePin& table = shadow.table();
+  if (shadow.percent() > 0 && table.name().empty() && table.version().empty() &&
+      table.digest().empty() && table.alias().empty()) {
+    return absl::InvalidArgumentError(
+        "shadow.table: empty, want which table is asked, for example { alias: \"canary\" }");
+  }
+  return absl::OkStatus();
+}
+
 void FillLimits(v1::ServerConfig::Limits& limits) {
   if (limits.max_inline_bytes() == 0) limits.set_max_inline_bytes(uint64_t{64} << 20);
   if (limits.max_table_bytes() == 0) limits.set_max_table_bytes(uint64_t{64} << 20);
@@ -159,6 +179,7 @@ absl::Status ResolveServerConfig(v1::ServerConfig& config) {
   if (config.backend().empty()) config.set_backend("cpu");
 
   KEEPSET_RETURN_IF_ERROR(CheckListen(config));
+  KEEPSET_RETURN_IF_ERROR(CheckTables(config));
   if (config.metrics_listen() != "off") {
     KEEPSET_RETURN_IF_ERROR(CheckPort("metrics_listen", config.metrics_listen()));
   }

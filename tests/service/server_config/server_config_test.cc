@@ -36,6 +36,32 @@ TEST(ResolveServerConfig, FillsDefaults) {
   EXPECT_EQ(config.metrics_listen(), "127.0.0.1:9464");
 }
 
+TEST(ResolveServerConfig, RefusesToRequireSignaturesOfNobody) {
+  v1::ServerConfig config = Config("require_signature: true");
+  const absl::Status refused = ResolveServerConfig(config);
+  EXPECT_EQ(refused.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(refused.message(), HasSubstr("trusted_key_files"));
+  config.add_trusted_key_files("/etc/keepset/release.pem");
+  EXPECT_TRUE(ResolveServerConfig(config).ok());
+}
+
+TEST(ResolveServerConfig, RefusesAShareOfShadowsThatIsNone) {
+  for (const char* percent : {"-1", "100.5", "nan", "inf"}) {
+    v1::ServerConfig config =
+        Config(absl::StrCat("shadow { table { alias: 'canary' } percent: ", percent, " }"));
+    const absl::Status refused = ResolveServerConfig(config);
+    EXPECT_EQ(refused.code(), absl::StatusCode::kInvalidArgument) << percent;
+    EXPECT_THAT(refused.message(), HasSubstr("shadow.percent"));
+  }
+}
+
+TEST(ResolveServerConfig, RefusesAShadowOfNoTable) {
+  v1::ServerConfig config = Config("shadow { percent: 5 }");
+  EXPECT_THAT(ResolveServerConfig(config).message(), HasSubstr("shadow.table"));
+  config = Config("shadow { table { alias: 'canary' } percent: 5 }");
+  EXPECT_TRUE(ResolveServerConfig(config).ok());
+}
+
 TEST(ResolveServerConfig, RefusesPlainTcpUnlessAllowed) {
   v1::ServerConfig config = Config("listen: '127.0.0.1:0'");
   EXPECT_THAT(ResolveServerConfig(config).message(), HasSubstr("allow_insecure_tcp"));
