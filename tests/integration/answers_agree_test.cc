@@ -233,9 +233,17 @@ TEST(KeptFull, HandsOutNoRowsOfADestinationThatWasNotWritten) {
   for (const client::LayerResult& layer : result->layers) EXPECT_TRUE(layer.gathered.empty());
 }
 
+// observation_heads wants a table of its own kind and other inputs; observation_heads_test.cc
+// has its paths.
+std::vector<std::string> PoliciesOfThesePrompts() {
+  std::vector<std::string> names = engine::NewBuiltinPolicyRegistry()->Names();
+  std::erase(names, "observation_heads");
+  return names;
+}
+
 INSTANTIATE_TEST_SUITE_P(
     PoliciesAndScopes, AnswersAgree,
-    ::testing::Combine(::testing::ValuesIn(engine::NewBuiltinPolicyRegistry()->Names()),
+    ::testing::Combine(::testing::ValuesIn(PoliciesOfThesePrompts()),
                        ::testing::Values(engine::Scope::kLayerElastic, engine::Scope::kLayerEqual,
                                          engine::Scope::kSequence, engine::Scope::kKvHead),
                        ::testing::Values(fakes::KvLayout::kHnd, fakes::KvLayout::kPaged)),
