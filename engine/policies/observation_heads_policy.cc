@@ -54,6 +54,7 @@ struct LayerPlan {
 
 std::vector<float> Weights(const std::vector<HeadObservation>& observations) {
   std::vector<float> weights;
+  weights.reserve(observations.size());
   for (const HeadObservation& one : observations) weights.push_back(one.weight);
   return weights;
 }

@@ -132,8 +132,8 @@ int Run(const Arguments& arguments, const std::string& source) {
       static_cast<long long>(report->mixed), static_cast<long long>(report->quiet.operations),
       ms(report->quiet.p50), ms(report->quiet.p99),
       static_cast<long long>(report->swapping.operations), ms(report->swapping.p50),
-      ms(report->swapping.p99), absl::FDivDuration(report->swapping.p99, report->quiet.p99), ms(report->swap_p50),
-      ms(report->swap_p99), std::thread::hardware_concurrency());
+      ms(report->swapping.p99), absl::FDivDuration(report->swapping.p99, report->quiet.p99),
+      ms(report->swap_p50), ms(report->swap_p99), std::thread::hardware_concurrency());
   std::fflush(stdout);
   if (report->failed == 0 && report->mixed == 0) return 0;
   std::fprintf(stderr, "registry_swap_bench: %s\n", report->first_complaint.c_str());

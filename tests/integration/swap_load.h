@@ -46,8 +46,8 @@ struct SwapLoadReport {
   absl::Duration swap_p99;
 };
 
-// `tables` are those of SwapLoadTables, one of them is active. An error of a swap ends the run and is
-// returned.
+// `tables` are those of SwapLoadTables, one of them is active. An error of a swap ends the run and
+// is returned.
 absl::StatusOr<SwapLoadReport> RunSwapLoad(const SwapLoadOptions& options,
                                            const fakes::SyntheticPrompt& prompt,
                                            const std::vector<AnsweringTable>& tables);
