@@ -174,7 +174,7 @@ def check_configuration(config: str, arguments: list[str], folder: pathlib.Path)
     command += [f"--tables={folder}/tables"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        line = process.stderr.readline()
+        line = next((line for line in process.stderr if "ready" in line), "never ready")
         process.send_signal(signal.SIGTERM)
         process.stderr.read()
         assert "ready" in line, line
