@@ -142,7 +142,7 @@ def served(root: pathlib.Path, tmp_path: pathlib.Path) -> Iterator[str]:
     command += ["--tables", tmp_path / "tables", "--metrics-listen", "127.0.0.1:0"]
     with subprocess.Popen([*map(str, command)], stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
-        line = process.stderr.readline()
+        line = next((line for line in process.stderr if "ready" in line), "never ready")
         assert " ready " in line, line
         yield server
         process.send_signal(signal.SIGTERM)
