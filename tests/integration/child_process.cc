@@ -25,7 +25,10 @@ ChildProcess::ChildProcess(const std::vector<std::string>& arguments, Output out
   posix_spawn_file_actions_init(&actions);
   posix_spawn_file_actions_adddup2(&actions, write_end.get(),
                                    output == Output::kStdout ? STDOUT_FILENO : STDERR_FILENO);
+  // A test that crashes takes its children along: they would hold the runner's pipe.
+  const char* const end_with_the_test[] = {"/usr/bin/setpriv", "--pdeathsig", "KILL", "--"};
   std::vector<char*> argv;
+  for (const char* word : end_with_the_test) argv.push_back(const_cast<char*>(word));
   for (const std::string& argument : arguments) argv.push_back(const_cast<char*>(argument.c_str()));
   argv.push_back(nullptr);
   std::vector<char*> envp;
