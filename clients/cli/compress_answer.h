@@ -4,6 +4,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -11,6 +12,7 @@
 #include "absl/status/statusor.h"
 #include "clients/cli/compress_options.h"
 #include "clients/cli/prefill_request.h"
+#include "clients/cpp/operation.h"
 
 namespace keepset::cli {
 
@@ -38,6 +40,7 @@ struct CompressAnswer {
   std::vector<AnswerRows> rows;
   std::string transport;  // "in_process", "memfd", "inline"
   std::vector<std::pair<std::string, double>> stage_seconds;
+  std::optional<client::ShadowResult> shadow;  // when a shadow table was asked
 };
 
 absl::StatusOr<CompressAnswer> CompressInProcess(const CompressOptions& options,

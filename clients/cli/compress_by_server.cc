@@ -97,6 +97,7 @@ absl::StatusOr<CompressAnswer> CompressByServer(const CompressOptions& options,
   client::OperationSpec spec = request.ClientSpec();
   spec.request_id = options.capture;
   spec.table = options.pin;
+  spec.shadow_table = options.shadow_table;
   if (options.table.has_value()) {
     KEEPSET_ASSIGN_OR_RETURN(const TableHandle table, LoadTable(*options.table));
     spec.table.digest = keepset_table_digest(table.get());
@@ -131,6 +132,7 @@ absl::StatusOr<CompressAnswer> CompressByServer(const CompressOptions& options,
   CompressAnswer answer;
   answer.transport = std::string(client::TransportName(client->transport()));
   answer.result_json = RemoteResultJson(*result);
+  answer.shadow = result->shadow;
   for (client::LayerResult& layer : result->layers) {
     for (size_t set = 0; set < layer.sets.size(); ++set) {
       const bool per_head = result->scope == client::Scope::kKvHead;

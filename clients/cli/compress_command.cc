@@ -91,6 +91,27 @@ std::string KeptRange(const CompressAnswer& answer) {
   return low == high ? absl::StrFormat("%d", low) : absl::StrFormat("%d..%d", low, high);
 }
 
+std::string ShadowText(const client::ShadowResult& shadow) {
+  if (!shadow.error.empty()) return absl::StrFormat("shadow   none: %s\n", shadow.error);
+  return absl::StrFormat("shadow   %s %s keeps %.1f %% of these positions, %.1f MB\n",
+                         shadow.table.name, shadow.table.version, 1e2 * shadow.kept_overlap,
+                         static_cast<double>(shadow.would_be_bytes) / 1e6);
+}
+
+Json ShadowJson(const client::ShadowResult& shadow) {
+  Json out = Json::object();
+  if (!shadow.error.empty()) {
+    out["error"] = shadow.error;
+    return out;
+  }
+  out["table"] = {{"name", shadow.table.name},
+                  {"version", shadow.table.version},
+                  {"digest", shadow.table.digest}};
+  out["kept_overlap"] = shadow.kept_overlap;
+  out["would_be_bytes"] = shadow.would_be_bytes;
+  return out;
+}
+
 void PrintSummary(const CompressOptions& options, const Json& document,
                   const CompressAnswer& answer, Console& console) {
   const auto text = [&document](const char* key) {
@@ -111,6 +132,7 @@ void PrintSummary(const CompressOptions& options, const Json& document,
                                    document["entropy"].dump(), document["entropy_bin"].dump(),
                                    document["ppl"].dump(), document["ppl_bin"].dump());
   }
+  if (answer.shadow.has_value()) console.out << ShadowText(*answer.shadow);
   for (const char* key : {"defaulted_inputs", "relaxed"}) {
     if (!document[key].empty()) console.out << key << " " << document[key].dump() << "\n";
   }
@@ -126,6 +148,7 @@ void PrintJson(Json document, const CompressAnswer& answer, Console& console) {
   Json seconds = Json::object();
   for (const auto& [stage, value] : answer.stage_seconds) seconds[stage] = value;
   document["stage_seconds"] = std::move(seconds);
+  if (answer.shadow.has_value()) document["shadow"] = ShadowJson(*answer.shadow);
   console.out << document.dump(-1, ' ', false, Json::error_handler_t::replace) << "\n";
 }
 

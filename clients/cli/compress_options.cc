@@ -6,6 +6,8 @@
 #include "base/status_macros.h"
 #include "clients/cli/exit_status.h"
 #include "clients/cli/flag_parser.h"
+#include "clients/cli/registry_text.h"
+#include "clients/cpp/table_client.h"
 
 namespace keepset::cli {
 namespace {
@@ -27,6 +29,7 @@ struct RawOptions {
   std::optional<std::string> table_name;
   std::optional<std::string> table_version;
   std::optional<std::string> table_digest;
+  std::optional<std::string> shadow_table;
   std::optional<int64_t> protect_sink;
   std::optional<int64_t> protect_window;
   std::optional<int64_t> threads;
@@ -60,6 +63,10 @@ FlagParser MakeParser(RawOptions& raw) {
       .Text("--table-name", "NAME", "with --server: the table must have this name", &raw.table_name)
       .Text("--table-version", "V", "with --server: ... this version", &raw.table_version)
       .Text("--table-digest", "D", "with --server: ... this digest (sha256:HEX)", &raw.table_digest)
+      .Text("--shadow-table", "TABLE",
+            "with --server: also ask NAME, NAME@VERSION, NAME@sha256:HEX or NAME:ALIAS, and say "
+            "how far it agrees",
+            &raw.shadow_table)
       .Switch("--gather", "write the kept rows of K and V as well", &options.gather)
       .Int("--threads", "N", "CPU threads of work in this process (0: all cores)", &raw.threads)
       .Switch("--json", "print the result, or the error, as JSON", &options.json)
@@ -81,6 +88,7 @@ absl::Status CheckServerFlags(const RawOptions& raw) {
       {"--table-name", raw.table_name.has_value()},
       {"--table-version", raw.table_version.has_value()},
       {"--table-digest", raw.table_digest.has_value()},
+      {"--shadow-table", raw.shadow_table.has_value()},
   };
   for (const auto& [flag, given] : server_flags) {
     if (given) return UsageError(absl::StrCat(flag, " needs --server"));
@@ -151,7 +159,11 @@ absl::StatusOr<CompressOptions> ParseCompressOptions(absl::Span<const std::strin
     }
   }
   options.pin = {raw.table_name.value_or(""), raw.table_version.value_or(""),
-                 raw.table_digest.value_or("")};
+                 raw.table_digest.value_or(""), ""};
+  if (raw.shadow_table.has_value()) {
+    KEEPSET_ASSIGN_OR_RETURN(const client::TableRef ref, ParseTableRef(*raw.shadow_table));
+    options.shadow_table = client::TablePin{ref.name, ref.version, ref.digest, ref.alias};
+  }
   if (options.table.has_value() && !options.pin.digest.empty()) {
     return UsageError("--table and --table-digest exclude each other: the file pins its digest");
   }

@@ -33,6 +33,7 @@ struct CompressOptions {
   ServerFlags server;
   client::Transport transport = client::Transport::kAuto;
   client::TablePin pin;
+  std::optional<client::TablePin> shadow_table;
   bool gather = false;
   int64_t threads = 0;
   bool json = false;

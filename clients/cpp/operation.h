@@ -60,11 +60,13 @@ struct ProtectedSpan {
   int64_t end = 0;  // exclusive
 };
 
-// Fields that are set must match the table the server has active.
+// Picks a table: every field that is set must match. A name alone is the line's active version, or
+// its canary.
 struct TablePin {
   std::string name;
   std::string version;
   std::string digest;  // "sha256:<hex>"
+  std::string alias;   // "stable", "canary" or the operator's own
 };
 
 struct OperationSpec {
@@ -89,6 +91,9 @@ struct OperationSpec {
   std::optional<double> ppl;
   std::vector<float> window_logprobs;  // natural log
   TablePin table;
+  // A second table that is asked from the same observations and never applied; the reply says how
+  // far it agrees. Without a name and a digest: of the line that decides.
+  std::optional<TablePin> shadow_table;
   Mode mode = Mode::kDecide;
   GatherMode gather = GatherMode::kNone;
   // Soft: past it the outcome is kept_full, reason deadline. 0: none.
@@ -172,6 +177,15 @@ struct TableIdentity {
   std::string source;
 };
 
+// What OperationSpec::shadow_table would have kept.
+struct ShadowResult {
+  TableIdentity table;
+  // Share of the positions kept here that the shadow table keeps too, mean over layers.
+  double kept_overlap = 0.0;
+  int64_t would_be_bytes = 0;  // bytes_after by the shadow table
+  std::string error;           // why there is none; the fields above are then not set
+};
+
 struct StageSeconds {
   double queue = 0.0;
   double lease = 0.0;
@@ -204,6 +218,7 @@ struct OperationResult {
   int64_t bytes_before = 0;
   int64_t bytes_after = 0;
   StageSeconds stages;
+  std::optional<ShadowResult> shadow;  // when the request named a shadow_table
 };
 
 // What a worker has to send for an operation.

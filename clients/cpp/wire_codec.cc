@@ -147,6 +147,38 @@ absl::Status ViewInline(std::string k, std::string v, const ReplyContext& contex
   return absl::OkStatus();
 }
 
+bool IsEmpty(const TablePin& pin) {
+  return pin.name.empty() && pin.version.empty() && pin.digest.empty() && pin.alias.empty();
+}
+
+void EncodePin(const TablePin& pin, v1::TablePin* out) {
+  out->set_name(pin.name);
+  out->set_version(pin.version);
+  out->set_digest(pin.digest);
+  out->set_alias(pin.alias);
+}
+
+TableIdentity DecodeIdentity(const v1::TableIdentity& table) {
+  return {table.name(), table.version(), table.digest(), table.source()};
+}
+
+absl::StatusOr<ShadowResult> DecodeShadow(const v1::ShadowResult& shadow) {
+  ShadowResult out;
+  if (!shadow.error().empty()) {
+    out.error = shadow.error();
+    return out;
+  }
+  // Also false for NaN.
+  if (!(shadow.kept_overlap() >= 0.0 && shadow.kept_overlap() <= 1.0)) {
+    return absl::InternalError(
+        absl::StrCat("reply: shadow kept_overlap=", shadow.kept_overlap(), ", want 0..1"));
+  }
+  out.table = DecodeIdentity(shadow.table());
+  out.kept_overlap = shadow.kept_overlap();
+  out.would_be_bytes = shadow.would_be_bytes();
+  return out;
+}
+
 }  // namespace
 
 void EncodeSpec(const OperationSpec& spec, v1::OperationSpec* out) {
@@ -193,9 +225,8 @@ void EncodeSpec(const OperationSpec& spec, v1::OperationSpec* out) {
   }
   if (spec.ppl.has_value()) out->set_ppl(*spec.ppl);
   out->mutable_window_logprobs()->Add(spec.window_logprobs.begin(), spec.window_logprobs.end());
-  if (!spec.table.name.empty()) out->mutable_table()->set_name(spec.table.name);
-  if (!spec.table.version.empty()) out->mutable_table()->set_version(spec.table.version);
-  if (!spec.table.digest.empty()) out->mutable_table()->set_digest(spec.table.digest);
+  if (!IsEmpty(spec.table)) EncodePin(spec.table, out->mutable_table());
+  if (spec.shadow_table.has_value()) EncodePin(*spec.shadow_table, out->mutable_shadow_table());
   out->set_mode(spec.mode == Mode::kShadow ? v1::MODE_SHADOW : v1::MODE_DECIDE);
   out->set_gather(static_cast<v1::GatherMode>(spec.gather));
   out->set_deadline_ms(spec.deadline_ms);
@@ -305,10 +336,7 @@ absl::StatusOr<OperationResult> DecodeResult(v1::OperationResult& result,
         absl::StrCat("reply: seq_len=", out.seq_len, ", want ", context.seq_len));
   }
   out.budget_tokens = result.budget_tokens();
-  if (result.has_table()) {
-    const v1::TableIdentity& table = result.table();
-    out.table = TableIdentity{table.name(), table.version(), table.digest(), table.source()};
-  }
+  if (result.has_table()) out.table = DecodeIdentity(result.table());
   if (result.has_entropy()) out.entropy = result.entropy();
   if (result.has_ppl()) out.ppl = result.ppl();
   if (result.has_entropy_bin()) out.entropy_bin = result.entropy_bin();
@@ -340,6 +368,9 @@ absl::StatusOr<OperationResult> DecodeResult(v1::OperationResult& result,
   out.bytes_after = result.bytes_after();
   out.stages = {result.stages().queue(), result.stages().lease(), result.stages().score(),
                 result.stages().select(), result.stages().gather()};
+  if (result.has_shadow()) {
+    KEEPSET_ASSIGN_OR_RETURN(out.shadow, DecodeShadow(result.shadow()));
+  }
   return out;
 }
 
@@ -361,10 +392,7 @@ InputNeeds DecodeNeeds(const v1::GetRequirementsResponse& wire) {
   needs.probe_rows = wire.probe_rows();
   needs.probe_name = wire.probe_name();
   needs.probe_text = wire.probe_text();
-  if (wire.has_table()) {
-    const v1::TableIdentity& table = wire.table();
-    needs.table = TableIdentity{table.name(), table.version(), table.digest(), table.source()};
-  }
+  if (wire.has_table()) needs.table = DecodeIdentity(wire.table());
   return needs;
 }
 

@@ -114,6 +114,20 @@ TEST(KeepsetUsage, ServerFlagsWithoutServerAreUsage) {
   EXPECT_THAT(run.err, HasSubstr("--transport needs --server"));
 }
 
+TEST(KeepsetUsage, ShadowTableNeedsAServer) {
+  const CliRun run = RunBinary({"compress", "capture", "--policy", "compilerkv", "--out", "result",
+                                "--shadow-table", "candidate"});
+  EXPECT_EQ(run.exit_code, 2);
+  EXPECT_THAT(run.err, HasSubstr("--shadow-table needs --server"));
+}
+
+TEST(KeepsetUsage, HalfAShadowTableIsUsage) {
+  const CliRun run = RunBinary({"compress", "capture", "--policy", "compilerkv", "--out", "result",
+                                "--server", "unix:nowhere", "--shadow-table", "candidate@"});
+  EXPECT_EQ(run.exit_code, 2);
+  EXPECT_THAT(run.err, HasSubstr("candidate@"));
+}
+
 TEST(KeepsetUsage, TwoBudgetsAreUsage) {
   const CliRun run = RunBinary({"compress", "capture", "--policy", "full", "--out", "result",
                                 "--budget", "1", "--kept-fraction", "0.5"});

@@ -5,6 +5,7 @@
 #include <fstream>
 #include <iterator>
 #include <memory>
+#include <nlohmann/json.hpp>
 #include <sstream>
 #include <string>
 #include <utility>
@@ -104,6 +105,33 @@ INSTANTIATE_TEST_SUITE_P(
                         "missing_ppl=median", "--table",
                         std::string(KEEPSET_SOURCE_DIR) + "/tests/golden/cli_table.safetensors"}}),
     [](const auto& info) { return info.param.name; });
+
+TEST_F(ServerTest, ShadowTableIsReportedAndLeavesTheResultAlone) {
+  const std::vector<std::string> flags = {"--policy", "compilerkv", "--budget", "12", "--ppl", "3"};
+  const std::string plain = Result(flags, Server("inline"));
+  std::vector<std::string> shadowed = flags;
+  for (const char* flag : {"--shadow-table", "golden-cli", "--json"}) shadowed.emplace_back(flag);
+  for (const std::string& flag : Server("inline")) shadowed.push_back(flag);
+  const CliRun run = Compress(shadowed);
+  ASSERT_EQ(run.exit_code, 0) << run.err;
+  EXPECT_EQ(Bytes(Path("result")), plain);
+  const nlohmann::json document = nlohmann::json::parse(run.out, nullptr, false);
+  ASSERT_TRUE(document["shadow"].is_object()) << run.out;
+  // The active table beside itself.
+  EXPECT_EQ(document["shadow"]["table"], document["table"]);
+  EXPECT_EQ(document["shadow"]["kept_overlap"], 1.0);
+  EXPECT_EQ(document["shadow"]["would_be_bytes"], document["bytes_after"]);
+}
+
+TEST_F(ServerTest, ShadowTableThatIsNotThereFailsBesideTheAnswer) {
+  std::vector<std::string> flags = {"--policy", "compilerkv",     "--budget", "12",    "--ppl",
+                                    "3",        "--shadow-table", "nobody@2", "--json"};
+  for (const std::string& flag : Server("inline")) flags.push_back(flag);
+  const CliRun run = Compress(flags);
+  ASSERT_EQ(run.exit_code, 0) << run.err;
+  const nlohmann::json document = nlohmann::json::parse(run.out, nullptr, false);
+  EXPECT_THAT(document["shadow"]["error"].get<std::string>(), HasSubstr("nobody"));
+}
 
 TEST_F(ServerTest, InfoListsTheActiveTable) {
   const CliRun run = RunBinary({"info", "--server", "unix:" + Path("k.sock")});

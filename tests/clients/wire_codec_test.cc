@@ -1,5 +1,6 @@
 #include "clients/cpp/wire_codec.h"
 
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -113,6 +114,49 @@ TEST(DecodeResult, RefusesInlineRowsOfAnotherSize) {
   reply.mutable_layers(0)->set_k("short");
   reply.mutable_layers(0)->set_v("short");
   EXPECT_EQ(Decode(reply).status().code(), absl::StatusCode::kInternal);
+}
+
+TEST(DecodeResult, ReadsWhatTheShadowTableWouldKeep) {
+  v1::OperationResult reply = Reply({1});
+  EXPECT_FALSE(Decode(reply)->shadow.has_value());
+  reply.mutable_shadow()->mutable_table()->set_version("2");
+  reply.mutable_shadow()->set_kept_overlap(0.5);
+  reply.mutable_shadow()->set_would_be_bytes(640);
+  const auto result = Decode(reply);
+  ASSERT_TRUE(result.ok()) << result.status();
+  ASSERT_TRUE(result->shadow.has_value());
+  EXPECT_EQ(result->shadow->table.version, "2");
+  EXPECT_EQ(result->shadow->kept_overlap, 0.5);
+  EXPECT_EQ(result->shadow->would_be_bytes, 640);
+}
+
+TEST(DecodeResult, ReadsWhyThereIsNoShadow) {
+  v1::OperationResult reply = Reply({1});
+  reply.mutable_shadow()->set_error("no such table");
+  const auto result = Decode(reply);
+  ASSERT_TRUE(result.ok()) << result.status();
+  EXPECT_EQ(result->shadow->error, "no such table");
+}
+
+TEST(DecodeResult, RefusesAnOverlapThatIsNoShare) {
+  for (const double overlap : {-0.1, 1.5, std::nan("")}) {
+    v1::OperationResult reply = Reply({1});
+    reply.mutable_shadow()->set_kept_overlap(overlap);
+    EXPECT_EQ(Decode(reply).status().code(), absl::StatusCode::kInternal) << overlap;
+  }
+}
+
+TEST(EncodeSpec, SendsAShadowTableOnlyWhenAsked) {
+  OperationSpec spec = SmallSpec();
+  v1::OperationSpec plain;
+  EncodeSpec(spec, &plain);
+  EXPECT_FALSE(plain.has_shadow_table());
+  // Without a name: of the line that decides.
+  spec.shadow_table = TablePin{"", "", "", "canary"};
+  v1::OperationSpec shadowed;
+  EncodeSpec(spec, &shadowed);
+  EXPECT_EQ(shadowed.shadow_table().alias(), "canary");
+  EXPECT_FALSE(shadowed.has_table());
 }
 
 TEST(EncodeLayer, RefusesKOutsideRegionsWhenOnlyRegionsAreAllowed) {

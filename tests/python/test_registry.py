@@ -86,6 +86,33 @@ def test_canary_of_everything_is_on_the_side_of_requests_with_an_id(running):
     assert decided_by(server) == "1"
 
 
+def test_shadow_table_is_asked_and_does_not_decide(running):
+    server, _ = running
+    with keepset.Client.connect(server.address, transport="inline") as client:
+        plain = client.compress(layers=random_layers(), **spec(policy="compilerkv"))
+        result = client.compress(
+            layers=random_layers(),
+            **spec(policy="compilerkv", shadow_table=keepset.TablePin(version="2")))
+    assert plain.shadow is None
+    assert result.table.version == "1"
+    assert result.bytes_after == plain.bytes_after
+    assert result.shadow.error == ""
+    assert result.shadow.table.version == "2"
+    assert 0 <= result.shadow.kept_overlap <= 1
+    assert result.shadow.would_be_bytes > 0
+
+
+def test_missing_shadow_table_is_told_beside_the_answer(running):
+    server, _ = running
+    with keepset.Client.connect(server.address, transport="inline") as client:
+        result = client.compress(
+            layers=random_layers(),
+            **spec(policy="compilerkv", shadow_table=keepset.TablePin(name="nobody")))
+    assert result.outcome == "compressed"
+    assert "nobody" in result.shadow.error
+    assert result.shadow.table is None
+
+
 def test_stale_revision_changes_nothing(running):
     _, registry = running
     with pytest.raises(keepset.KeepsetError) as refused:

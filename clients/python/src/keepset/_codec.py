@@ -116,6 +116,24 @@ def fingerprint_message(model: types.ModelFingerprint) -> common_pb2.ModelFinger
     )
 
 
+def pin_message(pin: types.TablePin) -> common_pb2.TablePin:
+    return common_pb2.TablePin(
+        name=pin.name, version=pin.version, digest=pin.digest, alias=pin.alias
+    )
+
+
+def _identity(message: common_pb2.TableIdentity) -> types.TableIdentity:
+    return types.TableIdentity(message.name, message.version, message.digest, message.source)
+
+
+def _shadow(message: compression_pb2.ShadowResult) -> types.ShadowResult:
+    if message.error:
+        return types.ShadowResult(error=message.error)
+    return types.ShadowResult(
+        _identity(message.table), message.kept_overlap, message.would_be_bytes
+    )
+
+
 def _optional(message, field: str):
     return getattr(message, field) if message.HasField(field) else None
 
@@ -137,11 +155,6 @@ def layer_kept(message: compression_pb2.LayerResult, seq_len: int) -> types.Laye
 
 
 def result_of(message: compression_pb2.OperationResult) -> types.Result:
-    table = None
-    if message.HasField("table"):
-        table = types.TableIdentity(
-            message.table.name, message.table.version, message.table.digest, message.table.source
-        )
     stages = message.stages
     return types.Result(
         outcome=compression_pb2.Outcome.Name(message.outcome).removeprefix("OUTCOME_").lower(),
@@ -151,13 +164,14 @@ def result_of(message: compression_pb2.OperationResult) -> types.Result:
         seq_len=message.seq_len,
         budget_tokens=message.budget_tokens,
         layers=[layer_kept(layer, message.seq_len) for layer in message.layers],
-        table=table,
+        table=_identity(message.table) if message.HasField("table") else None,
         entropy=_optional(message, "entropy"),
         ppl=_optional(message, "ppl"),
         entropy_bin=_optional(message, "entropy_bin"),
         ppl_bin=_optional(message, "ppl_bin"),
         outside_mass=_optional(message, "outside_mass"),
         predicted_miss_rate=_optional(message, "predicted_miss_rate"),
+        shadow=_shadow(message.shadow) if message.HasField("shadow") else None,
         has_candidates=message.has_candidates,
         defaulted_inputs=list(message.defaulted_inputs),
         relaxed=list(message.relaxed),
@@ -181,9 +195,6 @@ def input_needs(message: compression_pb2.GetRequirementsResponse) -> types.Input
                          tuple(one.kv_heads)) for one in message.layers)
     rows = tuple(name for name in ("last_row", "observed_rows", "probe_rows")
                  if getattr(message, name))
-    table = None
-    if message.HasField("table"):
-        table = types.TableIdentity(
-            message.table.name, message.table.version, message.table.digest, message.table.source)
+    table = _identity(message.table) if message.HasField("table") else None
     probe = (message.probe_name, message.probe_text) if message.probe_rows else None
     return types.InputNeeds(layers, rows, message.ppl, probe, table)

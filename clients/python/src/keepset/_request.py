@@ -38,6 +38,7 @@ class Request:
         ppl: float | None = None,
         window_logprobs: Sequence[float] | np.ndarray | None = None,
         table: types.TablePin = types.TablePin(),  # noqa: B008 - frozen
+        shadow_table: types.TablePin | None = None,
         shadow: bool = False,
         gather: bool = False,
         deadline_ms: int = 0,
@@ -84,9 +85,8 @@ class Request:
             ],
             ppl=ppl,
             window_logprobs=[float(p) for p in window_logprobs] if window_logprobs is not None else [],
-            table=common_pb2.TablePin(
-                name=table.name, version=table.version, digest=table.digest
-            ),
+            table=_codec.pin_message(table),
+            shadow_table=_codec.pin_message(shadow_table) if shadow_table is not None else None,
             mode=compression_pb2.MODE_SHADOW if shadow else compression_pb2.MODE_DECIDE,
             gather=gather_mode,
             deadline_ms=deadline_ms,

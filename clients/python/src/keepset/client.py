@@ -226,6 +226,7 @@ class Client:
         num_rows / row_positions: the observed rows, default the last W of q_window or attn_tile.
         protect_sink, protect_window, protect_spans: positions that stay, inside the budget.
         ppl or window_logprobs: the prompt signal a gated table needs. table: TablePin.
+        shadow_table: TablePin of a table that is asked too and never applied, see `Result.shadow`.
         shadow: decide and report only. gather: also return compacted K and V.
         deadline_ms: past it the outcome is kept_full. request_id: for the log.
         """

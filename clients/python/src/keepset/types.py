@@ -94,11 +94,15 @@ class Span:
 
 @dataclasses.dataclass(frozen=True)
 class TablePin:
-    """Pins the table; every field that is set must match."""
+    """Picks a table; every field that is set must match. A name alone: the active version, or the canary.
+
+    alias: "stable", "canary" or the operator's own.
+    """
 
     name: str = ""
     version: str = ""
     digest: str = ""
+    alias: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +113,19 @@ class TableIdentity:
     version: str
     digest: str
     source: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ShadowResult:
+    """What the request's shadow table would have kept; with an `error` nothing else is set.
+
+    kept_overlap: share of the positions kept here that it keeps too, mean over layers.
+    """
+
+    table: TableIdentity | None = None
+    kept_overlap: float | None = None
+    would_be_bytes: int | None = None
+    error: str = ""
 
 
 @dataclasses.dataclass
@@ -219,6 +236,7 @@ class Result:
     # Share of the score outside the cut, and the miss rate the table's calibration predicts for it.
     outside_mass: float | None = None
     predicted_miss_rate: float | None = None
+    shadow: ShadowResult | None = None  # when the request named a shadow_table
     _release: object = None
 
     @property
