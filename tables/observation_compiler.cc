@@ -23,13 +23,17 @@ constexpr int kShuffles = 20;
 constexpr uint64_t kShuffleSeed = 1;
 constexpr int64_t kMaxHeads = 4096;
 
+// Mean recall of a task's prompts by their length class.
+using RecallByLength = std::map<int64_t, double>;
+using RecallByTask = std::map<std::string, RecallByLength>;
+
 // One way to pool and dilate, and what held-out prompts say about every number of observations.
 struct Trial {
   int64_t pool_kernel = 1;
   int64_t dilate = 0;
-  std::vector<double> recall_by_size;         // held out, tasks alike
-  std::vector<double> error_by_size;          // standard error over prompts
-  std::map<std::string, double> task_recall;  // at the chosen size
+  std::vector<double> recall_by_size;  // held out, tasks and their lengths alike
+  std::vector<double> error_by_size;   // standard error over prompts
+  RecallByTask recall_by_task;         // at the chosen size
   int64_t chosen_size = 0;
 
   double chosen_recall() const { return recall_by_size[chosen_size - 1]; }
@@ -125,27 +129,37 @@ std::vector<int64_t> Everyone(size_t count) {
   return all;
 }
 
-// The fold of each prompt: the n-th of its task goes to fold n mod folds.
+// The fold of each prompt: the n-th of its task and length class goes to fold n mod folds.
 std::vector<int64_t> FoldOf(const std::vector<ObservationRecord>& records, int64_t folds) {
-  std::map<std::string, int64_t> seen;
+  std::map<std::pair<std::string, int64_t>, int64_t> seen;
   std::vector<int64_t> fold;
-  for (const ObservationRecord& record : records) fold.push_back(seen[record.task]++ % folds);
+  for (const ObservationRecord& record : records) {
+    fold.push_back(seen[{record.task, LengthClass(record.seq_len)}]++ % folds);
+  }
   return fold;
 }
 
-double MeanOverTasks(const std::vector<ObservationRecord>& records,
-                     const std::vector<double>& values, std::map<std::string, double>* by_task) {
-  std::map<std::string, std::pair<double, double>> tasks;
-  for (size_t p = 0; p < values.size(); ++p) {
-    tasks[records[p].task].first += values[p];
-    tasks[records[p].task].second += 1.0;
-  }
+double MixtureMean(absl::Span<const double> shares, absl::Span<const double> values) {
   double sum = 0.0;
-  for (const auto& [task, pair] : tasks) {
-    sum += pair.first / pair.second;
-    if (by_task != nullptr) (*by_task)[task] = pair.first / pair.second;
+  for (size_t p = 0; p < values.size(); ++p) sum += shares[p] * values[p];
+  return sum;
+}
+
+RecallByTask MeanByTask(const std::vector<FitPrompt>& prompts, const std::vector<double>& values) {
+  RecallByTask means;
+  std::map<std::pair<std::string, int64_t>, double> counts;
+  for (size_t p = 0; p < values.size(); ++p) {
+    const int64_t length = LengthClass(prompts[p].seq_len);
+    double& mean = means[prompts[p].task][length];
+    mean += (values[p] - mean) / ++counts[{prompts[p].task, length}];
   }
-  return sum / static_cast<double>(tasks.size());
+  return means;
+}
+
+double MeanOf(const RecallByLength& lengths) {
+  double sum = 0.0;
+  for (const auto& [length, recall] : lengths) sum += recall;
+  return sum / static_cast<double>(lengths.size());
 }
 
 // Held-out recall of every number of observations; the smallest number within one standard error of
@@ -178,9 +192,10 @@ Trial Validate(const std::vector<ObservationRecord>& records, const std::vector<
     step();
   }
   recalls.resize(longest);
+  const std::vector<double> shares = MixtureShares(prompts, Everyone(prompts.size()));
   int64_t best = 0;
   for (const std::vector<double>& by_prompt : recalls) {
-    const double mean = MeanOverTasks(records, by_prompt, nullptr);
+    const double mean = MixtureMean(shares, by_prompt);
     double squares = 0.0;
     for (const double value : by_prompt) squares += (value - mean) * (value - mean);
     const auto count = static_cast<double>(by_prompt.size());
@@ -194,7 +209,7 @@ Trial Validate(const std::vector<ObservationRecord>& records, const std::vector<
   trial.chosen_size = 1;
   while (trial.recall_by_size[trial.chosen_size - 1] < enough) ++trial.chosen_size;
   if (fixed_size > 0) trial.chosen_size = std::min(fixed_size, longest);
-  MeanOverTasks(records, recalls[trial.chosen_size - 1], &trial.task_recall);
+  trial.recall_by_task = MeanByTask(prompts, recalls[trial.chosen_size - 1]);
   return trial;
 }
 
@@ -218,8 +233,7 @@ double ShuffledRecall(const std::vector<FitPrompt>& prompts, const Choice& choic
 }
 
 // The most that any set of this size can hold.
-double OracleRecall(const std::vector<FitPrompt>& prompts, const FitSettings& settings,
-                    const std::vector<ObservationRecord>& records) {
+double OracleRecall(const std::vector<FitPrompt>& prompts, const FitSettings& settings) {
   FitSettings undilated = settings;
   undilated.dilate = 0;
   std::vector<double> recalls;
@@ -227,7 +241,7 @@ double OracleRecall(const std::vector<FitPrompt>& prompts, const FitSettings& se
     const std::vector<float> need(prompt.need.begin(), prompt.need.end());
     recalls.push_back(Recall(prompt, need, undilated));
   }
-  return MeanOverTasks(records, recalls, nullptr);
+  return MixtureMean(MixtureShares(prompts, Everyone(prompts.size())), recalls);
 }
 
 OrderedJson TrialJson(const Trial& trial) {
@@ -298,20 +312,34 @@ OrderedJson Evaluate(const std::vector<ObservationRecord>& records, const Fitted
     uniform.candidates.push_back(static_cast<int64_t>(c));
     uniform.weights.push_back(1.0);
   }
-  const auto worst =
-      std::min_element(fitted.trial.task_recall.begin(), fitted.trial.task_recall.end(),
-                       [](const auto& a, const auto& b) { return a.second < b.second; });
-  return {{"objective", "recall of needed mass"},
+  OrderedJson by_task = OrderedJson::object();
+  OrderedJson by_length = OrderedJson::object();
+  OrderedJson worst;
+  OrderedJson worst_length;
+  for (const auto& [task, lengths] : fitted.trial.recall_by_task) {
+    const double recall = MeanOf(lengths);
+    by_task[task] = recall;
+    if (worst.is_null() || recall < worst["recall"]) worst = {{"task", task}, {"recall", recall}};
+    for (const auto& [length, one] : lengths) {
+      by_length[task][absl::StrCat(length)] = one;
+      if (worst_length.is_null() || one < worst_length["recall"]) {
+        worst_length = {{"task", task}, {"length", length}, {"recall", one}};
+      }
+    }
+  }
+  return {{"objective", "recall of needed mass, tasks alike, lengths of a task alike"},
           {"held_out_recall", fitted.trial.chosen_recall()},
-          {"held_out_recall_by_task", fitted.trial.task_recall},
-          {"worst_task", worst->first},
-          {"worst_task_recall", worst->second},
+          {"held_out_recall_by_task", by_task},
+          {"held_out_recall_by_task_and_length", by_length},
+          {"worst_task", worst["task"]},
+          {"worst_task_recall", worst["recall"]},
+          {"worst_task_and_length", worst_length},
           {"fitted_recall", MeanRecall(fitted.prompts, all, fitted.choice, fitted.settings)},
           {"uniform_recall", MeanRecall(fitted.prompts, all, uniform, fitted.settings)},
           {"shuffled_recall",
            ShuffledRecall(fitted.prompts, fitted.choice,
                           static_cast<int64_t>(records[0].candidates.size()), fitted.settings)},
-          {"oracle_recall", OracleRecall(fitted.prompts, fitted.settings, records)}};
+          {"oracle_recall", OracleRecall(fitted.prompts, fitted.settings)}};
 }
 
 }  // namespace
@@ -349,9 +377,13 @@ absl::StatusOr<CompiledObservationHeads> CompileObservationHeads(
 
   const OrderedJson evaluation = Evaluate(records, fitted);
   std::map<std::string, int64_t> prompts_per_task;
+  OrderedJson prompts_per_length = OrderedJson::object();
   std::vector<std::string> digests;
   for (const ObservationRecord& record : records) {
     ++prompts_per_task[record.task];
+    OrderedJson& of_length =
+        prompts_per_length[record.task][absl::StrCat(LengthClass(record.seq_len))];
+    of_length = of_length.is_null() ? 1 : of_length.get<int64_t>() + 1;
     digests.push_back(record.digest);
   }
   std::sort(digests.begin(), digests.end());
@@ -362,6 +394,7 @@ absl::StatusOr<CompiledObservationHeads> CompileObservationHeads(
   const OrderedJson provenance = {
       {"source", "offline-calibration"},
       {"prompts_per_task", prompts_per_task},
+      {"prompts_per_task_and_length", prompts_per_length},
       {"record_digests", digests},
       {"tool_version", options.tool_version},
       {"created", absl::FormatTime("%Y-%m-%dT%H:%M:%SZ", options.created, absl::UTCTimeZone())}};

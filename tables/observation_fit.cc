@@ -6,6 +6,7 @@
 #include <cmath>
 #include <functional>
 #include <map>
+#include <numbers>
 #include <string>
 #include <utility>
 
@@ -97,18 +98,10 @@ std::vector<float> ScoresOf(const FitPrompt& prompt, const Choice& choice) {
   return scores;
 }
 
-// Mean over tasks of the mean over their prompts.
-double TaskMean(absl::Span<const FitPrompt> prompts, absl::Span<const int64_t> which,
-                absl::Span<const double> values) {
-  std::map<std::string, std::pair<double, double>> tasks;
-  for (size_t i = 0; i < which.size(); ++i) {
-    std::pair<double, double>& task = tasks[prompts[which[i]].task];
-    task.first += values[i];
-    task.second += 1.0;
-  }
+double Mixture(absl::Span<const double> shares, absl::Span<const double> values) {
   double sum = 0.0;
-  for (const auto& [name, task] : tasks) sum += task.first / task.second;
-  return sum / static_cast<double>(tasks.size());
+  for (size_t i = 0; i < values.size(); ++i) sum += shares[i] * values[i];
+  return sum;
 }
 
 void ScaleToOne(std::vector<double>& weights) {
@@ -117,19 +110,18 @@ void ScaleToOne(std::vector<double>& weights) {
 }
 
 // Least squares of the needed mass, scaled to a maximum of 1, on the chosen columns outside
-// protected positions: weights >= 0 by coordinate descent in a fixed order. Every task counts
-// alike.
+// protected positions: weights >= 0 by coordinate descent in a fixed order. Prompts count by their
+// MixtureShares.
 std::vector<double> RefitWeights(absl::Span<const FitPrompt> prompts,
                                  absl::Span<const int64_t> which,
                                  const std::vector<int64_t>& candidates) {
   const size_t count = candidates.size();
   std::vector<double> gram(count * count, 0.0);
   std::vector<double> target(count, 0.0);
-  std::map<std::string, double> prompts_of_task;
-  for (const int64_t p : which) prompts_of_task[prompts[p].task] += 1.0;
-  for (const int64_t p : which) {
-    const FitPrompt& prompt = prompts[p];
-    const double share = 1.0 / (prompts_of_task[prompt.task] * static_cast<double>(prompt.seq_len));
+  const std::vector<double> shares = MixtureShares(prompts, which);
+  for (size_t w = 0; w < which.size(); ++w) {
+    const FitPrompt& prompt = prompts[which[w]];
+    const double share = shares[w] / static_cast<double>(prompt.seq_len);
     const double largest = *std::max_element(prompt.need.begin(), prompt.need.end());
     for (size_t i = 0; i < count; ++i) {
       const float* a = prompt.columns.data() + candidates[i] * prompt.seq_len;
@@ -172,6 +164,7 @@ std::vector<double> TryCandidates(absl::Span<const FitPrompt> prompts,
   const auto num_candidates = static_cast<int64_t>(first.columns.size()) / first.seq_len;
   std::vector<std::vector<float>> base;
   for (const int64_t p : which) base.push_back(ScoresOf(prompts[p], chosen));
+  const std::vector<double> shares = MixtureShares(prompts, which);
   std::vector<double> objective(num_candidates, -1.0);
   std::atomic<int64_t> next = 0;
   RunOnThreads(ThreadCount(settings.num_threads), [&](int) {
@@ -184,13 +177,35 @@ std::vector<double> TryCandidates(absl::Span<const FitPrompt> prompts,
         AddColumn(prompts[which[i]], c, weight, scores);
         recalls.push_back(Recall(prompts[which[i]], scores, settings));
       }
-      objective[c] = TaskMean(prompts, which, recalls);
+      objective[c] = Mixture(shares, recalls);
     }
   });
   return objective;
 }
 
 }  // namespace
+
+int64_t LengthClass(int64_t seq_len) {
+  int64_t length = 1;
+  // The middle of 2^k and 2^(k+1) in the logarithm is 2^k times the root of 2.
+  while (static_cast<double>(seq_len) / static_cast<double>(length) >= std::numbers::sqrt2) {
+    length *= 2;
+  }
+  return length;
+}
+
+std::vector<double> MixtureShares(absl::Span<const FitPrompt> prompts,
+                                  absl::Span<const int64_t> which) {
+  std::map<std::string, std::map<int64_t, double>> tasks;
+  for (const int64_t p : which) tasks[prompts[p].task][LengthClass(prompts[p].seq_len)] += 1.0;
+  std::vector<double> shares;
+  for (const int64_t p : which) {
+    const std::map<int64_t, double>& lengths = tasks.at(prompts[p].task);
+    shares.push_back(1.0 / (static_cast<double>(tasks.size() * lengths.size()) *
+                            lengths.at(LengthClass(prompts[p].seq_len))));
+  }
+  return shares;
+}
 
 FitPrompt PreparePrompt(const ObservationRecord& record, int64_t pool_kernel,
                         ObservationNormalization normalization) {
@@ -261,7 +276,7 @@ double MeanRecall(absl::Span<const FitPrompt> prompts, absl::Span<const int64_t>
                   const Choice& choice, const FitSettings& settings) {
   std::vector<double> recalls;
   for (const int64_t p : which) recalls.push_back(Recall(prompts[p], choice, settings));
-  return TaskMean(prompts, which, recalls);
+  return Mixture(MixtureShares(prompts, which), recalls);
 }
 
 std::vector<Choice> GreedyPath(absl::Span<const FitPrompt> prompts, absl::Span<const int64_t> which,

@@ -2,8 +2,8 @@
 // deterministic. Private to tables/; observation_compiler.h is the way in.
 //
 // The objective of a choice is recall: the share of the needed mass of a prompt that lies on the
-// positions kept at a budget, protected ones aside. Prompts are averaged within their task, then
-// tasks.
+// positions kept at a budget, protected ones aside. Tasks count alike whatever the number of their
+// prompts, and so do the lengths of a task.
 #ifndef KEEPSET_TABLES_OBSERVATION_FIT_H_
 #define KEEPSET_TABLES_OBSERVATION_FIT_H_
 
@@ -31,6 +31,15 @@ struct FitPrompt {
 FitPrompt PreparePrompt(const ObservationRecord& record, int64_t pool_kernel,
                         ObservationNormalization normalization);
 
+// The power of two nearest to seq_len (at least 1), in the logarithm: prompts of the same class
+// count as equally long.
+int64_t LengthClass(int64_t seq_len);
+
+// What each prompt of `which` counts in the objective, [which]: every task the same, every length
+// class of a task the same, every prompt of a class the same; the sum is 1.
+std::vector<double> MixtureShares(absl::Span<const FitPrompt> prompts,
+                                  absl::Span<const int64_t> which);
+
 struct FitSettings {
   std::vector<int64_t> budgets;  // recall is averaged over them
   int64_t dilate = 0;
@@ -48,7 +57,7 @@ struct Choice {
 double Recall(const FitPrompt& prompt, absl::Span<const float> scores, const FitSettings& settings);
 // Of one prompt under a choice.
 double Recall(const FitPrompt& prompt, const Choice& choice, const FitSettings& settings);
-// Mean over tasks of the mean over their prompts. `which` lists prompts.
+// Of prompts `which`, by their MixtureShares.
 double MeanRecall(absl::Span<const FitPrompt> prompts, absl::Span<const int64_t> which,
                   const Choice& choice, const FitSettings& settings);
 

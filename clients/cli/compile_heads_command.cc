@@ -53,12 +53,15 @@ std::string ReportText(const Json& report) {
     absl::StrAppendFormat(&text, "  layer %d head %d %s  %.3f\n", one.value("layer", 0),
                           one.value("head", 0), one.value("rows", ""), one.value("weight", 0.0));
   }
+  const Json& worst = report["worst_task_and_length"];
   absl::StrAppendFormat(
       &text,
-      "recall of needed mass: held out %.3f, worst task %s %.3f; every candidate alike %.3f, "
-      "shuffled %.3f, best possible %.3f\n",
+      "recall of needed mass: held out %.3f, worst task %s %.3f (worst of its lengths and all: %s "
+      "at "
+      "%d tokens %.3f); every candidate alike %.3f, shuffled %.3f, best possible %.3f\n",
       report.value("held_out_recall", 0.0), report.value("worst_task", ""),
-      report.value("worst_task_recall", 0.0), report.value("uniform_recall", 0.0),
+      report.value("worst_task_recall", 0.0), worst.value("task", ""), worst.value("length", 0),
+      worst.value("recall", 0.0), report.value("uniform_recall", 0.0),
       report.value("shuffled_recall", 0.0), report.value("oracle_recall", 0.0));
   return text;
 }

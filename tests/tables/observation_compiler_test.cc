@@ -33,15 +33,17 @@ struct Sample {
   std::vector<int32_t> heads;
   std::vector<int32_t> rows;
   std::vector<float> scores;
-  std::vector<float> need = std::vector<float>(kSeqLen, 0.0f);
+  int64_t seq_len;
+  std::vector<float> need;
 
-  Sample(const std::string& task, int seed) {
+  Sample(const std::string& task, int seed, int64_t tokens = kSeqLen)
+      : seq_len(tokens), need(tokens, 0.0f) {
     document = {{"format", "keepset.observations"},
                 {"format_version", 1},
                 {"model", nlohmann::json::parse(ModelFingerprintJson(SmallModel()))},
-                {"prompt_id", absl::StrCat(task, "-", seed)},
+                {"prompt_id", absl::StrCat(task, "-", tokens, "-", seed)},
                 {"task", task},
-                {"seq_len", kSeqLen},
+                {"seq_len", tokens},
                 {"protected", {{0, 4}}}};
     std::mt19937_64 random(seed * 7 + static_cast<int>(task[0]));
     const auto draw = [&] { return static_cast<float>(random() % 1000) / 1000.0f; };
@@ -50,13 +52,13 @@ struct Sample {
       heads.push_back(is_key ? 1 : static_cast<int32_t>(c / 4));
       heads.push_back(is_key ? 0 : static_cast<int32_t>(c % 4));
       rows.push_back(is_key ? 5 : 0);
-      for (int64_t t = 0; t < kSeqLen; ++t) scores.push_back(0.5f * draw());
+      for (int64_t t = 0; t < tokens; ++t) scores.push_back(0.5f * draw());
     }
     const int64_t sees = task == "a" ? 5 : 2;
     for (int i = 0; i < 6; ++i) {
-      const int64_t t = 10 + static_cast<int64_t>(random() % 180);
+      const int64_t t = 10 + static_cast<int64_t>(random() % (tokens - 20));
       need[t] = 1.0f + draw();
-      scores[sees * kSeqLen + t] = 5.0f * need[t];
+      scores[sees * tokens + t] = 5.0f * need[t];
     }
     need[0] = 100.0f;  // protected: neither wanted nor counted
   }
@@ -70,8 +72,8 @@ struct Sample {
     return *SerializeSafetensors({{"keepset", document.dump()}},
                                  {{"heads", TensorDType::kI32, {count, 2}, view(heads)},
                                   {"rows", TensorDType::kI32, {count}, view(rows)},
-                                  {"scores", TensorDType::kF32, {count, kSeqLen}, view(scores)},
-                                  {"need", TensorDType::kF32, {kSeqLen}, view(need)}});
+                                  {"scores", TensorDType::kF32, {count, seq_len}, view(scores)},
+                                  {"need", TensorDType::kF32, {seq_len}, view(need)}});
   }
 };
 
@@ -133,6 +135,48 @@ TEST_F(ObservationCompiler, ReportsControlsAndTheWorstTask) {
   EXPECT_EQ(report["records"], 12);
 }
 
+TEST_F(ObservationCompiler, ReportsEveryTaskAtEveryLength) {
+  for (int seed = 0; seed < 2; ++seed) Add(Sample("a", seed, 500));
+  const auto compiled = Compile();
+  ASSERT_TRUE(compiled.ok()) << compiled.status();
+  const auto report = nlohmann::json::parse(compiled->report_json);
+  const auto& recall = report["held_out_recall_by_task_and_length"];
+  EXPECT_EQ(recall["a"].size(), 2u);
+  EXPECT_EQ(recall["b"].size(), 1u);
+  const double of_a = (recall["a"]["256"].get<double>() + recall["a"]["512"].get<double>()) / 2.0;
+  EXPECT_NEAR(report["held_out_recall_by_task"]["a"], of_a, 1e-12);
+  const double of_b = recall["b"]["256"];
+  EXPECT_NEAR(report["held_out_recall"], (of_a + of_b) / 2.0, 1e-12);
+  const double worst =
+      std::min({recall["a"]["256"].get<double>(), recall["a"]["512"].get<double>(), of_b});
+  EXPECT_EQ(report["worst_task_and_length"]["recall"], worst);
+  const auto provenance = nlohmann::json::parse(compiled->content.provenance_json);
+  EXPECT_EQ(provenance["prompts_per_task_and_length"]["a"]["512"], 2);
+}
+
+TEST_F(ObservationCompiler, ALengthCountsWhateverTheNumberOfItsPrompts) {
+  // At 500 tokens the need of task "a" is what candidate 2 sees; with one head, it is outnumbered
+  // by prompts at 200 tokens and still decides, because those see it less clearly.
+  paths_.clear();
+  for (int seed = 0; seed < 12; ++seed) {
+    Sample sample("a", seed);
+    for (int64_t t = 0; t < kSeqLen; ++t) {
+      if (sample.need[t] > 0.0f && t % 2 == 0) sample.scores[5 * kSeqLen + t] = 0.0f;
+    }
+    Add(sample);
+  }
+  for (int seed = 0; seed < 2; ++seed) {
+    Sample sample("b", seed, 500);
+    sample.document["task"] = "a";
+    Add(sample);
+  }
+  options_.num_heads = 1;
+  const auto compiled = Compile();
+  ASSERT_TRUE(compiled.ok()) << compiled.status();
+  EXPECT_EQ(compiled->content.observations[0].layer, 0);
+  EXPECT_EQ(compiled->content.observations[0].head, 2);
+}
+
 TEST_F(ObservationCompiler, NeitherOrderNorThreadsChangeABit) {
   options_.num_threads = 1;
   const std::string want = *SerializeTable(Compile()->content);
@@ -178,7 +222,7 @@ TEST_F(ObservationCompiler, OneRecordIsNotEnough) {
 }
 
 TEST_F(ObservationCompiler, ThePromptOfARecordIsItsOwn) {
-  ExpectRefused(Sample("a", 0), "prompt a-0 of task a is recorded twice");
+  ExpectRefused(Sample("a", 0), "prompt a-200-0 of task a is recorded twice");
 }
 
 TEST_F(ObservationCompiler, RecordsOfTwoModelsAreRefused) {
@@ -254,6 +298,26 @@ TEST(ObservationRecord, DamageIsRefused) {
   refused([](Sample& s) { s.heads[3] = 0; }, "each candidate once");
   refused([](Sample& s) { s.need[9] = -1.0f; }, "tensor need");
   refused([](Sample& s) { s.scores[9] = -1.0f; }, "attention of at least 0");
+}
+
+TEST(ObservationMixture, LengthsAreClassesOfTwiceTheTokens) {
+  EXPECT_EQ(LengthClass(1), 1);
+  EXPECT_EQ(LengthClass(724), 512);
+  EXPECT_EQ(LengthClass(725), 1024);
+  EXPECT_EQ(LengthClass(1030), 1024);
+  EXPECT_EQ(LengthClass(1448), 1024);
+  EXPECT_EQ(LengthClass(1449), 2048);
+}
+
+TEST(ObservationMixture, TasksThenLengthsThenPromptsShareAlike) {
+  std::vector<FitPrompt> prompts(5);
+  const std::vector<std::pair<std::string, int64_t>> made = {
+      {"a", 1000}, {"a", 1030}, {"a", 2000}, {"b", 4000}, {"c", 1}};
+  for (size_t p = 0; p < made.size(); ++p) {
+    prompts[p].task = made[p].first;
+    prompts[p].seq_len = made[p].second;
+  }
+  EXPECT_THAT(MixtureShares(prompts, {0, 1, 2, 3}), ElementsAre(0.125, 0.125, 0.25, 0.5));
 }
 
 TEST(ObservationRecall, CountsNeedOnKeptPositionsOutsideProtectedOnes) {
