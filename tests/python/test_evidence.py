@@ -55,6 +55,13 @@ def test_report_says_what_was_measured(quick):
                                                        "gate only"}
 
 
+def test_report_says_what_the_run_took(quick):
+    _, out, _ = quick
+    run = json.loads((out / "evidence.json").read_text())["run"]
+    assert run["wall_seconds"] > 0 and run["cpu_seconds"] > 0 and not run["resumed"]
+    assert "One run, from scratch: " in (out / "evidence.md").read_text()
+
+
 def test_report_tells_gates_cells_and_the_halves_of_a_table(quick):
     _, out, _ = quick
     (case,) = json.loads((out / "evidence.json").read_text())["constructed"]

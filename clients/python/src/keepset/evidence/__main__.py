@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import pathlib
 import platform
 import sys
@@ -36,7 +37,8 @@ def main() -> int:
 
 def run(build: Build, out: pathlib.Path, work: pathlib.Path, *, quick: bool,
         with_plots: bool = False) -> int:
-    started = time.monotonic()
+    started, cpu_before = time.monotonic(), _cpu_seconds()
+    resumed = work.is_dir() and any(work.iterdir())
     if with_plots:
         # An optional extra: missing, it is missed before the work and not after it.
         from keepset.evidence import plots
@@ -60,6 +62,9 @@ def run(build: Build, out: pathlib.Path, work: pathlib.Path, *, quick: bool,
     if not quick:
         found["small_model"] = small_model_part.run(build, work / "small-model",
                                                     small_model_part.Settings(), say)
+    found["run"] = {"wall_seconds": round(time.monotonic() - started, 1),
+                    "cpu_seconds": round(_cpu_seconds() - cpu_before, 1),
+                    "cores": len(os.sched_getaffinity(0)), "resumed": resumed}
     out.mkdir(parents=True, exist_ok=True)
     found["plots"] = plots.draw(found, out) if with_plots else []
     (out / "evidence.json").write_text(json.dumps(found, separators=(",", ":")) + "\n")
@@ -70,6 +75,12 @@ def run(build: Build, out: pathlib.Path, work: pathlib.Path, *, quick: bool,
     for title in unexpected:
         say(f"not as expected: {title}")
     return 1 if unexpected else 0
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of the servers and tools it has waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 if __name__ == "__main__":

@@ -17,11 +17,19 @@ def markdown(report: dict) -> str:
         f"keepsetd {report['versions']['keepset']}, backend {report['versions']['backend']}, numpy "
         f"{report['versions']['numpy']}. Raw predictions, seeds and digests: `evidence.json`.",
         "",
+        _cost(report["run"]),
+        "",
     ]
     lines += _constructed(report["constructed"], report.get("plots", []))
     if "small_model" in report:
         lines += small_model_report.lines(report["small_model"], report.get("plots", []))
     return "\n".join(lines).rstrip("\n") + "\n"
+
+
+def _cost(run: dict) -> str:
+    return (f"One run, {'resumed' if run['resumed'] else 'from scratch'}: {run['wall_seconds'] / 60:.1f} "
+            f"minutes, in which it had {run['cpu_seconds'] / 60:.1f} minutes of processor time on "
+            f"{run['cores']} cores.")
 
 
 def _constructed(cases: list[dict], plots: list[str]) -> Iterator[str]:

@@ -9,11 +9,13 @@ from keepset.evidence.transfer_report import transfer_lines
 
 _REASONS = {
     "ceiling": "the uniform table with an open gate already loses less than 0.1 nats against the full "
-               "cache: nothing is left to gain",
-    "no signal": "no table, chosen in hindsight and far beyond the grid, gains a tenth of what is lost: head "
-                 "weights cannot bring what is missing",
-    "grid": "tables beyond the grid 0.8..1.5 would gain, tables on it cannot",
-    "not learned": "tables on the grid would gain, and the compiled one takes less than half of that",
+               "cache",
+    "no signal": "no table that was tried, chosen in hindsight and far beyond the grid, gains a tenth of what is "
+                 "lost",
+    "grid": "a table beyond the grid 0.8..1.5 gains a tenth of what is lost or more, none that was tried on it "
+            "does",
+    "not learned": "a table on the grid gains a tenth of what is lost or more, and the compiled one takes less "
+                   "than half of that gain",
     "learned": "the compiled table takes at least half of what the best table on the grid gains",
 }
 
@@ -75,9 +77,9 @@ def _verdict(part: dict) -> Iterator[str]:
     yield "### Do compiled tables help here?"
     yield ""
     yield ("Exact answers, same prompts. Better or worse: the interval of the difference lies above or "
-           "below zero. A table that beats the uniform one and not its own shuffled numbers gains by "
-           "their size (larger weights let more positions pass the gate), not by what was learned about "
-           "the heads.")
+           "below zero. A table that beats the uniform one and not its own shuffled numbers is not "
+           "shown to gain by what was learned about the heads: larger weights let more positions pass the "
+           "gate wherever they stand.")
     yield ""
     yield ("| variant | column | budget | uniform | compiled | against uniform | against shuffled | kept, "
            "uniform to compiled | common |")
@@ -159,17 +161,21 @@ def _sentences(part: dict) -> Iterator[str]:
     budget = part["settings"]["budgets"][len(part["settings"]["budgets"]) // 2]
     plain, pooled = (by_key[name, "inside", budget] for name in ("global", "global pool3"))
     if pooled["uniform"] < 0.5 * plain["uniform"]:
-        yield (f"Question inside: an answer is two words, and attention points at the first. Averaging "
-               f"scores over 3 positions alone, with a uniform table, takes the loss at budget {budget} "
-               f"from {plain['uniform']:.2f} to {pooled['uniform']:.2f} nats; head weights multiply whole "
-               "heads and cannot carry a score to the next position. That, not the table, separates "
-               "compilerkv from snapkv here.")
+        exact = {row["method"]: row["exact"] for row in part["rows"]
+                 if row["column"] == "inside" and row["budget"] == budget}
+        plain_exact, pooled_exact = (exact[f"compilerkv {name} uniform"]
+                                     for name in ("global", "global pool3"))
+        yield (f"Question inside: averaging scores over 3 positions alone, with a uniform table, takes the "
+               f"loss at budget {budget} from {plain['uniform']:.2f} to {pooled['uniform']:.2f} nats and "
+               f"exact answers from {plain_exact:.2f} to {pooled_exact:.2f}; snapkv, which pools as well, "
+               f"has {exact['snapkv']:.2f}. An answer is two words side by side; head weights multiply whole "
+               "heads and cannot carry a score from one position to the next.")
         yield ""
     later = [row for (_, column, _), row in by_key.items() if column == "later"]
     beyond = max((row["uniform_open"] - row["best_beyond_grid"]) / (row["uniform_open"] - row["full"])
                  for row in later)
-    yield ("Question later: the observed rows are text that asks nothing, so their attention holds no trace "
-           f"of which fact will be asked; the best table beyond the grid gains at most "
+    yield ("Question later: the observed rows are text that asks nothing, drawn without regard to "
+           f"which fact will be asked; the best table that was found beyond the grid gains at most "
            f"{100 * beyond:.0f} % of what is lost in any row.")
     yield ""
     gated = max((row for rows in part["headroom"].values() for row in rows),
@@ -185,13 +191,15 @@ def _sentences(part: dict) -> Iterator[str]:
     turned = max((row for rows in part["headroom"].values() for row in rows),
                  key=lambda row: row["uniform_open"] - row["best_on_grid"])
     name = next(variant for variant, rows in part["headroom"].items() if turned in rows)
+    ranks = part["transfer"]["rank_correlation"]["mean"]
     yield (f"Most to gain on the grid: variant {name}, {turned['column']}, budget {turned['budget']}, "
            f"{turned['uniform_open']:.2f} to {turned['best_on_grid']:.2f} nats; the compiled table reaches "
            f"{turned['compiled']:.2f}. Actions are logged equally often, so the fit takes the action of the "
-           "best mean reward; how well rewards from other prompts would rank the same actions is measured "
-           "under Transfer: Spearman "
-           f"{part['transfer']['rank_correlation']['mean'] or 0:.2f} on average. Where that is low, the "
-           "limit is the noise of so few prompts, not the fit.")
+           "best mean reward. How far such a ranking of actions carries over to other prompts is measured "
+           f"under Transfer, for variant {part['transfer']['variant']} and "
+           f"{part['transfer']['calibration_prompts'][0]} prompts a side: Spearman "
+           f"{'not defined' if ranks is None else format(ranks, '.2f')} on average. Whether more prompts "
+           "would change the tables is measured only as far as the next table goes.")
     yield ""
 
 
