@@ -1,0 +1,202 @@
+#include "engine/keep_set_builder.h"
+
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+#include "base/check.h"
+#include "base/status_macros.h"
+#include "engine/protection.h"
+
+namespace keepset::engine {
+
+KeepSetBuilder::KeepSetBuilder(const OperationPlan& plan, kernels::ComputeBackend& backend,
+                               const Clock& clock)
+    : plan_(plan),
+      backend_(backend),
+      clock_(clock),
+      context_{plan.spec,          backend,  *plan.op_context,     plan.scope, plan.budget_tokens,
+               plan.row_positions, plan.ppl, plan.protected_ranges} {}
+
+absl::Status KeepSetBuilder::Begin() {
+  KEEPSET_RETURN_IF_ERROR(policy().Begin(context_));
+  Cutter::Settings settings;
+  settings.scope = plan_.scope;
+  settings.options = plan_.cut_options;
+  settings.score_kind = policy().score_kind();
+  settings.seq_len = seq_len();
+  settings.num_layers = num_layers();
+  settings.num_kv_heads = plan_.spec.model.num_kv_heads;
+  settings.limit = std::min(plan_.budget_tokens, seq_len());
+  settings.min_kept = policy().min_kept();
+  settings.protected_ranges = plan_.protected_ranges;
+  settings.forced_ranges = JoinRanges(policy().ForcedRanges(context_));
+  cutter_.emplace(std::move(settings), backend_, *plan_.op_context);
+  layer_results_.resize(num_layers());
+  layer_scores_.resize(is_shared() ? policy().num_layer_groups() : num_layers());
+  return absl::OkStatus();
+}
+
+absl::Status KeepSetBuilder::Score(int64_t layer, const LayerObservation& observation) {
+  const absl::Duration start = clock_.Monotonic();
+  if (is_shared()) {
+    KEEPSET_RETURN_IF_ERROR(ScoreShared(layer, observation));
+    times_.score += clock_.Monotonic() - start;
+    return absl::OkStatus();
+  }
+  // Scores that are cut or merged at once pass through one buffer.
+  const bool keep_scores =
+      policy().locality() == Locality::kGlobal || (!cutter_->CutsLayersApart() && !is_sequence());
+  std::unique_ptr<kernels::ScoreBuffer> fresh = keep_scores ? nullptr : std::move(spare_scores_);
+  if (fresh == nullptr) {
+    KEEPSET_ASSIGN_OR_RETURN(fresh, backend_.NewBuffer(policy().score_rows(context_), seq_len()));
+  }
+  KEEPSET_RETURN_IF_ERROR(policy().Score(context_, layer, observation, *fresh));
+  // The views end with this call, and a refused layer must not leave traces below.
+  KEEPSET_RETURN_IF_ERROR(backend_.Wait(*plan_.op_context));
+  if (keep_scores) {
+    layer_scores_[layer] = std::move(fresh);
+  } else {
+    KEEPSET_RETURN_IF_ERROR(CutOrMerge(layer, *fresh));
+    spare_scores_ = std::move(fresh);
+  }
+  times_.score += clock_.Monotonic() - start;
+  return absl::OkStatus();
+}
+
+absl::Status KeepSetBuilder::ScoreShared(int64_t layer, const LayerObservation& observation) {
+  std::unique_ptr<kernels::ScoreBuffer>& scores = layer_scores_[policy().LayerGroup(layer)];
+  if (scores == nullptr) {
+    KEEPSET_ASSIGN_OR_RETURN(scores, backend_.NewBuffer(1, seq_len()));
+  }
+  return policy().Score(context_, layer, observation, *scores);
+}
+
+// One layer whose scores are final: into the scores of the sequence, or to its keep set.
+absl::Status KeepSetBuilder::CutOrMerge(int64_t layer, kernels::ScoreBuffer& scores) {
+  KEEPSET_ASSIGN_OR_RETURN(kernels::ScoreBuffer* const merged,
+                           cutter_->MergeHeads(scores, merged_scores_));
+  if (is_sequence()) return cutter_->MergeLayer(*merged, sequence_scores_);
+  const absl::Duration start = clock_.Monotonic();
+  KEEPSET_ASSIGN_OR_RETURN(LayerResult result,
+                           cutter_->CutLayer(*merged, policy().Verdict(layer).tau));
+  Annotate(layer, result);
+  layer_results_[layer] = std::move(result);
+  const absl::Duration elapsed = clock_.Monotonic() - start;
+  times_.select += elapsed;
+  times_.score -= elapsed;
+  return absl::OkStatus();
+}
+
+absl::Status KeepSetBuilder::Finish() {
+  if (is_shared()) return CutShared();
+  const absl::Duration start = clock_.Monotonic();
+  if (policy().locality() == Locality::kGlobal) {
+    std::vector<kernels::ScoreBuffer*> scores;
+    for (const auto& buffer : layer_scores_) scores.push_back(buffer.get());
+    KEEPSET_RETURN_IF_ERROR(policy().FinishScores(context_, scores));
+    KEEPSET_RETURN_IF_ERROR(backend_.Wait(*plan_.op_context));
+    times_.score += clock_.Monotonic() - start;
+    if (cutter_->CutsLayersApart() || is_sequence()) {
+      const absl::Duration before_cut = clock_.Monotonic();
+      for (int64_t layer = 0; layer < num_layers(); ++layer) {
+        KEEPSET_RETURN_IF_ERROR(CutOrMerge(layer, *layer_scores_[layer]));
+        layer_scores_[layer].reset();
+      }
+      if (is_sequence()) times_.select += clock_.Monotonic() - before_cut;
+    }
+  }
+  if (is_sequence()) return CutSequence();
+  if (!cutter_->CutsLayersApart()) return CutEqual();
+  return absl::OkStatus();
+}
+
+// Every group of layers is cut once; in scope sequence their scores are merged first, each as
+// often as it has layers.
+absl::Status KeepSetBuilder::CutShared() {
+  const absl::Duration start = clock_.Monotonic();
+  std::vector<kernels::ScoreBuffer*> scores;
+  for (const auto& buffer : layer_scores_) scores.push_back(buffer.get());
+  KEEPSET_RETURN_IF_ERROR(policy().FinishScores(context_, scores));
+  KEEPSET_RETURN_IF_ERROR(backend_.Wait(*plan_.op_context));
+  cutter_->set_limit(policy().ChosenLimit(std::min(plan_.budget_tokens, seq_len())));
+  const absl::Duration before_cut = clock_.Monotonic();
+  times_.score += before_cut - start;
+  if (is_sequence() && scores.size() > 1) {
+    for (int64_t layer = 0; layer < num_layers(); ++layer) {
+      KEEPSET_RETURN_IF_ERROR(
+          cutter_->MergeLayer(*scores[policy().LayerGroup(layer)], sequence_scores_));
+    }
+    return CutSequence();
+  }
+  std::vector<LayerResult> results;
+  for (kernels::ScoreBuffer* const group : scores) {
+    KEEPSET_ASSIGN_OR_RETURN(LayerResult result,
+                             cutter_->CutLayer(*group, -std::numeric_limits<float>::infinity()));
+    results.push_back(std::move(result));
+  }
+  for (int64_t layer = 0; layer < num_layers(); ++layer) {
+    layer_results_[layer] = results[policy().LayerGroup(layer)];
+  }
+  times_.select += clock_.Monotonic() - before_cut;
+  return absl::OkStatus();
+}
+
+absl::Status KeepSetBuilder::CutSequence() {
+  const absl::Duration start = clock_.Monotonic();
+  double tau_sum = 0.0;
+  for (int64_t layer = 0; layer < num_layers(); ++layer) tau_sum += policy().Verdict(layer).tau;
+  const float tau = static_cast<float>(tau_sum / static_cast<double>(num_layers()));
+  KEEPSET_ASSIGN_OR_RETURN(const LayerResult result, cutter_->CutLayer(*sequence_scores_, tau));
+  for (int64_t layer = 0; layer < num_layers(); ++layer) {
+    layer_results_[layer] = result;
+    Annotate(layer, *layer_results_[layer]);
+  }
+  times_.select += clock_.Monotonic() - start;
+  return absl::OkStatus();
+}
+
+absl::Status KeepSetBuilder::CutEqual() {
+  const absl::Duration start = clock_.Monotonic();
+  std::vector<kernels::ScoreBuffer*> scores;
+  std::vector<float> taus;
+  std::vector<std::unique_ptr<kernels::ScoreBuffer>> merged(num_layers());
+  for (int64_t layer = 0; layer < num_layers(); ++layer) {
+    KEEPSET_ASSIGN_OR_RETURN(kernels::ScoreBuffer* const buffer,
+                             cutter_->MergeHeads(*layer_scores_[layer], merged[layer]));
+    scores.push_back(buffer);
+    taus.push_back(policy().Verdict(layer).tau);
+  }
+  KEEPSET_ASSIGN_OR_RETURN(std::vector<LayerResult> results, cutter_->CutEqual(scores, taus));
+  for (int64_t layer = 0; layer < num_layers(); ++layer) {
+    Annotate(layer, results[layer]);
+    layer_results_[layer] = std::move(results[layer]);
+  }
+  times_.select += clock_.Monotonic() - start;
+  return absl::OkStatus();
+}
+
+void KeepSetBuilder::Annotate(int64_t layer, LayerResult& result) const {
+  const LayerVerdict verdict = policy().Verdict(layer);
+  result.entropy = verdict.entropy;
+  result.entropy_bin = verdict.entropy_bin;
+}
+
+std::vector<LayerResult> KeepSetBuilder::TakeLayerResults() {
+  std::vector<LayerResult> results;
+  for (std::optional<LayerResult>& layer : layer_results_) {
+    KEEPSET_CHECK(layer.has_value());
+    results.push_back(*std::move(layer));
+  }
+  return results;
+}
+
+void KeepSetBuilder::Clear() {
+  layer_results_.clear();
+  layer_scores_.clear();
+  spare_scores_.reset();
+  merged_scores_.reset();
+  sequence_scores_.reset();
+}
+
+}  // namespace keepset::engine

@@ -1,0 +1,81 @@
+// From observations to keep sets: has the policy score, holds scores no longer than they are
+// needed, and cuts each layer as soon as its scores are final.
+#ifndef KEEPSET_ENGINE_KEEP_SET_BUILDER_H_
+#define KEEPSET_ENGINE_KEEP_SET_BUILDER_H_
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "base/clock.h"
+#include "engine/cut.h"
+#include "engine/operation_plan.h"
+#include "engine/operation_types.h"
+#include "engine/policies/retention_policy.h"
+#include "kernels/compute_backend.h"
+
+namespace keepset::engine {
+
+// Belongs to one operation, used by one thread. Borrows all it is made from.
+class KeepSetBuilder {
+ public:
+  KeepSetBuilder(const OperationPlan& plan, kernels::ComputeBackend& backend, const Clock& clock);
+  KeepSetBuilder(const KeepSetBuilder&) = delete;
+  KeepSetBuilder& operator=(const KeepSetBuilder&) = delete;
+
+  // Begins the policy. Once, before everything else.
+  absl::Status Begin();
+
+  // Layers come in ascending order. A refused layer leaves the builder as it was.
+  absl::Status Score(int64_t layer, const LayerObservation& observation);
+
+  // Completes what needs every layer. Works in place: after an error it cannot be repeated.
+  absl::Status Finish();
+
+  // The keep set of a layer, null as long as it is not final.
+  const std::optional<LayerResult>& layer_result(int64_t layer) const {
+    return layer_results_[layer];
+  }
+
+  // After Finish.
+  std::vector<LayerResult> TakeLayerResults();
+
+  // Frees all scores; only times() may be asked for afterwards.
+  void Clear();
+
+  // Score and select so far.
+  const StageTimes& times() const { return times_; }
+
+ private:
+  RetentionPolicy& policy() const { return *plan_.policy; }
+  int64_t num_layers() const { return plan_.spec.model.num_layers; }
+  int64_t seq_len() const { return plan_.spec.seq_len; }
+  bool is_sequence() const { return plan_.scope == Scope::kSequence; }
+  bool is_shared() const { return policy().locality() == Locality::kShared; }
+
+  absl::Status ScoreShared(int64_t layer, const LayerObservation& observation);
+  absl::Status CutOrMerge(int64_t layer, kernels::ScoreBuffer& scores);
+  absl::Status CutShared();
+  absl::Status CutSequence();
+  absl::Status CutEqual();
+  void Annotate(int64_t layer, LayerResult& result) const;
+
+  const OperationPlan& plan_;
+  kernels::ComputeBackend& backend_;
+  const Clock& clock_;
+  PolicyContext context_;
+  std::optional<Cutter> cutter_;
+  std::vector<std::optional<LayerResult>> layer_results_;  // [L]
+  // [L], null when not kept; one per group of layers when the policy shares scores.
+  std::vector<std::unique_ptr<kernels::ScoreBuffer>> layer_scores_;
+  std::unique_ptr<kernels::ScoreBuffer> spare_scores_;     // [score_rows, T]
+  std::unique_ptr<kernels::ScoreBuffer> merged_scores_;    // [1, T]
+  std::unique_ptr<kernels::ScoreBuffer> sequence_scores_;  // [1, T]
+  StageTimes times_;
+};
+
+}  // namespace keepset::engine
+
+#endif  // KEEPSET_ENGINE_KEEP_SET_BUILDER_H_
