@@ -1,11 +1,8 @@
 #include "service/rpc/compress_stream_reactor.h"
 
-#include <algorithm>
 #include <cstdint>
-#include <deque>
 #include <list>
 #include <memory>
-#include <string>
 #include <utility>
 #include <vector>
 
@@ -14,6 +11,7 @@
 #include "absl/strings/str_cat.h"
 #include "service/rpc/compress_reactor.h"
 #include "service/rpc/stream_operation.h"
+#include "service/rpc/stream_outbox.h"
 #include "service/rpc/tombstones.h"
 #include "service/rpc/wire_status.h"
 
@@ -22,11 +20,6 @@ namespace {
 
 // Ended operations remembered per stream, so that what was under way to them is dropped silently.
 constexpr size_t kMaxTombstones = 4096;
-// Answers that wait for a client to read them before the server stops reading from it.
-constexpr int64_t kMaxOutboxBytes = int64_t{4} << 20;
-
-using ResponsePtr = std::unique_ptr<v1::StreamResponse>;
-
 class CompressStreamReactor final
     : public grpc::ServerBidiReactor<v1::StreamRequest, v1::StreamResponse>,
       public std::enable_shared_from_this<CompressStreamReactor> {
@@ -36,8 +29,7 @@ class CompressStreamReactor final
       : context_(context),
         info_(CallInfoOf("CompressStream", call)),
         streams_(streams),
-        credit_(context.stream_credits),
-        credit_batch_(std::max<int64_t>(1, context.stream_credits / 4)) {}
+        outbox_(context.stream_credits) {}
 
   // Part of the handler: nothing reaches gRPC before it has returned.
   void Start() {
@@ -46,7 +38,8 @@ class CompressStreamReactor final
       if (const auto stream = weak.lock()) stream->Close();
     });
     absl::MutexLock lock(&mutex_);
-    SendCredit(context_.stream_credits);
+    outbox_.Start();
+    Advance();
     ReadNext();
   }
 
@@ -96,7 +89,7 @@ class CompressStreamReactor final
 
   // A client that does not read its answers is not read from either: what waits for it is bounded.
   void ReadNext() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    read_paused_ = outbox_bytes_ > kMaxOutboxBytes;
+    read_paused_ = outbox_.full();
     if (read_paused_) return;
     incoming_ = std::make_unique<v1::StreamRequest>();
     StartRead(incoming_.get());
@@ -165,7 +158,7 @@ class CompressStreamReactor final
     if (queued.ok()) return;
     Take(id, queued);
     if (context_.overload == OverloadAnswer::kShedToFull) {
-      auto response = NewResponse(id);
+      auto response = NewStreamResponse(id);
       const absl::Status shed = operation->call.FinishShed(response->mutable_result());
       if (!shed.ok()) {
         RefuseBegin(operation, shed);
@@ -191,8 +184,7 @@ class CompressStreamReactor final
     bool has_credit = false;
     {
       absl::MutexLock lock(&mutex_);
-      has_credit = credit_ > 0;
-      if (has_credit) --credit_;
+      has_credit = outbox_.TakeCredit();
     }
     if (!has_credit) {
       if (!Fail(id,
@@ -299,7 +291,7 @@ class CompressStreamReactor final
 
   void RunStep(const OperationPtr& operation, RequestPtr message) {
     OperationCall& call = operation->call;
-    auto response = NewResponse(operation->id);
+    auto response = NewStreamResponse(operation->id);
     absl::Status status;
     if (message == nullptr) {
       call.OnDequeued();
@@ -326,7 +318,7 @@ class CompressStreamReactor final
     }
     // Ended first: a client that has read the error finds its regions free.
     const absl::Status seen = call.End(status);
-    Conclude(*operation, ErrorResponse(operation->id, seen));
+    Conclude(*operation, StreamErrorResponse(operation->id, seen));
   }
 
   // Answers an operation and forgets it; false when it was dropped meanwhile and nobody waits.
@@ -336,7 +328,7 @@ class CompressStreamReactor final
     operation.dropped = absl::CancelledError("answered");
     operations_.erase(operation.id);
     tombstones_.Add(operation.id);
-    Queue(std::move(response));
+    outbox_.Push(std::move(response));
     Advance();
     return true;
   }
@@ -360,7 +352,7 @@ class CompressStreamReactor final
     const OperationPtr operation = Take(id, status);
     if (operation == nullptr) return false;
     EndIfIdle(operation);
-    Send(ErrorResponse(id, status));
+    Send(StreamErrorResponse(id, status));
     return true;
   }
 
@@ -402,24 +394,11 @@ class CompressStreamReactor final
 
   // ---- Writing ---------------------------------------------------------------------------------
 
-  static ResponsePtr NewResponse(uint64_t id) {
-    auto response = std::make_unique<v1::StreamResponse>();
-    response->set_operation_id(id);
-    return response;
-  }
-
-  static ResponsePtr ErrorResponse(uint64_t id, const absl::Status& status) {
-    auto response = NewResponse(id);
-    response->mutable_error()->set_code(static_cast<int32_t>(status.code()));
-    response->mutable_error()->set_message(std::string(status.message()));
-    return response;
-  }
-
-  void SendError(uint64_t id, const absl::Status& status) { Send(ErrorResponse(id, status)); }
+  void SendError(uint64_t id, const absl::Status& status) { Send(StreamErrorResponse(id, status)); }
 
   void Send(ResponsePtr response) {
     absl::MutexLock lock(&mutex_);
-    Queue(std::move(response));
+    outbox_.Push(std::move(response));
     Advance();
   }
 
@@ -429,27 +408,7 @@ class CompressStreamReactor final
   }
 
   void ReturnCreditLocked(int64_t layers) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    returned_ += layers;
-    if (returned_ < credit_batch_) return;
-    credit_ += returned_;
-    SendCredit(returned_);
-    returned_ = 0;
-  }
-
-  void SendCredit(int64_t layers) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    auto response = std::make_unique<v1::StreamResponse>();
-    response->mutable_credit()->set_layer_inputs(static_cast<uint32_t>(layers));
-    Queue(std::move(response));
-    Advance();
-  }
-
-  static int64_t BytesOf(const v1::StreamResponse& response) {
-    return static_cast<int64_t>(response.ByteSizeLong() + sizeof(response));
-  }
-
-  void Queue(ResponsePtr response) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    outbox_bytes_ += BytesOf(*response);
-    outbox_.push_back(std::move(response));
+    if (outbox_.ReturnCredit(layers) == StreamOutbox::Grant::kNow) Advance();
   }
 
   // Starts the next write, or finishes the stream when nothing more will come. gRPC runs reactions
@@ -462,10 +421,8 @@ class CompressStreamReactor final
       Finish(grpc::Status::CANCELLED);
       return;
     }
-    if (!outbox_.empty()) {
-      writing_ = std::move(outbox_.front());
-      outbox_.pop_front();
-      outbox_bytes_ -= BytesOf(*writing_);
+    writing_ = outbox_.Pop();
+    if (writing_ != nullptr) {
       StartWrite(writing_.get());
       if (read_paused_) ReadNext();
       return;
@@ -489,13 +446,9 @@ class CompressStreamReactor final
   std::shared_ptr<CompressStreamReactor> self_;  // gRPC's reference; dropped in OnDone
   absl::flat_hash_map<uint64_t, OperationPtr> operations_ ABSL_GUARDED_BY(mutex_);
   Tombstones tombstones_ ABSL_GUARDED_BY(mutex_) = Tombstones(kMaxTombstones);
-  std::deque<ResponsePtr> outbox_ ABSL_GUARDED_BY(mutex_);
-  int64_t outbox_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
+  StreamOutbox outbox_ ABSL_GUARDED_BY(mutex_);
   ResponsePtr writing_ ABSL_GUARDED_BY(mutex_);
   RequestPtr incoming_ ABSL_GUARDED_BY(mutex_);
-  int64_t credit_ ABSL_GUARDED_BY(mutex_);
-  const int64_t credit_batch_;
-  int64_t returned_ ABSL_GUARDED_BY(mutex_) = 0;
   bool read_paused_ ABSL_GUARDED_BY(mutex_) = false;
   bool reads_closed_ ABSL_GUARDED_BY(mutex_) = false;
   bool closing_ ABSL_GUARDED_BY(mutex_) = false;

@@ -1,0 +1,54 @@
+#include "service/rpc/stream_outbox.h"
+
+#include <string>
+
+#include "gtest/gtest.h"
+
+namespace keepset::service {
+namespace {
+
+TEST(StreamOutbox, AnswersLeaveInTheOrderTheyCame) {
+  StreamOutbox outbox(8);
+  outbox.Push(NewStreamResponse(3));
+  outbox.Push(StreamErrorResponse(4, absl::NotFoundError("gone")));
+  EXPECT_EQ(outbox.Pop()->operation_id(), 3u);
+  const ResponsePtr second = outbox.Pop();
+  EXPECT_EQ(second->operation_id(), 4u);
+  EXPECT_EQ(second->error().message(), "gone");
+  EXPECT_EQ(outbox.Pop(), nullptr);
+}
+
+TEST(StreamOutbox, StartGrantsAllCredit) {
+  StreamOutbox outbox(8);
+  outbox.Start();
+  EXPECT_EQ(outbox.Pop()->credit().layer_inputs(), 8u);
+}
+
+TEST(StreamOutbox, CreditEnds) {
+  StreamOutbox outbox(2);
+  EXPECT_TRUE(outbox.TakeCredit());
+  EXPECT_TRUE(outbox.TakeCredit());
+  EXPECT_FALSE(outbox.TakeCredit());
+}
+
+TEST(StreamOutbox, ReturnedCreditIsGrantedByAQuarterAtATime) {
+  StreamOutbox outbox(8);
+  while (outbox.TakeCredit()) {
+  }
+  EXPECT_EQ(outbox.ReturnCredit(1), StreamOutbox::Grant::kLater);
+  EXPECT_FALSE(outbox.TakeCredit());
+  EXPECT_EQ(outbox.ReturnCredit(2), StreamOutbox::Grant::kNow);
+  EXPECT_EQ(outbox.Pop()->credit().layer_inputs(), 3u);
+  EXPECT_TRUE(outbox.TakeCredit());
+}
+
+TEST(StreamOutbox, IsFullUntilTheClientReads) {
+  StreamOutbox outbox(1);
+  outbox.Push(StreamErrorResponse(1, absl::InternalError(std::string(5 << 20, 'x'))));
+  EXPECT_TRUE(outbox.full());
+  outbox.Pop();
+  EXPECT_FALSE(outbox.full());
+}
+
+}  // namespace
+}  // namespace keepset::service
