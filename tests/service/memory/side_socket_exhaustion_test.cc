@@ -1,0 +1,98 @@
+// The side socket when the process has no descriptor left.
+#include <fcntl.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+
+#include <cstring>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include "gtest/gtest.h"
+#include "proto/side_socket_wire.h"
+#include "tests/service/memory/memory_test_support.h"
+#include "tests/service/memory/side_socket_fixture.h"
+
+namespace keepset::service {
+namespace {
+
+using testing::kExhausted;
+using testing::NewMemfd;
+using testing::PageBytes;
+using testing::SideSocketTest;
+
+// Restores the soft limit of open files.
+class ScopedNofile {
+ public:
+  explicit ScopedNofile(rlim_t limit) {
+    ::getrlimit(RLIMIT_NOFILE, &before_);
+    const rlimit lowered = {limit, before_.rlim_max};
+    ::setrlimit(RLIMIT_NOFILE, &lowered);
+  }
+  ~ScopedNofile() { ::setrlimit(RLIMIT_NOFILE, &before_); }
+
+ private:
+  rlimit before_ = {};
+};
+
+// One above the highest descriptor in use when none below is free.
+rlim_t FillDescriptorTable(std::vector<UniqueFd>& fillers) {
+  int highest = 2;
+  for (int fd = 3; fd < 1024; ++fd) {
+    if (::fcntl(fd, F_GETFD) >= 0) highest = fd;
+  }
+  while (true) {
+    UniqueFd filler(::fcntl(0, F_DUPFD_CLOEXEC, 3));
+    if (filler.get() > highest) return static_cast<rlim_t>(highest) + 1;
+    fillers.push_back(std::move(filler));
+  }
+}
+
+// UBSan's vptr check probes memory through a pipe: with a full descriptor table it reports sound
+// objects. Builds without it run these tests.
+#if defined(__SANITIZE_ADDRESS__)
+constexpr bool kVptrIsChecked = true;
+#else
+constexpr bool kVptrIsChecked = false;
+#endif
+
+TEST_F(SideSocketTest, DescriptorThatFindsNoRoomIsResourceExhausted) {
+  if (kVptrIsChecked) GTEST_SKIP() << "UBSan's vptr check needs free descriptors";
+  StartServer();
+  const SessionInfo session = Open('a');
+  const auto client = Bind(session);
+  const UniqueFd memory = NewMemfd("k", PageBytes());
+  std::optional<wire::SideSocketReply> reply;
+  {
+    std::vector<UniqueFd> fillers;
+    const ScopedNofile limit(FillDescriptorTable(fillers));
+    ASSERT_TRUE(client->SendFds({memory.get()}));
+    reply = client->Receive();
+  }
+  ASSERT_TRUE(reply.has_value());
+  EXPECT_EQ(reply->code, kExhausted);
+  Bind(Open('b'));
+}
+
+TEST_F(SideSocketTest, ConnectionThatFindsNoRoomIsTurnedAway) {
+  if (kVptrIsChecked) GTEST_SKIP() << "UBSan's vptr check needs free descriptors";
+  StartServer();
+  UniqueFd waiting(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
+  sockaddr_un address = {};
+  address.sun_family = AF_UNIX;
+  std::strncpy(address.sun_path, options_.path.c_str(), sizeof(address.sun_path) - 1);
+  {
+    std::vector<UniqueFd> fillers;
+    const ScopedNofile limit(FillDescriptorTable(fillers));
+    ASSERT_EQ(::connect(waiting.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)), 0);
+    wire::SideSocketReply received;
+    ASSERT_EQ(::recv(waiting.get(), &received, sizeof(received), 0),
+              static_cast<ssize_t>(sizeof(received)));
+    EXPECT_EQ(received.code, kExhausted);
+  }
+  Bind(Open('b'));
+}
+
+}  // namespace
+}  // namespace keepset::service
