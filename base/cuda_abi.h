@@ -1,12 +1,15 @@
 // The part of the CUDA driver's binary interface that is resolved at run time, declared here so
-// that a build needs no CUDA toolkit. Names and values are those of NVIDIA's driver API reference;
-// entry points carry their versioned symbol names.
+// that a build needs no CUDA toolkit, and its lookup in the driver's library. Names and values are
+// those of NVIDIA's driver API reference; entry points carry their versioned symbol names.
 #ifndef KEEPSET_BASE_CUDA_ABI_H_
 #define KEEPSET_BASE_CUDA_ABI_H_
 
 #include <cstddef>
 #include <cstdint>
 #include <string>
+
+#include "absl/status/statusor.h"
+#include "absl/strings/str_cat.h"
 
 namespace keepset::cuda_abi {
 
@@ -31,16 +34,8 @@ struct Uuid {
   unsigned char bytes[16];
 };
 // As the vendor's tools print it: "GPU-xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx".
-inline std::string UuidText(const Uuid& uuid) {
-  constexpr char kHex[] = "0123456789abcdef";
-  std::string text = "GPU-";
-  for (size_t i = 0; i < sizeof(uuid.bytes); ++i) {
-    if (i == 4 || i == 6 || i == 8 || i == 10) text += '-';
-    text += kHex[uuid.bytes[i] >> 4];
-    text += kHex[uuid.bytes[i] & 15];
-  }
-  return text;
-}
+std::string UuidText(const Uuid& uuid);
+
 struct IpcHandle {
   unsigned char reserved[64];
 };
@@ -68,19 +63,24 @@ inline constexpr int kPointerAttributeAllowedHandleTypes = 14;
 inline constexpr unsigned int kMemoryTypeDevice = 2;
 
 // KEEPSET_CUDA_ENTRY(member, symbol, parameters)
-#define KEEPSET_CUDA_SERVICE_ENTRIES(KEEPSET_CUDA_ENTRY)                                           \
-  KEEPSET_CUDA_ENTRY(init, "cuInit", (unsigned int flags))                                         \
-  KEEPSET_CUDA_ENTRY(error_name, "cuGetErrorName", (Result error, const char** name))              \
+#define KEEPSET_CUDA_SHARED_ENTRIES(KEEPSET_CUDA_ENTRY)                                       \
+  KEEPSET_CUDA_ENTRY(init, "cuInit", (unsigned int flags))                                    \
+  KEEPSET_CUDA_ENTRY(error_name, "cuGetErrorName", (Result error, const char** name))         \
+  KEEPSET_CUDA_ENTRY(device_get, "cuDeviceGet", (Device * device, int ordinal))               \
+  KEEPSET_CUDA_ENTRY(device_get_uuid, "cuDeviceGetUuid", (Uuid * uuid, Device device))        \
+  KEEPSET_CUDA_ENTRY(primary_retain, "cuDevicePrimaryCtxRetain", (Context * context, Device)) \
+  KEEPSET_CUDA_ENTRY(primary_release, "cuDevicePrimaryCtxRelease_v2", (Device device))        \
+  KEEPSET_CUDA_ENTRY(context_push, "cuCtxPushCurrent_v2", (Context context))                  \
+  KEEPSET_CUDA_ENTRY(context_pop, "cuCtxPopCurrent_v2", (Context * context))                  \
+  KEEPSET_CUDA_ENTRY(address_range, "cuMemGetAddressRange_v2",                                \
+                     (DevicePointer * base, size_t * bytes, DevicePointer pointer))           \
+  KEEPSET_CUDA_ENTRY(release, "cuMemRelease", (AllocationHandle handle))
+
+// What maps the memory of another process.
+#define KEEPSET_CUDA_IMPORT_ENTRIES(KEEPSET_CUDA_ENTRY)                                            \
+  KEEPSET_CUDA_SHARED_ENTRIES(KEEPSET_CUDA_ENTRY)                                                  \
   KEEPSET_CUDA_ENTRY(device_get_count, "cuDeviceGetCount", (int* count))                           \
-  KEEPSET_CUDA_ENTRY(device_get, "cuDeviceGet", (Device * device, int ordinal))                    \
   KEEPSET_CUDA_ENTRY(device_get_name, "cuDeviceGetName", (char* name, int length, Device device))  \
-  KEEPSET_CUDA_ENTRY(device_get_uuid, "cuDeviceGetUuid", (Uuid * uuid, Device device))             \
-  KEEPSET_CUDA_ENTRY(primary_retain, "cuDevicePrimaryCtxRetain", (Context * context, Device))      \
-  KEEPSET_CUDA_ENTRY(primary_release, "cuDevicePrimaryCtxRelease_v2", (Device device))             \
-  KEEPSET_CUDA_ENTRY(context_push, "cuCtxPushCurrent_v2", (Context context))                       \
-  KEEPSET_CUDA_ENTRY(context_pop, "cuCtxPopCurrent_v2", (Context * context))                       \
-  KEEPSET_CUDA_ENTRY(address_range, "cuMemGetAddressRange_v2",                                     \
-                     (DevicePointer * base, size_t * bytes, DevicePointer pointer))                \
   KEEPSET_CUDA_ENTRY(ipc_open, "cuIpcOpenMemHandle_v2",                                            \
                      (DevicePointer * pointer, IpcHandle handle, unsigned int flags))              \
   KEEPSET_CUDA_ENTRY(ipc_close, "cuIpcCloseMemHandle", (DevicePointer pointer))                    \
@@ -96,21 +96,11 @@ inline constexpr unsigned int kMemoryTypeDevice = 2;
   KEEPSET_CUDA_ENTRY(unmap, "cuMemUnmap", (DevicePointer pointer, size_t bytes))                   \
   KEEPSET_CUDA_ENTRY(                                                                              \
       set_access, "cuMemSetAccess",                                                                \
-      (DevicePointer pointer, size_t bytes, const AccessDescriptor* access, size_t count))         \
-  KEEPSET_CUDA_ENTRY(release, "cuMemRelease", (AllocationHandle handle))
+      (DevicePointer pointer, size_t bytes, const AccessDescriptor* access, size_t count))
 
-// What the exporting side needs.
+// What shares the memory of this process.
 #define KEEPSET_CUDA_EXPORT_ENTRIES(KEEPSET_CUDA_ENTRY)                                         \
-  KEEPSET_CUDA_ENTRY(init, "cuInit", (unsigned int flags))                                      \
-  KEEPSET_CUDA_ENTRY(error_name, "cuGetErrorName", (Result error, const char** name))           \
-  KEEPSET_CUDA_ENTRY(device_get, "cuDeviceGet", (Device * device, int ordinal))                 \
-  KEEPSET_CUDA_ENTRY(device_get_uuid, "cuDeviceGetUuid", (Uuid * uuid, Device device))          \
-  KEEPSET_CUDA_ENTRY(primary_retain, "cuDevicePrimaryCtxRetain", (Context * context, Device))   \
-  KEEPSET_CUDA_ENTRY(primary_release, "cuDevicePrimaryCtxRelease_v2", (Device device))          \
-  KEEPSET_CUDA_ENTRY(context_push, "cuCtxPushCurrent_v2", (Context context))                    \
-  KEEPSET_CUDA_ENTRY(context_pop, "cuCtxPopCurrent_v2", (Context * context))                    \
-  KEEPSET_CUDA_ENTRY(address_range, "cuMemGetAddressRange_v2",                                  \
-                     (DevicePointer * base, size_t * bytes, DevicePointer pointer))             \
+  KEEPSET_CUDA_SHARED_ENTRIES(KEEPSET_CUDA_ENTRY)                                               \
   KEEPSET_CUDA_ENTRY(pointer_attribute, "cuPointerGetAttribute",                                \
                      (void* data, int attribute, DevicePointer pointer))                        \
   KEEPSET_CUDA_ENTRY(ipc_get, "cuIpcGetMemHandle", (IpcHandle * handle, DevicePointer pointer)) \
@@ -118,8 +108,32 @@ inline constexpr unsigned int kMemoryTypeDevice = 2;
                      (AllocationHandle * handle, void* address))                                \
   KEEPSET_CUDA_ENTRY(                                                                           \
       export_handle, "cuMemExportToShareableHandle",                                            \
-      (void* os_handle, AllocationHandle handle, int type, unsigned long long flags))           \
-  KEEPSET_CUDA_ENTRY(release, "cuMemRelease", (AllocationHandle handle))
+      (void* os_handle, AllocationHandle handle, int type, unsigned long long flags))
+
+#define KEEPSET_CUDA_MEMBER(member, symbol, parameters) Result(*member) parameters = nullptr;
+struct ImportApi {
+  KEEPSET_CUDA_IMPORT_ENTRIES(KEEPSET_CUDA_MEMBER)
+};
+struct ExportApi {
+  KEEPSET_CUDA_EXPORT_ENTRIES(KEEPSET_CUDA_MEMBER)
+};
+#undef KEEPSET_CUDA_MEMBER
+
+// Opens `library` (a path, or a name that the loader searches) for the life of the process and
+// looks up every entry point. NotFound: no such library. FailedPrecondition: it lacks an entry
+// point. Thread-safe.
+absl::StatusOr<ImportApi> LoadImportApi(const std::string& library);
+absl::StatusOr<ExportApi> LoadExportApi(const std::string& library);
+
+// "CUDA_ERROR_INVALID_VALUE (1)", or "error 1" where the driver knows no name.
+template <typename Api>
+std::string ErrorText(const Api& api, Result result) {
+  const char* name = nullptr;
+  if (api.error_name(result, &name) != kSuccess || name == nullptr) {
+    return absl::StrCat("error ", result);
+  }
+  return absl::StrCat(name, " (", result, ")");
+}
 
 }  // namespace keepset::cuda_abi
 

@@ -1,6 +1,5 @@
 #include "clients/cpp/device_memory.h"
 
-#include <dlfcn.h>
 #include <unistd.h>
 
 #include "absl/cleanup/cleanup.h"
@@ -11,49 +10,14 @@
 namespace keepset::client {
 namespace {
 
+using cuda_abi::ExportApi;
 using cuda_abi::Result;
 
 constexpr uint64_t kAlignment = 16;
 
-#define KEEPSET_CUDA_MEMBER(member, symbol, parameters) Result(*member) parameters = nullptr;
-struct Api {
-  using Context = cuda_abi::Context;
-  using Device = cuda_abi::Device;
-  using DevicePointer = cuda_abi::DevicePointer;
-  using AllocationHandle = cuda_abi::AllocationHandle;
-  using IpcHandle = cuda_abi::IpcHandle;
-  using Uuid = cuda_abi::Uuid;
-  KEEPSET_CUDA_EXPORT_ENTRIES(KEEPSET_CUDA_MEMBER)
-};
-#undef KEEPSET_CUDA_MEMBER
-
-absl::StatusOr<Api> LoadApi(const std::string& library) {
-  void* const handle = ::dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
-  if (handle == nullptr) {
-    const char* const error = ::dlerror();
-    return absl::NotFoundError(
-        absl::StrCat("no CUDA driver: ", error == nullptr ? library : std::string(error)));
-  }
-  Api api;
-  const char* missing = nullptr;
-#define KEEPSET_CUDA_RESOLVE(member, symbol, parameters)                          \
-  api.member = reinterpret_cast<decltype(api.member)>(::dlsym(handle, (symbol))); \
-  if (api.member == nullptr) missing = (symbol);
-  KEEPSET_CUDA_EXPORT_ENTRIES(KEEPSET_CUDA_RESOLVE)
-#undef KEEPSET_CUDA_RESOLVE
-  if (missing != nullptr) {
-    return absl::FailedPreconditionError(
-        absl::StrCat(library, ": no entry point ", missing, ", the driver is too old"));
-  }
-  return api;
-}
-
-absl::Status Check(const Api& api, Result result, absl::string_view call) {
+absl::Status Check(const ExportApi& api, Result result, absl::string_view call) {
   if (result == cuda_abi::kSuccess) return absl::OkStatus();
-  const char* name = nullptr;
-  if (api.error_name(result, &name) != cuda_abi::kSuccess) name = nullptr;
-  return absl::InternalError(
-      absl::StrCat(call, ": ", name == nullptr ? "error" : name, " (", result, ")"));
+  return absl::InternalError(absl::StrCat(call, ": ", cuda_abi::ErrorText(api, result)));
 }
 
 }  // namespace
@@ -68,7 +32,7 @@ absl::StatusOr<std::unique_ptr<DeviceRegion>> DeviceRegion::Export(void* data, i
     return absl::InvalidArgumentError(
         absl::StrCat("device pointer is not a multiple of ", kAlignment));
   }
-  KEEPSET_ASSIGN_OR_RETURN(const Api api, LoadApi(library));
+  KEEPSET_ASSIGN_OR_RETURN(const ExportApi api, cuda_abi::LoadExportApi(library));
   KEEPSET_RETURN_IF_ERROR(Check(api, api.init(0), "cuInit"));
   unsigned int memory_type = 0;
   if (api.pointer_attribute(&memory_type, cuda_abi::kPointerAttributeMemoryType, pointer) !=

@@ -1,7 +1,5 @@
 #include "service/memory/cuda_driver.h"
 
-#include <dlfcn.h>
-
 #include <bit>
 #include <cstring>
 #include <utility>
@@ -16,24 +14,11 @@ namespace {
 
 using cuda_abi::Result;
 
-#define KEEPSET_CUDA_MEMBER(member, symbol, parameters) Result(*member) parameters = nullptr;
-struct Api {
-  using Context = cuda_abi::Context;
-  using Device = cuda_abi::Device;
-  using DevicePointer = cuda_abi::DevicePointer;
-  using AllocationHandle = cuda_abi::AllocationHandle;
-  using AccessDescriptor = cuda_abi::AccessDescriptor;
-  using IpcHandle = cuda_abi::IpcHandle;
-  using Uuid = cuda_abi::Uuid;
-  KEEPSET_CUDA_SERVICE_ENTRIES(KEEPSET_CUDA_MEMBER)
-};
-#undef KEEPSET_CUDA_MEMBER
-
 constexpr size_t kMaxDeviceName = 256;
 
 class Libcuda final : public CudaDriver {
  public:
-  explicit Libcuda(const Api& api) : api_(api) {}
+  explicit Libcuda(const cuda_abi::ImportApi& api) : api_(api) {}
 
   ~Libcuda() override {
     for (size_t i = 0; i < contexts_.size(); ++i) {
@@ -43,7 +28,7 @@ class Libcuda final : public CudaDriver {
 
   absl::Status Init() {
     if (const Result result = api_.init(0); result != cuda_abi::kSuccess) {
-      return absl::FailedPreconditionError(absl::StrCat("cuInit: ", Name(result)));
+      return absl::FailedPreconditionError(absl::StrCat("cuInit: ", ErrorText(api_, result)));
     }
     int count = 0;
     KEEPSET_RETURN_IF_ERROR(Check(api_.device_get_count(&count), "cuDeviceGetCount"));
@@ -165,17 +150,9 @@ class Libcuda final : public CudaDriver {
     return absl::InternalError(absl::StrCat("device ordinal ", device, " is not the driver's"));
   }
 
-  std::string Name(Result result) const {
-    const char* name = nullptr;
-    if (api_.error_name(result, &name) != cuda_abi::kSuccess || name == nullptr) {
-      return absl::StrCat("error ", result);
-    }
-    return absl::StrCat(name, " (", result, ")");
-  }
-
   absl::Status Check(Result result, absl::string_view call) const {
     const auto say = [&](absl::string_view why) {
-      return absl::StrCat(call, ": ", Name(result), why.empty() ? "" : ", ", why);
+      return absl::StrCat(call, ": ", ErrorText(api_, result), why.empty() ? "" : ", ", why);
     };
     switch (result) {
       case cuda_abi::kSuccess:
@@ -198,7 +175,7 @@ class Libcuda final : public CudaDriver {
     }
   }
 
-  const Api api_;
+  const cuda_abi::ImportApi api_;
   std::vector<CudaDevice> devices_;
   std::vector<cuda_abi::Context> contexts_;  // beside devices_
 };
@@ -206,24 +183,7 @@ class Libcuda final : public CudaDriver {
 }  // namespace
 
 absl::StatusOr<std::shared_ptr<CudaDriver>> CudaDriver::Load(const std::string& library) {
-  // Never closed: the driver keeps threads of its own.
-  void* const handle = ::dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
-  if (handle == nullptr) {
-    const char* const error = ::dlerror();
-    return absl::NotFoundError(
-        absl::StrCat("no CUDA driver: ", error == nullptr ? library : std::string(error)));
-  }
-  Api api;
-  const char* missing = nullptr;
-#define KEEPSET_CUDA_RESOLVE(member, symbol, parameters)                          \
-  api.member = reinterpret_cast<decltype(api.member)>(::dlsym(handle, (symbol))); \
-  if (api.member == nullptr) missing = (symbol);
-  KEEPSET_CUDA_SERVICE_ENTRIES(KEEPSET_CUDA_RESOLVE)
-#undef KEEPSET_CUDA_RESOLVE
-  if (missing != nullptr) {
-    return absl::FailedPreconditionError(
-        absl::StrCat(library, ": no entry point ", missing, ", the driver is too old"));
-  }
+  KEEPSET_ASSIGN_OR_RETURN(const cuda_abi::ImportApi api, cuda_abi::LoadImportApi(library));
   auto driver = std::make_shared<Libcuda>(api);
   KEEPSET_RETURN_IF_ERROR(driver->Init());
   return driver;
