@@ -57,6 +57,7 @@ class ServerTablesImpl final : public ServerTables {
     options.clock = &clock_;
     options.observer = &observer_;
     options.state = state_.get();
+    options.recovery_check = recovery_check_;
     if (!config_.tables_directory().empty()) options.sources.emplace_back("directory");
     if (config_.has_etcd()) options.sources.emplace_back("etcd");
     absl::StatusOr<std::unique_ptr<TableRegistry>> registry = TableRegistry::New(options);
@@ -89,6 +90,10 @@ class ServerTablesImpl final : public ServerTables {
     }
     const SignatureRule rule =
         config_.require_signature() ? SignatureRule::kRequired : SignatureRule::kWhereSigned;
+    recovery_check_ = [keys = *keys, rule](absl::Span<const std::byte> bytes,
+                                           absl::string_view signature, absl::string_view label) {
+      return CheckSignature(bytes, signature, label, keys, rule);
+    };
     loader_ = NewSignatureLoader(std::move(loader_), *keys, rule);
     validator_ = NewSignatureLoader(std::move(validator_), *keys, rule);
     return absl::OkStatus();
@@ -120,6 +125,7 @@ class ServerTablesImpl final : public ServerTables {
   Metrics& metrics_;
   RegistryObserver& observer_;
   std::unique_ptr<StateDirectory> state_;
+  RecoveryCheck recovery_check_;
   std::unique_ptr<TableLoader> loader_;
   std::unique_ptr<TableLoader> validator_;
   std::unique_ptr<TableRegistry> registry_;

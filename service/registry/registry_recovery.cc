@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "base/status_macros.h"
 #include "service/registry/registry_changes.h"
 
 namespace keepset::service {
@@ -51,6 +52,26 @@ void Restore(const StoredTable& stored, TablePtr table, const std::vector<std::s
   }
 }
 
+absl::StatusOr<TablePtr> ReadStored(const StateDirectory& disk, const StoredTable& stored) {
+  KEEPSET_ASSIGN_OR_RETURN(TablePtr table, disk.Map(stored.target.digest));
+  const tables::TableIdentity& identity = table->identity();
+  if (identity.name == stored.name && identity.version == stored.target.version) return table;
+  return absl::DataLossError(absl::StrCat(stored.target.digest, ": is table ", identity.name, "@",
+                                          identity.version, ", want ", stored.name, "@",
+                                          stored.target.version));
+}
+
+void Fail(const StoredTable& stored, const absl::Status& why, absl::Time now,
+          RegistryState& state) {
+  SourceFailure failure;
+  failure.origin = failure.instance = stored.target.digest;
+  failure.why = why;
+  failure.name = stored.name;
+  failure.version = stored.target.version;
+  failure.since = now;
+  state.failures[{std::string(kStateSource), failure.origin}] = std::move(failure);
+}
+
 }  // namespace
 
 std::vector<TablePtr> TablesToKeep(const RegistryState& state) {
@@ -94,7 +115,7 @@ bool HoldsDigest(const RegistryState& state, const std::string& digest) {
   return DigestsOf(state).contains(digest);
 }
 
-absl::StatusOr<Recovered> RecoverState(StateDirectory& disk,
+absl::StatusOr<Recovered> RecoverState(StateDirectory& disk, const RecoveryCheck& check,
                                        const std::vector<std::string>& sources, absl::Time now) {
   Recovered recovered;
   const absl::StatusOr<RegistryDocument> document = disk.ReadDocument();
@@ -107,25 +128,28 @@ absl::StatusOr<Recovered> RecoverState(StateDirectory& disk,
   std::set<std::string> digests;
   std::vector<std::string> problems;
   for (const StoredTable& stored : document->tables) {
-    absl::StatusOr<TablePtr> table = disk.Map(stored.target.digest);
-    if (table.ok() && ((*table)->identity().name != stored.name ||
-                       (*table)->identity().version != stored.target.version)) {
-      table = absl::DataLossError(absl::StrCat(
-          stored.target.digest, ": is table ", (*table)->identity().name, "@",
-          (*table)->identity().version, ", want ", stored.name, "@", stored.target.version));
-    }
-    if (!table.ok()) {
-      problems.emplace_back(table.status().message());
-      continue;
+    absl::StatusOr<TablePtr> table = ReadStored(disk, stored);
+    const absl::Status allowed =
+        table.ok() && check != nullptr
+            ? check((*table)->file_bytes(), disk.Signature(stored.target.digest),
+                    stored.target.digest)
+            : absl::OkStatus();
+    if (!table.ok() || !allowed.ok()) {
+      const absl::Status& why = table.ok() ? allowed : table.status();
+      problems.emplace_back(why.message());
+      Fail(stored, why, now, recovered.state);
+      if (!table.ok()) continue;
+      recovered.withheld.push_back(stored);
+    } else {
+      Restore(stored, *std::move(table), sources, now, recovered.state.lines[stored.name]);
     }
     digests.insert(stored.target.digest);
-    Restore(stored, *std::move(table), sources, now, recovered.state.lines[stored.name]);
   }
   disk.RemoveOthers(digests);
   if (!problems.empty()) {
     recovered.problem = absl::DataLossError(
         absl::StrCat(problems.size(), " of ", document->tables.size(),
-                     " saved tables cannot be read: ", absl::StrJoin(problems, "; ")));
+                     " saved tables cannot be served: ", absl::StrJoin(problems, "; ")));
   }
   return recovered;
 }

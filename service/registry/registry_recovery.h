@@ -31,14 +31,17 @@ std::set<std::string> UnusedDigests(const RegistryState& before, const RegistryS
 bool HoldsDigest(const RegistryState& state, const std::string& digest);
 
 struct Recovered {
-  RegistryState state;    // not settled
+  // Not settled. Tables that could not be read or were refused are its failures, of source "state".
+  RegistryState state;
   uint64_t revision = 0;  // larger than any given out before
-  absl::Status problem;   // OK, or which table files could not be read
+  absl::Status problem;   // OK, or which tables are missing by that
+  // Whole, but refused by `check`: kept on disk for a start with other keys.
+  std::vector<StoredTable> withheld;
 };
 
 // An empty state when nothing was saved. Holders other than `sources` and uploads are dropped.
 // Removes table files the document does not name. Errors of ReadDocument.
-absl::StatusOr<Recovered> RecoverState(StateDirectory& disk,
+absl::StatusOr<Recovered> RecoverState(StateDirectory& disk, const RecoveryCheck& check,
                                        const std::vector<std::string>& sources, absl::Time now);
 
 }  // namespace keepset::service

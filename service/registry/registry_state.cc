@@ -399,6 +399,10 @@ std::shared_ptr<LineView> ViewOf(const RegistryState& state, const std::string& 
   auto view = std::make_shared<LineView>();
   view->name = name;
   view->assignment = line.assignment;
+  // Chosen, but not there (its file was damaged, or is not signed): nothing is active.
+  if (view->assignment.active && FindTarget(line, *view->assignment.active) == nullptr) {
+    view->assignment.active.reset();
+  }
   for (const auto& [version, loaded] : line.loaded) {
     view->versions.push_back(InfoOf(line, loaded));
     view->versions.back().durable = is_durable(loaded.table->identity().digest);

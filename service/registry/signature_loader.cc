@@ -4,7 +4,6 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "absl/types/span.h"
 #include "base/status_macros.h"
 
 namespace keepset::service {
@@ -16,7 +15,10 @@ class SignatureLoader final : public TableLoader {
       : next_(std::move(next)), keys_(std::move(keys)), rule_(rule) {}
 
   absl::StatusOr<TablePtr> LoadTable(TableCandidate candidate) override {
-    KEEPSET_RETURN_IF_ERROR(CheckSignature(candidate, keys_, rule_));
+    KEEPSET_RETURN_IF_ERROR(CheckSignature(
+        absl::MakeConstSpan(reinterpret_cast<const std::byte*>(candidate.bytes.data()),
+                            candidate.bytes.size()),
+        candidate.signature, candidate.label, keys_, rule_));
     return next_->LoadTable(std::move(candidate));
   }
 
@@ -28,17 +30,16 @@ class SignatureLoader final : public TableLoader {
 
 }  // namespace
 
-absl::Status CheckSignature(const TableCandidate& candidate, const tables::TrustedKeys& keys,
+absl::Status CheckSignature(absl::Span<const std::byte> bytes, absl::string_view signature,
+                            absl::string_view label, const tables::TrustedKeys& keys,
                             SignatureRule rule) {
-  if (candidate.signature.empty()) {
+  if (signature.empty()) {
     if (rule == SignatureRule::kWhereSigned) return absl::OkStatus();
     return absl::PermissionDeniedError(
-        absl::StrCat(candidate.label, ": no signature, want one by a trusted key"));
+        absl::StrCat(label, ": no signature, want one by a trusted key"));
   }
   if (keys.empty() && rule == SignatureRule::kWhereSigned) return absl::OkStatus();
-  return keys.Verify(absl::MakeConstSpan(reinterpret_cast<const std::byte*>(candidate.bytes.data()),
-                                         candidate.bytes.size()),
-                     candidate.signature, candidate.label);
+  return keys.Verify(bytes, signature, label);
 }
 
 std::unique_ptr<TableLoader> NewSignatureLoader(std::unique_ptr<TableLoader> next,

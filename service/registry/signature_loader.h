@@ -4,9 +4,12 @@
 #ifndef KEEPSET_SERVICE_REGISTRY_SIGNATURE_LOADER_H_
 #define KEEPSET_SERVICE_REGISTRY_SIGNATURE_LOADER_H_
 
+#include <cstddef>
 #include <memory>
 
 #include "absl/status/status.h"
+#include "absl/strings/string_view.h"
+#include "absl/types/span.h"
 #include "service/registry/table_loader.h"
 #include "tables/table_signature.h"
 
@@ -17,10 +20,12 @@ enum class SignatureRule {
   kRequired,
 };
 
-// The rule itself, for whoever judges a candidate without loading it (Validate). OK, or
+// The rule itself, for whoever judges a table without loading it (Validate, recovery). OK, or
 // PermissionDenied: no signature, or none of a trusted key for these bytes. InvalidArgument: no
-// signature at all, in form. Without `keys` nobody can judge: OK unless kRequired.
-absl::Status CheckSignature(const TableCandidate& candidate, const tables::TrustedKeys& keys,
+// signature at all, in form. Without `keys` nobody can judge: OK unless kRequired. `label` begins
+// every message.
+absl::Status CheckSignature(absl::Span<const std::byte> bytes, absl::string_view signature,
+                            absl::string_view label, const tables::TrustedKeys& keys,
                             SignatureRule rule);
 
 // Checks, then hands on to `next`. Thread-safe as `next` is.

@@ -22,6 +22,7 @@
 #include "tables/file_bytes.h"
 #include "tables/safetensors.h"
 #include "tables/table_file.h"
+#include "tables/table_signature.h"
 
 namespace keepset::service {
 namespace {
@@ -61,12 +62,16 @@ absl::StatusOr<std::unique_ptr<StateDirectory>> StateDirectory::Open(const std::
   }
   auto state = absl::WrapUnique(new StateDirectory(path, fd));
   std::error_code error;
+  std::vector<std::string> signed_files;
   absl::MutexLock lock(&state->mutex_);
   for (const fs::directory_entry& entry : fs::directory_iterator(path, error)) {
     const std::string file = entry.path().filename().string();
     absl::string_view hex = file;
     if (absl::ConsumePrefix(&hex, kFilePrefix) && absl::ConsumeSuffix(&hex, kFileSuffix)) {
       state->kept_.insert(absl::StrCat(kDigestPrefix, hex));
+    } else if (absl::EndsWith(file, tables::SignaturePath(kFileSuffix))) {
+      signed_files.push_back(path + "/" +
+                             std::string(absl::StripSuffix(file, tables::SignaturePath(""))));
     } else if (absl::StartsWith(file, ".keepset-") && absl::EndsWith(file, ".tmp")) {
       // Of a server that ended while it wrote.
       std::error_code ignored;
@@ -74,6 +79,10 @@ absl::StatusOr<std::unique_ptr<StateDirectory>> StateDirectory::Open(const std::
     }
   }
   if (error) return tables::FileError(error.value(), "list", path);
+  for (const std::string& file : signed_files) {
+    // Of a server that ended before it wrote the table.
+    if (!fs::exists(file, error)) fs::remove(tables::SignaturePath(file), error);
+  }
   return state;
 }
 
@@ -113,6 +122,8 @@ bool StateDirectory::Has(absl::string_view digest) const {
 
 absl::Status StateDirectory::Keep(absl::string_view digest, absl::Span<const std::byte> bytes) {
   absl::MutexLock lock(&mutex_);
+  // First, so that a file never lies here without the signature it came with.
+  KEEPSET_RETURN_IF_ERROR(WriteSignature(digest));
   if (kept_.contains(digest)) {
     const auto file = tables::FileBytes::Open(FileOf(digest), tables::ReadMode::kMap);
     if (file.ok() && (*file)->bytes() == bytes) return absl::OkStatus();
@@ -125,10 +136,36 @@ absl::Status StateDirectory::Keep(absl::string_view digest, absl::Span<const std
   return absl::OkStatus();
 }
 
+absl::Status StateDirectory::KeepSignature(absl::string_view digest, absl::string_view signature) {
+  absl::MutexLock lock(&mutex_);
+  unwritten_signatures_.insert_or_assign(std::string(digest), std::string(signature));
+  return kept_.contains(digest) ? WriteSignature(digest) : absl::OkStatus();
+}
+
+absl::Status StateDirectory::WriteSignature(absl::string_view digest) {
+  const auto signature = unwritten_signatures_.find(digest);
+  if (signature == unwritten_signatures_.end()) return absl::OkStatus();
+  KEEPSET_RETURN_IF_ERROR(
+      tables::ReplaceFile(tables::SignaturePath(FileOf(digest)), signature->second));
+  unwritten_signatures_.erase(signature);
+  if (const auto it = synced_.find(digest); it != synced_.end()) synced_.erase(it);
+  return absl::OkStatus();
+}
+
+std::string StateDirectory::Signature(absl::string_view digest) const {
+  std::ifstream file(tables::SignaturePath(FileOf(digest)), std::ios::binary);
+  std::string signature(tables::kMaxSignatureFileBytes, '\0');
+  file.read(signature.data(), static_cast<std::streamsize>(signature.size()));
+  signature.resize(file.gcount());
+  return signature;
+}
+
 absl::Status StateDirectory::Sync(absl::string_view digest) {
   absl::MutexLock lock(&mutex_);
   if (synced_.contains(digest)) return absl::OkStatus();
   KEEPSET_RETURN_IF_ERROR(SyncPath(FileOf(digest), 0));
+  const absl::Status signature = SyncPath(tables::SignaturePath(FileOf(digest)), 0);
+  if (!absl::IsNotFound(signature)) KEEPSET_RETURN_IF_ERROR(signature);
   KEEPSET_RETURN_IF_ERROR(SyncPath(path_, O_DIRECTORY));
   synced_.emplace(digest);
   return absl::OkStatus();
@@ -141,6 +178,10 @@ absl::StatusOr<TablePtr> StateDirectory::Map(absl::string_view digest) const {
 void StateDirectory::Remove(absl::string_view digest) {
   absl::MutexLock lock(&mutex_);
   unlink(FileOf(digest).c_str());
+  unlink(tables::SignaturePath(FileOf(digest)).c_str());
+  if (const auto it = unwritten_signatures_.find(digest); it != unwritten_signatures_.end()) {
+    unwritten_signatures_.erase(it);
+  }
   if (const auto it = kept_.find(digest); it != kept_.end()) kept_.erase(it);
   if (const auto it = synced_.find(digest); it != synced_.end()) synced_.erase(it);
 }

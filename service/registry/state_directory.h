@@ -1,5 +1,6 @@
 // The directory that lets a registry survive its process: table files named by their digest
-// (`sha256-<hex>.safetensors`, written once, never changed) and `registry.json`.
+// (`sha256-<hex>.safetensors`, written once, never changed), the signatures they came with
+// (`sha256-<hex>.safetensors.sig`) and `registry.json`.
 //
 // One server at a time holds a directory, by a lock on `.lock`. A table file that was not synced
 // when the machine stopped shows by its digest and is left out. Thread-safe; calls block on the
@@ -7,6 +8,7 @@
 #ifndef KEEPSET_SERVICE_REGISTRY_STATE_DIRECTORY_H_
 #define KEEPSET_SERVICE_REGISTRY_STATE_DIRECTORY_H_
 
+#include <map>
 #include <memory>
 #include <set>
 #include <string>
@@ -42,6 +44,11 @@ class StateDirectory {
   bool Has(absl::string_view digest) const;
   // Writes the file when it is missing, or is not what its name says. Not synced: see Sync.
   absl::Status Keep(absl::string_view digest, absl::Span<const std::byte> bytes);
+  // The detached signature that the file of `digest` came with, written before the file is. Where
+  // the file is here already, at once.
+  absl::Status KeepSignature(absl::string_view digest, absl::string_view signature);
+  // Empty: none was kept, or it cannot be read.
+  std::string Signature(absl::string_view digest) const;
   // The file is on the medium when this returns OK.
   absl::Status Sync(absl::string_view digest);
   // A table in a private mapping of its file. NotFound; DataLoss: the file is not what its name
@@ -54,12 +61,14 @@ class StateDirectory {
  private:
   StateDirectory(std::string path, int lock_fd) : path_(std::move(path)), lock_fd_(lock_fd) {}
   std::string FileOf(absl::string_view digest) const;
+  absl::Status WriteSignature(absl::string_view digest) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   const std::string path_;
   const int lock_fd_;
   mutable absl::Mutex mutex_;
   std::set<std::string, std::less<>> kept_ ABSL_GUARDED_BY(mutex_);
   std::set<std::string, std::less<>> synced_ ABSL_GUARDED_BY(mutex_);
+  std::map<std::string, std::string, std::less<>> unwritten_signatures_ ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace keepset::service

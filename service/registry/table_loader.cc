@@ -30,16 +30,24 @@ class MappingLoader final : public TableLoader {
 
   absl::StatusOr<TablePtr> LoadTable(TableCandidate candidate) override {
     const std::string digest = tables::FileDigest(AsBytes(candidate.bytes));
+    const auto keep_signature = [&] {
+      if (candidate.signature.empty()) return absl::OkStatus();
+      return state_.KeepSignature(digest, candidate.signature);
+    };
     {
       absl::MutexLock lock(&mutex_);
-      if (TablePtr table = loaded_[digest].lock()) return table;
+      if (TablePtr table = loaded_[digest].lock()) {
+        // The disk is asked again when the table has to be saved.
+        keep_signature().IgnoreError();
+        return table;
+      }
     }
     // Validated as it came, so that messages name it and nothing refused reaches the disk.
     KEEPSET_ASSIGN_OR_RETURN(TablePtr table,
                              tables::ParseTable(AsBytes(candidate.bytes), candidate.label));
     // Where the disk does not take it, the table lives in memory; whoever needs it on disk asks for
     // that (TableRegistry) and learns why not.
-    if (state_.Keep(digest, AsBytes(candidate.bytes)).ok()) {
+    if (keep_signature().ok() && state_.Keep(digest, AsBytes(candidate.bytes)).ok()) {
       if (absl::StatusOr<TablePtr> mapped = state_.Map(digest); mapped.ok()) {
         table = *std::move(mapped);
       }

@@ -32,9 +32,9 @@ class TableLoader {
 // Validates and keeps the file's bytes in memory, once.
 std::unique_ptr<TableLoader> NewTableLoader();
 
-// Validates, copies the file into `state` and serves the table from a private mapping of that copy:
-// page cache instead of memory. The same content is one table, whoever brings it. `state` outlives
-// the loader.
+// Validates, copies the file and the signature it came with into `state` and serves the table from
+// a private mapping of that copy: page cache instead of memory. The same content is one table,
+// whoever brings it. `state` outlives the loader.
 std::unique_ptr<TableLoader> NewMappingTableLoader(StateDirectory& state);
 
 }  // namespace keepset::service

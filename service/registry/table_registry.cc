@@ -34,17 +34,25 @@ class TableRegistryImpl final : public TableRegistry {
         observer_(options.observer),
         disk_(options.state) {}
 
-  absl::Status Recover(const std::vector<std::string>& sources) {
+  absl::Status Recover(const TableRegistryOptions& options) {
     absl::MutexLock lock(&change_mutex_);
     RegistryState state;
     if (disk_ != nullptr) {
-      KEEPSET_ASSIGN_OR_RETURN(Recovered recovered, RecoverState(*disk_, sources, clock_.Now()));
+      KEEPSET_ASSIGN_OR_RETURN(Recovered recovered, RecoverState(*disk_, options.recovery_check,
+                                                                 options.sources, clock_.Now()));
       state = std::move(recovered.state);
       revision_ = revision_limit_ = recovered.revision;
       recovery_problem_ = recovered.problem;
+      withheld_ = std::move(recovered.withheld);
     }
     Settle(state, clock_.Now());
+    const auto failures = state.failures;
     Commit(std::move(state), Saving::kWherePossible).IgnoreError();
+    if (observer_ != nullptr) {
+      for (const auto& [at, failure] : failures) {
+        observer_->OnRefused(kStateSource, failure.origin, failure.why);
+      }
+    }
     return absl::OkStatus();
   }
 
@@ -247,6 +255,7 @@ class TableRegistryImpl final : public TableRegistry {
   absl::Status Commit(RegistryState next, Saving saving)
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(change_mutex_) {
     if (disk_ != nullptr) {
+      ForgetServed(next);
       const absl::Status saved = Save(next);
       if (!saved.ok() && saving == Saving::kRequired) return saved;
       SetHealth(next, kStateSource, saved.ok() ? recovery_problem_ : saved);
@@ -262,6 +271,24 @@ class TableRegistryImpl final : public TableRegistry {
       for (const std::string& digest : unused) disk_->Remove(digest);
     }
     return absl::OkStatus();
+  }
+
+  // What recovery had to leave out and came back meanwhile, signed or whole, is out no more.
+  void ForgetServed(RegistryState& next) ABSL_EXCLUSIVE_LOCKS_REQUIRED(change_mutex_) {
+    if (recovery_problem_.ok()) return;
+    const size_t failures = std::erase_if(next.failures, [&next](const auto& entry) {
+      const auto line = next.lines.find(entry.second.name);
+      return entry.first.first == kStateSource && line != next.lines.end() &&
+             line->second.loaded.contains(entry.second.version);
+    });
+    std::erase_if(withheld_, [&next](const StoredTable& table) {
+      return HoldsDigest(next, table.target.digest);
+    });
+    if (failures == 0) return;
+    const bool is_left =
+        std::any_of(next.failures.begin(), next.failures.end(),
+                    [](const auto& entry) { return entry.first.first == kStateSource; });
+    if (!is_left) recovery_problem_ = absl::OkStatus();
   }
 
   // The view after a change, or nullptr when `next` looks as the view before.
@@ -334,6 +361,7 @@ class TableRegistryImpl final : public TableRegistry {
     }
     RegistryDocument document = DocumentOf(next, is_kept);
     const bool more_revisions = revision_ + 1 >= revision_limit_;
+    document.tables.insert(document.tables.end(), withheld_.begin(), withheld_.end());
     document.revision_limit = more_revisions ? revision_ + kRevisionBlock : revision_limit_;
     if (saved_ == document) return absl::OkStatus();
     for (const TablePtr& table : needed) {
@@ -361,6 +389,7 @@ class TableRegistryImpl final : public TableRegistry {
   RegistryDocument saved_ ABSL_GUARDED_BY(change_mutex_);
   std::set<std::string> saved_digests_ ABSL_GUARDED_BY(change_mutex_);
   absl::Status recovery_problem_ ABSL_GUARDED_BY(change_mutex_);
+  std::vector<StoredTable> withheld_ ABSL_GUARDED_BY(change_mutex_);
 
   absl::Mutex listener_mutex_;
   absl::flat_hash_map<uint64_t, std::function<void(std::shared_ptr<const RegistryView>)>> listeners_
@@ -378,7 +407,7 @@ class TableRegistryImpl final : public TableRegistry {
 absl::StatusOr<std::unique_ptr<TableRegistry>> TableRegistry::New(
     const TableRegistryOptions& options) {
   auto registry = std::make_unique<TableRegistryImpl>(options);
-  KEEPSET_RETURN_IF_ERROR(registry->Recover(options.sources));
+  KEEPSET_RETURN_IF_ERROR(registry->Recover(options));
   return registry;
 }
 

@@ -8,6 +8,7 @@
 #ifndef KEEPSET_SERVICE_REGISTRY_TABLE_REGISTRY_H_
 #define KEEPSET_SERVICE_REGISTRY_TABLE_REGISTRY_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -20,6 +21,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
+#include "absl/types/span.h"
 #include "base/clock.h"
 #include "service/registry/registry_authority.h"
 #include "service/registry/registry_types.h"
@@ -93,6 +95,11 @@ class RegistryObserver {
   virtual void OnSourceHealth(absl::string_view /*source*/, const absl::Status& /*health*/) {}
 };
 
+// Whether a table that was kept may be served; `label` begins the message. Its signature is empty
+// where it came without one.
+using RecoveryCheck = std::function<absl::Status(
+    absl::Span<const std::byte> bytes, absl::string_view signature, absl::string_view label)>;
+
 struct TableRegistryOptions {
   // Outlives the registry; nobody else publishes into it.
   tables::TableStore* store = nullptr;
@@ -103,6 +110,9 @@ struct TableRegistryOptions {
   // Kinds of the sources that will Sync. What the state directory knows of others is theirs no
   // longer.
   std::vector<std::string> sources = {};
+  // Asked about every table of the state directory; nullptr: all may. One that may not is failed,
+  // and stays on disk for a start that allows it.
+  RecoveryCheck recovery_check = nullptr;
 };
 
 class TableRegistry {

@@ -78,13 +78,22 @@ class EtcdAuthority final : public RegistryAuthority {
                          " is in etcd with other content (", digest, "), want another version"));
       }
       receipt.already_loaded = true;
-    } else {
+    }
+    const std::string key = layout_.TableKey(identity.name, identity.version);
+    const std::string signature_key = layout_.SignatureKey(identity.name, identity.version);
+    std::vector<etcd::Write> writes;
+    if (digest.empty()) {
       KEEPSET_ASSIGN_OR_RETURN(std::string value, ValueFor(args, identity));
-      const std::string key = layout_.TableKey(identity.name, identity.version);
+      writes.push_back({Write::Kind::kPut, key, std::move(value)});
+      // Another table's, of the same name and version.
+      if (args.signature.empty()) writes.push_back({Write::Kind::kDelete, signature_key, ""});
+    }
+    if (!args.signature.empty()) {
+      writes.push_back({Write::Kind::kPut, signature_key, args.signature});
+    }
+    if (!writes.empty()) {
       // A damaged value may be replaced.
-      KEEPSET_RETURN_IF_ERROR(Write({{key, base->RevisionOf(key)}},
-                                    {{Write::Kind::kPut, key, std::move(value)}},
-                                    Deadline(context)));
+      KEEPSET_RETURN_IF_ERROR(Write({{key, base->RevisionOf(key)}}, writes, Deadline(context)));
     }
     KEEPSET_ASSIGN_OR_RETURN(receipt.version, FindLoaded(identity));
     receipt.revision = registry_.View()->revision;
@@ -213,6 +222,8 @@ class EtcdAuthority final : public RegistryAuthority {
         const std::string table = layout_.TableKey(name, dropped->version);
         conditions.push_back({table, base->RevisionOf(table)});
         writes.push_back({etcd::Write::Kind::kDelete, table, ""});
+        writes.push_back(
+            {etcd::Write::Kind::kDelete, layout_.SignatureKey(name, dropped->version), ""});
       }
       const absl::Status written = Write(conditions, writes, deadline);
       if (written.ok()) return Receipt(name, before.at(name).assignment);

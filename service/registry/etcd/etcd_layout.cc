@@ -24,6 +24,7 @@ namespace {
 using nlohmann::json;
 
 constexpr absl::string_view kTables = "tables/";
+constexpr absl::string_view kSignatures = "signatures/";
 constexpr absl::string_view kLines = "lines/";
 constexpr absl::string_view kDigestPrefix = "sha256:";
 constexpr size_t kDigestHex = 64;
@@ -132,25 +133,31 @@ std::string Layout::TableKey(absl::string_view name, absl::string_view version) 
   return absl::StrCat(root_, kTables, Escape(name), "/", Escape(version));
 }
 
+std::string Layout::SignatureKey(absl::string_view name, absl::string_view version) const {
+  return absl::StrCat(root_, kSignatures, Escape(name), "/", Escape(version));
+}
+
 std::string Layout::LineKey(absl::string_view name) const {
   return absl::StrCat(root_, kLines, Escape(name));
 }
 
 absl::StatusOr<Key> Layout::Parse(absl::string_view key) const {
   absl::string_view rest = absl::StripPrefix(key, root_);
-  if (absl::ConsumePrefix(&rest, kTables)) {
+  const bool is_signature = absl::StartsWith(rest, kSignatures);
+  if (absl::ConsumePrefix(&rest, kTables) || absl::ConsumePrefix(&rest, kSignatures)) {
     const std::vector<absl::string_view> parts = absl::StrSplit(rest, '/');
     if (parts.size() == 2 && !parts[0].empty() && !parts[1].empty()) {
-      return Key{Key::Kind::kTable, Unescape(parts[0]), Unescape(parts[1])};
+      return Key{is_signature ? Key::Kind::kSignature : Key::Kind::kTable, Unescape(parts[0]),
+                 Unescape(parts[1])};
     }
   } else if (absl::ConsumePrefix(&rest, kLines)) {
     if (!rest.empty() && !absl::StrContains(rest, '/')) {
       return Key{Key::Kind::kLine, Unescape(rest), ""};
     }
   }
-  return absl::InvalidArgumentError(absl::StrCat("etcd key \"", absl::CHexEscape(key), "\", want ",
-                                                 root_, "tables/NAME/VERSION or ", root_,
-                                                 "lines/NAME, a slash in a name written %2F"));
+  return absl::InvalidArgumentError(absl::StrCat(
+      "etcd key \"", absl::CHexEscape(key), "\", want ", root_, "tables/NAME/VERSION, ", root_,
+      "signatures/NAME/VERSION or ", root_, "lines/NAME, a slash in a name written %2F"));
 }
 
 bool IsTablePointer(absl::string_view value) {

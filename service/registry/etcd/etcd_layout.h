@@ -1,7 +1,11 @@
 // How tables and lines lie in etcd. docs/operations.md describes it for operators.
 //
-//   <prefix>/tables/<name>/<version>   a table file's bytes, or {"digest": "sha256:...", "path":
-//   "..."} <prefix>/lines/<name>              what was decided about a line, as JSON
+//   <prefix>/tables/<name>/<version>
+//       the bytes of a table file, or {"digest": "sha256:...", "path": "..."}
+//   <prefix>/signatures/<name>/<version>
+//       the detached signature of that table, 64 bytes or their base64
+//   <prefix>/lines/<name>
+//       what was decided about a line, as JSON
 //
 // A '/' inside a name or version is written %2F. Pure functions, thread-safe.
 #ifndef KEEPSET_SERVICE_REGISTRY_ETCD_ETCD_LAYOUT_H_
@@ -16,10 +20,10 @@
 namespace keepset::service::etcd {
 
 struct Key {
-  enum class Kind { kTable, kLine };
+  enum class Kind { kTable, kSignature, kLine };
   Kind kind = Kind::kTable;
   std::string name;
-  std::string version;  // kTable
+  std::string version;  // kTable, kSignature
 };
 
 class Layout {
@@ -29,6 +33,7 @@ class Layout {
 
   const std::string& root() const { return root_; }  // every key of ours begins with it
   std::string TableKey(absl::string_view name, absl::string_view version) const;
+  std::string SignatureKey(absl::string_view name, absl::string_view version) const;
   std::string LineKey(absl::string_view name) const;
   // InvalidArgument: below the prefix, but of neither form.
   absl::StatusOr<Key> Parse(absl::string_view key) const;

@@ -28,28 +28,89 @@ void EtcdTables::Replace(const RangeResult& all) {
   if (all.cluster_id != cluster_id_) {
     // Revisions of two clusters say nothing about each other.
     ForgetRevisions(tables_);
+    ForgetRevisions(signatures_);
     ForgetRevisions(lines_);
     ForgetRevisions(bad_keys_);
     cluster_id_ = all.cluster_id;
   }
   std::set<std::string> keys;
+  std::set<std::string> signed_tables;
+  std::vector<Change> changes;
   for (const KeyValue& pair : all.pairs) {
     keys.insert(pair.key);
-    Put(pair);
+    const absl::StatusOr<Key> key = layout_.Parse(pair.key);
+    if (key.ok() && key->kind == Key::Kind::kSignature) {
+      signed_tables.insert(layout_.TableKey(key->name, key->version));
+    }
+    changes.push_back({Change::Kind::kPut, pair});
   }
   KeepOnly(keys, tables_);
   KeepOnly(keys, lines_);
   KeepOnly(keys, bad_keys_);
+  std::vector<std::string> unsigned_tables;
+  for (const auto& [key, entry] : signatures_) {
+    if (!signed_tables.contains(key)) unsigned_tables.push_back(key);
+  }
+  KeepOnly(signed_tables, signatures_);
+  Apply(changes);
+  for (const std::string& key : unsigned_tables) JudgeAgain(key);
 }
 
 void EtcdTables::Apply(const std::vector<Change>& changes) {
+  // One revision may bring a table and its signature, in any order.
+  std::vector<const Change*> others;
   for (const Change& change : changes) {
-    if (change.kind == Change::Kind::kDelete) {
-      Erase(change.pair.key);
+    if (!TakeSignature(change.pair, change.kind)) others.push_back(&change);
+  }
+  for (const Change* change : others) {
+    if (change->kind == Change::Kind::kDelete) {
+      Erase(change->pair.key);
     } else {
-      Put(change.pair);
+      Put(change->pair);
     }
   }
+  for (const Change& change : changes) {
+    const absl::StatusOr<Key> key = layout_.Parse(change.pair.key);
+    if (key.ok() && key->kind == Key::Kind::kSignature) {
+      JudgeAgain(layout_.TableKey(key->name, key->version));
+    }
+  }
+}
+
+bool EtcdTables::TakeSignature(const KeyValue& pair, Change::Kind kind) {
+  const absl::StatusOr<Key> key = layout_.Parse(pair.key);
+  if (!key.ok() || key->kind != Key::Kind::kSignature) return false;
+  const std::string table_key = layout_.TableKey(key->name, key->version);
+  if (kind == Change::Kind::kDelete) {
+    signatures_.erase(table_key);
+  } else {
+    signatures_[table_key] = {pair.mod_revision, pair.value};
+  }
+  return true;
+}
+
+void EtcdTables::JudgeAgain(const std::string& table_key) {
+  const auto found = tables_.find(table_key);
+  if (found == tables_.end()) return;
+  TableEntry& entry = found->second;
+  if (entry.health.ok() && entry.signature == SignatureOf(table_key)) return;
+  std::string value = entry.value;
+  if (value.empty() && entry.table != nullptr) {
+    const absl::Span<const std::byte> bytes = entry.table->file_bytes();
+    value.assign(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+  }
+  Load(std::move(value), table_key, entry);
+}
+
+std::string EtcdTables::SignatureOf(const std::string& table_key) const {
+  const auto found = signatures_.find(table_key);
+  return found == signatures_.end() ? "" : found->second.signature;
+}
+
+std::string EtcdTables::Instance(const std::string& table_key, int64_t mod_revision) const {
+  const auto found = signatures_.find(table_key);
+  if (found == signatures_.end()) return absl::StrCat(mod_revision);
+  return absl::StrCat(mod_revision, " signed ", found->second.mod_revision);
 }
 
 bool EtcdTables::has_missing_files() const {
@@ -95,27 +156,35 @@ void EtcdTables::Put(const KeyValue& pair) {
   if (entry.mod_revision == pair.mod_revision) return;
   entry.key = *key;
   entry.mod_revision = pair.mod_revision;
-  entry.awaited.reset();
-  entry.health = LoadValue(pair, entry);
+  Load(pair.value, pair.key, entry);
 }
 
-absl::Status EtcdTables::LoadValue(const KeyValue& pair, TableEntry& entry) {
-  const bool is_pointer = IsTablePointer(pair.value);
+void EtcdTables::Load(std::string value, const std::string& key, TableEntry& entry) {
+  entry.awaited.reset();
+  entry.health = LoadValue(value, key, entry);
+  const bool is_in_table = entry.health.ok() && !IsTablePointer(value);
+  entry.value = is_in_table ? "" : std::move(value);
+}
+
+absl::Status EtcdTables::LoadValue(const std::string& value, const std::string& origin,
+                                   TableEntry& entry) {
+  const bool is_pointer = IsTablePointer(value);
   const int64_t max_bytes = is_pointer ? kMaxPointerBytes : options_.max_value_bytes;
-  if (static_cast<int64_t>(pair.value.size()) > max_bytes) {
+  if (static_cast<int64_t>(value.size()) > max_bytes) {
     return absl::InvalidArgumentError(absl::StrCat(
-        pair.key, ": value_bytes=", pair.value.size(), ", want at most ", max_bytes,
+        origin, ": value_bytes=", value.size(), ", want at most ", max_bytes,
         is_pointer ? " of digest and path"
                    : " (etcd.max_value_bytes), or digest and path of a file on the shared volume"));
   }
-  if (!is_pointer) return LoadBytes(pair.value, pair.key, entry);
-  KEEPSET_ASSIGN_OR_RETURN(const TablePointer pointer, ParseTablePointer(pair.value, pair.key));
-  return LoadFile(pointer, pair.key, entry);
+  if (!is_pointer) return LoadBytes(value, origin, entry);
+  KEEPSET_ASSIGN_OR_RETURN(const TablePointer pointer, ParseTablePointer(value, origin));
+  return LoadFile(pointer, origin, entry);
 }
 
 absl::Status EtcdTables::LoadFile(const TablePointer& pointer, const std::string& origin,
                                   TableEntry& entry) {
-  if (entry.table != nullptr && entry.table->identity().digest == pointer.digest) {
+  if (entry.table != nullptr && entry.table->identity().digest == pointer.digest &&
+      entry.signature == SignatureOf(layout_.TableKey(entry.key.name, entry.key.version))) {
     entry.awaited.reset();
     return absl::OkStatus();
   }
@@ -141,20 +210,23 @@ absl::Status EtcdTables::LoadFile(const TablePointer& pointer, const std::string
   }
   entry.awaited.reset();
   entry.table = std::move(read.table);
+  entry.signature = std::move(read.signature);
   return absl::OkStatus();
 }
 
 absl::Status EtcdTables::LoadBytes(std::string bytes, const std::string& origin,
                                    TableEntry& entry) {
+  const std::string signature = SignatureOf(layout_.TableKey(entry.key.name, entry.key.version));
   KEEPSET_ASSIGN_OR_RETURN(
       TablePtr table,
-      loader_.LoadTable({.bytes = std::move(bytes), .label = origin, .signature = ""}));
+      loader_.LoadTable({.bytes = std::move(bytes), .label = origin, .signature = signature}));
   const tables::TableIdentity& identity = table->identity();
   if (identity.name != entry.key.name || identity.version != entry.key.version) {
     return absl::InvalidArgumentError(absl::StrCat(
         origin, ": holds table ", identity.name, "@", identity.version, ", want ", entry.key.name,
         "@", entry.key.version, " or the key ", layout_.TableKey(identity.name, identity.version)));
   }
+  entry.signature = signature;
   // The same content stays the same object.
   if (entry.table == nullptr || entry.table->identity() != identity) entry.table = std::move(table);
   return absl::OkStatus();
@@ -187,12 +259,12 @@ SourceSet EtcdTables::Set(const std::set<std::string>& known_lines) const {
   set.rule = ActivationRule::kOnRequest;
   const LineAssignment undecided;
   for (const std::string& name : known_lines) set.assignments[name] = undecided;
-  const auto fail = [&set](const std::string& origin, int64_t mod_revision, const absl::Status& why,
+  const auto fail = [&set](const std::string& origin, std::string instance, const absl::Status& why,
                            const Key& key) {
     if (why.ok()) return;
     SourceFailure failure;
     failure.origin = origin;
-    failure.instance = absl::StrCat(mod_revision);
+    failure.instance = std::move(instance);
     failure.why = why;
     failure.name = key.name;
     failure.version = key.version;
@@ -200,14 +272,16 @@ SourceSet EtcdTables::Set(const std::set<std::string>& known_lines) const {
   };
   for (const auto& [key, entry] : tables_) {
     if (entry.table != nullptr) set.tables.push_back({.table = entry.table, .origin = key});
-    fail(key, entry.mod_revision, entry.health, entry.key);
+    fail(key, Instance(key, entry.mod_revision), entry.health, entry.key);
     set.assignments.try_emplace(entry.key.name, undecided);
   }
   for (const auto& [key, entry] : lines_) {
-    fail(key, entry.mod_revision, entry.health, entry.key);
+    fail(key, absl::StrCat(entry.mod_revision), entry.health, entry.key);
     set.assignments[entry.key.name] = Resolved(entry.key.name, entry.assignment);
   }
-  for (const auto& [key, bad] : bad_keys_) fail(key, bad.mod_revision, bad.why, Key());
+  for (const auto& [key, bad] : bad_keys_) {
+    fail(key, absl::StrCat(bad.mod_revision), bad.why, Key());
+  }
   return set;
 }
 
@@ -215,6 +289,11 @@ std::map<std::string, int64_t> EtcdTables::Revisions() const {
   std::map<std::string, int64_t> revisions;
   for (const auto& [key, entry] : tables_) revisions[key] = entry.mod_revision;
   for (const auto& [key, entry] : lines_) revisions[key] = entry.mod_revision;
+  for (const auto& [key, entry] : signatures_) {
+    const absl::StatusOr<Key> table = layout_.Parse(key);
+    if (table.ok())
+      revisions[layout_.SignatureKey(table->name, table->version)] = entry.mod_revision;
+  }
   return revisions;
 }
 

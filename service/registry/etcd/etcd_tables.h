@@ -1,6 +1,6 @@
 // What etcd says, turned into what the registry takes: every key below the prefix with its last
-// good meaning. A damaged value is a failure beside the last good table or line of its key; the
-// same keys give the same set, whatever order they came in.
+// good meaning. A damaged value, or one whose signature is not as wanted, is a failure beside the
+// last good table or line of its key; the same keys give the same set, whatever order they came in.
 #ifndef KEEPSET_SERVICE_REGISTRY_ETCD_ETCD_TABLES_H_
 #define KEEPSET_SERVICE_REGISTRY_ETCD_ETCD_TABLES_H_
 
@@ -50,16 +50,24 @@ class EtcdTables {
 
   // Whether etcd holds any line, damaged ones too.
   bool has_lines() const { return !lines_.empty(); }
-  // When each table's and line's value was written, by etcd key: conditions for writes.
+  // When each table's, signature's and line's value was written, by etcd key: conditions for
+  // writes.
   std::map<std::string, int64_t> Revisions() const;
 
  private:
   struct TableEntry {
     Key key;
     int64_t mod_revision = 0;
-    TablePtr table;       // last good
-    absl::Status health;  // of the newest value
+    // The newest value, where it cannot be had from `table`: a pointer, or bytes that were refused.
+    std::string value;
+    TablePtr table;         // last good
+    std::string signature;  // that `table` was accepted with
+    absl::Status health;    // of the newest value
     std::optional<TablePointer> awaited;
+  };
+  struct SignatureEntry {
+    int64_t mod_revision = 0;
+    std::string signature;
   };
   struct LineEntry {
     Key key;
@@ -74,7 +82,14 @@ class EtcdTables {
 
   void Put(const KeyValue& pair);
   void Erase(const std::string& key);
-  absl::Status LoadValue(const KeyValue& pair, TableEntry& entry);
+  // True: it was the key of a signature, and is dealt with.
+  bool TakeSignature(const KeyValue& pair, Change::Kind kind);
+  // A signature came, changed or went: what its table is now.
+  void JudgeAgain(const std::string& table_key);
+  std::string SignatureOf(const std::string& table_key) const;
+  std::string Instance(const std::string& table_key, int64_t mod_revision) const;
+  void Load(std::string value, const std::string& key, TableEntry& entry);
+  absl::Status LoadValue(const std::string& value, const std::string& origin, TableEntry& entry);
   absl::Status LoadFile(const TablePointer& pointer, const std::string& origin, TableEntry& entry);
   absl::Status LoadBytes(std::string bytes, const std::string& origin, TableEntry& entry);
   // The target with its digest, as far as the line's tables tell it.
@@ -85,7 +100,8 @@ class EtcdTables {
   const Layout layout_;
   TableLoader& loader_;
   uint64_t cluster_id_ = 0;
-  std::map<std::string, TableEntry> tables_;  // by etcd key
+  std::map<std::string, TableEntry> tables_;          // by etcd key
+  std::map<std::string, SignatureEntry> signatures_;  // by the etcd key of their table
   std::map<std::string, LineEntry> lines_;
   std::map<std::string, BadKey> bad_keys_;
 };

@@ -81,9 +81,10 @@ TEST_F(SignedTables, DamagedOnesAreStillRefusedForTheirDamage) {
 }
 
 TEST_F(SignedTables, WithoutKeysOnlyARequiredSignatureIsRefused) {
-  const TableCandidate candidate = {table_, "a", Sign(table_, alice_)};
-  EXPECT_TRUE(CheckSignature(candidate, {}, SignatureRule::kWhereSigned).ok());
-  EXPECT_EQ(CheckSignature(candidate, {}, SignatureRule::kRequired).code(),
+  const std::string signature = Sign(table_, alice_);
+  EXPECT_TRUE(
+      CheckSignature(AsBytes(table_), signature, "a", {}, SignatureRule::kWhereSigned).ok());
+  EXPECT_EQ(CheckSignature(AsBytes(table_), signature, "a", {}, SignatureRule::kRequired).code(),
             absl::StatusCode::kPermissionDenied);
 }
 

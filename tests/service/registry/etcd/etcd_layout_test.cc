@@ -18,6 +18,7 @@ TEST(EtcdLayout, NamesKeysBelowThePrefix) {
   for (const char* prefix : {"/keepset", "/keepset/"}) {
     const Layout layout(prefix);
     EXPECT_EQ(layout.TableKey("qwen", "2026-11-22.1"), "/keepset/tables/qwen/2026-11-22.1");
+    EXPECT_EQ(layout.SignatureKey("qwen", "1"), "/keepset/signatures/qwen/1");
     EXPECT_EQ(layout.LineKey("qwen"), "/keepset/lines/qwen");
   }
 }
@@ -29,6 +30,10 @@ TEST(EtcdLayout, ReadsItsKeysBack) {
   EXPECT_EQ(table->kind, Key::Kind::kTable);
   EXPECT_EQ(table->name, "org/model");
   EXPECT_EQ(table->version, "a/b");
+  const auto signature = layout.Parse(layout.SignatureKey("org/model", "a/b"));
+  ASSERT_TRUE(signature.ok()) << signature.status();
+  EXPECT_EQ(signature->kind, Key::Kind::kSignature);
+  EXPECT_EQ(signature->version, "a/b");
   const auto line = layout.Parse(layout.LineKey("org/model"));
   ASSERT_TRUE(line.ok()) << line.status();
   EXPECT_EQ(line->kind, Key::Kind::kLine);
