@@ -111,8 +111,9 @@ absl::StatusOr<std::unique_ptr<UnixListener>> UnixListener::Prepare(const std::s
   }
   if (::mkdtemp(directory.data()) == nullptr) {
     const int error = errno;
-    return absl::FailedPreconditionError(absl::StrCat(
-        "listen unix:", path, ": its directory cannot be written: ", ErrorText(error)));
+    return absl::FailedPreconditionError(
+        absl::StrCat("listen unix:", path, ": directory ", parent, ": ", ErrorText(error),
+                     ", want one this process can write (--listen unix:PATH)"));
   }
   return std::make_unique<PrivateDirListener>(path, mode, std::move(directory));
 }

@@ -27,7 +27,6 @@ std::string Describe(const TablePtr& table) {
 }
 
 std::string DescribeAll(const std::vector<TablePtr>& tables) {
-  if (tables.empty()) return "no table";
   return absl::StrJoin(tables, ", ", [](std::string* out, const TablePtr& table) {
     absl::StrAppend(out, Describe(table));
   });
@@ -94,9 +93,11 @@ bool IsLoose(const DecisionTable& table, const TableQuery& query) {
 }
 
 absl::Status NoSuchTable(const TableSnapshot& snapshot, const TableQuery& query) {
-  return absl::NotFoundError(absl::StrCat(
-      "table ", DescribeQuery(query), ": not ", query.pins() ? "loaded" : "active",
-      ", want one of: ", DescribeAll(query.pins() ? snapshot.loaded : snapshot.tables)));
+  const std::vector<TablePtr>& there = query.pins() ? snapshot.loaded : snapshot.tables;
+  const absl::string_view state = query.pins() ? "loaded" : "active";
+  return absl::NotFoundError(absl::StrCat("table ", DescribeQuery(query), ": not ", state,
+                                          there.empty() ? ", no table is " : ", want one of: ",
+                                          there.empty() ? state : DescribeAll(there)));
 }
 
 void SortByName(std::vector<TablePtr>& tables) {

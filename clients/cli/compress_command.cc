@@ -53,6 +53,10 @@ absl::Status WriteAnswer(const CompressOptions& options, const PrefillRequest& r
 // The engine knows policies and tensors; which file and which flag they came from is known here.
 absl::Status NameFilesAndFlags(const CompressOptions& options, const absl::Status& status) {
   if (ExitCodeOf(status) != ExitCode::kRefused) return status;
+  // What is wrong with the table file is no matter of the capture.
+  if (options.table.has_value() && absl::StrContains(status.message(), *options.table)) {
+    return status;
+  }
   std::string hint;
   if (absl::IsNotFound(status) && !options.table.has_value() &&
       !options.server.address.has_value()) {

@@ -44,6 +44,9 @@ absl::Status CheckParentExists(const std::string& what, const std::string& path)
   if (!std::filesystem::is_directory(parent, error)) {
     return UsageError(absl::StrCat(what, " ", path, ": there is no directory ", parent.string()));
   }
+  if (std::filesystem::is_directory(path, error)) {
+    return UsageError(absl::StrCat(what, " ", path, ": is a directory, want a file name"));
+  }
   return absl::OkStatus();
 }
 

@@ -48,10 +48,18 @@ absl::Status PrefillRequest::Fill(const CompressOptions& options) {
     spec_.budget = *options.budget_bytes;
   }
   // Unsigned on the wire: a negative count has to be refused before it gets there.
-  for (const auto& [flag, value] :
-       {std::pair{"--budget", spec_.budget}, std::pair{"--protect-sink", options.protect_sink},
-        std::pair{"--protect-window", options.protect_window}}) {
-    if (value < 0) return RefusedError(absl::StrCat(flag, "=", value, ", want 0 or more"));
+  struct Count {
+    const char* flag;
+    std::optional<int64_t> value;
+    int64_t least;
+  };
+  for (const auto& [flag, value, least] :
+       {Count{"--budget", options.budget, 1}, Count{"--budget-bytes", options.budget_bytes, 1},
+        Count{"--protect-sink", options.protect_sink, 0},
+        Count{"--protect-window", options.protect_window, 0}}) {
+    if (value.value_or(least) < least) {
+      return RefusedError(absl::StrCat(flag, "=", *value, ", want ", least, " or more"));
+    }
   }
   if (options.scope.has_value()) spec_.scope = options.scope->c_str();
   spec_.protect_sink = options.protect_sink;

@@ -24,6 +24,7 @@ using ::testing::AllOf;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
+using ::testing::Not;
 
 constexpr int64_t kSeqLen = 40;
 constexpr int64_t kRowBytes = 8 * 2;  // head_dim in F16
@@ -269,6 +270,14 @@ TEST_F(CompressCommand, BudgetZeroIsRefused) {
   EXPECT_THAT(run.err, HasSubstr("0"));
 }
 
+TEST_F(CompressCommand, NegativeBudgetsSayWhatWouldBeRight) {
+  for (const std::string flag : {"--budget", "--budget-bytes"}) {
+    const CliRun run = Compress({"--policy", "snapkv", flag, "-1"});
+    EXPECT_EQ(run.exit_code, 3);
+    EXPECT_THAT(run.err, HasSubstr(flag + "=-1, want 1 or more"));
+  }
+}
+
 TEST_F(CompressCommand, NegativeProtectionIsRefused) {
   const CliRun run = Compress({"--policy", "snapkv", "--budget", "9", "--protect-sink", "-1"});
   EXPECT_EQ(run.exit_code, 3);
@@ -281,6 +290,16 @@ TEST_F(CompressCommand, TableOfAnotherModelIsRefused) {
                                 Golden("cli_table.safetensors"), "--out", Path("result")});
   EXPECT_EQ(run.exit_code, 3);
   EXPECT_THAT(run.err, AllOf(HasSubstr("num_layers"), HasSubstr("cli_table.safetensors")));
+}
+
+TEST_F(CompressCommand, DamagedTableIsNamedWithoutTheCapture) {
+  const std::string path = Path("damaged");
+  std::filesystem::copy_file(Golden("cli_table.safetensors"), path);
+  std::filesystem::resize_file(path, std::filesystem::file_size(path) - 1);
+  const CliRun run =
+      Compress({"--policy", "compilerkv", "--budget", "12", "--ppl", "3", "--table", path});
+  EXPECT_EQ(run.exit_code, 3);
+  EXPECT_THAT(run.err, AllOf(HasSubstr(path), Not(HasSubstr("cli_capture"))));
 }
 
 TEST_F(CompressCommand, DamagedCaptureIsRefused) {
@@ -303,6 +322,13 @@ TEST_F(CompressCommand, MissingOutDirectoryIsUsage) {
                                 "--budget", "2", "--out", Path("no/result")});
   EXPECT_EQ(run.exit_code, 2);
   EXPECT_THAT(run.err, HasSubstr(Path("no")));
+}
+
+TEST_F(CompressCommand, OutOfADirectoryIsUsage) {
+  const CliRun run = RunBinary({"compress", Golden("cli_capture.safetensors"), "--policy", "tova",
+                                "--budget", "2", "--out", Path("")});
+  EXPECT_EQ(run.exit_code, 2);
+  EXPECT_THAT(run.err, HasSubstr("is a directory, want a file name"));
 }
 
 TEST_F(CompressCommand, FullDiskFailsAndLeavesNoFile) {

@@ -23,6 +23,14 @@ TEST(UnixListener, DirectoryTooDeepForItsPrivateSocketIsNamed) {
   EXPECT_THAT(listener.status().message(), HasSubstr("path of 104 bytes, want at most 95"));
 }
 
+TEST(UnixListener, MissingDirectoryIsNamed) {
+  const integration::TempDir root;
+  const auto listener = UnixListener::Prepare(root.path() + "/none/k", 0600);
+  EXPECT_EQ(listener.status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(listener.status().message(),
+              HasSubstr("directory " + root.path() + "/none: No such file or directory"));
+}
+
 TEST(UnixListener, RelativePathLiesInTheWorkingDirectory) {
   const integration::TempDir root;
   const std::filesystem::path before = std::filesystem::current_path();

@@ -108,7 +108,7 @@ TEST(ResolveTable, AnEmptyStoreSaysSo) {
   const TableStore store;
   const auto table = ResolveTable(*store.Snapshot(), QueryFor(SmallModel()));
   EXPECT_EQ(table.status().code(), absl::StatusCode::kNotFound);
-  EXPECT_THAT(std::string(table.status().message()), HasSubstr("no table"));
+  EXPECT_THAT(std::string(table.status().message()), HasSubstr("no table is active"));
 }
 
 TEST(ResolveTable, AMisfitNamesTheField) {
