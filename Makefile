@@ -68,10 +68,12 @@ gpu-bundle: setup
 	cmake --preset release -DKEEPSET_CUDA=ON >/dev/null
 	ninja -C $(BUILD) cuda_device_test gpu_bench keepsetd keepset
 	tools/gpu-bundle $(BUILD) out/gpu-bundle
-# The same for observation_heads tables alone; raw outcomes stay in the build folder.
-evidence-heads: configure python
+# The same for observation_heads tables alone; raw outcomes stay in the build folder, an interrupted run goes
+# on there. `--hf-model DIRECTORY` of the same command measures a Hugging Face model (docs/observation-heads.md).
+evidence-heads: configure
 	ninja -C $(BUILD) keepset keepset_shared
-	$(VENV)/bin/python -m keepset.evidence.observation_heads --build $(BUILD) --out docs/results \
+	@tools/venv $(VENV_EVIDENCE) plots
+	$(VENV_EVIDENCE)/bin/python -m keepset.evidence.observation_heads --build $(BUILD) --out docs/results \
 	  --work $(BUILD)/evidence-heads
 
 setup:

@@ -1,6 +1,5 @@
 """observation_heads from rollouts to a served table, in small."""
 
-import dataclasses
 import json
 
 import numpy as np
@@ -16,20 +15,26 @@ from keepset.calibrate.head_prompts import (
     MAX_ROWS,
     PROBE_MEAN,
     ConstructedTasks,
-    SmallModelTasks,
     attention,
     candidate_scores,
 )
-from keepset.eval import constructed
+from keepset.calibrate.small_head_tasks import SmallModelTasks
+from keepset.eval import constructed, facts, text_tasks
 from keepset.eval.small_model import SmallModel
 from keepset.evidence import head_baselines
-from keepset.evidence.observation_heads import measure, shuffled, summarize
+from keepset.evidence.head_measure import measure, risk_of, summarize, summarize_risk
+from keepset.evidence.head_methods import (
+    agnostic_methods,
+    heads_run,
+    plain_methods,
+    shuffled,
+)
 from keepset.in_process import Engine, EngineError
 from keepset.server_process import ServerProcess
 
 from conftest import MODEL, SEQ_LEN, WINDOW, binary, random_layers, spec
 
-SMALL = {"seq_len": 256, "num_facts": 8}
+LENGTH = 256
 
 
 @pytest.fixture(scope="module")
@@ -45,19 +50,50 @@ def engine(build):
 
 @pytest.fixture(scope="module")
 def small():
-    return SmallModelTasks(SmallModel.load(), **SMALL)
+    return SmallModelTasks(SmallModel.load())
 
 
-@pytest.mark.parametrize("task", SmallModelTasks.TASKS)
+@pytest.mark.parametrize("task", [
+    "number", "multi", "few_shot", "summary", "later_number", "later_multi", "later_few_shot",
+    "later_summary"])
 def test_the_full_cache_answers_and_the_need_lies_on_the_prompt(small, task):
-    prompt = small.prompt(task, 3)
+    prompt = small.prompt(task, 3, LENGTH)
     outcome = prompt.outcome([np.arange(prompt.seq_len)] * len(prompt.layers))
-    assert outcome.exact
-    assert prompt.need.shape == (prompt.seq_len,) and prompt.need.min() >= 0
+    assert outcome.exact and outcome.kl == 0
+    assert prompt.need.shape == (prompt.seq_len,) and prompt.need.min() >= 0 and prompt.need.max() > 0
+    assert (prompt.probe is not None) == task.startswith("later_")
+
+
+def test_divergence_is_that_of_the_answers_tokens(small):
+    """Against one forward pass over prompt and answer, and the same after the prompt's half."""
+    prompt = small.prompt("number", 3, LENGTH)
+    model = small.model
+    rng = np.random.default_rng([3, 0, LENGTH])
+    sample = facts.make_sample(rng, small._words, LENGTH, LENGTH // 32)
+    fact = sample.facts[rng.integers(len(sample.facts))]
+    ids = model.tokenize(sample.prompt_with_question(fact))
+    fed = np.concatenate([ids[-1:], model.tokenize(fact.answer[:1])])
+    last = len(ids) - 1
+    kept = [np.arange(100, len(ids))] * 2
+
+    def logprobs(sets):
+        cache = model.prefill(ids).compact(sets).before(last)
+        logits = model.score(cache, fed, last).astype(np.float64)
+        return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+    full, half = logprobs([np.arange(len(ids))] * 2), logprobs(kept)
+    want = (np.exp(full) * (full - half)).sum(-1).mean()
+    assert prompt.outcome(kept).kl == pytest.approx(want, rel=1e-4)
+
+
+def test_the_same_seed_is_the_same_prompt_and_lengths_differ(small):
+    first, again, longer = (small.prompt("multi", 5, length) for length in (256, 256, 512))
+    assert np.array_equal(first.layers[0].k, again.layers[0].k)
+    assert longer.seq_len == first.seq_len + 256 and longer.prompt_id != first.prompt_id
 
 
 def test_candidates_are_every_way_of_every_head(small):
-    prompt = small.prompt("later", 3)
+    prompt = small.prompt("later_number", 3, LENGTH)
     candidates, scores = candidate_scores(prompt)
     # 2 layers x (4 heads x (3 ways + 2 of the probe) + 2 KV heads of novelty)
     assert len(candidates) == len(set(candidates)) == 44
@@ -66,7 +102,7 @@ def test_candidates_are_every_way_of_every_head(small):
 
 
 def test_the_engine_keeps_what_numpy_keeps(engine, small):
-    prompt = small.prompt("number", 4)
+    prompt = small.prompt("number", 4, LENGTH)
     table = heads.heads_table(small.fingerprint, "two", [(1, 2, LAST_ROW, 1.0), (0, 3, MAX_ROWS, 0.5)])
     tile = [attention(layer.q_window, layer.k, prompt.row_positions, prompt.softmax_scale)
             for layer in prompt.layers]
@@ -88,7 +124,7 @@ def test_only_the_layers_that_are_read_are_asked_for(engine, small):
 
 
 def test_a_table_of_the_probe_uses_its_rows(engine, small):
-    prompt = small.prompt("later", 4)
+    prompt = small.prompt("later_number", 4, LENGTH)
     table = heads.heads_table(small.fingerprint, "probing", [(1, 2, PROBE_MEAN, 1.0)],
                               probe=small.PROBE)
     kept = heads.keep(engine, prompt, table, 40).sets()
@@ -96,7 +132,7 @@ def test_a_table_of_the_probe_uses_its_rows(engine, small):
 
 
 def test_a_bad_table_is_refused(engine, small):
-    prompt = small.prompt("number", 4)
+    prompt = small.prompt("number", 4, LENGTH)
     table = heads.heads_table(small.fingerprint, "bad", [(9, 2, LAST_ROW, 1.0)])
     with pytest.raises(EngineError, match="want a layer in 0..1"):
         heads.keep(engine, prompt, table, 40)
@@ -104,20 +140,23 @@ def test_a_bad_table_is_refused(engine, small):
 
 def test_the_compiler_finds_the_marker_head(build, engine, tmp_path):
     model = constructed.marker_model("mass", permute_heads=True, seed=5)
-    tasks = ConstructedTasks(model, seq_len=1024, num_facts=16)
+    tasks = ConstructedTasks(model)
     said = []
-    found = heads.compile_heads(build, engine, tasks, ("facts",), range(4), tmp_path, name="marker",
-                                version="1", budgets=(48,), say=said.append, max_heads=2)
+    mixture = heads.Mixture(("facts",), (512, 1024), range(2))
+    found = heads.compile_heads(build, engine, tasks, mixture, tmp_path, name="marker", version="1",
+                                budgets=(48,), say=said.append, max_heads=2)
     first = found.report["observations"][0]
     assert first["head"] == model.marker_heads()[0]
     assert found.report["shuffled_recall"] < found.report["held_out_recall"]
-    prompt = tasks.prompt("facts", 99)
+    assert set(found.report["held_out_recall_by_task_and_length"]["facts"]) == {"512", "1024"}
+    assert found.report["worst_task_and_length"]["task"] == "facts"
+    prompt = tasks.prompt("facts", 99, 1024)
     assert prompt.outcome(heads.keep(engine, prompt, found.table, 48).sets()).share > 0.9
     # A second run reads its records instead of the model.
     said.clear()
-    again = heads.compile_heads(build, engine, tasks, ("facts",), range(4), tmp_path, name="marker",
-                                version="1", budgets=(48,), say=said.append, max_heads=2)
-    assert not any("record" in line for line in said)
+    again = heads.compile_heads(build, engine, tasks, mixture, tmp_path, name="marker", version="1",
+                                budgets=(48,), say=said.append, max_heads=2)
+    assert not said
     assert again.report["observations"] == found.report["observations"]
 
 
@@ -128,7 +167,7 @@ def test_the_risk_curve_never_falls():
 
 
 def test_the_reply_predicts_what_the_curve_says(engine, small):
-    prompt = small.prompt("number", 5)
+    prompt = small.prompt("number", 5, LENGTH)
     table = heads.heads_table(small.fingerprint, "risky", [(1, 2, LAST_ROW, 1.0)])
     kept = heads.keep(engine, prompt, heads.with_curve(table, [[0.0, 0.0], [1.0, 0.5]])[0], 40)
     assert kept.predicted_miss_rate == pytest.approx(kept.outside_mass / 2)
@@ -142,20 +181,62 @@ def test_shuffled_weights_sit_on_other_heads(small):
 
 def test_raw_outcomes_are_kept_and_summarized(small, tmp_path):
     methods = {"observation_heads": lambda prompt, budget: [np.arange(prompt.seq_len)] * 2,
-               "nothing": lambda prompt, budget: [np.arange(budget)] * 2}
-    outcomes = [measure(tmp_path, small, "number", seed, methods, (20,)) for seed in range(2)]
-    assert json.loads((tmp_path / "number-0.json").read_text()) == outcomes[0]
-    rows = summarize(outcomes, (20,))
-    assert rows["methods"]["observation_heads"]["20"]["exact"] == 1.0
-    assert rows["methods"]["nothing"]["20"]["ours_minus_this"]["mean"] == 1.0
+               "nothing": lambda prompt, budget: [np.arange(4)] * 2}
+    outcomes = [measure(tmp_path, small, "number", seed, length, methods, (20, 40))
+                for seed in range(2) for length in (256, 512)]
+    assert json.loads((tmp_path / "number-256-0.json").read_text()) == outcomes[0]
+    assert outcomes[0]["methods"]["nothing"]["40"]["predicted"] is not None
+    rows = summarize(outcomes, (20, 40))
+    # The protected positions, 4 and 16, fill the smaller budget.
+    assert set(rows["methods"]["nothing"]) == {"40"}
+    assert rows["methods"]["observation_heads"]["40"]["value"] == 1.0
+    assert rows["methods"]["nothing"]["40"]["ours_minus_this"]["mean"] == 1.0
+    assert rows["methods"]["nothing"]["40"]["by_length"] == {"256": 0.0, "512": 0.0}
 
 
-def test_keydiff_and_expected_attention_keep_the_budget(small):
-    prompt = small.prompt("later", 6)
-    queries = [layer.q_window for layer in small.whole_prefill("later", 6).layers]
-    for sets in (head_baselines.keydiff(prompt, 40),
-                 head_baselines.expected_attention(prompt, queries, 10000.0, 40)):
-        assert {len(head) for layer in sets for head in layer} == {40}
+def test_an_interrupted_measurement_goes_on(small, tmp_path):
+    asked = []
+
+    def method(prompt, budget):
+        asked.append(budget)
+        return [np.arange(prompt.seq_len)] * 2
+
+    measure(tmp_path, small, "number", 0, 256, {"observation_heads": method}, (40,))
+    more = {"observation_heads": method, "other": method}
+    measure(tmp_path, small, "number", 0, 256, more, (40,))
+    assert asked == [40, 40]
+    measure(tmp_path, small, "number", 0, 256, more, (40, 50))
+    assert asked == [40, 40, 40, 50, 40, 50]
+
+
+def test_what_the_full_cache_seldom_answers_is_compared_by_divergence(small, tmp_path):
+    methods = {"observation_heads": lambda prompt, budget: [np.arange(prompt.seq_len)] * 2}
+    for task in ("code", "summary"):
+        rows = summarize([measure(tmp_path, small, task, 0, 256, methods, (40,))], (40,))
+        assert rows["value"] == "kl" and rows["methods"]["observation_heads"]["40"]["value"] == 0.0
+
+
+def test_replies_predict_and_targets_are_followed(engine, small, tmp_path):
+    table = heads.with_curve(heads.heads_table(small.fingerprint, "risky", [(1, 2, LAST_ROW, 1.0)]),
+                             [[0.0, 0.0], [1.0, 1.0]])[0]
+    found = [risk_of(tmp_path, engine, small, table, "number", seed, LENGTH, (40, 64), (0.01, 0.5), 200)
+             for seed in range(2)]
+    assert json.loads((tmp_path / "number-256-1.json").read_text()) == found[1]
+    summary = summarize_risk(found, bins=2)
+    assert sum(one["prompts"] for one in summary["bins"]) == 4
+    strict, loose = summary["targets"]
+    assert strict["predicted"] <= loose["predicted"] and strict["kept"] >= loose["kept"]
+
+
+def test_every_comparison_keeps_the_budget(engine, small):
+    prompt = small.prompt("later_number", 6, LENGTH)
+    methods = plain_methods(engine, small) | agnostic_methods(engine, small, small.PROBE)
+    assert {"snapkv", "expected attention, per head", "keydiff, per head", "tova"} < set(methods)
+    for name, run in methods.items():
+        sets = run(prompt, 40)
+        counts = [len(one) for one in sets] if isinstance(sets[0], np.ndarray) else [
+            len(head) for layer in sets for head in layer]
+        assert max(counts) <= 40, name
 
 
 def test_a_server_says_what_to_send_and_answers_from_it(tmp_path):
@@ -184,7 +265,20 @@ def test_a_server_says_what_to_send_and_answers_from_it(tmp_path):
 
 
 def test_a_prompt_states_its_own_span(small):
-    prompt = small.prompt("number", 7)
+    prompt = small.prompt("number", 7, LENGTH)
     assert prompt.parameters() == {"observe": f"{prompt.seq_len - 2}:{prompt.seq_len}"}
-    later = dataclasses.replace(small.prompt("later", 7))
+    later = small.prompt("later_number", 7, LENGTH)
     assert later.parameters(uses_probe=True)["probe"] == "recall"
+
+
+@pytest.mark.parametrize("task", text_tasks.TASKS)
+def test_the_answer_of_a_text_task_is_hidden_in_its_text(task):
+    text = ["One of the sentences of a text that has words enough to be quoted in a task of its own.",
+            "Another."]
+    asked = text_tasks.ask(task, np.random.default_rng(3), text)
+    again = text_tasks.ask(task, np.random.default_rng(3), text)
+    assert asked == again
+    if asked.answer is not None:
+        given = " ".join([*asked.hidden, *text])
+        assert all(part in given for part in asked.answer.split(", "))
+        assert asked.answer not in asked.question

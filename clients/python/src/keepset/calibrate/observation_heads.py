@@ -1,8 +1,9 @@
 """Compiles an observation_heads table: rollouts, fit, choice by measured loss, risk curve.
 
 Every prompt is read once and written as one observation record; `keepset tables compile --kind
-observation_heads` chooses heads, rows and weights by the needed mass they find. Of the sizes it is asked
-for, the one with the least measured loss under compression stands. An interrupted run goes on where it
+observation_heads` chooses heads, rows and weights by the needed mass they find. Of the ways to pool and
+dilate and the numbers of heads that it is asked for, those with the least measured loss under compression
+stand. An interrupted run goes on where it
 stopped when it is started again.
 """
 
@@ -10,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import safetensors.numpy
@@ -24,36 +25,32 @@ from keepset import ModelFingerprint, table_file
 from keepset.calibrate import CalibrationError
 from keepset.calibrate.__main__ import Build
 from keepset.calibrate.head_prompts import (
+    EXACT,
     ConstructedTasks,
     HeadPrompt,
-    SmallModelTasks,
+    Tasks,
     candidate_scores,
 )
+from keepset.calibrate.small_head_tasks import SmallModelTasks
 from keepset.eval import constructed
 from keepset.eval.small_model import SmallModel
 from keepset.in_process import Engine, Kept
 
 Say = Callable[[str], None]
 _SIZES = (1, 2, 4, 8, 16)
+_POOL_KERNELS = (1, 5)
+_DILATIONS = (0, 4, 12)
 # An answer counts as lost when the full cache gets it and the kept set does not.
 _UNIT_CURVE = [[0.0, 0.0], [1.0, 1.0]]
 
 
-class Tasks(Protocol):
-    """A model with prompts made from seeds: the same task and seed is the same prompt."""
-
-    fingerprint: ModelFingerprint
-
-    def prompt(self, task: str, seed: int) -> HeadPrompt: ...
-
-
 @dataclasses.dataclass(frozen=True)
 class CompiledHeads:
-    """The table's bytes, the compiler's report, and measured loss by number of observations."""
+    """The table's bytes, the compiler's report, and measured losses by "NUMBER at POOLING, DILATION"."""
 
     table: bytes
     report: dict
-    loss_by_size: dict[str, float]
+    measured_losses: dict[str, float]
     risk: list[dict]
 
 
@@ -152,113 +149,151 @@ def risk_curve(points: Sequence[tuple[float, bool]]) -> list[list[float]]:
     return curve
 
 
-def compile_heads(build: Build, engine: Engine, tasks: Tasks, names: Sequence[str], seeds: range,
-                  work: pathlib.Path, *, name: str, version: str, budgets: Sequence[int], say: Say,
-                  risk_seeds: range = range(0), max_heads: int = 16) -> CompiledHeads:
-    """From prompts of `names` x `seeds` to a table; `risk_seeds` are held out for the risk curve."""
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """The prompts that a table is compiled from: every task at every length from every seed.
+
+    risk_seeds: held out, for the risk curve.
+    """
+
+    names: tuple[str, ...]
+    lengths: tuple[int, ...]
+    seeds: range
+    risk_seeds: range = range(0)
+
+    def prompts(self, seeds: Sequence[int]) -> Iterator[tuple[str, int, int]]:
+        """(task, seed, length)"""
+        return itertools.product(self.names, seeds, self.lengths)
+
+
+def compile_heads(build: Build, engine: Engine, tasks: Tasks, mixture: Mixture, work: pathlib.Path, *,
+                  name: str, version: str, budgets: Sequence[int], say: Say, max_heads: int = 16
+                  ) -> CompiledHeads:
+    """From the mixture's prompts to a table. Records stay in `work`, for other mixtures too."""
     work.mkdir(parents=True, exist_ok=True)
-    wanted = [(task, seed) for task in names for seed in seeds]
+    wanted = list(mixture.prompts(mixture.seeds))
     records = []
-    for done, (task, seed) in enumerate(wanted):
-        path = work / f"{task}-{seed}.safetensors"
+    for done, (task, seed, length) in enumerate(wanted):
+        path = work / f"{task}-{length}-{seed}.safetensors"
         if not path.exists():
-            write_record(tasks.prompt(task, seed), path)
+            write_record(tasks.prompt(task, seed, length), path)
             say(f"{name}: record {done + 1} of {len(wanted)}")
         records.append(path)
-    tables: dict[str, tuple[bytes, dict]] = {}
-    validated = _fit(build, records, work / f"{name}.safetensors", name=name, version=version,
-                     budgets=budgets, max_heads=max_heads)
-    tables[str(len(validated[1]["observations"]))] = validated
-    # The other sizes pool and dilate as was validated.
-    for size in (one for one in _SIZES if one <= max_heads and str(one) not in tables):
-        found = _fit(build, records, work / f"{name}.safetensors", name=name, version=version,
-                     budgets=budgets, max_heads=size, like=validated[1]["chosen"], num_heads=size)
-        tables.setdefault(str(len(found[1]["observations"])), found)
-    losses = _losses(engine, tasks, names, seeds, budgets, tables, work / f"{name}.losses.json", say)
-    best = min(tables, key=lambda size: (round(losses[size], 3), int(size)))
-    table, report = tables[best]
-    points = _risk_points(engine, tasks, names, risk_seeds, budgets, table,
-                          work / f"{name}.risk.json", say)
+    def fit(number: int, pool_kernel: int, dilate: int) -> tuple[str, tuple[bytes, dict]]:
+        table = _fit(build, records, work / f"{name}.safetensors", name=name, version=version,
+                     budgets=budgets, max_heads=max(number, max_heads), num_heads=number,
+                     pool_kernel=pool_kernel, dilate=dilate)
+        return f"{len(table[1]['observations'])} at {pool_kernel}, {dilate}", table
+
+    # By recall every way to pool and dilate finds its number of observations; by measured loss one of
+    # them stands, and then one of the other numbers.
+    tables = dict(fit(0, *way) for way in itertools.product(_POOL_KERNELS, _DILATIONS))
+    losses = _losses(engine, tasks, mixture, budgets, tables, work / f"{name}.ways.json", say)
+    chosen = tables[_best(losses)][1]["chosen"]
+    way = chosen["pool_kernel"], chosen["dilate"]
+    sized = {_best(losses): tables[_best(losses)]}
+    sized |= dict(fit(size, *way) for size in _SIZES if size <= max_heads)
+    losses |= _losses(engine, tasks, mixture, budgets, sized, work / f"{name}.losses.json", say)
+    table, report = (tables | sized)[_best(losses)]
+    points = _risk_points(engine, tasks, mixture, budgets, table, work / f"{name}.risk.json", say)
     if points:
         curve = risk_curve([(one["outside_mass"], one["missed"]) for one in points])
         table = with_curve(table, curve)[0]
     return CompiledHeads(table, report, losses, points)
 
 
+def _best(losses: dict[str, float]) -> str:
+    """Of the least loss to three digits, with the fewest observations; then the first."""
+    return min(losses, key=lambda one: (round(losses[one], 3), int(one.split()[0])))
+
+
 def _fit(build: Build, records: Sequence[pathlib.Path], table: pathlib.Path, *, name: str,
-         version: str, budgets: Sequence[int], max_heads: int, num_heads: int = 0,
-         like: dict | None = None) -> tuple[bytes, dict]:
+         version: str, budgets: Sequence[int], max_heads: int, num_heads: int, pool_kernel: int,
+         dilate: int) -> tuple[bytes, dict]:
+    """num_heads: 0 for the validated number."""
     command = [str(build.keepset), "tables", "compile", "--kind", "observation_heads",
                *map(str, records), "--name", name, "--version", version, "-o", str(table),
-               "--max-heads", str(max_heads), "--num-heads", str(num_heads), "--json"]
+               "--max-heads", str(max_heads), "--num-heads", str(num_heads), "--json",
+               "--pool-kernel", str(pool_kernel), "--dilate", str(dilate)]
     for budget in budgets:
         command += ["--budget", str(budget)]
-    if like is not None:
-        command += ["--pool-kernel", str(like["pool_kernel"]), "--dilate", str(like["dilate"]),
-                    "--folds", "2"]
+    if num_heads:
+        command += ["--folds", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise CalibrationError(f"keepset tables compile: {done.stderr.strip()}")
     return table.read_bytes(), json.loads(done.stdout.splitlines()[0])["report"]
 
 
-def _losses(engine: Engine, tasks: Tasks, names: Sequence[str], seeds: range, budgets: Sequence[int],
+def _losses(engine: Engine, tasks: Tasks, mixture: Mixture, budgets: Sequence[int],
             tables: dict[str, tuple[bytes, dict]], cache: pathlib.Path, say: Say) -> dict[str, float]:
-    """Mean loss under compression of every table, on at most 4 prompts per task; kept for a restart."""
-    key = {size: table_file.digest(table) for size, (table, _) in tables.items()}
+    """Mean loss under compression of every table, on at most 4 prompts per task and length; kept for a
+    restart."""
+    key = {size: table_file.digest(_undated(table)) for size, (table, _) in tables.items()}
     if cache.exists():
         kept = json.loads(cache.read_text())
-        if list(kept["losses"]) == list(key):
+        if kept["tables"] == key:
             return kept["losses"]
     losses: dict[str, list[float]] = {size: [] for size in tables}
-    for task in names:
-        for seed in list(seeds)[:4]:
-            prompt = tasks.prompt(task, seed)
-            for size, (table, _) in tables.items():
-                for budget in budgets:
-                    sets = keep(engine, prompt, table, budget).sets()
-                    losses[size].append(prompt.outcome(sets).loss)
+    for task, seed, length in mixture.prompts(mixture.seeds[:4]):
+        prompt = tasks.prompt(task, seed, length)
+        for size, (table, _) in tables.items():
+            for budget in budgets:
+                sets = keep(engine, prompt, table, budget).sets()
+                losses[size].append(prompt.outcome(sets).loss)
     means = {size: float(np.mean(values)) for size, values in losses.items()}
-    say("measured loss by number of observations: "
+    say("measured loss of observations at pooling, dilation: "
         + ", ".join(f"{size}: {value:.3f}" for size, value in means.items()))
-    cache.write_text(json.dumps({"losses": means}))
+    cache.write_text(json.dumps({"tables": key, "losses": means}))
     return means
 
 
-def _risk_points(engine: Engine, tasks: Tasks, names: Sequence[str], seeds: range,
-                 budgets: Sequence[int], table: bytes, cache: pathlib.Path, say: Say) -> list[dict]:
+def _undated(table: bytes) -> bytes:
+    """The table without its provenance, which says when it was made."""
+    return with_curve(table, None, provenance={})[0]
+
+
+def _risk_points(engine: Engine, tasks: Tasks, mixture: Mixture, budgets: Sequence[int], table: bytes,
+                 cache: pathlib.Path, say: Say) -> list[dict]:
     """Outside mass and whether the answer is lost, of held-out prompts at every budget."""
-    if not len(seeds):
+    if not len(mixture.risk_seeds):
         return []
+    key = table_file.digest(_undated(table))
     if cache.exists():
-        return json.loads(cache.read_text())
+        kept = json.loads(cache.read_text())
+        if kept["table"] == key:
+            return kept["points"]
     probing = with_curve(table, _UNIT_CURVE)[0]
     points = []
-    for task in names:
-        for seed in seeds:
-            prompt = tasks.prompt(task, seed)
-            everything = [np.arange(prompt.seq_len)] * len(prompt.layers)
-            if not prompt.outcome(everything).exact:
-                continue
-            for budget in budgets:
-                kept = keep(engine, prompt, probing, budget)
-                points.append({"task": task, "seed": seed, "budget": budget,
-                               "outside_mass": kept.outside_mass,
-                               "missed": not prompt.outcome(kept.sets()).exact})
+    for task, seed, length in mixture.prompts(mixture.risk_seeds):
+        prompt = tasks.prompt(task, seed, length)
+        everything = [np.arange(prompt.seq_len)] * len(prompt.layers)
+        if prompt.scored != EXACT or not prompt.outcome(everything).exact:
+            continue
+        for budget in budgets:
+            kept = keep(engine, prompt, probing, budget)
+            points.append({"task": task, "seed": seed, "length": length, "budget": budget,
+                           "outside_mass": kept.outside_mass,
+                           "missed": not prompt.outcome(kept.sets()).exact})
     say(f"risk: {sum(one['missed'] for one in points)} of {len(points)} held-out answers lost")
-    cache.write_text(json.dumps(points))
+    cache.write_text(json.dumps({"table": key, "points": points}))
     return points
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m keepset.calibrate.observation_heads",
                                      description=__doc__)
-    parser.add_argument("--model", choices=("small", "constructed"), required=True)
+    parser.add_argument("--model", required=True,
+                        help="small, constructed, or hf:DIRECTORY of a Hugging Face model (extra `hf`)")
+    parser.add_argument("--text", type=pathlib.Path, nargs="+", default=[],
+                        help="with hf: text files that the prompts are made of")
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the records; kept")
     parser.add_argument("--table", type=pathlib.Path, required=True, help="where the table goes")
     parser.add_argument("--build", type=pathlib.Path, default=pathlib.Path("build/release"))
-    parser.add_argument("--tasks", nargs="+", help="default: all of the model")
-    parser.add_argument("--prompts", type=int, default=8, help="of every task")
+    parser.add_argument("--tasks", nargs="+", help="default: number and multi; constructed: facts")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[1024],
+                        help="tokens of the prompts; every task at every length")
+    parser.add_argument("--prompts", type=int, default=8, help="of every task and length")
     parser.add_argument("--risk-prompts", type=int, default=8,
                         help="held out for the risk curve; 0: none")
     parser.add_argument("--budgets", type=int, nargs="+", default=[64, 128])
@@ -270,19 +305,20 @@ def main() -> int:
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
-    tasks: SmallModelTasks | ConstructedTasks
-    if options.model == "small":
-        tasks = SmallModelTasks(SmallModel.load())
-    else:
-        tasks = ConstructedTasks(constructed.marker_model("mass", permute_heads=True, seed=5))
-    names = options.tasks or list(tasks.TASKS)
     build = Build(options.build)
     try:
+        tasks = _tasks(options.model, tuple(options.text))
+        known = tasks.TASKS
+        names = tuple(options.tasks or [one for one in ("number", "multi", "facts") if one in known])
+        for one in names:
+            if one not in known:
+                raise CalibrationError(f"--tasks {one}, want some of {', '.join(known)}")
+        mixture = Mixture(names, tuple(options.lengths), range(options.prompts),
+                          range(500, 500 + options.risk_prompts))
         with Engine(build.library) as engine:
-            found = compile_heads(
-                build, engine, tasks, names, range(options.prompts), options.out,
-                name=options.name, version=options.version, budgets=options.budgets, say=say,
-                risk_seeds=range(500, 500 + options.risk_prompts), max_heads=options.max_heads)
+            found = compile_heads(build, engine, tasks, mixture, options.out, name=options.name,
+                                  version=options.version, budgets=options.budgets, say=say,
+                                  max_heads=options.max_heads)
     except CalibrationError as error:
         say(f"keepset.calibrate.observation_heads: {error}")
         return 3
@@ -290,8 +326,24 @@ def main() -> int:
         say(f"\ninterrupted; the same command goes on from {options.out}")
         return 130
     table_file.write_atomically(options.table, found.table)
-    say(f"table {table_file.digest(found.table)}")
+    worst = found.report["worst_task_and_length"]
+    say(f"recall held out {found.report['held_out_recall']:.3f}, shuffled "
+        f"{found.report['shuffled_recall']:.3f}, worst {worst['task']} at {worst['length']} tokens "
+        f"{worst['recall']:.3f}; table {table_file.digest(found.table)}")
     return 0
+
+
+def _tasks(model: str, texts: tuple[pathlib.Path, ...]):
+    if model == "small":
+        return SmallModelTasks(SmallModel.load())
+    if model == "constructed":
+        return ConstructedTasks(constructed.marker_model("mass", permute_heads=True, seed=5))
+    if not model.startswith("hf:"):
+        raise CalibrationError(f"--model {model}, want small, constructed or hf:DIRECTORY")
+    # Only here: the extra `hf` is not needed otherwise.
+    from keepset.calibrate.hf_head_tasks import HfTasks
+
+    return HfTasks.load(pathlib.Path(model.removeprefix("hf:")), texts)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@ each with one set per KV head (methods: kvpress' definitions)."""
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 from keepset.calibrate.head_prompts import HeadPrompt, key_novelty
@@ -24,13 +26,12 @@ def keydiff(prompt: HeadPrompt, budget: int) -> list[list[np.ndarray]]:
     return [[cut(head, budget, prompt) for head in key_novelty(layer.k)] for layer in prompt.layers]
 
 
-def expected_attention(prompt: HeadPrompt, queries: list[np.ndarray], rope_theta: float, budget: int,
-                       num_sinks: int = 4, num_future: int = 512) -> list[list[np.ndarray]]:
-    """exp of the expected logit of a future query, times the value's norm.
-
-    queries[l] [H, T, d]: of every prompt position, post-RoPE; they are turned back here. The mean
-    rotation of the next `num_future` positions is applied to their mean and covariance.
-    """
+@functools.lru_cache(maxsize=1)
+def _expected(prompt: HeadPrompt, num_sinks: int, num_future: int) -> list[np.ndarray]:
+    """Per layer [Hkv, T]: exp of the expected logit of a future query, times the value's norm."""
+    if prompt.queries is None or set(prompt.model.rope) != {"theta"}:
+        raise ValueError(f"rope {prompt.model.rope}, want queries of every row and plain rope")
+    queries, rope_theta = prompt.queries(), prompt.model.rope["theta"]
     out = []
     seq_len = prompt.seq_len
     half = queries[0].shape[-1] // 2
@@ -57,5 +58,16 @@ def expected_attention(prompt: HeadPrompt, queries: list[np.ndarray], rope_theta
             scores[head // group, num_sinks:] += weights / weights.sum() / group
         scores *= np.linalg.norm(layer.v, axis=-1)
         scores[:, :num_sinks] = scores.max() + 1
-        out.append([cut(one, budget, prompt) for one in scores])
+        out.append(scores)
     return out
+
+
+def expected_attention(prompt: HeadPrompt, budget: int, num_sinks: int = 4, num_future: int = 512
+                       ) -> list[list[np.ndarray]]:
+    """Positions that the queries of the next `num_future` positions are expected to attend to.
+
+    They are taken to be normal, with mean and covariance of the prompt's own queries turned back by
+    RoPE, and the mean rotation of the positions to come.
+    """
+    return [[cut(one, budget, prompt) for one in scores]
+            for scores in _expected(prompt, num_sinks, num_future)]

@@ -11,18 +11,26 @@ import numpy.typing as npt
 NUM_RESAMPLES = 10_000
 
 
-def bootstrap_interval(per_prompt: npt.ArrayLike, seed: int = 0) -> tuple[float, float]:
-    """95 % percentile interval of the mean of values [prompts], prompts drawn with replacement."""
+def bootstrap_interval(per_prompt: npt.ArrayLike, seed: int = 0,
+                       strata: npt.ArrayLike | None = None) -> tuple[float, float]:
+    """95 % percentile interval of the mean of values [prompts], prompts drawn with replacement; with
+    strata [prompts], within each of them."""
     values = np.asarray(per_prompt, np.float64)
-    drawn = np.random.default_rng(seed).integers(len(values), size=(NUM_RESAMPLES, len(values)))
-    low, high = np.percentile(values[drawn].mean(1), [2.5, 97.5])
+    rng = np.random.default_rng(seed)
+    labels = np.zeros(len(values)) if strata is None else np.asarray(strata)
+    total = np.zeros(NUM_RESAMPLES)
+    for label in np.unique(labels):
+        part = values[labels == label]
+        total += part[rng.integers(len(part), size=(NUM_RESAMPLES, len(part)))].sum(1)
+    low, high = np.percentile(total / len(values), [2.5, 97.5])
     return float(low), float(high)
 
 
-def paired_difference(first: npt.ArrayLike, second: npt.ArrayLike) -> dict[str, float]:
+def paired_difference(first: npt.ArrayLike, second: npt.ArrayLike,
+                      strata: npt.ArrayLike | None = None) -> dict[str, float]:
     """Mean of first - second over the same prompts, with its interval."""
     difference = np.asarray(first, np.float64) - np.asarray(second, np.float64)
-    low, high = bootstrap_interval(difference)
+    low, high = bootstrap_interval(difference, strata=strata)
     return {"mean": float(difference.mean()), "low": low, "high": high}
 
 

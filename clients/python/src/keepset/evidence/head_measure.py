@@ -1,0 +1,156 @@
+"""Raw outcomes of one prompt under every method and budget, and what they say together."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from keepset.calibrate.head_prompts import KL, HeadPrompt, Tasks
+from keepset.calibrate.observation_heads import keep
+from keepset.evidence.head_methods import OURS, Run
+from keepset.evidence.statistics import bootstrap_interval, paired_difference
+from keepset.in_process import Engine
+
+# A task whose full cache gives fewer exact answers is not compared by answers.
+FLOOR = 0.6
+
+
+def everything(prompt: HeadPrompt) -> list[np.ndarray]:
+    return [np.arange(prompt.seq_len)] * len(prompt.layers)
+
+
+def measure(folder: pathlib.Path, tasks: Tasks, task: str, seed: int, length: int,
+            methods: Mapping[str, Run], budgets: Sequence[int]) -> dict:
+    """Raw outcomes of one prompt: {"length", "scored", "full", "methods": {name: {budget: ..}}}; written
+    once, read afterwards. A budget that the protected positions fill or the prompt does is left out."""
+    path = folder / f"{task}-{length}-{seed}.json"
+    known = json.loads(path.read_text()) if path.exists() else {"methods": {}}
+    if set(methods) <= set(known["methods"]) and known.get("budgets") == list(budgets):
+        return known
+    prompt = tasks.prompt(task, seed, length)
+    full = prompt.outcome(everything(prompt))
+    if known.get("budgets") != list(budgets):
+        known = {"methods": {}}
+    known |= {"length": length, "seed": seed, "tokens": prompt.seq_len, "scored": prompt.scored,
+              "budgets": list(budgets), "full": {"share": full.share, "loss": round(full.loss, 4),
+                                                 "predicted": full.predicted}}
+    protected = prompt.protect_sink + prompt.protect_window
+    for name, run in methods.items():
+        if name in known["methods"]:
+            continue
+        found = known["methods"][name] = {}
+        for budget in (one for one in budgets if protected < one < prompt.seq_len):
+            sets = run(prompt, budget)
+            outcome = prompt.outcome(sets)
+            same = outcome.predicted == full.predicted
+            found[str(budget)] = {
+                "share": outcome.share, "loss": round(outcome.loss, 4), "kl": round(outcome.kl, 5),
+                # None: as with the full cache.
+                "predicted": None if same else outcome.predicted,
+                "kept": mean_kept(sets)}
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(known))
+    return known
+
+
+def mean_kept(sets: list) -> float:
+    counts = [len(one) if isinstance(one, np.ndarray) else float(np.mean([len(g) for g in one]))
+              for one in sets]
+    return float(np.mean(counts))
+
+
+def summarize(outcomes: Sequence[dict], budgets: Sequence[int]) -> dict:
+    """Per method and budget the share of exact answers over the prompts that the full cache answers, or
+    the mean KL divergence where a task has no answer or the full cache seldom gives it; against ours
+    paired, prompts drawn within their lengths."""
+    by_length = {str(length): float(np.mean([one["full"]["share"] for one in outcomes
+                                             if one["length"] == length]))
+                 for length in sorted({one["length"] for one in outcomes})}
+    full = float(np.mean([one["full"]["share"] for one in outcomes]))
+    is_kl = outcomes[0]["scored"] == KL or full < FLOOR
+    good = [one for one in outcomes if is_kl or one["full"]["share"] > 0.5]
+    rows: dict = {"prompts": len(outcomes), "counted": len(good), "full": full,
+                  "full_by_length": by_length, "scored": outcomes[0]["scored"],
+                  "value": "kl" if is_kl else "exact", "methods": {}}
+    field = "kl" if is_kl else "share"
+    for name in good[0]["methods"] if good else ():
+        rows["methods"][name] = {}
+        for key in map(str, budgets):
+            held = [one for one in good if key in one["methods"][name]]
+            if not held:
+                continue
+            strata = [one["length"] for one in held]
+            values = [one["methods"][name][key][field] for one in held]
+            ours = [one["methods"][OURS][key][field] for one in held]
+            lengths = sorted(set(strata))
+            rows["methods"][name][key] = {
+                "value": float(np.mean(values)), "interval": bootstrap_interval(values, strata=strata),
+                "by_length": {str(one): float(np.mean([v for v, s in zip(values, strata) if s == one]))
+                              for one in lengths},
+                "loss": float(np.mean([one["methods"][name][key]["loss"] for one in held])),
+                "kl": float(np.mean([one["methods"][name][key]["kl"] for one in held])),
+                "kept": float(np.mean([one["methods"][name][key]["kept"] for one in held])),
+                "ours_minus_this": paired_difference(ours, values, strata),
+                "by_prompt": [round(one, 4) for one in values],
+                "predicted": [one["methods"][name][key]["predicted"] for one in held]
+                if field == "share" else []}
+    rows["lengths_of_prompts"] = [one["length"] for one in good]
+    rows["seeds_of_prompts"] = [one["seed"] for one in good]
+    return rows
+
+
+def risk_of(folder: pathlib.Path, engine: Engine, tasks: Tasks, table: bytes, task: str, seed: int,
+            length: int, budgets: Sequence[int], targets: Sequence[float], most: int) -> dict:
+    """What the reply predicted for one prompt, and what came: at fixed budgets, and with a target miss
+    rate between the smallest budget and `most` tokens. Empty where the full cache gives no answer."""
+    path = folder / f"{task}-{length}-{seed}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    prompt = tasks.prompt(task, seed, length)
+    found: dict = {"task": task, "length": length, "seed": seed, "budgets": [], "targets": []}
+    protected = prompt.protect_sink + prompt.protect_window
+    usable = [one for one in budgets if protected < one < prompt.seq_len]
+    if usable and prompt.scored != KL and prompt.outcome(everything(prompt)).exact:
+        for budget in usable:
+            kept = keep(engine, prompt, table, budget)
+            found["budgets"].append({
+                "budget": budget, "predicted": kept.predicted_miss_rate,
+                "outside_mass": kept.outside_mass, "missed": not prompt.outcome(kept.sets()).exact})
+        for target in targets:
+            kept = keep(engine, prompt, table, min(usable),
+                        {"risk_target": target, "risk_max_tokens": min(most, prompt.seq_len - 1)})
+            sets = kept.sets()
+            found["targets"].append({
+                "target": target, "predicted": kept.predicted_miss_rate, "kept": mean_kept(sets),
+                "missed": not prompt.outcome(sets).exact})
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(found))
+    return found
+
+
+def summarize_risk(found: Sequence[dict], bins: int = 5) -> dict:
+    """Predicted against measured miss rates, in bins of equal size, and by target."""
+    points = [one for prompt in found for one in prompt["budgets"] if one["predicted"] is not None]
+    points.sort(key=lambda one: one["predicted"])
+    rows = []
+    for part in np.array_split(np.asarray(points, object), bins):
+        if len(part):
+            missed = [float(one["missed"]) for one in part]
+            rows.append({"prompts": len(part),
+                         "predicted": float(np.mean([one["predicted"] for one in part])),
+                         "measured": float(np.mean(missed)), "interval": bootstrap_interval(missed)})
+    targets = []
+    for target in sorted({one["target"] for prompt in found for one in prompt["targets"]}):
+        part = [one for prompt in found for one in prompt["targets"] if one["target"] == target]
+        missed = [float(one["missed"]) for one in part]
+        targets.append({
+            "target": target, "prompts": len(part),
+            "predicted": float(np.mean([one["predicted"] for one in part])),
+            "measured": float(np.mean(missed)), "interval": bootstrap_interval(missed),
+            "kept": float(np.mean([one["kept"] for one in part]))})
+    return {"bins": rows, "targets": targets,
+            "points": [[round(one["outside_mass"], 4), round(one["predicted"], 4), int(one["missed"])]
+                       for one in points]}

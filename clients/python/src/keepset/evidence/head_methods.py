@@ -1,0 +1,115 @@
+"""What is compared: every policy we have, tables that treat all heads alike, relatives in numpy."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+import numpy as np
+import safetensors.numpy
+
+from keepset import table_file
+from keepset.calibrate.head_prompts import (
+    KEY_NOVELTY,
+    LAST_ROW,
+    MAX_ROWS,
+    MEAN_ROWS,
+    PROBE_MEAN,
+    HeadPrompt,
+    Tasks,
+)
+from keepset.calibrate.observation_heads import heads_table, keep, with_curve
+from keepset.evidence import head_baselines
+from keepset.in_process import Engine
+
+PLAIN = ("streaming_llm", "random", "knorm", "tova", "snapkv")
+OURS, OTHERS, SHUFFLED = "observation_heads", "observation_heads, other tasks", "shuffled"
+# Methods of ours: not what ours is compared with.
+OWN = (OURS, OTHERS, SHUFFLED)
+
+Run = Callable[[HeadPrompt, int], list]
+
+
+def all_heads(tasks: Tasks, ways: tuple[int, ...], name: str, layers: range | None = None,
+              **settings) -> bytes:
+    """Every head alike; of key novelty every KV head."""
+    model = tasks.fingerprint
+    heads = model.num_kv_heads if ways == (KEY_NOVELTY,) else model.num_qo_heads
+    return heads_table(model, name, [(layer, head, way, 1.0) for way in ways
+                                     for layer in layers or range(model.num_layers)
+                                     for head in range(heads)], **settings)
+
+
+def shuffled(table: bytes, seed: int = 0) -> bytes:
+    """The same weights on heads that the table does not use that way, drawn at random while there are any."""
+    tensors = safetensors.numpy.load(table)
+    document = with_curve(table, None, name="shuffled")[1]
+    model = document["model"]
+    rng = np.random.default_rng(seed)
+    own = {(int(layer), int(head), int(way))
+           for (layer, head), way in zip(tensors["heads"], tensors["rows"])}
+    taken: set[tuple[int, int, int]] = set()
+    rows = tensors["rows"].copy()
+    heads = tensors["heads"].copy()
+    for index, way in enumerate(rows):
+        most = model["num_kv_heads"] if way == KEY_NOVELTY else model["num_qo_heads"]
+        places = [(layer, head) for layer in range(model["num_layers"]) for head in range(most)
+                  if (layer, head, int(way)) not in taken]
+        free = [one for one in places if (*one, int(way)) not in own] or places
+        chosen = free[rng.integers(len(free))]
+        taken.add((*chosen, int(way)))
+        heads[index] = chosen
+    document["provenance"] = {"source": "hand-written"}
+    document["observation_heads"].pop("risk", None)
+    tensors["heads"] = heads
+    return safetensors.numpy.save(tensors, metadata={"keepset": json.dumps(document)})
+
+
+def engine_run(engine: Engine, policy: str, scope: str | None = None, table: bytes | None = None,
+               parameters: dict | None = None) -> Run:
+    """A policy that observes with the last `window` rows of the prompt."""
+    def run(prompt: HeadPrompt, budget: int) -> list:
+        rows = np.asarray(prompt.row_positions)
+        used = (rows < prompt.seq_len) & (rows >= prompt.seq_len - prompt.window)
+        layers = {index: type(layer)(np.ascontiguousarray(layer.q_window[:, used]), layer.k, layer.v)
+                  for index, layer in enumerate(prompt.layers)}
+        return engine.keep(
+            model=prompt.model, policy=policy, layers=layers, seq_len=prompt.seq_len,
+            budget_tokens=budget, softmax_scale=prompt.softmax_scale, scope=scope, table=table,
+            row_positions=rows[used], parameters=parameters, protect_sink=prompt.protect_sink,
+            protect_window=prompt.protect_window, ppl=prompt.ppl).sets()
+    return run
+
+
+def heads_run(engine: Engine, table: bytes) -> Run:
+    return lambda prompt, budget: keep(engine, prompt, table, budget).sets()
+
+
+def plain_methods(engine: Engine, tasks: Tasks) -> dict[str, Run]:
+    """What needs no compiled table, with tables that treat all heads alike among it."""
+    model = tasks.fingerprint
+    methods = {policy: engine_run(engine, policy) for policy in PLAIN}
+    methods["snapkv, one set"] = engine_run(engine, "snapkv", "sequence")
+    methods["compilerkv uniform"] = engine_run(
+        engine, "compilerkv", None, table_file.uniform_table(model, name="uniform", version="1"),
+        {"alpha_scope": "head"})
+    # GemFilter's layer, 13 of 32, in proportion; the last of two.
+    at = max(1, model.num_layers * 13 // 32)
+    one = range(at, at + 1)
+    methods |= {name: heads_run(engine, table) for name, table in {
+        "all heads, last row": all_heads(tasks, (LAST_ROW,), "all-last"),
+        "all heads, max of question": all_heads(tasks, (MAX_ROWS,), "all-max"),
+        "all heads, mean of question": all_heads(tasks, (MEAN_ROWS,), "all-mean"),
+        "one layer's last row": all_heads(tasks, (LAST_ROW,), "one-layer", one),
+        "one layer's question": all_heads(tasks, (MEAN_ROWS,), "one-layer-question", one),
+        "key novelty, one set": all_heads(tasks, (KEY_NOVELTY,), "all-novelty", pool_kernel=5),
+    }.items()}
+    methods["keydiff, per head"] = head_baselines.keydiff
+    return methods
+
+
+def agnostic_methods(engine: Engine, tasks: Tasks, probe: tuple[str, str]) -> dict[str, Run]:
+    """Beside plain_methods, for prompts whose question is asked later and that bring rows of `probe`."""
+    probing = all_heads(tasks, (PROBE_MEAN,), "all-probe", probe=probe)
+    return {"all heads, probe": heads_run(engine, probing),
+            "expected attention, per head": head_baselines.expected_attention}
