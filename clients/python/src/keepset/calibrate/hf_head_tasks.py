@@ -55,6 +55,11 @@ class HfTasks:
         return cls(model, tokenizer, texts, window)
 
     def prompt(self, task: str, seed: int, seq_len: int) -> HeadPrompt:
+        return self._builder.build(task, f"{self.name}-{task}-{seq_len}-{seed}",
+                                   self.script(task, seed, seq_len))
+
+    def script(self, task: str, seed: int, seq_len: int) -> Script:
+        """What the prompt of a task reads and asks."""
         kind = task.removeprefix(LATER)
         rng = np.random.default_rng([seed, self.INSIDE.index(kind), seq_len])
         before, after = self._frame
@@ -72,9 +77,7 @@ class HfTasks:
         for place, one in reversed(list(zip(places, hidden))):
             text_ids.insert(int(place), one)
         context = np.concatenate([before, *text_ids])
-        name = f"{self.name}-{task}-{seq_len}-{seed}"
-        return self._builder.build(task, name, self._script(task != kind, context, question, after,
-                                                            asked))
+        return self._script(task != kind, context, question, after, asked)
 
     def _script(self, later: bool, context: Ids, question: Ids, after: Ids,
                 asked: text_tasks.Asked) -> Script:

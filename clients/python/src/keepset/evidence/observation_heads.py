@@ -111,7 +111,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--work", type=pathlib.Path, required=True,
                         help="records, tables and raw outcomes; an interrupted run goes on there")
     parser.add_argument("--prompts", type=int, default=16, help="test prompts of every task and length")
-    parser.add_argument("--parts", nargs="+", choices=("constructed", "small"),
+    parser.add_argument("--parts", nargs="*", choices=("constructed", "small"),
                         default=["constructed", "small"])
     hf = parser.add_argument_group("a Hugging Face model")
     hf.add_argument("--hf-model", type=pathlib.Path, help="directory; nothing is downloaded")
