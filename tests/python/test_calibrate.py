@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -14,9 +15,10 @@ from keepset.calibrate import CalibrationError, stratify
 from keepset.calibrate.__main__ import Build, calibrate
 from keepset.calibrate.alternation import NEUTRAL, Progress, steps_of
 from keepset.calibrate.convergence import change
+from keepset.calibrate.grids import GATE_GRID, HEAD_GRID, Grid, Grids
 from keepset.calibrate.prompts import ConstructedAdapter, Prompt, SmallModelAdapter
 from keepset.calibrate.records import StepFile, read
-from keepset.calibrate.rollouts import GATE_ACTIONS, HEAD_ACTIONS, Entry, Rollouts, Weights
+from keepset.calibrate.rollouts import Entry, Rollouts, Weights
 from keepset.calibrate.stratify import Signals, choose
 from keepset.eval import constructed
 from keepset.eval.small_model import SmallModel
@@ -24,6 +26,7 @@ from keepset.in_process import Engine, EngineError, TileLayer
 from keepset.server_process import ServerProcess
 
 BUDGET = 48
+HEAD_ACTIONS, GATE_ACTIONS = HEAD_GRID.actions(), GATE_GRID.actions()
 REQUIRED = {"kind", "prompt_id", "layer", "budget", "action", "full_loss", "compressed_loss",
             "sequence_length", "paired_policy"}
 
@@ -73,6 +76,60 @@ def test_every_action_is_logged_equally_often(engine, adapter, prompts):
     assert [of_state.count(action) for action in HEAD_ACTIONS] == [6] * len(HEAD_ACTIONS)
     gates = [entry.action for index in range(21) for entry in measured.gate_entries(index)]
     assert [gates.count(action) for action in GATE_ACTIONS] == [2] * len(GATE_ACTIONS)
+
+
+def test_actions_are_those_of_the_paper_unless_another_grid_is_asked_for():
+    assert HEAD_ACTIONS[:2] + HEAD_ACTIONS[-1:] == (0.8, 0.825, 1.5) and len(HEAD_ACTIONS) == 29
+    assert GATE_ACTIONS[:2] + GATE_ACTIONS[-1:] == (0.8, 0.81, 1.0) and len(GATE_ACTIONS) == 21
+    assert Grid.parse("--head-actions", "0.5:0.25:4").actions() == (0.5, 0.75, 1.0, 1.25)
+    assert Grid.parse("--head-actions", str(HEAD_GRID)) == HEAD_GRID
+
+
+@pytest.mark.parametrize("text", ["", "0.8", "0.8:0.1", "a:0.1:3", "0.8:0.1:3:4", "0:0.1:3", "nan:0.1:3",
+                                  "0.8:inf:3", "0.8:-0.1:3", "0.8:0.0001:3", "0.8:0.1:1", "0.8:0.1:65",
+                                  "0.8:0.1:2.5", "999:1:3"])
+def test_what_is_no_grid_is_refused_by_name(text):
+    with pytest.raises(CalibrationError, match="--gate-actions .*, want FIRST:STEP:COUNT"):
+        Grid.parse("--gate-actions", text)
+
+
+def test_values_of_a_table_lead_back_to_their_action():
+    grid = Grid(0.8125, 0.025, 40)
+    assert [grid.index(float(np.float32(action))) for action in grid.actions()] == list(range(40))
+    assert grid.index(0.82) is None and grid.index(0.78) is None and grid.index(1.8125) is None
+
+
+def test_candidate_tables_may_hold_what_the_fit_puts_where_nothing_was_measured():
+    assert Grids().ranges() == {"head": [0.8, 1.5], "gate": [0.8, 1.0]}
+    away = Grids(Grid(0.2, 0.1, 3), Grid(0.9, 0.05, 3))
+    assert away.ranges() == {"head": [0.2, 1.0], "gate": [0.8, 1.0]}
+
+
+def test_a_run_on_other_grids_measures_and_compiles_them(adapter, tmp_path):
+    grids = Grids(Grid(0.5, 0.5, 4), Grid(0.3, 0.3, 3))
+    out = tmp_path / "records.jsonl"
+    outcome = calibrate(Build(binary().parent.parent), adapter, out, seeds=range(2), budgets=[BUDGET],
+                        alpha_scope="global", max_rounds=2, name="t", version="1", grids=grids,
+                        say=lambda line: None, bins=(1, 1))
+    actions = {kind: {record["action"] for record in read(out) if record["kind"] == kind}
+               for kind in ("head", "gate")}
+    assert actions == {"head": {0.5, 1.0, 1.5, 2.0}, "gate": {0.3, 0.6, 0.9}}
+    table = table_file.read_table(outcome.table)
+    np.testing.assert_allclose(table.document["grid"]["head"], [0.5, 2.0])
+    marker = adapter.model.marker_heads()[0]
+    assert table.head_weights[0, 0, 2 * marker] == table.head_weights.max() > 1
+    assert all(grids.gate.index(float(gate)) is not None for gate in table.gate_thresholds.flat)
+    settings = json.loads((steps_of(out) / "settings.json").read_text())
+    assert settings["grids"] == {"head": "0.5:0.5:4", "gate": "0.3:0.3:3"}
+
+
+def test_a_grid_of_the_command_line_that_is_none_ends_the_run_by_name(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "keepset.calibrate", "--model", "constructed", "--out",
+         str(tmp_path / "r.jsonl"), "--build", str(binary().parent.parent), "--head-actions", "0.8:1"],
+        capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert "--head-actions 0.8:1, want FIRST:STEP:COUNT" in done.stderr
 
 
 def test_interrupted_step_goes_on_without_counting_twice(engine, adapter, prompts, tmp_path):
@@ -332,7 +389,7 @@ def small_run(engine, adapter, tmp_path_factory):
 
     def run():
         return calibrate(Build(binary().parent.parent), adapter, out, seeds=range(6), num_prompts=3,
-                         budgets=[BUDGET], alpha_scope="global", actions=29, action_step=4,
+                         budgets=[BUDGET], alpha_scope="global", action_step=4,
                          max_rounds=4, name="t", version="1", say=said.append, bins=(2, 1))
 
     return run, run(), out, said
@@ -395,7 +452,7 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(small_run, adapter, tmp_p
     (steps / "1-head.jsonl").write_bytes(whole[: len(whole) // 3])  # cut in the middle of a line
     resumed = calibrate(Build(binary().parent.parent), adapter, tmp_path / "records.jsonl",
                         seeds=range(6), num_prompts=3, budgets=[BUDGET], alpha_scope="global",
-                        actions=29, action_step=4, max_rounds=4, name="t", version="1",
+                        action_step=4, max_rounds=4, name="t", version="1",
                         say=lambda line: None, bins=(2, 1))
     assert (tmp_path / "records.jsonl").read_bytes() == out.read_bytes()
     assert resumed.num_records == outcome.num_records

@@ -19,8 +19,9 @@ from keepset import table_file
 from keepset.calibrate import CalibrationError
 from keepset.calibrate.alternation import Outcome, Say, alternate, steps_of
 from keepset.calibrate.compiler import Compiler
+from keepset.calibrate.grids import GATE_GRID, HEAD_GRID, Grid, Grids
 from keepset.calibrate.prompts import Adapter, ConstructedAdapter, SmallModelAdapter
-from keepset.calibrate.rollouts import HEAD_ACTIONS, Rollouts, Weights
+from keepset.calibrate.rollouts import Rollouts, Weights
 from keepset.calibrate.stratify import stratified_seeds
 from keepset.eval import constructed, vocabulary
 from keepset.eval.small_model import SmallModel
@@ -52,8 +53,8 @@ class Build:
 
 
 def calibrate(build: Build, adapter: Adapter, out: pathlib.Path, *, seeds: range,
-              budgets: list[int], alpha_scope: str, actions: int, max_rounds: int, name: str,
-              version: str, say: Say, bins: tuple[int, int] = (20, 4), protect_window: int = 0,
+              budgets: list[int], alpha_scope: str, max_rounds: int, name: str, version: str, say: Say,
+              actions: int | None = None, grids: Grids = Grids(), bins: tuple[int, int] = (20, 4), protect_window: int = 0,
               parameters: Mapping[str, object] | None = None, num_prompts: int | None = None,
               tolerance: float = TOLERANCE, action_step: int = 1, workers: int = 0,
               ray_address: str | None = None) -> Outcome:
@@ -62,6 +63,7 @@ def calibrate(build: Build, adapter: Adapter, out: pathlib.Path, *, seeds: range
     parameters: of the policy, beside alpha_scope.
     num_prompts: so many of the prompts are chosen, stratified over the risk cells; all when None.
     tolerance: see convergence.py.
+    actions: so many are measured per prompt and state; all when None.
     action_step: every so many-th action of the grids is measured.
     workers: Ray workers that measure, on this machine or on the cluster at `ray_address`; 0 measures
     in this process. The records are the same, in another order.
@@ -76,7 +78,7 @@ def calibrate(build: Build, adapter: Adapter, out: pathlib.Path, *, seeds: range
         chosen, coverage = stratified.seeds, stratified.coverage()
     with contextlib.ExitStack() as stack:
         measuring = {"seed": seeds.start, "actions_per_state": actions, "action_step": action_step,
-                     "protect_window": protect_window,
+                     "grids": grids, "protect_window": protect_window,
                      "parameters": {"alpha_scope": alpha_scope, **(parameters or {})}}
         if workers:
             # Ray is an optional extra.
@@ -94,12 +96,12 @@ def calibrate(build: Build, adapter: Adapter, out: pathlib.Path, *, seeds: range
             "seeds": list(chosen), "prompts": [prompt_id for prompt_id, _ in headers],
             "sequence_lengths": [seq_len for _, seq_len in headers], "budgets": budgets,
             "parameters": measuring["parameters"], "actions_per_state": actions,
-            "action_step": action_step, "bins": list(bins),
+            "action_step": action_step, "grids": grids.to_json(), "bins": list(bins),
             "protect_window": protect_window,
             "library": hashlib.sha256(build.library.read_bytes()).hexdigest(),
         }  # fmt: skip
-        outcome = alternate(rollouts, Compiler(build.keepset, model, *bins), out,
-                            Weights.neutral(model, len(budgets)), name=name, version=version,
+        outcome = alternate(rollouts, Compiler(build.keepset, model, *bins, grids), out,
+                            Weights.neutral(model, len(budgets), grids), name=name, version=version,
                             max_rounds=max_rounds, tolerance=tolerance, budgets=budgets,
                             settings=settings, say=say)
         return dataclasses.replace(outcome, coverage=coverage)
@@ -158,10 +160,16 @@ def main() -> int:
                         help="parameter of the policy, such as pool_kernel=3")
     parser.add_argument("--protect-window", type=int, default=0,
                         help="last positions that stay, inside the budget")
-    parser.add_argument("--actions", type=int, default=len(HEAD_ACTIONS),
+    parser.add_argument("--head-actions", metavar="FIRST:STEP:COUNT", default=str(HEAD_GRID),
+                        help=f"head weights to measure, default {HEAD_GRID}")
+    parser.add_argument("--gate-actions", metavar="FIRST:STEP:COUNT", default=str(GATE_GRID),
+                        help=f"gates to measure, default {GATE_GRID}; the first stands while none is "
+                             "compiled")
+    parser.add_argument("--actions", type=int,
                         help="actions measured per prompt and state; all by default")
     parser.add_argument("--action-step", type=int, default=1,
-                        help="measure every so many-th action of the grids; 1 all, 4 is 0.8 0.9 .. 1.5")
+                        help="measure every so many-th action of the grids; 1 all, 4 of the "
+                             "default head weights is 0.8 0.9 .. 1.5")
     parser.add_argument("--rounds", type=int, default=5, help="at most so many")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE,
                         help="nats of mean reward that a changed state may gain or lose while the run "
@@ -201,10 +209,12 @@ def main() -> int:
             say(f"keepset.calibrate: {path} is missing: run `make build` or name --build")
             return 2
     try:
+        grids = Grids(Grid.parse("--head-actions", options.head_actions),
+                      Grid.parse("--gate-actions", options.gate_actions))
         adapter = adapter_of(options)
         outcome = calibrate(
             build, adapter, options.out, seeds=seeds, budgets=options.budgets,
-            alpha_scope=options.alpha_scope, actions=options.actions, max_rounds=options.rounds,
+            alpha_scope=options.alpha_scope, actions=options.actions, grids=grids, max_rounds=options.rounds,
             name=options.name or adapter.name, version=options.version, say=say,
             bins=(options.entropy_bins, options.ppl_bins), protect_window=options.protect_window,
             num_prompts=options.prompts, tolerance=options.tolerance,

@@ -90,7 +90,8 @@ def alternate(rollouts: Measurer, compiler: Compiler, out: pathlib.Path, neutral
         _, with_heads = compile_(f"{rounds}-head", head_records, gate_records)
         gate_records = measure(f"{rounds}-gate", "gate", with_heads, f"{rounds}-head.safetensors")
         data, compiled = compile_(f"{rounds}-gate", head_records, gate_records)
-        changes.append(change(weights, compiled, (head_records, gate_records), budgets, group_size))
+        changes.append(change(weights, compiled, (head_records, gate_records), budgets, group_size,
+                              compiler.grids))
         # The first round leaves the neutral table, which no state chose.
         settled = rounds > 1 and changes[-1].within(tolerance)
         weights, weights_file = compiled, f"{rounds}-gate.safetensors"

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from keepset import ModelFingerprint
 from keepset.calibrate import CalibrationError
+from keepset.calibrate.grids import Grids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Compiler:
     model: ModelFingerprint
     entropy_bins: int = 20
     ppl_bins: int = 4
+    grids: Grids = Grids()
 
     def compile(self, records: Sequence[pathlib.Path], table: pathlib.Path, *, name: str,
                 version: str) -> str:
@@ -31,7 +33,8 @@ class Compiler:
             done = subprocess.run(
                 [str(self.program), "tables", "compile", *map(str, records), "-o", str(table),
                  "--model-json", file.name, "--name", name, "--version", version,
-                 "--entropy-bins", str(self.entropy_bins), "--ppl-bins", str(self.ppl_bins)],
+                 "--entropy-bins", str(self.entropy_bins), "--ppl-bins", str(self.ppl_bins),
+                 "--head-actions", str(self.grids.head), "--gate-actions", str(self.grids.gate)],
                 capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise CalibrationError(f"keepset tables compile: {done.stderr.strip()}")

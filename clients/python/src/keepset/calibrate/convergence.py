@@ -15,9 +15,10 @@ from collections.abc import Iterable
 import numpy as np
 
 from keepset.calibrate import records
+from keepset.calibrate.grids import Grids
 from keepset.calibrate.rollouts import Weights
 
-# Far below half a step of both grids.
+# Far below half a step of any grid.
 _SAME_ACTION = 1e-4
 
 HeadState = tuple[str, int, int, int]  # "head", budget index, layer, KV head
@@ -43,7 +44,7 @@ class RoundChange:
 
 
 def change(before: Weights, after: Weights, files: Iterable[pathlib.Path], budgets: list[int],
-           group_size: int) -> RoundChange:
+           group_size: int, grids: Grids = Grids()) -> RoundChange:
     """Compares two tables by the records of the round that made `after`.
 
     Gates are compared cell by cell of `after`; a `before` without cells has one value per layer.
@@ -53,11 +54,12 @@ def change(before: Weights, after: Weights, files: Iterable[pathlib.Path], budge
              for one in (before, after)]
     changed = {("head", *map(int, state)) for state in _differing(*heads)}
     changed |= {("gate", *map(int, state)) for state in _differing(*gates)}
-    rewards = _mean_rewards(files, after, budgets, changed)
+    rewards = _mean_rewards(files, after, budgets, changed, grids)
     largest, unmeasured = None, 0
     for state in changed:
         old, new = heads if state[0] == "head" else gates
-        means = [rewards.get((state, round(float(one[state[1:]]), 3))) for one in (old, new)]
+        grid = getattr(grids, state[0])
+        means = [rewards.get((state, grid.index(float(one[state[1:]])))) for one in (old, new)]
         if means[0] is None or means[1] is None:
             # A state without any record was filled, not measured: its value means nothing.
             unmeasured += any(key[0] == state for key in rewards)
@@ -81,14 +83,14 @@ def _differing(before: np.ndarray, after: np.ndarray) -> np.ndarray:
 
 
 def _mean_rewards(files: Iterable[pathlib.Path], table: Weights, budgets: list[int],
-                  wanted: set) -> dict:
-    """Mean reward by (state, action rounded to 3 places) of the wanted states."""
+                  wanted: set, grids: Grids) -> dict:
+    """Mean reward by (state, index of the action) of the wanted states."""
     sums: dict = collections.defaultdict(lambda: [0.0, 0])
     for path in files:
         for record in records.read(path):
             state = _state_of(record, table, budgets)
             if state in wanted:
-                entry = sums[state, round(record["action"], 3)]
+                entry = sums[state, getattr(grids, record["kind"]).index(record["action"])]
                 entry[0] += reward_of(record)
                 entry[1] += 1
     return {key: total / count for key, (total, count) in sums.items()}

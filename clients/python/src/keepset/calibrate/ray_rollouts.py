@@ -102,9 +102,9 @@ class RayRollouts:
         self._adapter_ref: list[ray.ObjectRef] = []
         self._workers: list = []
         self._headers: list[tuple[str, int]] = []
-        self._plan = Plan(adapter.fingerprint(), len(seeds), budgets,
-                          actions_per_state=measuring["actions_per_state"], seed=measuring["seed"],
-                          action_step=measuring.get("action_step", 1))
+        plan = {name: measuring[name] for name in ("seed", "actions_per_state", "action_step", "grids")
+                if name in measuring}
+        self._plan = Plan(adapter.fingerprint(), len(seeds), budgets, **plan)
 
     def __enter__(self) -> RayRollouts:
         if ray.is_initialized():

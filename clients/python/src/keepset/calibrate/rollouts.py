@@ -13,12 +13,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from keepset import ModelFingerprint, table_file
+from keepset.calibrate.grids import Grids
 from keepset.calibrate.prompts import Prompt
 from keepset.calibrate.records import StepFile
 from keepset.in_process import Decision, Engine
 
-HEAD_ACTIONS = tuple(round(0.8 + 0.025 * i, 3) for i in range(29))
-GATE_ACTIONS = tuple(round(0.8 + 0.01 * i, 2) for i in range(21))
 # Below stands the rounding of 32-bit arithmetic, which must not choose between equal actions.
 _LOSS_DECIMALS = 4
 
@@ -36,10 +35,11 @@ class Weights:
     ppl_edges: np.ndarray
 
     @staticmethod
-    def neutral(model: ModelFingerprint, num_budgets: int) -> Weights:
+    def neutral(model: ModelFingerprint, num_budgets: int, grids: Grids = Grids()) -> Weights:
+        """Weights of one, and the gates that let most through."""
         return Weights(
             np.ones((num_budgets, model.num_layers, model.num_qo_heads), np.float32),
-            np.full((num_budgets, model.num_layers, 1, 1), GATE_ACTIONS[0], np.float32),
+            np.full((num_budgets, model.num_layers, 1, 1), grids.gate.first, np.float32),
             np.zeros(0, np.float32),
             np.zeros(0, np.float32),
         )
@@ -69,14 +69,18 @@ class Plan:
     """Which entries of a table are measured on which prompt."""
 
     def __init__(self, model: ModelFingerprint, num_prompts: int, budgets: Sequence[int], *,
-                 actions_per_state: int, seed: int, action_step: int = 1):
-        """action_step: every so many-th action of the grids is measured, the first one included."""
+                 seed: int, actions_per_state: int | None = None, action_step: int = 1,
+                 grids: Grids = Grids()):
+        """actions_per_state: so many are measured per prompt and state; all when None.
+
+        action_step: every so many-th action of the grids is measured, the first one included.
+        """
         self._model = model
         self._num_prompts = num_prompts
         self._budgets = budgets
         self._actions_per_state = actions_per_state
-        self._head_actions = HEAD_ACTIONS[::action_step]
-        self._gate_actions = GATE_ACTIONS[::action_step]
+        self._head_actions = grids.head.actions()[::action_step]
+        self._gate_actions = grids.gate.actions()[::action_step]
         self._seed = seed
 
     def head_entries(self, prompt_index: int) -> Iterator[Entry]:
@@ -99,9 +103,8 @@ class Plan:
         states = len(self._budgets) * self._model.num_layers
         if kind == "head":
             states *= self._model.num_kv_heads
-        per_state = min(self._actions_per_state,
-                        len(self._head_actions if kind == "head" else self._gate_actions))
-        return self._num_prompts * states * per_state
+        grid = self._head_actions if kind == "head" else self._gate_actions
+        return self._num_prompts * states * self._share(grid)
 
     def missing(self, kind: str, prompt_index: int, prompt_id: str, file: StepFile) -> list[Entry]:
         """The entries of one prompt that `file` has no record of. kind: "head" or "gate"."""
@@ -110,10 +113,13 @@ class Plan:
                 if (prompt_id, self._budgets[entry.budget_index], entry.layer,
                     -1 if entry.kv_head is None else entry.kv_head, entry.action) not in file]
 
+    def _share(self, grid: Sequence[float]) -> int:
+        return len(grid) if self._actions_per_state is None else min(self._actions_per_state, len(grid))
+
     def _actions(self, grid: Sequence[float], state: tuple[int, ...], prompt_index: int
                  ) -> list[float]:
         """The share of one prompt: consecutive places of one shuffled order per state."""
-        count = min(self._actions_per_state, len(grid))
+        count = self._share(grid)
         order = np.random.default_rng([self._seed, len(grid), *state]).permutation(len(grid))
         return [grid[order[(prompt_index * count + i) % len(grid)]] for i in range(count)]
 
@@ -122,17 +128,17 @@ class Rollouts(Plan):
     """Measures candidate tables on prompts that were read once."""
 
     def __init__(self, engine: Engine, model: ModelFingerprint, prompts: Sequence[Prompt],
-                 budgets: Sequence[int], *, parameters: Mapping[str, object], actions_per_state: int,
-                 seed: int, protect_window: int = 0, action_step: int = 1,
-                 grid: Mapping[str, Sequence[float]] | None = None):
-        """grid: ranges that candidate tables declare; None: those of the paper."""
+                 budgets: Sequence[int], *, parameters: Mapping[str, object], seed: int,
+                 actions_per_state: int | None = None, protect_window: int = 0, action_step: int = 1,
+                 grids: Grids = Grids(), ranges: Mapping[str, Sequence[float]] | None = None):
+        """ranges: that candidate tables declare; None: those of the grids."""
         super().__init__(model, len(prompts), budgets, actions_per_state=actions_per_state, seed=seed,
-                         action_step=action_step)
+                         action_step=action_step, grids=grids)
         self._engine = engine
         self._prompts = prompts
         self._parameters = dict(parameters)
         self._protect_window = protect_window
-        self._grid = grid
+        self._ranges = grids.ranges() if ranges is None else ranges
         # Losses by what is kept: many candidate tables keep the same tokens.
         self._losses: list[dict[bytes, float]] = [{} for _ in range(len(prompts))]
 
@@ -157,7 +163,7 @@ class Rollouts(Plan):
             head_weights=weights.head_weights[budget_index],
             gate_thresholds=weights.gate_thresholds[budget_index],
             entropy_edges=weights.entropy_edges, ppl_edges=weights.ppl_edges,
-            algorithm={"name": "candidate"}, source="hand-written", grid=self._grid)
+            algorithm={"name": "candidate"}, source="hand-written", grid=self._ranges)
         decision = self._engine.decide(
             model=self._model, layers=prompt.layers, table=table,
             budget_tokens=self._budgets[budget_index], ppl=prompt.ppl, parameters=self._parameters,

@@ -13,7 +13,6 @@ from keepset import table_file
 from keepset.calibrate.__main__ import Build, calibrate
 from keepset.calibrate.alternation import Say
 from keepset.calibrate.prompts import ConstructedAdapter
-from keepset.calibrate.rollouts import HEAD_ACTIONS
 from keepset.eval import constructed
 from keepset.evidence import tables, transfer
 from keepset.evidence.service import candidates_of, candidates_summary, cells_of, shared
@@ -75,7 +74,7 @@ def run_case(case: Case, build: Build, work: pathlib.Path, say: Say) -> dict:
     work.mkdir(parents=True, exist_ok=True)
     outcome = calibrate(build, adapter, work / "records.jsonl", seeds=case.calibration_pool,
                         num_prompts=case.calibration_prompts, budgets=[BUDGET],
-                        alpha_scope=case.alpha_scope, actions=len(HEAD_ACTIONS),
+                        alpha_scope=case.alpha_scope,
                         action_step=ACTION_STEP, max_rounds=case.max_rounds, name="compiled",
                         version="1", say=say, bins=BINS)
     files = {"uniform": tables.uniform(model, "uniform", [BUDGET]), "compiled": outcome.table,

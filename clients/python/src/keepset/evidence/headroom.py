@@ -14,20 +14,21 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from keepset import table_file
+from keepset.calibrate.grids import HEAD_GRID
 from keepset.calibrate.prompts import Prompt, SmallModelAdapter
-from keepset.calibrate.rollouts import HEAD_ACTIONS, Rollouts, Weights
+from keepset.calibrate.rollouts import Rollouts, Weights
 from keepset.evidence import tables
 from keepset.in_process import Engine
 
 # Weight of the second KV head over the first, the same grid on both layers.
-_LARGEST_ON_GRID = HEAD_ACTIONS[-1] / HEAD_ACTIONS[0]
+_LARGEST_ON_GRID = HEAD_GRID.actions()[-1] / HEAD_GRID.actions()[0]
 RATIOS = {
     "grid": tuple(_LARGEST_ON_GRID ** (step / 3) for step in range(-3, 4)),
     "wide": (1 / 20, 1 / 4, 1.0, 4.0, 20.0),
 }
 # Far below any score: the budget alone decides.
 _OPEN_GATE = 1e-3
-_WIDE_GRID = {"head": [1e-3, 1e3], "gate": [0.0, 1.0]}
+_WIDE_RANGES = {"head": [1e-3, 1e3], "gate": [0.0, 1.0]}
 
 
 def search(engine: Engine, adapter: SmallModelAdapter, prompts: Sequence[Prompt],
@@ -39,7 +40,7 @@ def search(engine: Engine, adapter: SmallModelAdapter, prompts: Sequence[Prompt]
     if model.num_kv_heads != 2:
         raise ValueError(f"num_kv_heads={model.num_kv_heads}, want 2: the search covers one ratio a layer")
     rollouts = Rollouts(engine, model, prompts, budgets, seed=0, parameters=parameters,
-                        actions_per_state=1, protect_window=protect_window, grid=_WIDE_GRID)
+                        protect_window=protect_window, ranges=_WIDE_RANGES)
     learned = Weights.of(table_file.read_table(compiled))
     uniform = Weights.of(table_file.read_table(tables.uniform(model, "uniform", list(budgets))))
     columns = {name: [i for i, one in enumerate(prompts) if f"-{name}-" in one.prompt_id]

@@ -15,7 +15,7 @@ from keepset.calibrate.__main__ import Build, calibrate
 from keepset.calibrate.alternation import Outcome, Say, steps_of
 from keepset.calibrate.compiler import Compiler
 from keepset.calibrate.prompts import Prompt, SmallModelAdapter
-from keepset.calibrate.rollouts import HEAD_ACTIONS, Rollouts
+from keepset.calibrate.rollouts import Rollouts
 from keepset.demo.job import cache_of
 from keepset.eval import facts, vocabulary
 from keepset.eval.kv_cache import KvCache
@@ -152,7 +152,7 @@ def _calibrate(build: Build, work: pathlib.Path, model: SmallModel, settings: Se
     return calibrate(build, _adapter(model, settings), work / "records.jsonl",
                      seeds=settings.calibration_pool, num_prompts=settings.calibration_prompts,
                      budgets=list(settings.budgets), alpha_scope=variant.alpha_scope,
-                     parameters=dict(variant.parameters), actions=len(HEAD_ACTIONS),
+                     parameters=dict(variant.parameters),
                      action_step=settings.action_step,
                      max_rounds=settings.max_rounds, name=_table_name(variant, "compiled"),
                      version="1", say=say, bins=(settings.entropy_bins, settings.ppl_bins),
@@ -169,7 +169,7 @@ def _curve(build: Build, engine: Engine, folder: pathlib.Path, adapter: SmallMod
     compiler = Compiler(build.keepset, adapter.fingerprint(), settings.entropy_bins,
                         settings.ppl_bins)
     rollouts = Rollouts(engine, adapter.fingerprint(), prompts, list(settings.budgets), seed=0,
-                        parameters=variant.policy_parameters(), actions_per_state=1,
+                        parameters=variant.policy_parameters(),
                         protect_window=settings.protect_window)
     made = tables_by_prompts(compiler, out, ids, settings.curve_prompts, folder / "curve")
     return curve(made, lambda table: transfer.mean_losses(rollouts, len(prompts), table))

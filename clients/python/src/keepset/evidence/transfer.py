@@ -14,7 +14,7 @@ from keepset.calibrate import records
 from keepset.calibrate.__main__ import Build, calibrate
 from keepset.calibrate.alternation import Say
 from keepset.calibrate.prompts import Adapter
-from keepset.calibrate.rollouts import HEAD_ACTIONS, Rollouts, Weights
+from keepset.calibrate.rollouts import Rollouts, Weights
 from keepset.evidence import tables
 from keepset.in_process import Engine
 
@@ -99,7 +99,7 @@ def measure(build: Build, halves: Sequence[Half], work: pathlib.Path, *, budgets
         say(f"transfer, half {index + 1} of {len(halves)}")
         outcomes.append(calibrate(
             build, half.adapter, folder / "records.jsonl", seeds=half.seeds, budgets=budgets,
-            alpha_scope=alpha_scope, parameters=parameters, actions=len(HEAD_ACTIONS),
+            alpha_scope=alpha_scope, parameters=parameters,
             action_step=action_step, max_rounds=max_rounds,
             name=f"half-{index}", version="1", say=say, bins=bins, protect_window=protect_window))
     losses = []
@@ -109,7 +109,7 @@ def measure(build: Build, halves: Sequence[Half], work: pathlib.Path, *, budgets
             prompts = list(half.adapter.prompts(half.test_seeds))
             rollouts = Rollouts(engine, model, prompts, budgets, seed=0,
                                 parameters={"alpha_scope": alpha_scope, **parameters},
-                                actions_per_state=1, protect_window=protect_window)
+                                protect_window=protect_window)
             candidates = {"own": outcomes[index].table, "other": outcomes[1 - index].table,
                           "uniform": tables.uniform(model, "uniform", budgets)}
             losses.append({name: mean_losses(rollouts, len(prompts), data)
