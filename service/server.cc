@@ -163,6 +163,7 @@ class ServerImpl final : public Server {
         *metrics_, log_, [this](absl::string_view session_id) {
           fences_.Forget(session_id);
           session_pins_.Forget(session_id);
+          session_tenants_.Forget(session_id);
           session_service_->Forget(session_id);
         });
     table_observer_ = std::make_unique<ServerTableObserver>(*metrics_, log_, health_, clock_);
@@ -224,6 +225,7 @@ class ServerImpl final : public Server {
         .admission = admission_,
         .fences = fences_,
         .session_pins = session_pins_,
+        .session_tenants = session_tenants_,
         .queue = *queue_,
         .correlation_ids = correlation_ids_,
         .shadows = *shadows_,
@@ -419,6 +421,7 @@ class ServerImpl final : public Server {
   Admission admission_;
   FenceTable fences_;
   SessionPins session_pins_;
+  SessionTenants session_tenants_;
   CorrelationIds correlation_ids_;
   std::unique_ptr<CompressionService> compression_;
   std::unique_ptr<SessionService> session_service_;

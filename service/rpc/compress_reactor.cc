@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "service/rpc/wire_status.h"
+#include "service/rpc/work_queue.h"
 
 namespace keepset::service {
 namespace {
@@ -36,7 +37,8 @@ class CompressReactor final : public grpc::ServerUnaryReactor {
     }
     // The task may be run after the reactor: it looks at the shared phase first.
     const std::shared_ptr<std::atomic<Phase>> phase = phase_;
-    const absl::Status queued = context_.queue.Submit([this, phase] {
+    flow_ = operation_.QueueFlow();
+    const absl::Status queued = context_.queue.Submit(flow_, [this, phase] {
       Phase waiting = Phase::kWaiting;
       if (phase->compare_exchange_strong(waiting, Phase::kRunning)) Run();
     });
@@ -74,17 +76,27 @@ class CompressReactor final : public grpc::ServerUnaryReactor {
 
   void Run() {
     operation_.OnDequeued();
-    Answer(RunOperation());
+    if (const absl::Status begun = operation_.Begin(); !begun.ok()) {
+      Answer(begun);
+    } else {
+      RunLayers();
+    }
   }
 
-  absl::Status RunOperation() {
-    KEEPSET_RETURN_IF_ERROR(operation_.Begin());
-    for (const v1::LayerInput& layer : request_.layers()) {
-      if (cancelled_.load(std::memory_order_relaxed)) return CancelStatus();
-      KEEPSET_RETURN_IF_ERROR(operation_.Observe(layer));
+  // Smaller operations that wait pass between two layers; ours is the next of its flow.
+  void RunLayers() {
+    while (next_layer_ < request_.layers_size()) {
+      if (cancelled_.load(std::memory_order_relaxed)) return Answer(CancelStatus());
+      if (absl::Status seen = operation_.Observe(request_.layers(next_layer_)); !seen.ok()) {
+        return Answer(seen);
+      }
+      ++next_layer_;
+      if (flow_.size_class > 0 && context_.queue.Waits(flow_.size_class - 1)) {
+        return context_.queue.Resume(flow_, [this] { RunLayers(); });
+      }
     }
-    if (cancelled_.load(std::memory_order_relaxed)) return CancelStatus();
-    return operation_.Finish(response_.mutable_result());
+    if (cancelled_.load(std::memory_order_relaxed)) return Answer(CancelStatus());
+    Answer(operation_.Finish(response_.mutable_result()));
   }
 
   // The client's deadline reaches a server as a cancellation.
@@ -108,6 +120,8 @@ class CompressReactor final : public grpc::ServerUnaryReactor {
   const std::shared_ptr<std::atomic<Phase>> phase_;
   std::atomic<bool> cancelled_ = false;
   OperationCall operation_;
+  WorkQueue::Flow flow_;
+  int next_layer_ = 0;
 };
 
 }  // namespace

@@ -137,6 +137,7 @@ class CompressStreamReactor final
       RefuseBegin(operation, status);
       return;
     }
+    operation->flow = operation->call.QueueFlow();
     bool room = false;
     {
       absl::MutexLock lock(&mutex_);
@@ -154,7 +155,7 @@ class CompressStreamReactor final
                                  " operations are open on this stream, end one of them first")));
       return;
     }
-    const absl::Status queued = context_.queue.Submit(Strand(operation));
+    const absl::Status queued = context_.queue.Submit(operation->flow, Strand(operation));
     if (queued.ok()) return;
     Take(id, queued);
     if (context_.overload == OverloadAnswer::kShedToFull) {
@@ -252,7 +253,7 @@ class CompressStreamReactor final
       if (operation->scheduled) return;
       operation->scheduled = true;
     }
-    context_.queue.Continue(Strand(operation));
+    context_.queue.Continue(operation->flow, Strand(operation));
   }
 
   WorkQueue::Task Strand(const OperationPtr& operation) {
@@ -281,9 +282,9 @@ class CompressStreamReactor final
         return;
       }
       RunStep(operation, std::move(message));
-      // Others wait: this operation goes to the end of the line between two layers.
-      if (context_.queue.waiting() > 0) {
-        context_.queue.Continue(Strand(operation));
+      // Others wait that are no larger: this operation lets them pass between two layers.
+      if (context_.queue.Waits(operation->flow.size_class)) {
+        context_.queue.Continue(operation->flow, Strand(operation));
         return;
       }
     }

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <iterator>
 #include <new>
 #include <utility>
 
@@ -28,6 +29,14 @@ absl::Status MissingForGather(size_t layer) {
   return absl::InvalidArgumentError(
       absl::StrCat("layer ", layer,
                    ": was not sent, gathering needs K and V of every layer in ascending order"));
+}
+
+// A layer of a prompt takes time in proportion to its length.
+constexpr uint64_t kSizeClassBounds[] = {4096, 32768};
+int SizeClass(uint64_t seq_len) {
+  return static_cast<int>(
+      std::lower_bound(std::begin(kSizeClassBounds), std::end(kSizeClassBounds), seq_len) -
+      std::begin(kSizeClassBounds));
 }
 
 std::string Milliseconds(absl::Duration time) {
@@ -101,6 +110,14 @@ absl::Status OperationCall::LeaseLayer(const v1::LayerInput& layer) {
       VisitRegions(layer, [this](const std::string& id) { return leases_.Acquire(id); }));
   lease_time_ += context_.clock.Monotonic() - start;
   return absl::OkStatus();
+}
+
+WorkQueue::Flow OperationCall::QueueFlow() const {
+  const std::optional<std::string> tenant = context_.session_tenants.Of(wire_.session_id());
+  // A name the client chose is never taken for a session's id.
+  return {tenant.has_value() ? absl::StrCat("tenant ", *tenant)
+                             : absl::StrCat("session ", wire_.session_id()),
+          SizeClass(wire_.seq_len())};
 }
 
 absl::Duration OperationCall::LeaseTime() const {

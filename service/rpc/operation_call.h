@@ -25,6 +25,7 @@
 #include "service/rpc/lease_set.h"
 #include "service/rpc/service_context.h"
 #include "service/rpc/trace_context.h"
+#include "service/rpc/work_queue.h"
 
 namespace keepset::service {
 
@@ -48,6 +49,9 @@ class OperationCall {
 
   // Counts inline bytes and leases the regions of one layer. ResourceExhausted: inline limit.
   absl::Status LeaseLayer(const v1::LayerInput& layer);
+
+  // Where the operation waits: its tenant's tasks (or its session's) of about its size.
+  WorkQueue::Flow QueueFlow() const;
 
   // A worker took the operation over: its time in the queue ends.
   void OnDequeued();

@@ -14,8 +14,8 @@
 #include "service/rpc/admission.h"
 #include "service/rpc/correlation_ids.h"
 #include "service/rpc/fence_table.h"
+#include "service/rpc/per_session.h"
 #include "service/rpc/request_codec.h"
-#include "service/rpc/session_pins.h"
 #include "service/rpc/shadow_choice.h"
 #include "service/rpc/shadow_runner.h"
 #include "service/rpc/work_queue.h"
@@ -40,6 +40,7 @@ struct ServiceContext {
   Admission& admission;
   FenceTable& fences;
   SessionPins& session_pins;
+  SessionTenants& session_tenants;
   WorkQueue& queue;
   CorrelationIds& correlation_ids;
   ShadowRunner& shadows;

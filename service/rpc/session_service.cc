@@ -144,10 +144,12 @@ class SessionServiceImpl final : public SessionService {
       lease_seconds_[info.session_id] = response->lease_seconds();
     }
     if (request.has_table()) context_.session_pins.Set(info.session_id, request.table());
+    if (!args.tenant.empty()) context_.session_tenants.Set(info.session_id, args.tenant);
     // One that was replaced meanwhile must not leave its entries behind.
     if (!context_.sessions.CheckSession(info.session_id).ok()) {
       Forget(info.session_id);
       context_.session_pins.Forget(info.session_id);
+      context_.session_tenants.Forget(info.session_id);
     }
     return absl::OkStatus();
   }

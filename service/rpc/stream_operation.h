@@ -11,6 +11,7 @@
 #include "absl/status/status.h"
 #include "keepset/v1/compression.pb.h"
 #include "service/rpc/operation_call.h"
+#include "service/rpc/work_queue.h"
 
 namespace keepset::service {
 
@@ -27,6 +28,7 @@ struct StreamOperation {
   const uint64_t id;
   const RequestPtr begin;
   OperationCall call;
+  WorkQueue::Flow flow;          // from admission on
   std::vector<RequestPtr> kept;  // strand only: layers that gathering reads again
 
   // Under the stream's mutex. An empty pointer stands for Begin.

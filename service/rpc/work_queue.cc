@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <deque>
+#include <map>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -32,25 +33,39 @@ class ThreadedWorkQueue final : public WorkQueue {
     for (std::thread& thread : threads_) thread.join();
   }
 
-  absl::Status Submit(Task task) override {
+  absl::Status Submit(const Flow& flow, Task task) override {
     absl::MutexLock lock(&mutex_);
-    if (static_cast<int64_t>(tasks_.size()) >= options_.capacity) {
+    if (waiting_ >= options_.capacity && flows_.contains(flow)) {
       return absl::ResourceExhaustedError(absl::StrCat(
-          "queue is full: ", tasks_.size(), " of ", options_.capacity,
-          " operations wait, retry in ~", absl::ToInt64Milliseconds(RetryHintLocked()), " ms"));
+          "queue is full: ", waiting_, " of ", options_.capacity, " operations wait, retry in ~",
+          absl::ToInt64Milliseconds(RetryHintLocked()), " ms"));
     }
-    Push(std::move(task));
+    TasksOf(flow).push_back(std::move(task));
+    CountWaiting(+1);
     return absl::OkStatus();
   }
 
-  void Continue(Task task) override {
+  void Continue(const Flow& flow, Task task) override {
     absl::MutexLock lock(&mutex_);
-    Push(std::move(task));
+    TasksOf(flow).push_back(std::move(task));
+    CountWaiting(+1);
+  }
+
+  void Resume(const Flow& flow, Task task) override {
+    absl::MutexLock lock(&mutex_);
+    TasksOf(flow).push_front(std::move(task));
+    CountWaiting(+1);
   }
 
   int64_t waiting() const override {
     absl::MutexLock lock(&mutex_);
-    return static_cast<int64_t>(tasks_.size());
+    return waiting_;
+  }
+
+  bool Waits(int up_to_size_class) const override {
+    absl::MutexLock lock(&mutex_);
+    return std::any_of(flows_.begin(), flows_.end(),
+                       [&](const auto& flow) { return flow.first.size_class <= up_to_size_class; });
   }
 
   absl::Duration RetryHint() const override {
@@ -59,25 +74,40 @@ class ThreadedWorkQueue final : public WorkQueue {
   }
 
  private:
-  void Push(Task task) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    tasks_.push_back(std::move(task));
-    ReportDepth();
+  // A flow that had none takes the last turn.
+  std::deque<Task>& TasksOf(const Flow& flow) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    const auto [it, is_new] = flows_.try_emplace(flow);
+    if (is_new) turns_.push_back(it);
+    return it->second;
   }
 
-  void ReportDepth() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    if (options_.on_depth_change) {
-      options_.on_depth_change(static_cast<int64_t>(tasks_.size()));
+  Task TakeNext() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    const auto flow = turns_.front();
+    turns_.pop_front();
+    Task task = std::move(flow->second.front());
+    flow->second.pop_front();
+    if (flow->second.empty()) {
+      flows_.erase(flow);
+    } else {
+      turns_.push_back(flow);
     }
+    CountWaiting(-1);
+    return task;
+  }
+
+  void CountWaiting(int64_t change) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    waiting_ += change;
+    if (options_.on_depth_change) options_.on_depth_change(waiting_);
   }
 
   absl::Duration RetryHintLocked() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    const double seconds = mean_seconds_ * static_cast<double>(tasks_.size()) /
-                           (2.0 * std::max(1, options_.num_workers));
+    const double seconds =
+        mean_seconds_ * static_cast<double>(waiting_) / (2.0 * std::max(1, options_.num_workers));
     return std::clamp(absl::Seconds(seconds), absl::Milliseconds(1), absl::Seconds(60));
   }
 
   bool HasWorkOrStops() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    return stopping_ || !tasks_.empty();
+    return stopping_ || waiting_ > 0;
   }
 
   void RunTasks() {
@@ -86,10 +116,8 @@ class ThreadedWorkQueue final : public WorkQueue {
       {
         absl::MutexLock lock(&mutex_);
         mutex_.Await(absl::Condition(this, &ThreadedWorkQueue::HasWorkOrStops));
-        if (tasks_.empty()) return;
-        task = std::move(tasks_.front());
-        tasks_.pop_front();
-        ReportDepth();
+        if (waiting_ == 0) return;
+        task = TakeNext();
       }
       const absl::Duration start = clock_.Monotonic();
       task();
@@ -103,7 +131,10 @@ class ThreadedWorkQueue final : public WorkQueue {
   const Options options_;
   const Clock& clock_;
   mutable absl::Mutex mutex_;
-  std::deque<Task> tasks_ ABSL_GUARDED_BY(mutex_);
+  using Flows = std::map<Flow, std::deque<Task>>;
+  Flows flows_ ABSL_GUARDED_BY(mutex_);  // those with waiting tasks
+  std::deque<Flows::iterator> turns_ ABSL_GUARDED_BY(mutex_);
+  int64_t waiting_ ABSL_GUARDED_BY(mutex_) = 0;
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   double mean_seconds_ ABSL_GUARDED_BY(mutex_) = 0.010;  // until something was measured
   std::vector<std::thread> threads_;

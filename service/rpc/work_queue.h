@@ -1,13 +1,17 @@
 // Bounded queue in front of a fixed number of worker threads.
 //
 // Handlers enqueue, workers run: a full queue is refused at once, with an estimate of when to come
-// back. Thread-safe. Tasks must not throw and must not wait for other tasks of the same queue.
+// back. Waiting tasks form flows, an owner's tasks of one size: flows take turns, so that neither
+// one owner's flood nor its large prompts stand before everybody else's. Thread-safe. Tasks must
+// not throw and must not wait for other tasks of the same queue.
 #ifndef KEEPSET_SERVICE_RPC_WORK_QUEUE_H_
 #define KEEPSET_SERVICE_RPC_WORK_QUEUE_H_
 
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <string>
+#include <utility>
 
 #include "absl/functional/any_invocable.h"
 #include "absl/status/status.h"
@@ -26,17 +30,30 @@ class WorkQueue {
     std::function<void(int64_t waiting)> on_depth_change;  // called under the queue's lock
   };
 
+  struct Flow {
+    std::string owner;   // a tenant or session
+    int size_class = 0;  // larger: longer tasks
+    auto operator<=>(const Flow&) const = default;
+  };
+
   // `clock` must outlive the queue.
   static std::unique_ptr<WorkQueue> New(Options options, const Clock& clock);
   // Runs what is queued, then joins.
   virtual ~WorkQueue() = default;
 
-  // ResourceExhausted when `capacity` tasks wait; the message ends in "retry in ~N ms".
-  virtual absl::Status Submit(Task task) = 0;
-  // For the next step of work that was admitted before: never refused.
-  virtual void Continue(Task task) = 0;
+  // ResourceExhausted when `capacity` tasks wait and the flow has some of them; the message ends in
+  // "retry in ~N ms". A flow nothing of which waits has room for one task beyond the capacity.
+  virtual absl::Status Submit(const Flow& flow, Task task) = 0;
+  absl::Status Submit(Task task) { return Submit(Flow(), std::move(task)); }
+  // For the next step of work that was admitted before, never refused: behind the tasks of its flow
+  // (Continue), or before them (Resume).
+  virtual void Continue(const Flow& flow, Task task) = 0;
+  void Continue(Task task) { Continue(Flow(), std::move(task)); }
+  virtual void Resume(const Flow& flow, Task task) = 0;
 
   virtual int64_t waiting() const = 0;
+  // Whether a task of this size class or a smaller one waits.
+  virtual bool Waits(int up_to_size_class) const = 0;
   // When a refused caller may try again: the time the workers need for half of what waits.
   virtual absl::Duration RetryHint() const = 0;
 };

@@ -8,6 +8,11 @@
 #include <thread>
 #include <vector>
 
+#include "absl/strings/match.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
+#include "absl/strings/strip.h"
+#include "absl/synchronization/notification.h"
 #include "tests/integration/server_fixture.h"
 #include "tests/integration/worker.h"
 
@@ -84,6 +89,81 @@ TEST(Fairness, RetireOfAClientThatIsGoneStopsWaiting) {
   context->TryCancel();
   caller.join();
   EXPECT_TRUE(server.log().AwaitLine({"method=RetireRegion", "code=CANCELLED"}));
+}
+
+// A prompt of `seq_len` tokens in flight.
+struct UnaryCall {
+  UnaryCall(TestServer& server, const WorkerSession& session, int64_t seq_len,
+            const std::string& request_id)
+      : stub(server.compression()), context(NewContext()) {
+    const fakes::SyntheticPrompt prompt({.num_layers = 4, .seq_len = seq_len});
+    request = WireRequest(prompt, "tova", kBudget);
+    request.mutable_spec()->set_session_id(session.id());
+    request.mutable_spec()->set_request_id(request_id);
+    stub->async()->Compress(context.get(), &request, &response, [this](grpc::Status status) {
+      EXPECT_TRUE(status.ok()) << status.error_message();
+      done.Notify();
+    });
+  }
+  ~UnaryCall() { done.WaitForNotification(); }
+
+  const std::unique_ptr<v1::CompressionService::Stub> stub;
+  const std::unique_ptr<grpc::ClientContext> context;
+  v1::CompressRequest request;
+  v1::CompressResponse response;
+  absl::Notification done;
+};
+
+bool AwaitQueueDepth(TestServer& server, int64_t depth) {
+  const std::string sample = absl::StrCat("\nkeepset_queue_depth ", depth, "\n");
+  return Eventually([&] { return absl::StrContains(server.server().RenderMetrics(), sample); });
+}
+
+// Request ids in the order in which the server ended them.
+std::vector<std::string> EndedRequests(TestServer& server) {
+  std::vector<std::string> ids;
+  for (const absl::string_view line : absl::StrSplit(server.log().text(), '\n')) {
+    const std::vector<absl::string_view> fields = absl::StrSplit(line, ' ');
+    for (absl::string_view field : fields) {
+      if (absl::ConsumePrefix(&field, "request_id=")) ids.emplace_back(field);
+    }
+  }
+  return ids;
+}
+
+TEST(Fairness, SmallPromptPassesBetweenTheLayersOfALargeOne) {
+  TestServer server("num_workers: 1");
+  WorkerSession session(server);
+  {
+    server.gate().Close();
+    const UnaryCall large(server, session, 5000, "large");
+    ASSERT_TRUE(server.gate().AwaitWaiting(1));
+    const UnaryCall small(server, session, 96, "small");
+    EXPECT_TRUE(AwaitQueueDepth(server, 1));
+    server.gate().Open();
+  }
+  EXPECT_THAT(EndedRequests(server), ::testing::ElementsAre("small", "large"));
+}
+
+TEST(Fairness, OneTenantsFloodNeitherRefusesNorDelaysAnother) {
+  TestServer server("num_workers: 1 limits { queue_capacity: 3 }");
+  WorkerSession flood(server, "flood");
+  WorkerSession other(server, "other");
+  {
+    server.gate().Close();
+    const UnaryCall first(server, flood, 96, "flood-0");
+    ASSERT_TRUE(server.gate().AwaitWaiting(1));
+    std::vector<std::unique_ptr<UnaryCall>> calls;
+    for (int64_t i = 1; i <= 3; ++i) {
+      calls.push_back(std::make_unique<UnaryCall>(server, flood, 96, absl::StrCat("flood-", i)));
+      EXPECT_TRUE(AwaitQueueDepth(server, i));
+    }
+    calls.push_back(std::make_unique<UnaryCall>(server, other, 96, "other"));
+    EXPECT_TRUE(AwaitQueueDepth(server, 4));
+    server.gate().Open();
+  }
+  EXPECT_THAT(EndedRequests(server),
+              ::testing::ElementsAre("flood-0", "flood-1", "other", "flood-2", "flood-3"));
 }
 
 // A client that sends without reading must not fill the server's memory with answers: the server

@@ -109,10 +109,12 @@ grpc::Status Compress(TestServer& server, const v1::CompressRequest& request,
   return status;
 }
 
-WorkerSession::WorkerSession(TestServer& server) : stub_(server.sessions()) {
+WorkerSession::WorkerSession(TestServer& server, const std::string& tenant)
+    : stub_(server.sessions()) {
   v1::OpenSessionRequest request;
   request.set_client_uuid(NewUuid());
   request.set_engine("test");
+  request.set_tenant(tenant);
   v1::OpenSessionResponse response;
   const grpc::Status status = stub_->OpenSession(NewContext().get(), request, &response);
   EXPECT_TRUE(status.ok()) << status.error_message();

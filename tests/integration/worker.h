@@ -32,7 +32,7 @@ grpc::Status Compress(TestServer& server, const v1::CompressRequest& request,
 // A session with its side-socket connection; closing the connection ends the session.
 class WorkerSession {
  public:
-  explicit WorkerSession(TestServer& server);
+  explicit WorkerSession(TestServer& server, const std::string& tenant = "");
 
   const std::string& id() const { return id_; }
   // Registers sealed memory; the worker's mapping of it is data().

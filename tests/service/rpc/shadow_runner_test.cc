@@ -35,13 +35,15 @@ class ThrowingDecision final : public engine::ShadowDecision {
 // Runs nothing until told.
 class HeldQueue final : public WorkQueue {
  public:
-  absl::Status Submit(Task task) override {
+  absl::Status Submit(const Flow& /*flow*/, Task task) override {
     if (full) return absl::ResourceExhaustedError("full");
     held = std::move(task);
     return absl::OkStatus();
   }
-  void Continue(Task /*task*/) override {}
+  void Continue(const Flow& /*flow*/, Task /*task*/) override {}
+  void Resume(const Flow& /*flow*/, Task /*task*/) override {}
   int64_t waiting() const override { return 0; }
+  bool Waits(int /*up_to_size_class*/) const override { return false; }
   absl::Duration RetryHint() const override { return absl::ZeroDuration(); }
 
   bool full = false;

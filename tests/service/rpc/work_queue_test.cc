@@ -4,6 +4,9 @@
 #include <gtest/gtest.h>
 
 #include <atomic>
+#include <memory>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/synchronization/notification.h"
@@ -11,7 +14,44 @@
 namespace keepset::service {
 namespace {
 
+using ::testing::ElementsAre;
 using ::testing::HasSubstr;
+
+// One worker that is held until Release, so that what waits meanwhile has an order.
+class BusyQueue {
+ public:
+  explicit BusyQueue(int64_t capacity)
+      : queue_(WorkQueue::New({.num_workers = 1, .capacity = capacity, .on_depth_change = {}},
+                              SystemClock())) {
+    EXPECT_TRUE(queue_
+                    ->Submit([this] {
+                      busy_.Notify();
+                      release_.WaitForNotification();
+                    })
+                    .ok());
+    busy_.WaitForNotification();
+  }
+  ~BusyQueue() {
+    if (queue_ != nullptr) Release();
+  }
+  WorkQueue& operator*() { return *queue_; }
+  WorkQueue* operator->() { return queue_.get(); }
+  WorkQueue::Task Note(std::string name) {
+    return [this, name] { order_.push_back(name); };
+  }
+  // Runs everything; what was noted, in order.
+  const std::vector<std::string>& Release() {
+    release_.Notify();
+    queue_.reset();
+    return order_;
+  }
+
+ private:
+  absl::Notification busy_;
+  absl::Notification release_;
+  std::vector<std::string> order_;
+  std::unique_ptr<WorkQueue> queue_;
+};
 
 TEST(WorkQueue, RunsTasksInOrderOnOneWorker) {
   std::vector<int> order;
@@ -62,6 +102,43 @@ TEST(WorkQueue, ContinuationsAreNeverRefused) {
     release.Notify();
   }
   EXPECT_EQ(ran, 3);
+}
+
+TEST(WorkQueue, FlowsTakeTurns) {
+  BusyQueue queue(8);
+  for (const std::string name : {"flood 1", "flood 2", "flood 3"}) {
+    EXPECT_TRUE(queue->Submit({.owner = "flood"}, queue.Note(name)).ok());
+  }
+  EXPECT_TRUE(queue->Submit({.owner = "other"}, queue.Note("other 1")).ok());
+  EXPECT_TRUE(queue->Submit({.owner = "flood", .size_class = 1}, queue.Note("large 1")).ok());
+  EXPECT_THAT(queue.Release(), ElementsAre("flood 1", "other 1", "large 1", "flood 2", "flood 3"));
+}
+
+TEST(WorkQueue, WhatIsResumedIsTheNextOfItsFlow) {
+  BusyQueue queue(8);
+  const WorkQueue::Flow flow = {.owner = "a", .size_class = 1};
+  EXPECT_TRUE(queue->Submit(flow, queue.Note("second")).ok());
+  queue->Resume(flow, queue.Note("first"));
+  queue->Continue(flow, queue.Note("third"));
+  EXPECT_THAT(queue.Release(), ElementsAre("first", "second", "third"));
+}
+
+TEST(WorkQueue, AFloodLeavesRoomForTheFirstTaskOfOthers) {
+  BusyQueue queue(2);
+  EXPECT_TRUE(queue->Submit({.owner = "flood"}, [] {}).ok());
+  EXPECT_TRUE(queue->Submit({.owner = "flood"}, [] {}).ok());
+  EXPECT_EQ(queue->Submit({.owner = "flood"}, [] {}).code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_TRUE(queue->Submit({.owner = "other"}, [] {}).ok());
+  EXPECT_EQ(queue->Submit({.owner = "other"}, [] {}).code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_EQ(queue->waiting(), 3);
+}
+
+TEST(WorkQueue, TellsWhetherSmallerTasksWait) {
+  BusyQueue queue(8);
+  EXPECT_FALSE(queue->Waits(9));
+  EXPECT_TRUE(queue->Submit({.owner = "a", .size_class = 1}, [] {}).ok());
+  EXPECT_FALSE(queue->Waits(0));
+  EXPECT_TRUE(queue->Waits(1));
 }
 
 TEST(WorkQueue, TellsItsDepth) {
