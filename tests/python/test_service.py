@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import grpc
 import numpy as np
 import pytest
 from conftest import MODEL, SEQ_LEN, binary, publish, random_layers, spec
@@ -132,6 +133,34 @@ def test_released_result_memory_is_used_again(server):
         assert len(client._regions) == first
 
 
+@pytest.mark.parametrize("policy", [p for p in POLICIES if p != "full"])
+def test_ranks_that_hold_other_heads_keep_equally_many(client, policy):
+    """Tensor parallelism: every rank asks for its own heads, one block table serves them all."""
+    parameters = {"min_kept": 24} if policy == "compilerkv" else {}
+    counts = set()
+    for rank in range(3):
+        result = client.compress(layers=random_layers(seed=rank), **spec(
+            policy=policy, scope="layer_equal", parameters=parameters))
+        counts |= {len(layer.keep_indices) for layer in result.layers}
+    assert counts == {24}
+
+
+def test_compression_spec_is_of_what_was_kept(client):
+    def of(**changes) -> str:
+        return client.compress(layers=random_layers(), **spec(**changes)).compression_spec
+
+    assert of() == of()
+    other = [of(budget=keepset.Budget.tokens(23)), of(policy="tova"), of(parameters={"kernel_size": 3}),
+             of(scope="layer_equal")]
+    assert len({of(), *other}) == 5
+    assert of(budget=keepset.Budget.tokens(SEQ_LEN)) == ""  # the prompt's own blocks
+
+
+def test_compression_spec_names_the_table(client):
+    result = client.compress(layers=random_layers(), **spec(policy="compilerkv"))
+    assert result.table.digest in result.compression_spec
+
+
 def test_reply_names_table_bins_and_provenance(client):
     result = client.compress(layers=random_layers(), **spec(policy="compilerkv"))
     assert (result.table.name, result.table.version, result.table.source) == ("tiny", "1", "uniform")
@@ -166,6 +195,51 @@ def test_missing_perplexity_is_an_error_and_median_is_reported(client):
 def test_mistakes_are_named(client, changes, error, says):
     with pytest.raises(error, match=says):
         client.compress(layers=random_layers(), **spec(**changes))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "says"),
+    [
+        ("q_window", "layer 1: q: head 0 row 3 is not finite"),
+        ("k", "layer 1: k: head 0 position 3 is not finite"),
+        ("v", "layer 1: v: head 0 position 3 is not finite"),
+    ],
+)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_values_that_are_not_finite_are_named(client, tensor, says, value):
+    layers = random_layers()
+    getattr(layers[1], tensor)[0, 3, 2] = value
+    with pytest.raises(keepset.InvalidInput, match=says):
+        client.compress(layers=layers, **spec(policy="compilerkv"))
+
+
+def test_missing_values_are_named_where_the_policy_reads_them(client):
+    layers = random_layers()
+    layers[1].v = None
+    with pytest.raises(keepset.InvalidInput, match="layer 1: missing v, policy compilerkv"):
+        client.compress(layers=layers, **spec(policy="compilerkv"))
+
+
+def reflected_services(address: str) -> bytes:
+    """The raw answer of server reflection to list_services (field 7) "*"."""
+    with grpc.insecure_channel(address) as channel:
+        ask = channel.stream_stream(
+            "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
+        return next(ask(iter([b"\x3a\x01*"]), timeout=30))
+
+
+def test_reflection_lists_the_services(server):
+    services = reflected_services(server.address)
+    for name in ("CompressionService", "SessionService", "ServerService", "TableService"):
+        assert f"keepset.v1.{name}".encode() in services
+    assert b"grpc.health.v1.Health" in services
+
+
+def test_reflection_can_be_switched_off():
+    with ServerProcess(binary(), arguments=["--disable-reflection"]) as server:
+        with pytest.raises(grpc.RpcError) as refused:
+            reflected_services(server.address)
+    assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
 
 
 def test_stream_error_ends_the_operation_and_the_client_goes_on(client):

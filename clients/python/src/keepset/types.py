@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from typing import Literal, Sequence
 
@@ -165,8 +166,8 @@ class KeepSet:
 @dataclasses.dataclass
 class LayerKept:
     """One layer's answer. `k` and `v` only when gathered: [Hkv, n, d] of a shared set, or one [n, d] per
-    KV head; with outcome kept_full the caller's own arrays. They are views of shared memory where the transport allows; valid until the client is closed
-    or `Result.release` was called."""
+    KV head; with outcome kept_full the caller's own arrays. They are views of shared memory where the
+    transport allows; valid until the client is closed or `Result.release` was called."""
 
     sets: list[KeepSet]
     tau: float | None = None
@@ -238,6 +239,22 @@ class Result:
     predicted_miss_rate: float | None = None
     shadow: ShadowResult | None = None  # when the request named a shadow_table
     _release: object = None
+
+    @property
+    def compression_spec(self) -> str:
+        """What a prefix cache adds to the key of a compacted block: the block's content no longer follows
+        from its tokens alone. Equal for equal keep sets of the same policy, table, scope and budget; empty
+        where nothing was dropped."""
+        if self.outcome != "compressed":
+            return ""
+        sets = hashlib.sha256()
+        for layer in self.layers:
+            for one in layer.sets:
+                sets.update(len(one.indices).to_bytes(8, "little"))
+                sets.update(np.ascontiguousarray(one.indices, "<i4").tobytes())
+        table = self.table.digest if self.table else "-"
+        return (f"keepset/1 policy={self.policy} table={table} scope={self.scope} "
+                f"budget={self.budget_tokens} sets={sets.hexdigest()}")
 
     @property
     def service_seconds(self) -> float:
