@@ -29,6 +29,8 @@ from keepset.evidence.head_methods import (
     plain_methods,
     shuffled,
 )
+from keepset.evidence.head_part import HeadPart, Settings
+from keepset.evidence.observation_heads_report import markdown
 from keepset.in_process import Engine, EngineError
 from keepset.server_process import ServerProcess
 
@@ -228,6 +230,18 @@ def test_replies_predict_and_targets_are_followed(engine, small, tmp_path):
     assert strict["predicted"] <= loose["predicted"] and strict["kept"] >= loose["kept"]
 
 
+def test_heads_that_retrieve_get_more(small, tmp_path):
+    paths = [tmp_path / f"{seed}.safetensors" for seed in range(2)]
+    for seed, path in enumerate(paths):
+        heads.write_record(small.prompt("number", seed, LENGTH), path)
+    scores = head_baselines.retrieval_scores(paths, small.fingerprint)
+    assert scores.shape == (2, 2) and scores.sum() == pytest.approx(1)
+    counts = np.array([[len(head) for head in layer] for layer in head_baselines.HeadBudgets(scores)(
+        small.prompt("number", 5, LENGTH), 40)])
+    # The last layer retrieves; half of what is not protected is every head's own.
+    assert counts[1].min() > counts[0].max() >= 20 + 10 and 40 - 2 < counts.mean() <= 40
+
+
 def test_every_comparison_keeps_the_budget(engine, small):
     prompt = small.prompt("later_number", 6, LENGTH)
     methods = plain_methods(engine, small) | agnostic_methods(engine, small, small.PROBE)
@@ -282,3 +296,23 @@ def test_the_answer_of_a_text_task_is_hidden_in_its_text(task):
         given = " ".join([*asked.hidden, *text])
         assert all(part in given for part in asked.answer.split(", "))
         assert asked.answer not in asked.question
+
+
+def test_the_evidence_of_a_model_in_small(build, engine, small, tmp_path):
+    tested = SmallModelTasks(small.model, text="MPL-2.0")
+    settings = Settings({"inside": ("number", "code"), "agnostic": ("later_number",)}, (256,), (40, 80),
+                        (40,), prompts=1, failing_prompts=1, calibration_prompts=2, risk_prompts=1,
+                        max_heads=1, targets=(0.1,))
+    found = HeadPart(build, engine, tmp_path, small, tested, small.PROBE, settings, lambda _: None).run()
+    number, code = (found["columns"]["inside"]["tasks"][one] for one in ("number", "code"))
+    assert (number["value"], code["value"]) == ("exact", "kl")
+    assert {"budgets by head", "one layer's last row", "observation_heads", "shuffled"} < set(
+        number["methods"])
+    assert {"expected attention, per head", "all heads, probe"} < set(
+        found["columns"]["agnostic"]["tasks"]["later_number"]["methods"])
+    assert found["columns"]["inside"]["risk"]["targets"][0]["target"] == 0.1
+    report = markdown({"command": "c", "versions": {"keepset": "1", "backend": "b", "numpy": "n"},
+                       "run": {"wall_seconds": 60, "cpu_seconds": 30, "cores": 2, "resumed": False},
+                       "small_model": found | {"calibration_text": "a", "test_text": "b",
+                                               "trained": [256, 2048]}}, ["picture.png"])
+    assert "| inside | code | 1 | 0.00 | KL |" in report and "(picture.png)" in report

@@ -153,13 +153,14 @@ def risk_curve(points: Sequence[tuple[float, bool]]) -> list[list[float]]:
 class Mixture:
     """The prompts that a table is compiled from: every task at every length from every seed.
 
-    risk_seeds: held out, for the risk curve.
+    risk_seeds: held out, for the risk curve, at risk_budgets or else at those of the fit.
     """
 
     names: tuple[str, ...]
     lengths: tuple[int, ...]
     seeds: range
     risk_seeds: range = range(0)
+    risk_budgets: tuple[int, ...] = ()
 
     def prompts(self, seeds: Sequence[int]) -> Iterator[tuple[str, int, int]]:
         """(task, seed, length)"""
@@ -195,7 +196,8 @@ def compile_heads(build: Build, engine: Engine, tasks: Tasks, mixture: Mixture, 
     sized |= dict(fit(size, *way) for size in _SIZES if size <= max_heads)
     losses |= _losses(engine, tasks, mixture, budgets, sized, work / f"{name}.losses.json", say)
     table, report = (tables | sized)[_best(losses)]
-    points = _risk_points(engine, tasks, mixture, budgets, table, work / f"{name}.risk.json", say)
+    points = _risk_points(engine, tasks, mixture, mixture.risk_budgets or budgets, table,
+                          work / f"{name}.risk.json", say)
     if points:
         curve = risk_curve([(one["outside_mass"], one["missed"]) for one in points])
         table = with_curve(table, curve)[0]
@@ -258,7 +260,7 @@ def _risk_points(engine: Engine, tasks: Tasks, mixture: Mixture, budgets: Sequen
     """Outside mass and whether the answer is lost, of held-out prompts at every budget."""
     if not len(mixture.risk_seeds):
         return []
-    key = table_file.digest(_undated(table))
+    key = f"{table_file.digest(_undated(table))} {' '.join(map(str, budgets))}"
     if cache.exists():
         kept = json.loads(cache.read_text())
         if kept["table"] == key:
@@ -270,7 +272,8 @@ def _risk_points(engine: Engine, tasks: Tasks, mixture: Mixture, budgets: Sequen
         everything = [np.arange(prompt.seq_len)] * len(prompt.layers)
         if prompt.scored != EXACT or not prompt.outcome(everything).exact:
             continue
-        for budget in budgets:
+        protected = prompt.protect_sink + prompt.protect_window
+        for budget in (one for one in budgets if protected < one < prompt.seq_len):
             kept = keep(engine, prompt, probing, budget)
             points.append({"task": task, "seed": seed, "length": length, "budget": budget,
                            "outside_mass": kept.outside_mass,

@@ -1,13 +1,20 @@
-"""Policies that the engine does not have, in numpy, for comparison alone: KeyDiff and Expected Attention,
-each with one set per KV head (methods: kvpress' definitions)."""
+"""Policies that the engine does not have, in numpy, for comparison alone: KeyDiff and Expected Attention
+(kvpress' definitions) and budgets by retrieval head as HeadKV has them, each with one set per KV head."""
 
 from __future__ import annotations
 
 import functools
+import pathlib
+from collections.abc import Iterable
 
 import numpy as np
+import safetensors.numpy
 
-from keepset.calibrate.head_prompts import HeadPrompt, key_novelty
+from keepset import ModelFingerprint
+from keepset.calibrate.head_prompts import MEAN_ROWS, HeadPrompt, attention, key_novelty
+
+# Of a head's budget, the share that every head has; the rest goes to the heads that retrieve.
+_EQUAL_SHARE = 0.5
 
 
 def cut(scores: np.ndarray, budget: int, prompt: HeadPrompt) -> np.ndarray:
@@ -71,3 +78,49 @@ def expected_attention(prompt: HeadPrompt, budget: int, num_sinks: int = 4, num_
     """
     return [[cut(one, budget, prompt) for one in scores]
             for scores in _expected(prompt, num_sinks, num_future)]
+
+
+def retrieval_scores(records: Iterable[pathlib.Path], model: ModelFingerprint) -> np.ndarray:
+    """[L, Hkv]: the attention that the observing rows of a KV head's query heads have on what observation
+    records say was needed; sums to 1."""
+    found = np.zeros((model.num_layers, model.num_kv_heads))
+    group = model.num_qo_heads // model.num_kv_heads
+    for path in records:
+        record = safetensors.numpy.load_file(path)
+        need = record["need"] / record["need"].sum()
+        for (layer, head), way, scores in zip(record["heads"], record["rows"], record["scores"]):
+            if way == MEAN_ROWS:
+                found[layer, head // group] += float(scores.astype(np.float32) @ need)
+    return found / found.sum()
+
+
+class HeadBudgets:
+    """SnapKV's window scores under budgets of each KV head's own; their mean is the budget asked for.
+
+    scores: of retrieval_scores.
+    """
+
+    def __init__(self, scores: np.ndarray):
+        self._shares = scores
+
+    def __call__(self, prompt: HeadPrompt, budget: int) -> list[list[np.ndarray]]:
+        protected = prompt.protect_sink + prompt.protect_window
+        free = budget - protected
+        own = free * (_EQUAL_SHARE + (1 - _EQUAL_SHARE) * self._shares * self._shares.size)
+        counts = protected + np.floor(own + 1e-9).astype(int)
+        return [[cut(scores, min(int(count), prompt.seq_len), prompt)
+                 for scores, count in zip(of_layer, of_heads)]
+                for of_layer, of_heads in zip(_window_scores(prompt), counts)]
+
+
+@functools.lru_cache(maxsize=1)
+def _window_scores(prompt: HeadPrompt) -> list[np.ndarray]:
+    """Per layer [Hkv, T]: attention of the last rows, averaged over them and the group, pooled by 5."""
+    rows = np.asarray(prompt.row_positions)
+    used = (rows < prompt.seq_len) & (rows >= prompt.seq_len - prompt.window)
+    out = []
+    for layer in prompt.layers:
+        tile = attention(layer.q_window[:, used], layer.k, rows[used], prompt.softmax_scale).mean(1)
+        scores = tile.reshape(len(layer.k), -1, tile.shape[-1]).mean(1)
+        out.append(np.stack([np.convolve(one, np.full(5, 0.2), "same") for one in scores]))
+    return out

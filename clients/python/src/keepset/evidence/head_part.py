@@ -18,7 +18,7 @@ from keepset.calibrate.observation_heads import (
     compile_heads,
     with_curve,
 )
-from keepset.evidence import head_methods
+from keepset.evidence import head_baselines, head_methods
 from keepset.evidence.head_measure import (
     FLOOR,
     everything,
@@ -87,6 +87,10 @@ class HeadPart:
         if column == "agnostic":
             plain |= head_methods.agnostic_methods(self.engine, self.calibration, self.probe)
         every = self._compile(column, learn)
+        plain["budgets by head"] = head_baselines.HeadBudgets(head_baselines.retrieval_scores(
+            [self.work / "records" / f"{task}-{length}-{seed}.safetensors" for task, seed, length in
+             self._mixture(learn).prompts(range(self.settings.calibration_prompts))],
+            self.test.fingerprint))
         tables, tasks, risk = {"all tasks": every}, {}, []
         for task in names:
             methods = dict(plain)
@@ -118,13 +122,15 @@ class HeadPart:
         return float(np.mean(shares))
 
     def _compile(self, name: str, names: tuple[str, ...]) -> CompiledHeads:
-        settings = self.settings
-        mixture = Mixture(names, settings.lengths, range(settings.calibration_prompts),
-                          range(_RISK_SEED, _RISK_SEED + settings.risk_prompts)
-                          if "without" not in name else range(0))
+        mixture = self._mixture(names, with_risk="without" not in name)
         return compile_heads(self.build, self.engine, self.calibration, mixture, self.work / "records",
-                             name=name, version="1", budgets=settings.fit_budgets, say=self.say,
-                             max_heads=settings.max_heads)
+                             name=name, version="1", budgets=self.settings.fit_budgets, say=self.say,
+                             max_heads=self.settings.max_heads)
+
+    def _mixture(self, names: tuple[str, ...], with_risk: bool = False) -> Mixture:
+        return Mixture(names, self.settings.lengths, range(self.settings.calibration_prompts),
+                       range(_RISK_SEED, _RISK_SEED + self.settings.risk_prompts * with_risk),
+                       self.settings.budgets)
 
     def _shuffled(self, table: bytes) -> Run:
         """Another draw for every seed's prompt, so that no lucky one stands for all."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import pathlib
 import platform
 import sys
@@ -110,7 +111,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of the files")
     parser.add_argument("--work", type=pathlib.Path, required=True,
                         help="records, tables and raw outcomes; an interrupted run goes on there")
-    parser.add_argument("--prompts", type=int, default=16, help="test prompts of every task and length")
+    parser.add_argument("--prompts", type=int, default=12, help="test prompts of every task and length")
     parser.add_argument("--parts", nargs="*", choices=("constructed", "small"),
                         default=["constructed", "small"])
     hf = parser.add_argument_group("a Hugging Face model")
@@ -136,7 +137,8 @@ def _options() -> argparse.Namespace:
 
 def main() -> int:
     options = _options()
-    started = time.monotonic()
+    started, cpu_before = time.monotonic(), _cpu_seconds()
+    resumed = options.work.is_dir() and any(options.work.iterdir())
 
     def say(line: str) -> None:
         print(f"[{time.monotonic() - started:6.1f} s] {line}", file=sys.stderr, flush=True)
@@ -163,6 +165,9 @@ def main() -> int:
     except KeyboardInterrupt:
         say(f"interrupted; the same command goes on from {options.work}")
         return 130
+    found["run"] = {"wall_seconds": round(time.monotonic() - started, 1),
+                    "cpu_seconds": round(_cpu_seconds() - cpu_before, 1),
+                    "cores": len(os.sched_getaffinity(0)), "resumed": resumed}
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "observation_heads.json").write_text(
         json.dumps(found, separators=(",", ":")) + "\n")
@@ -175,6 +180,12 @@ def main() -> int:
     say(f"wrote {', '.join(['observation_heads.json', 'observation_heads.md', *pictures])} in "
         f"{options.out}")
     return 0
+
+
+def _cpu_seconds() -> float:
+    """Of this process and of the tools it has waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def _command(options: argparse.Namespace) -> str:

@@ -31,6 +31,8 @@ def markdown(found: dict, pictures: Sequence[str]) -> str:
         f"{found['versions']['numpy']}. Raw predictions: `observation_heads.json`. What a table of this "
         "kind is: [docs/observation-heads.md](../observation-heads.md).",
         "",
+        _cost(found["run"]),
+        "",
     ]
     parts = [(title, found[key]) for key, title in (
         ("small_model", "Small model"), ("hf_model", "Hugging Face model")) if key in found]
@@ -43,6 +45,12 @@ def markdown(found: dict, pictures: Sequence[str]) -> str:
     if "constructed" in found:
         lines += _constructed(found["constructed"])
     return "\n".join(lines) + "\n"
+
+
+def _cost(run: dict) -> str:
+    return (f"One run, {'resumed' if run['resumed'] else 'from scratch'}: {run['wall_seconds'] / 60:.1f} "
+            f"minutes, in which it had {run['cpu_seconds'] / 60:.1f} minutes of processor time on "
+            f"{run['cores']} cores.")
 
 
 def _difference(one: dict) -> str:
