@@ -1,6 +1,7 @@
 // A worker asks what the active observation_heads table reads, and sends that alone.
 #include <algorithm>
 #include <memory>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -8,6 +9,8 @@
 #include "absl/strings/str_cat.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "keepset/v1/table.grpc.pb.h"
+#include "nlohmann/json.hpp"
 #include "tables/observation_heads_table.h"
 #include "tables/table_file.h"
 #include "tests/engine/run_operation.h"
@@ -131,6 +134,56 @@ TEST_F(ObservationHeadsServed, AReloadedTableServesTheNextOperation) {
     ASSERT_TRUE(Compress(*server_, request, &result).ok());
   }
   EXPECT_EQ(result.table().version(), "2");
+}
+
+TEST_F(ObservationHeadsServed, ATableSaysWhichHeadsObserve) {
+  const auto tables = v1::TableService::NewStub(server_->NewChannel());
+  v1::GetTableRequest request;
+  request.mutable_table()->set_name("heads");
+  request.mutable_table()->set_version("1");
+  v1::GetTableResponse response;
+  const grpc::Status status = tables->Get(NewContext().get(), request, &response);
+  ASSERT_TRUE(status.ok()) << status.error_message();
+  const auto document = nlohmann::json::parse(response.inspect_json());
+  const auto& observations = document["observations"];
+  ASSERT_EQ(observations.size(), 2u);
+  EXPECT_EQ(observations[0]["layer"], 1);
+  EXPECT_EQ(observations[0]["head"], 3);
+  EXPECT_EQ(observations[0]["rows"], "max_rows");
+}
+
+TEST(ObservationHeadsCanary, ARequestKeepsItsSide) {
+  const fakes::SyntheticPrompt prompt{fakes::PromptShape{}};
+  TestServer server("table_writes: true");
+  const auto tables = v1::TableService::NewStub(server.NewChannel());
+  for (const char* version : {"1", "2"}) {
+    v1::LoadTableRequest load;
+    load.set_inline_(TableBytes(prompt.model(), version, 0.5f));
+    v1::LoadTableResponse loaded;
+    ASSERT_TRUE(tables->Load(NewContext().get(), load, &loaded).ok());
+  }
+  v1::TableWriteResponse written;
+  v1::ActivateTableRequest activate;
+  activate.mutable_table()->set_name("heads");
+  activate.mutable_table()->set_version("1");
+  ASSERT_TRUE(tables->Activate(NewContext().get(), activate, &written).ok());
+  v1::SetCanaryRequest canary;
+  canary.mutable_table()->set_name("heads");
+  canary.mutable_table()->set_version("2");
+  canary.set_percent(50);
+  ASSERT_TRUE(tables->SetCanary(NewContext().get(), canary, &written).ok());
+  std::set<std::string> versions;
+  for (int id = 0; id < 40; ++id) {
+    v1::CompressRequest request = WireRequest(prompt, "observation_heads", kBudget);
+    request.mutable_spec()->set_request_id(absl::StrCat("request-", id));
+    v1::OperationResult first;
+    v1::OperationResult again;
+    ASSERT_TRUE(Compress(server, request, &first).ok());
+    ASSERT_TRUE(Compress(server, request, &again).ok());
+    EXPECT_EQ(first.table().version(), again.table().version());
+    versions.insert(first.table().version());
+  }
+  EXPECT_THAT(versions, ElementsAre("1", "2"));
 }
 
 TEST_F(ObservationHeadsServed, AnotherModelsTableDoesNotFit) {

@@ -1,6 +1,8 @@
 """observation_heads from rollouts to a served table, in small."""
 
 import json
+import re
+import subprocess
 
 import numpy as np
 import pytest
@@ -160,6 +162,22 @@ def test_the_compiler_finds_the_marker_head(build, engine, tmp_path):
                                 budgets=(48,), say=said.append, max_heads=2)
     assert not said
     assert again.report["observations"] == found.report["observations"]
+
+
+def test_the_compiler_tells_the_worst_task_and_the_controls(build, small, tmp_path):
+    paths = []
+    for length in (256, 512):
+        for task in ("number", "multi"):
+            paths.append(tmp_path / f"{task}-{length}.safetensors")
+            heads.write_record(small.prompt(task, 1, length), paths[-1])
+    done = subprocess.run(
+        [str(build.keepset), "tables", "compile", "--kind", "observation_heads", *map(str, paths),
+         "--name", "n", "--version", "1", "--budget", "40", "--max-heads", "1", "-o",
+         str(tmp_path / "table.safetensors")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"worst task (number|multi) \d\.\d+ \(worst of its lengths and all: (number|multi) "
+                     r"at (256|512) tokens", done.stdout)
+    assert "shuffled" in done.stdout
 
 
 def test_the_risk_curve_never_falls():
