@@ -203,16 +203,35 @@ class EtcdAuthority final : public RegistryAuthority {
                      ", which stands, but this server's watch has not brought it yet"));
   }
 
+  // Waits until this server's registry has what etcd has now.
+  absl::Status CatchUp(absl::Time deadline) {
+    const absl::StatusOr<int64_t> newest = client_.NewestRevision(layout_.root());
+    if (!newest.ok()) return WithAdvice(newest.status());
+    if (replica_.AwaitApplied(*newest, deadline)) return absl::OkStatus();
+    return absl::DeadlineExceededError(
+        absl::StrCat("etcd is at revision ", *newest,
+                     ", which this server's watch has not brought yet; nothing was changed"));
+  }
+
   // Applies `change` to the lines of etcd and writes the one it changed. `dropped`, when given, is
   // filled in by `change` with the version whose value goes.
   absl::StatusOr<WriteReceipt> ChangeLine(const WriteContext& context, Change change,
                                           const TableTarget* dropped = nullptr) {
     const absl::Time deadline = Deadline(context);
+    bool is_caught_up = false;
     while (true) {
       absl::StatusOr<EtcdReplica::Base> base = replica_.GetBase(clock_.Now());
       if (!base.ok()) return WithAdvice(base.status());
       const std::map<std::string, Line> before = base->state.lines;
-      KEEPSET_ASSIGN_OR_RETURN(const std::string name, change(base->state));
+      const absl::StatusOr<std::string> changed = change(base->state);
+      if (!changed.ok() && !is_caught_up) {
+        // What it misses may stand in etcd already, written through another server.
+        KEEPSET_RETURN_IF_ERROR(CatchUp(deadline));
+        is_caught_up = true;
+        continue;
+      }
+      KEEPSET_RETURN_IF_ERROR(changed.status());
+      const std::string& name = *changed;
       KEEPSET_RETURN_IF_ERROR(CheckExpected(name, context));
       const std::string key = layout_.LineKey(name);
       const LineAssignment& after = base->state.lines[name].assignment;

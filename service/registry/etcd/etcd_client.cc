@@ -41,7 +41,18 @@ class ClientImpl final : public Client {
     return absl::UnavailableError(result.status().message());
   }
 
-  absl::StatusOr<RangeResult> ReadKey(absl::string_view key) override { return ReadRange(key, ""); }
+  absl::StatusOr<int64_t> NewestRevision(absl::string_view prefix) override {
+    etcdserverpb::RangeRequest request;
+    request.set_key(std::string(PrefixStart(prefix)));
+    request.set_range_end(PrefixEnd(prefix));
+    request.set_sort_order(etcdserverpb::RangeRequest::DESCEND);
+    request.set_sort_target(etcdserverpb::RangeRequest::MOD);
+    request.set_limit(1);
+    request.set_keys_only(true);
+    etcdserverpb::RangeResponse response;
+    KEEPSET_RETURN_IF_ERROR(Range(request, response).status());
+    return response.kvs().empty() ? 0 : response.kvs(0).mod_revision();
+  }
 
   absl::StatusOr<int64_t> Commit(const std::vector<Condition>& conditions,
                                  const std::vector<Write>& writes) override {

@@ -84,8 +84,9 @@ class Client {
 
   // Every key that begins with `prefix`, in as many calls as it takes, all at one revision.
   virtual absl::StatusOr<RangeResult> ReadPrefix(absl::string_view prefix) = 0;
-  // One key; `pairs` is empty when it is not there.
-  virtual absl::StatusOr<RangeResult> ReadKey(absl::string_view key) = 0;
+  // When the newest of these keys was written, as all of etcd agrees at the time of the call; 0:
+  // there is none.
+  virtual absl::StatusOr<int64_t> NewestRevision(absl::string_view prefix) = 0;
 
   // All of `writes` at one revision, which is returned, if every condition holds. Aborted: one does
   // not, somebody else wrote. Unavailable and DeadlineExceeded after the request was sent leave

@@ -81,14 +81,16 @@ TEST_F(EtcdClientTest, ReadsAPrefixInSeveralCallsAtOneRevision) {
   EXPECT_EQ(range->pairs[39].mod_revision, range->revision - 1);
 }
 
-TEST_F(EtcdClientTest, ReadsOneKeyOrNone) {
-  server_.PutAll({{"a", "1"}, {"ab", "2"}});
-  const auto there = client_->ReadKey("a");
-  ASSERT_TRUE(there.ok()) << there.status();
-  EXPECT_EQ(KeysOf(*there), std::vector<std::string>{"a"});
-  const auto missing = client_->ReadKey("b");
-  ASSERT_TRUE(missing.ok()) << missing.status();
-  EXPECT_TRUE(missing->pairs.empty());
+TEST_F(EtcdClientTest, KnowsWhenTheNewestKeyBelowAPrefixWasWritten) {
+  server_.PutAll({{"p/b", "1"}, {"p/a", "2"}});
+  const int64_t newest = server_.Revision();
+  server_.Put("q", "elsewhere");
+  const auto found = client_->NewestRevision("p/");
+  ASSERT_TRUE(found.ok()) << found.status();
+  EXPECT_EQ(*found, newest);
+  const auto none = client_->NewestRevision("none/");
+  ASSERT_TRUE(none.ok()) << none.status();
+  EXPECT_EQ(*none, 0);
 }
 
 TEST_F(EtcdClientTest, CommitsAllWritesAtOneRevision) {
