@@ -40,6 +40,8 @@ if(KEEPSET_HAS_CUDA)
   list(JOIN KEEPSET_CUDA_CODES "," KEEPSET_CUDA_CODES)
   set(KEEPSET_CUDA_PORTABLE_OPTIONS
     $<$<COMPILE_LANGUAGE:CUDA>:--generate-code=arch=compute_80,code=[${KEEPSET_CUDA_CODES}]>
-    $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>)
+    $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>
+    # A host function in a kernel would only warn, and compile to a trap.
+    $<$<COMPILE_LANGUAGE:CUDA>:-Werror=cross-execution-space-call>)
 endif()
 message(STATUS "CUDA backend: ${KEEPSET_HAS_CUDA}")

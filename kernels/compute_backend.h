@@ -22,7 +22,6 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
-#include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
 #include "absl/types/span.h"
 #include "kernels/views.h"
@@ -57,6 +56,8 @@ struct HeadRows {
   int64_t first_row = 0;  // index into the W rows
   int64_t num_rows = 0;
   RowReduction reduction = RowReduction::kMean;
+
+  bool operator==(const HeadRows&) const = default;
 };
 
 struct WindowArgs {
@@ -105,6 +106,12 @@ struct SelectArgs {
   int64_t min_kept = 0;
 };
 
+// The rows of one buffer that are cut together.
+struct SelectTask {
+  const ScoreBuffer* scores = nullptr;
+  absl::Span<const SelectArgs> args;  // one entry per row, or one for all
+};
+
 struct Selection {
   std::vector<int32_t> keep_indices;  // ascending
   int64_t candidates = 0;             // positions with score >= threshold, protected or not
@@ -139,6 +146,11 @@ class ComputeBackend {
   // methods.md 0.1. out: [H, T], or [heads.size(), T] with args.heads.
   virtual absl::Status WindowColumns(OpContext& context, const WindowArgs& args,
                                      ScoreBuffer& out) = 0;
+  // WindowColumns of layers[i] into outs[i], for every i. A device takes layers of one shape
+  // together; results are those of one call per layer, and the first refused layer is reported.
+  virtual absl::Status WindowColumnsOfLayers(OpContext& context,
+                                             absl::Span<const WindowArgs> layers,
+                                             absl::Span<ScoreBuffer* const> outs);
   // The same from a given tile. Values must be finite and >= 0.
   virtual absl::Status TileColumns(OpContext& context, const TileArgs& args, ScoreBuffer& out) = 0;
 
@@ -149,21 +161,15 @@ class ComputeBackend {
   // out[j, t] = -cos(k[h, t, :], m_h) of KV head h = kv_heads[j], m_h the mean over t of the keys
   // scaled to unit length (methods.md 4.13); the cosine with a zero vector is 0. Other KV heads are
   // not read. out: [kv_heads.size(), T].
-  virtual absl::Status KeyNovelty(OpContext& /*context*/, const KvView& /*k*/,
-                                  absl::Span<const int64_t> /*kv_heads*/, absl::string_view what,
-                                  ScoreBuffer& /*out*/) {
-    return absl::UnimplementedError(
-        absl::StrCat(what, ": backend ", name(), " has no novelty of keys yet, want cpu"));
-  }
+  virtual absl::Status KeyNovelty(OpContext& context, const KvView& k,
+                                  absl::Span<const int64_t> kv_heads, absl::string_view what,
+                                  ScoreBuffer& out) = 0;
 
   // Scales every row by what it is outside `excluded` (ascending, disjoint); excluded positions are
   // scaled as well. A row whose maximum, sum or deviation there is not above 0 becomes 0.
-  virtual absl::Status NormalizeRows(OpContext& /*context*/, Normalization /*normalization*/,
-                                     absl::Span<const SelectArgs::Range> /*excluded*/,
-                                     ScoreBuffer& /*x*/) {
-    return absl::UnimplementedError(
-        absl::StrCat("backend ", name(), " normalises no rows yet, want cpu"));
-  }
+  virtual absl::Status NormalizeRows(OpContext& context, Normalization normalization,
+                                     absl::Span<const SelectArgs::Range> excluded,
+                                     ScoreBuffer& x) = 0;
 
   // x[r, t] /= max(eps, mean_t x[r, t]) for every row (methods.md 1.1 step 2).
   virtual absl::Status DivideByRowMean(OpContext& context, float eps, ScoreBuffer& x) = 0;
@@ -210,6 +216,10 @@ class ComputeBackend {
   virtual absl::StatusOr<std::vector<Selection>> Select(OpContext& context,
                                                         const ScoreBuffer& scores,
                                                         absl::Span<const SelectArgs> args) = 0;
+
+  // Select of every task, in order: one launch and one wait on a device.
+  virtual absl::StatusOr<std::vector<std::vector<Selection>>> SelectEach(
+      OpContext& context, absl::Span<const SelectTask> tasks);
 
   // out[g, i, :] = in[g, keep_indices[i], :], bit for bit. One shared set for all heads, or one set
   // per KV head (`keep_indices.size() == num_kv_heads`; rows beyond a head's own count stay

@@ -195,6 +195,14 @@ absl::Status CheckWindow(const WindowArgs& args, const ScoreBuffer& out) {
   return CheckShape(out, outputs, args.k.seq_len, absl::StrCat(args.what, ": out"));
 }
 
+absl::Status CheckLayerCount(absl::Span<const WindowArgs> layers,
+                             absl::Span<ScoreBuffer* const> outs) {
+  if (!layers.empty() && layers.size() == outs.size()) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("window columns: ", layers.size(), " layers and ",
+                                                 outs.size(),
+                                                 " destinations, want as many, at least one"));
+}
+
 absl::Status CheckTile(const TileArgs& args, const ScoreBuffer& out) {
   const TileView& tile = args.tile;
   KEEPSET_RETURN_IF_ERROR(ValidateView(tile, absl::StrCat(args.what, ": attn_tile")));
@@ -237,6 +245,31 @@ absl::Status CheckPool(int64_t kernel, int64_t length, const ScoreBuffer& x) {
         absl::StrCat("pool: length=", length, ", want 0..", x.cols()));
   }
   return absl::OkStatus();
+}
+
+absl::Status CheckNormalize(absl::Span<const SelectArgs::Range> excluded, const ScoreBuffer& x) {
+  int64_t least = 0;
+  for (const SelectArgs::Range& range : excluded) {
+    if (range.begin < least || range.end < range.begin || range.end > x.cols()) {
+      return absl::InvalidArgumentError(absl::StrCat("normalize: excluded [", range.begin, ", ",
+                                                     range.end, "), want ascending ranges within ",
+                                                     least, "..", x.cols()));
+    }
+    least = range.end;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckKeyNovelty(const KvView& k, absl::Span<const int64_t> kv_heads,
+                             absl::string_view what, const ScoreBuffer& out) {
+  KEEPSET_RETURN_IF_ERROR(ValidateView(k, what));
+  for (const int64_t head : kv_heads) {
+    if (head >= 0 && head < k.num_kv_heads) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat(what, ": KV head ", head, ", want 0..", k.num_kv_heads - 1));
+  }
+  return CheckShape(out, static_cast<int64_t>(kv_heads.size()), k.seq_len,
+                    absl::StrCat(what, ": novelty"));
 }
 
 absl::Status CheckDilate(int64_t dilate) {

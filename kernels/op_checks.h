@@ -29,12 +29,20 @@ std::vector<HeadRows> WantedRows(absl::Span<const HeadRows> heads, RowReduction 
                                  int64_t num_heads, int64_t num_rows);
 
 absl::Status CheckWindow(const WindowArgs& args, const ScoreBuffer& out);
+// One destination per layer, and at least one layer.
+absl::Status CheckLayerCount(absl::Span<const WindowArgs> layers,
+                             absl::Span<ScoreBuffer* const> outs);
 absl::Status CheckTile(const TileArgs& args, const ScoreBuffer& out);
 absl::Status CheckRowNorms(const KvView& x, absl::string_view what, const ScoreBuffer& out);
 absl::Status CheckMergeRows(const ScoreBuffer& in, absl::Span<const float> weights,
                             const ScoreBuffer& out);
 absl::Status CheckMultiply(const ScoreBuffer& y, const ScoreBuffer& x);
 absl::Status CheckPool(int64_t kernel, int64_t length, const ScoreBuffer& x);
+// excluded: ascending and disjoint within the row.
+absl::Status CheckNormalize(absl::Span<const SelectArgs::Range> excluded, const ScoreBuffer& x);
+// kv_heads in range, `out` [kv_heads.size(), T].
+absl::Status CheckKeyNovelty(const KvView& k, absl::Span<const int64_t> kv_heads,
+                             absl::string_view what, const ScoreBuffer& out);
 absl::Status CheckDilate(int64_t dilate);
 absl::Status CheckFill(int64_t begin, int64_t end, const ScoreBuffer& x);
 absl::Status CheckMassRow(int64_t row, const ScoreBuffer& x);

@@ -34,6 +34,25 @@ double SumBlock(int64_t begin, int64_t end, Value value) {
   return lanes[0];
 }
 
+// Sum of value(t) over t in [0, cols).
+template <typename Value>
+double SumBlocks(int64_t cols, Value value) {
+  double sum = 0.0;
+  for (int64_t begin = 0; begin < cols; begin += kSumBlockColumns) {
+    const int64_t end = begin + kSumBlockColumns < cols ? begin + kSumBlockColumns : cols;
+    sum += SumBlock(begin, end, value);
+  }
+  return sum;
+}
+
+// What a row is multiplied by to divide it; 0 where there is nothing to divide by, or so little
+// that the factor would not be finite.
+constexpr float InverseOrZero(double divisor) {
+  if (!(divisor > 0.0)) return 0.0f;
+  const double inverse = 1.0 / divisor;
+  return inverse <= 3.4028234663852886e38 ? static_cast<float>(inverse) : 0.0f;
+}
+
 }  // namespace keepset::kernels
 
 #endif  // KEEPSET_KERNELS_ROW_SUMS_H_

@@ -13,21 +13,18 @@
 #include "kernels/cpu/ops.h"
 #include "kernels/cpu/pack_simd.h"
 #include "kernels/cpu/row_pointers.h"
+#include "kernels/novelty_order.h"
 #include "kernels/op_checks.h"
 
 namespace keepset::kernels::cpu {
 namespace {
 
-constexpr int64_t kRowsPerTask = 512;
-
-// Partial sums the compiler may keep in vector registers; their order is part of the result.
-constexpr int64_t kLanes = 16;
-
+// The lanes may lie in vector registers.
 float Dot(const float* a, const float* b, int64_t count) {
-  float parts[kLanes] = {};
+  float parts[kNoveltyLanes] = {};
   int64_t c = 0;
-  for (; c + kLanes <= count; c += kLanes) {
-    for (int64_t j = 0; j < kLanes; ++j) parts[j] += a[c + j] * b[c + j];
+  for (; c + kNoveltyLanes <= count; c += kNoveltyLanes) {
+    for (int64_t j = 0; j < kNoveltyLanes; ++j) parts[j] += a[c + j] * b[c + j];
   }
   for (int64_t j = 0; c < count; ++c, ++j) parts[j] += a[c] * b[c];
   float sum = 0.0f;
@@ -49,26 +46,20 @@ float ScaleAndInvert(float* key, int64_t count) {
 
 absl::Status KeyNovelty(CpuContext& context, const KvView& k, absl::Span<const int64_t> kv_heads,
                         absl::string_view what, ScoreBuffer& out) {
-  KEEPSET_RETURN_IF_ERROR(ValidateView(k, what));
+  KEEPSET_RETURN_IF_ERROR(CheckKeyNovelty(k, kv_heads, what, out));
   const auto num_heads = static_cast<int64_t>(kv_heads.size());
-  for (const int64_t head : kv_heads) {
-    if (head >= 0 && head < k.num_kv_heads) continue;
-    return absl::InvalidArgumentError(
-        absl::StrCat(what, ": KV head ", head, ", want 0..", k.num_kv_heads - 1));
-  }
-  KEEPSET_RETURN_IF_ERROR(CheckShape(out, num_heads, k.seq_len, absl::StrCat(what, ": novelty")));
   const int64_t head_dim = k.head_dim;
-  const int64_t tasks_per_head = (k.seq_len + kRowsPerTask - 1) / kRowsPerTask;
+  const int64_t tasks_per_head = (k.seq_len + kNoveltyChunk - 1) / kNoveltyChunk;
   KEEPSET_RETURN_IF_ERROR(
-      context.ReserveSlots(SlotScratch::kPointers, kRowsPerTask * int64_t{sizeof(void*)}));
+      context.ReserveSlots(SlotScratch::kPointers, kNoveltyChunk * int64_t{sizeof(void*)}));
   KEEPSET_RETURN_IF_ERROR(
       context.ReserveSlots(SlotScratch::kStaging, head_dim * int64_t{sizeof(float)}));
 
   // Calls fn(key scaled by its largest element, 1 / its length then, position) for a task's keys.
   const auto for_keys = [&](int64_t task, int slot, const auto& fn) -> absl::Status {
     const int64_t head = kv_heads[task / tasks_per_head];
-    const int64_t begin = task % tasks_per_head * kRowsPerTask;
-    const int64_t count = std::min(kRowsPerTask, k.seq_len - begin);
+    const int64_t begin = task % tasks_per_head * kNoveltyChunk;
+    const int64_t count = std::min(kNoveltyChunk, k.seq_len - begin);
     const std::byte** rows = context.slot(slot, SlotScratch::kPointers).as<const std::byte*>();
     float* key = context.slot(slot, SlotScratch::kStaging).as<float>();
     RowPointers(k, head, begin, count, rows);

@@ -33,12 +33,7 @@ void ForBlocks(CpuContext& context, int64_t rows, int64_t cols,
 }
 
 double SumRow(const float* row, int64_t cols) {
-  double sum = 0.0;
-  for (int64_t begin = 0; begin < cols; begin += kSumBlockColumns) {
-    sum += SumBlock(begin, std::min(begin + kSumBlockColumns, cols),
-                    [row](int64_t t) { return static_cast<double>(row[t]); });
-  }
-  return sum;
+  return SumBlocks(cols, [row](int64_t t) { return static_cast<double>(row[t]); });
 }
 
 }  // namespace

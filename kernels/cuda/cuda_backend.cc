@@ -76,6 +76,11 @@ class CudaBackend : public ComputeBackend {
     KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
     return cuda::WindowColumns(*state, args, out);
   }
+  absl::Status WindowColumnsOfLayers(OpContext& context, absl::Span<const WindowArgs> layers,
+                                     absl::Span<ScoreBuffer* const> outs) override {
+    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    return cuda::WindowColumnsOfLayers(*state, layers, outs);
+  }
   absl::Status TileColumns(OpContext& context, const TileArgs& args, ScoreBuffer& out) override {
     KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
     return cuda::TileColumns(*state, args, out);
@@ -84,6 +89,17 @@ class CudaBackend : public ComputeBackend {
                         ScoreBuffer& out) override {
     KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
     return cuda::RowNorms(*state, x, what, out);
+  }
+  absl::Status KeyNovelty(OpContext& context, const KvView& k, absl::Span<const int64_t> kv_heads,
+                          absl::string_view what, ScoreBuffer& out) override {
+    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    return cuda::KeyNovelty(*state, k, kv_heads, what, out);
+  }
+  absl::Status NormalizeRows(OpContext& context, Normalization normalization,
+                             absl::Span<const SelectArgs::Range> excluded,
+                             ScoreBuffer& x) override {
+    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    return cuda::NormalizeRows(*state, normalization, excluded, x);
   }
   absl::Status DivideByRowMean(OpContext& context, float eps, ScoreBuffer& x) override {
     KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));

@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/check.h"
 #include "base/status_macros.h"
 #include "kernels/cuda/fault_code.h"
 
@@ -15,8 +16,6 @@ namespace {
 constexpr int64_t kAlignment = 256;
 // Block tables, row positions and keep sets of a layer.
 constexpr int64_t kFirstRingBytes = int64_t{256} << 10;
-// Ops with faults between two waits; more of them cost an early wait.
-constexpr int64_t kMaxFaults = 64;
 constexpr int64_t kFaultBytes = kMaxFaults * int64_t{sizeof(uint64_t)};
 constexpr int kAllOnes = 0xff;
 
@@ -97,12 +96,16 @@ absl::StatusOr<std::byte*> StreamState::Results(int64_t bytes) {
   return results_.data();
 }
 
-absl::StatusOr<uint64_t*> StreamState::NewFault(
-    std::function<absl::Status(uint64_t code)> describe) {
-  if (static_cast<int64_t>(describe_.size()) == kMaxFaults) {
-    absl::Status status = Wait();
-    if (pending_.ok()) pending_ = std::move(status);
-  }
+absl::Status StreamState::ReserveFaults(int64_t count) {
+  KEEPSET_CHECK(count <= kMaxFaults);
+  if (static_cast<int64_t>(describe_.size()) + count <= kMaxFaults) return absl::OkStatus();
+  absl::Status status = Wait();
+  if (pending_.ok()) pending_ = std::move(status);
+  return health_.status();
+}
+
+uint64_t* StreamState::NewFault(std::function<absl::Status(uint64_t code)> describe) {
+  KEEPSET_CHECK(static_cast<int64_t>(describe_.size()) < kMaxFaults);
   describe_.push_back(std::move(describe));
   return reinterpret_cast<uint64_t*>(faults_.data()) + (describe_.size() - 1);
 }

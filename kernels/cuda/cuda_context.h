@@ -35,6 +35,9 @@ struct DeviceTraits {
   int64_t l2_bytes = 0;
 };
 
+// Ops with faults between two waits.
+constexpr int64_t kMaxFaults = 256;
+
 // What one stream needs; kept between operations.
 class StreamState {
  public:
@@ -58,9 +61,12 @@ class StreamState {
   absl::StatusOr<const std::byte*> Upload(const void* data, int64_t bytes);
   // Page-locked memory for results; the next call hands out the same again.
   absl::StatusOr<std::byte*> Results(int64_t bytes);
+  // Room for `count` faults, at most kMaxFaults, by an early wait when need be: before an op stages
+  // or uploads anything.
+  absl::Status ReserveFaults(int64_t count);
   // Where a kernel reports the smallest fault code; `describe` turns it into the error of the next
-  // Wait.
-  absl::StatusOr<uint64_t*> NewFault(std::function<absl::Status(uint64_t code)> describe);
+  // Wait. Reserved before.
+  uint64_t* NewFault(std::function<absl::Status(uint64_t code)> describe);
 
   // Waits for the stream; returns the error of the oldest op that reported a fault.
   absl::Status Wait();

@@ -36,6 +36,8 @@ struct BasicDeviceRows {
   KEEPSET_HD Byte* Row(int32_t head, int32_t token) const {
     return data + head * head_bytes + TokenOffset(token);
   }
+
+  bool operator==(const BasicDeviceRows&) const = default;
 };
 
 using DeviceRows = BasicDeviceRows<const std::byte>;

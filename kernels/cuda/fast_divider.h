@@ -30,6 +30,8 @@ class FastDivider {
     return dividend - quotient * divisor_;
   }
 
+  bool operator==(const FastDivider&) const = default;
+
  private:
   uint32_t divisor_;
   uint32_t multiplier_;

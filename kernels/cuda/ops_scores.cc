@@ -6,6 +6,7 @@
 #include "absl/status/status.h"
 #include "base/status_macros.h"
 #include "kernels/cuda/ops.h"
+#include "kernels/cuda/position_bitmap.h"
 #include "kernels/cuda/score_glue.h"
 #include "kernels/op_checks.h"
 #include "kernels/row_sums.h"
@@ -151,6 +152,46 @@ absl::Status DivideByRowMean(StreamState& state, float eps, ScoreBuffer& x) {
   return Queue(state, params);
 }
 
+absl::Status NormalizeRows(StreamState& state, Normalization normalization,
+                           absl::Span<const SelectArgs::Range> excluded, ScoreBuffer& x) {
+  KEEPSET_RETURN_IF_ERROR(CheckNormalize(excluded, x));
+  KEEPSET_ASSIGN_OR_RETURN(float* const data, Cuda(x).Use(state));
+  const int64_t num_parts = x.rows() * NumSumBlocks(x.cols());
+  KEEPSET_ASSIGN_OR_RETURN(std::byte* const workspace,
+                           state.Workspace(2 * num_parts * int64_t{sizeof(double)}));
+  SumParams sum;
+  sum.in = data;
+  sum.rows = x.rows();
+  sum.cols = x.cols();
+  sum.parts = reinterpret_cast<double*>(workspace);
+  sum.kind = normalization == Normalization::kMax ? SumKind::kLargest : SumKind::kValues;
+  sum.count = x.cols();
+  if (!excluded.empty()) {
+    std::vector<uint32_t> bitmap(static_cast<size_t>(BitmapWords(x.cols())));
+    for (const SelectArgs::Range& range : excluded) {
+      SetBits(range.begin, range.end, bitmap.data());
+      sum.count -= range.end - range.begin;
+    }
+    KEEPSET_ASSIGN_OR_RETURN(
+        const std::byte* const uploaded,
+        state.Upload(bitmap.data(), static_cast<int64_t>(bitmap.size() * sizeof(uint32_t))));
+    sum.excluded = reinterpret_cast<const uint32_t*>(uploaded);
+  }
+  KEEPSET_RETURN_IF_ERROR(state.health().Check(LaunchSum(sum, state.stream()), "row sums"));
+  GlueParams params = GlueOn(GlueOp::kNormalize, data, x);
+  params.normalization = normalization;
+  params.parts = sum.parts;
+  params.count = sum.count;
+  if (normalization == Normalization::kStandardize) {
+    sum.kind = SumKind::kSquares;
+    sum.totals = sum.parts;
+    sum.parts += num_parts;
+    params.square_parts = sum.parts;
+    KEEPSET_RETURN_IF_ERROR(state.health().Check(LaunchSum(sum, state.stream()), "row squares"));
+  }
+  return Queue(state, params);
+}
+
 absl::Status MergeRows(StreamState& state, const ScoreBuffer& in, Merge merge,
                        absl::Span<const float> weights, ScoreBuffer& out) {
   KEEPSET_RETURN_IF_ERROR(CheckMergeRows(in, weights, out));
@@ -232,7 +273,8 @@ absl::StatusOr<ComputeBackend::Mass> MassAndEntropy(StreamState& state, const Sc
   params.cols = x.cols();
   params.parts = reinterpret_cast<double*>(workspace);
   KEEPSET_RETURN_IF_ERROR(state.health().Check(LaunchSum(params, state.stream()), "row sums"));
-  params.mass_parts = params.parts;
+  params.kind = SumKind::kEntropy;
+  params.totals = params.parts;
   params.parts += blocks;
   KEEPSET_RETURN_IF_ERROR(state.health().Check(LaunchSum(params, state.stream()), "entropy"));
   KEEPSET_RETURN_IF_CUDA_ERROR(state.health(),

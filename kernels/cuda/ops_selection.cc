@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "kernels/cuda/ops.h"
+#include "kernels/cuda/position_bitmap.h"
 #include "kernels/cuda/row_ops.h"
 #include "kernels/cuda/select.h"
 #include "kernels/cuda/staging.h"
@@ -18,21 +19,8 @@
 namespace keepset::kernels::cuda {
 namespace {
 
-constexpr int64_t kBitsPerWord = 32;
 // Positions are 32-bit in kernels, with room for a warp's step past the end.
 constexpr int64_t kMaxPositions = int64_t{1} << 30;
-
-void SetBits(int64_t begin, int64_t end, uint32_t* words) {
-  for (int64_t t = begin; t < end;) {
-    if (t % kBitsPerWord == 0 && t + kBitsPerWord <= end) {
-      words[t / kBitsPerWord] = ~0u;
-      t += kBitsPerWord;
-    } else {
-      words[t / kBitsPerWord] |= 1u << (t % kBitsPerWord);
-      ++t;
-    }
-  }
-}
 
 struct RowSpecs {
   std::vector<SelectRowArgs> args;
@@ -54,7 +42,7 @@ absl::StatusOr<RowSpecs> DescribeRows(absl::Span<const SelectArgs> args, int64_t
     }
     if (to.num_protected > 0) {
       to.bitmap_begin = static_cast<int64_t>(specs.bitmaps.size());
-      specs.bitmaps.resize(specs.bitmaps.size() + (length + kBitsPerWord - 1) / kBitsPerWord);
+      specs.bitmaps.resize(specs.bitmaps.size() + BitmapWords(length));
       for (const SelectArgs::Range& range : from.protected_ranges) {
         SetBits(range.begin, range.end, specs.bitmaps.data() + to.bitmap_begin);
       }

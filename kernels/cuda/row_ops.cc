@@ -35,7 +35,7 @@ cudaError_t LaunchTileColumns(const TileColumnsParams& params, cudaStream_t stre
   LaunchShape shape;
   shape.threads = TileColumnsKernel::kMaxThreads;
   shape.grid_x = CeilDiv(params.seq_len, shape.threads);
-  shape.grid_y = params.num_heads;
+  shape.grid_y = params.num_outputs;
   return Launch<TileColumnsKernel>(shape, params, stream);
 }
 

@@ -28,22 +28,29 @@ struct RowNormsKernel {
   KEEPSET_KERNEL_BODY static void Run(const Simt& simt, const Params& params);
 };
 
+// One row of the result: a reduction over some rows of one head of the tile.
+struct TileOutput {
+  int32_t head = 0;
+  int32_t first_row = 0;
+  int32_t num_rows = 0;
+  RowReduction reduction = RowReduction::kMean;
+};
+
 struct TileColumnsParams {
   const std::byte* tile = nullptr;  // [H, W, T]
   int64_t head_bytes = 0;
   int64_t row_bytes = 0;
   DType dtype = DType::kF32;
-  int32_t num_heads = 0;
-  int32_t num_rows = 0;
-  int32_t first_row = 0;  // rows before are not reduced
+  const TileOutput* outputs = nullptr;  // [num_outputs], device memory
+  int32_t num_outputs = 0;
+  int32_t all_rows = 0;  // W
   int32_t seq_len = 0;
-  const int32_t* row_limits = nullptr;  // [num_rows], device memory
-  RowReduction reduction = RowReduction::kMean;
-  float* out = nullptr;  // [H, T]
+  const int32_t* row_limits = nullptr;  // [W], device memory
+  float* out = nullptr;                 // [num_outputs, T]
   uint64_t* fault = nullptr;
 };
 
-// One thread per column and head; rows are added in ascending order.
+// One thread per column and output; rows are added in ascending order.
 struct TileColumnsKernel {
   using Params = TileColumnsParams;
   static constexpr int kMaxThreads = 256;

@@ -26,29 +26,30 @@ KEEPSET_KERNEL_BODY void RowNormsKernel::Run(const Simt& simt, const Params& p) 
 template <typename Simt>
 KEEPSET_KERNEL_BODY void TileColumnsKernel::Run(const Simt& simt, const Params& p) {
   const int t = simt.block_x() * simt.num_threads() + simt.thread();
-  const int head = simt.block_y();
   if (t >= p.seq_len) return;
-  const std::byte* column = p.tile + head * p.head_bytes;
+  const TileOutput output = p.outputs[simt.block_y()];
+  const std::byte* column = p.tile + output.head * p.head_bytes;
   float value = 0.0f;
   bool is_bad = false;
-  for (int i = p.first_row; i < p.num_rows; ++i) {
+  for (int i = output.first_row; i < output.first_row + output.num_rows; ++i) {
     if (t > p.row_limits[i]) continue;
     const float x = LoadElement(column + i * p.row_bytes, t, p.dtype);
     // NaN is not >= 0.
     if (!(x >= 0.0f) || !IsFiniteValue(x)) {
       is_bad = true;
-      simt.MinGlobal(p.fault,
-                     FaultCode(FaultKind::kTileValue,
-                               (static_cast<int64_t>(head) * p.num_rows + i) * p.seq_len + t));
+      const int64_t row = static_cast<int64_t>(output.head) * p.all_rows + i;
+      simt.MinGlobal(p.fault, FaultCode(FaultKind::kTileValue, row * p.seq_len + t));
       break;
     }
-    value = p.reduction == RowReduction::kMax ? simt.Max(value, x) : simt.Add(value, x);
+    value = output.reduction == RowReduction::kMax ? simt.Max(value, x) : simt.Add(value, x);
   }
   if (!is_bad && !IsFiniteValue(value)) {
-    simt.MinGlobal(p.fault, FaultCode(FaultKind::kTileSum, head));
+    simt.MinGlobal(p.fault, FaultCode(FaultKind::kTileSum, output.head));
   }
-  if (p.reduction == RowReduction::kMean) value = simt.Div(value, static_cast<float>(p.num_rows));
-  p.out[static_cast<int64_t>(head) * p.seq_len + t] = value;
+  if (output.reduction == RowReduction::kMean) {
+    value = simt.Div(value, static_cast<float>(output.num_rows));
+  }
+  p.out[static_cast<int64_t>(simt.block_y()) * p.seq_len + t] = value;
 }
 
 template <typename Unit>

@@ -18,6 +18,7 @@ enum class GlueOp {
   kMultiply,      // out *= in * factor; in_rows is rows or 1
   kFill,          // out[:, begin..end) = factor
   kDivideByMean,  // out /= max(factor, mean of the row by `parts`)
+  kNormalize,     // out = (out - shift) * scale, both of the row by `parts`, `square_parts`
 };
 
 struct GlueParams {
@@ -32,7 +33,11 @@ struct GlueParams {
   Merge merge = Merge::kMean;
   const float* weights = nullptr;  // [in_rows] or null, device memory
   float factor = 1.0f;
-  const double* parts = nullptr;  // [rows, sum blocks]
+  const double* parts = nullptr;  // [rows, sum blocks]: of kNormalize as SumKind says
+  // Of kNormalize.
+  Normalization normalization = Normalization::kMax;
+  const double* square_parts = nullptr;  // [rows, sum blocks], of kStandardize
+  int64_t count = 0;                     // positions that are not excluded
 };
 
 struct GlueKernel {
@@ -43,13 +48,24 @@ struct GlueKernel {
   KEEPSET_KERNEL_BODY static void Run(const Simt& simt, const Params& params);
 };
 
+// What is summed over the positions of a row that are not excluded.
+enum class SumKind {
+  kValues,
+  kEntropy,  // of the shares of the sum that totals make
+  kSquares,  // of the distances from the mean that totals and count make
+  kLargest,  // no sum: the largest value, at least 0
+};
+
 struct SumParams {
+  SumKind kind = SumKind::kValues;
   const float* in = nullptr;
   int64_t rows = 0;
   int64_t cols = 0;
-  double* parts = nullptr;  // [rows, sum blocks]: what is computed
-  // Null: plain sums. Else the sums of the row's blocks, and the parts are those of the entropy.
-  const double* mass_parts = nullptr;
+  double* parts = nullptr;         // [rows, sum blocks]: what is computed
+  const double* totals = nullptr;  // [rows, sum blocks]: the parts of kValues
+  // Bit t % 32 of word t / 32: position t is excluded. Null: none is.
+  const uint32_t* excluded = nullptr;
+  int64_t count = 0;  // positions that are not excluded, of kSquares
 };
 
 // One block of threads per block of columns and row.

@@ -11,7 +11,10 @@
 namespace keepset::kernels::cuda {
 
 // std::max of the CPU backend, which keeps the first of two zeros.
-KEEPSET_HD inline float LargerOf(float a, float b) { return a < b ? b : a; }
+template <typename Value>
+KEEPSET_HD inline Value LargerOf(Value a, Value b) {
+  return a < b ? b : a;
+}
 
 template <typename Simt>
 KEEPSET_KERNEL_BODY inline float MergedValue(const Simt& simt, const GlueParams& p, int64_t row,
@@ -31,6 +34,38 @@ KEEPSET_KERNEL_BODY inline float MergedValue(const Simt& simt, const GlueParams&
   return p.merge == Merge::kMean ? simt.Div(merged, static_cast<float>(group)) : merged;
 }
 
+// Joins the parts of a row in ascending order.
+template <typename Simt>
+KEEPSET_KERNEL_BODY inline double JoinParts(const Simt& simt, const double* parts, int64_t blocks) {
+  double sum = 0.0;
+  for (int64_t block = 0; block < blocks; ++block) sum = simt.Add(sum, parts[block]);
+  return sum;
+}
+
+// value -> (value - shift) * factor; both 0 when the row has no scale.
+struct RowScale {
+  float shift;
+  float factor;
+};
+
+template <typename Simt>
+KEEPSET_KERNEL_BODY inline RowScale ScaleOfRow(const Simt& simt, const GlueParams& p, int64_t row) {
+  const int64_t blocks = NumSumBlocks(p.cols);
+  const double* parts = p.parts + row * blocks;
+  if (p.normalization == Normalization::kMax) {
+    double largest = 0.0;
+    for (int64_t block = 0; block < blocks; ++block) largest = LargerOf(largest, parts[block]);
+    return {0.0f, InverseOrZero(largest)};
+  }
+  const double sum = JoinParts(simt, parts, blocks);
+  if (p.normalization == Normalization::kSum) return {0.0f, InverseOrZero(sum)};
+  if (p.count == 0) return {0.0f, 0.0f};
+  const auto count = static_cast<double>(p.count);
+  const double squares = JoinParts(simt, p.square_parts + row * blocks, blocks);
+  const float factor = InverseOrZero(simt.Sqrt(simt.Div(squares, count)));
+  return {factor == 0.0f ? 0.0f : static_cast<float>(simt.Div(sum, count)), factor};
+}
+
 template <typename Simt>
 KEEPSET_KERNEL_BODY void GlueKernel::Run(const Simt& simt, const Params& p) {
   const int64_t step = static_cast<int64_t>(simt.grid_x()) * simt.num_threads();
@@ -40,12 +75,11 @@ KEEPSET_KERNEL_BODY void GlueKernel::Run(const Simt& simt, const Params& p) {
     float divisor = 1.0f;
     if (p.op == GlueOp::kDivideByMean) {
       const int64_t blocks = NumSumBlocks(p.cols);
-      double sum = 0.0;
-      for (int64_t block = 0; block < blocks; ++block) {
-        sum = simt.Add(sum, p.parts[row * blocks + block]);
-      }
+      const double sum = JoinParts(simt, p.parts + row * blocks, blocks);
       divisor = LargerOf(p.factor, static_cast<float>(simt.Div(sum, static_cast<double>(p.cols))));
     }
+    RowScale scale = {0.0f, 0.0f};
+    if (p.op == GlueOp::kNormalize) scale = ScaleOfRow(simt, p, row);
     for (int64_t t = first; t < p.end; t += step) {
       float* out = p.out + row * p.cols + t;
       switch (p.op) {
@@ -68,9 +102,26 @@ KEEPSET_KERNEL_BODY void GlueKernel::Run(const Simt& simt, const Params& p) {
         case GlueOp::kDivideByMean:
           *out = simt.Div(*out, divisor);
           break;
+        case GlueOp::kNormalize:
+          *out = simt.Mul(simt.Add(*out, -scale.shift), scale.factor);
+          break;
       }
     }
   }
+}
+
+template <typename Simt>
+KEEPSET_KERNEL_BODY inline double SummedValue(const Simt& simt, const SumParams& p, float score,
+                                              int64_t t, double total, double mean) {
+  if (p.excluded != nullptr && ((p.excluded[t / 32] >> (t % 32)) & 1u) != 0) return 0.0;
+  const double value = score;
+  if (p.kind == SumKind::kEntropy) {
+    const double share = simt.Div(value, total);
+    return simt.Mul(share, -simt.Log(LargerOf(share, kSmallestProbability)));
+  }
+  if (p.kind != SumKind::kSquares) return value;
+  const double distance = simt.Add(value, -mean);
+  return simt.Mul(distance, distance);
 }
 
 template <typename Simt>
@@ -82,27 +133,23 @@ KEEPSET_KERNEL_BODY void SumKernel::Run(const Simt& simt, const Params& p) {
   const int64_t end = begin + kSumBlockColumns < p.cols ? begin + kSumBlockColumns : p.cols;
   for (int64_t row = simt.block_y(); row < p.rows; row += simt.grid_y()) {
     const float* values = p.in + row * p.cols;
-    double mass = 0.0;
-    if (p.mass_parts != nullptr) {
-      for (int64_t block = 0; block < blocks; ++block) {
-        mass = simt.Add(mass, p.mass_parts[row * blocks + block]);
-      }
-    }
+    double total = 0.0;
+    if (p.totals != nullptr) total = JoinParts(simt, p.totals + row * blocks, blocks);
+    const double mean =
+        p.kind == SumKind::kSquares ? simt.Div(total, static_cast<double>(p.count)) : 0.0;
     double sum = 0.0;
     for (int64_t t = begin + simt.thread(); t < end; t += kSumLanes) {
-      double value = values[t];
-      if (p.mass_parts != nullptr) {
-        const double share = simt.Div(value, mass);
-        const double floored = share < kSmallestProbability ? kSmallestProbability : share;
-        value = simt.Mul(share, -simt.Log(floored));
-      }
-      sum = simt.Add(sum, value);
+      const double value = SummedValue(simt, p, values[t], t, total, mean);
+      sum = p.kind == SumKind::kLargest ? LargerOf(sum, value) : simt.Add(sum, value);
     }
     lanes[simt.thread()] = sum;
     simt.SyncBlock();
     for (int half = kSumLanes / 2; half > 0; half /= 2) {
       if (simt.thread() < half) {
-        lanes[simt.thread()] = simt.Add(lanes[simt.thread()], lanes[simt.thread() + half]);
+        const double mine = lanes[simt.thread()];
+        const double other = lanes[simt.thread() + half];
+        lanes[simt.thread()] =
+            p.kind == SumKind::kLargest ? LargerOf(mine, other) : simt.Add(mine, other);
       }
       simt.SyncBlock();
     }

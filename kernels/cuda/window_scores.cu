@@ -1,6 +1,7 @@
+#include "kernels/cuda/columns_kernel.h"
+#include "kernels/cuda/row_stats_kernel.h"
 #include "kernels/cuda/simt_device.cuh"
 #include "kernels/cuda/window_scores.h"
-#include "kernels/cuda/window_scores_kernel.h"
 
 namespace keepset::kernels::cuda {
 
@@ -12,12 +13,9 @@ KEEPSET_LAUNCH(MergeRowStats);
 KEEPSET_LAUNCH(MmaRowStats<DType::kBF16>);
 KEEPSET_LAUNCH(MmaRowStats<DType::kF16>);
 KEEPSET_LAUNCH(FmaRowStats);
-KEEPSET_LAUNCH(MmaColumns<DType::kBF16, ColumnReduction::kSum>);
-KEEPSET_LAUNCH(MmaColumns<DType::kBF16, ColumnReduction::kMax>);
-KEEPSET_LAUNCH(MmaColumns<DType::kF16, ColumnReduction::kSum>);
-KEEPSET_LAUNCH(MmaColumns<DType::kF16, ColumnReduction::kMax>);
-KEEPSET_LAUNCH(FmaColumns<ColumnReduction::kSum>);
-KEEPSET_LAUNCH(FmaColumns<ColumnReduction::kMax>);
+KEEPSET_LAUNCH(MmaColumns<DType::kBF16>);
+KEEPSET_LAUNCH(MmaColumns<DType::kF16>);
+KEEPSET_LAUNCH(FmaColumns);
 
 #undef KEEPSET_LAUNCH
 

@@ -1,14 +1,16 @@
-// Window scores on the device: the columns of softmax(scale * q k^T) of the observed rows, reduced
-// over the rows of each query head. Logits are never stored.
+// Window scores on the device: the columns of softmax(scale * q k^T) of observed rows, reduced over
+// rows of one query head into each row of the result. Logits are never stored.
 //
-// Without a given log-sum-exp there are three launches for some KV heads at a time: RowStats
-// (maximum and sum of the exponentials of every row, per chunk of kChunkTokens tokens),
-// MergeRowStats (one log-sum-exp per row) and Columns, which computes the logits again while K is
-// still in the second-level cache. With a given one, Columns alone. The value norms of the same
-// tokens ride along in Columns.
+// What one KV head serves in one layer is a unit: the query rows that meet its keys, and the rows
+// of the result that are made of them. Layers of one shape share a launch. Without a given
+// log-sum-exp there are three launches for some units at a time: RowStats (maximum and sum of the
+// exponentials of every row, per chunk of kChunkTokens tokens), MergeRowStats (one log-sum-exp per
+// row) and Columns, which computes the logits again while K is still in the second-level cache.
+// With a given one, Columns alone for all units. The value norms of the same tokens ride along in
+// Columns.
 //
 // Deterministic: chunks are fixed, partial results are merged in a fixed order, and nothing is
-// added atomically.
+// added atomically. A row of the result has the same bits alone and in company.
 #ifndef KEEPSET_KERNELS_CUDA_WINDOW_SCORES_H_
 #define KEEPSET_KERNELS_CUDA_WINDOW_SCORES_H_
 
@@ -33,42 +35,86 @@ struct RowStat {
   float sum;
 };
 
-// What all kernels of one call take; all pointers are device memory.
-struct WindowParams {
-  const std::byte* q = nullptr;  // [H, W, d], at the first used row
-  int64_t q_head_bytes = 0;
-  int64_t q_row_bytes = 0;
-  DType q_dtype = DType::kF32;
-  DeviceRows k;                         // [Hkv, T, d]
-  int32_t group = 1;                    // query heads per KV head
-  int32_t num_rows = 0;                 // used rows of each head
-  FastDivider row_divider;              // by num_rows
-  int32_t row_base = 0;                 // rows of the call before the first used one
-  int32_t all_rows = 0;                 // rows of the call, for the places of faults
-  const int32_t* row_limits = nullptr;  // [num_rows]: last position that the row sees, ascending
-  float scale2 = 0.0f;                  // softmax_scale * log2(e)
-  int32_t padded_dim = 0;               // head_dim rounded up to 16
-  int32_t first_kv_head = 0;            // of this launch
+enum class ColumnReduction : int32_t { kSum, kMax };
 
-  RowStat* partial = nullptr;  // [KV heads of the launch, group * num_rows, num_chunks]
-  int32_t num_chunks = 0;
-  float* references = nullptr;  // [H, num_rows]: log2-sum-exp2 of each row
+// One observed row of one query head.
+struct WindowRow {
+  int32_t head = 0;
+  int32_t row = 0;
+  int32_t limit = 0;  // last position that it sees
+};
 
-  const std::byte* lse = nullptr;  // [H, W] natural log, at the first used row; or null
-  int64_t lse_head_bytes = 0;
-  DType lse_dtype = DType::kF32;
+// One row of the result: a reduction over num_rows rows of the list from first_row on.
+struct WindowOutput {
+  int32_t out_row = 0;
+  int32_t first_row = 0;
+  int32_t num_rows = 0;
+  ColumnReduction reduction = ColumnReduction::kSum;
+  float divisor = 1.0f;  // of the sum
+};
 
-  float divisor = 1.0f;  // of the sums
-  float* out = nullptr;  // [H, T]
+struct WindowUnit {
+  int32_t kv_head = 0;
+  int32_t first_row = 0;
+  int32_t num_rows = 0;
+  int32_t first_output = 0;
+  int32_t num_outputs = 0;
+  int32_t smallest_limit = 0;  // of its rows
+};
 
-  DeviceRows v;                  // [Hkv, T, dv]; data is null when no norms are wanted
-  float* value_norms = nullptr;  // [Hkv, T]
-
+// Memory of one layer; everything on the device.
+struct WindowLayer {
+  const std::byte* q = nullptr;  // [H, W, d]
+  const std::byte* k = nullptr;  // [Hkv, T, d]
+  const int32_t* k_table = nullptr;
+  const std::byte* lse = nullptr;  // [H, W] natural log; or null
+  float* out = nullptr;            // [outputs, T]
+  const std::byte* v = nullptr;    // [Hkv, T, dv]; null when no norms are wanted
+  const int32_t* v_table = nullptr;
+  float* value_norms = nullptr;     // [Hkv, T]
   uint64_t* fault = nullptr;        // smallest fault of q, k, logits
   uint64_t* value_fault = nullptr;  // smallest fault of v
 };
 
-enum class ColumnReduction { kSum, kMax };
+// What the layers of a launch have in common.
+struct WindowShape {
+  DeviceRows k;  // without data and block table
+  DeviceRows v;  // the same; all zero when no norms are wanted
+  int64_t q_head_bytes = 0;
+  int64_t q_row_bytes = 0;
+  DType q_dtype = DType::kF32;
+  int32_t all_rows = 0;    // rows of each head in q, for the places of faults
+  float scale2 = 0.0f;     // softmax_scale * log2(e)
+  int32_t padded_dim = 0;  // head_dim rounded up to 16
+  int32_t num_chunks = 0;
+  bool has_lse = false;
+  int64_t lse_head_bytes = 0;
+  DType lse_dtype = DType::kF32;
+
+  bool operator==(const WindowShape&) const = default;
+};
+
+// Layers of a launch, at most: their memory is named in the kernel's parameters, of 4 KiB.
+constexpr int kMaxWindowLayers = 40;
+
+// What all kernels of one call take; all pointers are device memory.
+struct WindowParams {
+  WindowShape shape;
+  const WindowRow* rows = nullptr;  // [num_rows]
+  int32_t num_rows = 0;
+  const WindowUnit* units = nullptr;  // [num_units]
+  int32_t num_units = 0;              // of one layer
+  int32_t max_unit_rows = 0;
+  const WindowOutput* outputs = nullptr;
+  int32_t num_layers = 0;
+  int32_t first_unit = 0;  // of this launch, counted through all layers
+
+  RowStat* partial = nullptr;   // [units of the launch, max_unit_rows, num_chunks]
+  float* references = nullptr;  // [num_layers, num_rows]: log2-sum-exp2 of each row
+
+  WindowLayer layers[kMaxWindowLayers];
+};
+static_assert(sizeof(WindowParams) <= 4096);
 
 // Checks the query rows, and turns a given log-sum-exp into references. One warp per row.
 struct PrepareRows {
@@ -105,7 +151,7 @@ struct MergeRowStats {
   KEEPSET_KERNEL_BODY static void Run(const Simt& simt, const Params& params);
 };
 
-template <DType kType, ColumnReduction kReduction>
+template <DType kType>
 struct MmaColumns {
   using Params = WindowParams;
   static constexpr int kMaxThreads = 32 * kMaxTileWarps;
@@ -114,7 +160,6 @@ struct MmaColumns {
   KEEPSET_KERNEL_BODY static void Run(const Simt& simt, const Params& params);
 };
 
-template <ColumnReduction kReduction>
 struct FmaColumns {
   using Params = WindowParams;
   static constexpr int kMaxThreads = FmaTile::kThreads;
@@ -129,20 +174,19 @@ enum class TileKind { kMma, kFma };
 struct WindowPlan {
   TileKind tile = TileKind::kFma;
   int tile_warps = kMaxTileWarps;
-  int64_t kv_heads_at_once = 1;
+  int64_t units_at_once = 1;
 };
 
 // Tensor cores need 16-bit operands of one type, rows in whole multiples of 16 bytes that begin at
-// such, and shared memory for the padded head dimension.
+// such in every layer, and shared memory for the padded head dimension.
 WindowPlan PlanWindow(const WindowParams& params, int64_t max_shared_bytes, int64_t l2_bytes);
 
 // Bytes of `partial` and `references`, each rounded up to 256.
 int64_t PartialBytes(const WindowParams& params, const WindowPlan& plan);
 int64_t ReferenceBytes(const WindowParams& params);
 
-// Queues the whole call. params.first_kv_head is ignored; partial may be null with a given lse.
-cudaError_t LaunchWindowScores(WindowParams params, const WindowPlan& plan,
-                               ColumnReduction reduction, cudaStream_t stream);
+// Queues the whole call. params.first_unit is ignored; partial may be null with a given lse.
+cudaError_t LaunchWindowScores(WindowParams params, const WindowPlan& plan, cudaStream_t stream);
 
 }  // namespace keepset::kernels::cuda
 

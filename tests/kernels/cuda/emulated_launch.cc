@@ -1,9 +1,11 @@
 // The launches of kernels/cuda on the emulator: queued on an emulated stream like the real ones.
+#include "kernels/cuda/columns_kernel.h"
+#include "kernels/cuda/key_novelty_kernel.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/row_ops_kernel.h"
+#include "kernels/cuda/row_stats_kernel.h"
 #include "kernels/cuda/score_glue_kernel.h"
 #include "kernels/cuda/select_kernel.h"
-#include "kernels/cuda/window_scores_kernel.h"
 #include "tests/kernels/cuda/emulated_runtime.h"
 #include "tests/kernels/cuda/simt_emulator.h"
 
@@ -40,12 +42,13 @@ KEEPSET_LAUNCH(MergeRowStats);
 KEEPSET_LAUNCH(MmaRowStats<DType::kBF16>);
 KEEPSET_LAUNCH(MmaRowStats<DType::kF16>);
 KEEPSET_LAUNCH(FmaRowStats);
-KEEPSET_LAUNCH(MmaColumns<DType::kBF16, ColumnReduction::kSum>);
-KEEPSET_LAUNCH(MmaColumns<DType::kBF16, ColumnReduction::kMax>);
-KEEPSET_LAUNCH(MmaColumns<DType::kF16, ColumnReduction::kSum>);
-KEEPSET_LAUNCH(MmaColumns<DType::kF16, ColumnReduction::kMax>);
-KEEPSET_LAUNCH(FmaColumns<ColumnReduction::kSum>);
-KEEPSET_LAUNCH(FmaColumns<ColumnReduction::kMax>);
+KEEPSET_LAUNCH(MmaColumns<DType::kBF16>);
+KEEPSET_LAUNCH(MmaColumns<DType::kF16>);
+KEEPSET_LAUNCH(FmaColumns);
+KEEPSET_LAUNCH(NoveltyLengths);
+KEEPSET_LAUNCH(NoveltyChunkSums);
+KEEPSET_LAUNCH(NoveltyMeans);
+KEEPSET_LAUNCH(NoveltyCosines);
 
 #undef KEEPSET_LAUNCH
 

@@ -48,6 +48,42 @@ TEST_F(GlueParity, DivideByRowMean) {
   }
 }
 
+TEST_F(GlueParity, NormalizeRows) {
+  const std::vector<SelectArgs::Range> some = {{0, 4}, {31, 33}, {64, 64}, {200, 240}};
+  for (const Normalization normalization :
+       {Normalization::kMax, Normalization::kSum, Normalization::kStandardize}) {
+    for (const int64_t cols : {300, 8193, 16500}) {
+      for (const auto& excluded : {std::vector<SelectArgs::Range>(), some}) {
+        ExpectSameBits(2, cols, [&](const Machine& machine, ScoreBuffer& x) {
+          return machine.backend->NormalizeRows(*machine.context, normalization, excluded, x);
+        });
+      }
+    }
+  }
+}
+
+TEST_F(GlueParity, NormalizeRowsWithoutScaleGivesZeros) {
+  const std::vector<SelectArgs::Range> first = {{0, 1}};
+  const std::vector<SelectArgs::Range> all = {{0, 3}};
+  for (const Normalization normalization :
+       {Normalization::kMax, Normalization::kSum, Normalization::kStandardize}) {
+    for (const auto& excluded : {first, all}) {
+      const Op op = [&](const Machine& machine, ScoreBuffer& x) {
+        return machine.backend->NormalizeRows(*machine.context, normalization, excluded, x);
+      };
+      EXPECT_EQ(After(cuda_, 1, 3, {5.0f, 0.0f, 0.0f}, op), std::vector<float>(3, 0.0f));
+    }
+  }
+}
+
+TEST_F(GlueParity, NormalizeRowsBySmallestNumbersGivesZeros) {
+  const std::vector<float> values = {1e-45f, 0.0f};
+  const Op op = [](const Machine& machine, ScoreBuffer& x) {
+    return machine.backend->NormalizeRows(*machine.context, Normalization::kSum, {}, x);
+  };
+  EXPECT_EQ(After(cuda_, 1, 2, values, op), After(cpu_, 1, 2, values, op));
+}
+
 TEST_F(GlueParity, MergeRows) {
   for (const Merge merge : {Merge::kMean, Merge::kMax, Merge::kSum}) {
     for (const bool is_weighted : {false, true}) {
@@ -169,6 +205,7 @@ TEST_F(GlueParity, RefusesWhatTheCpuRefuses) {
     ComputeBackend& backend = *machine.backend;
     OpContext& context = *machine.context;
     std::vector<float> few(3);
+    const std::vector<SelectArgs::Range> outside = {{2, 11}};
     return std::vector<absl::Status>{
         backend.MergeRows(context, *y, Merge::kMax, {}, *x),
         backend.Accumulate(context, *y, Merge::kSum, 1.0f, *x),
@@ -176,6 +213,7 @@ TEST_F(GlueParity, RefusesWhatTheCpuRefuses) {
         backend.Pool(context, PoolKind::kMax, 2, 10, *x),
         backend.Pool(context, PoolKind::kMax, 3, 11, *x),
         backend.DilateForward(context, -1, *x),
+        backend.NormalizeRows(context, Normalization::kMax, outside, *x),
         backend.Fill(context, 3, 2, 0.0f, *x),
         backend.MassAndEntropy(context, *x, 2).status(),
         backend.CopyToHost(context, *x, absl::MakeSpan(few)),

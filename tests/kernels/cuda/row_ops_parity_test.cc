@@ -136,6 +136,30 @@ TEST_F(RowOpsParity, TileColumnsHaveTheBitsOfTheCpu) {
   }
 }
 
+TEST_F(RowOpsParity, TileColumnsOfListedHeadsHaveTheBitsOfTheCpu) {
+  std::mt19937 rng(3);
+  std::vector<float> values = RandomValues(rng, 4 * 6 * 300, DType::kF32);
+  for (float& value : values) value = std::fabs(value);
+  const DenseTensor tile(values, 4, 6, 300, DType::kF32);
+  const std::vector<int64_t> positions = {3, 100, 295, 297, 298, 340};
+  const std::vector<HeadRows> heads = {{0, 1, 4, RowReduction::kMean},
+                                       {2, 0, 6, RowReduction::kLast},
+                                       {2, 3, 3, RowReduction::kMax},
+                                       {3, 0, 2, RowReduction::kSum}};
+  const auto columns = [&](const Machine& machine) {
+    TileArgs args;
+    args.tile = tile.tile();
+    args.row_positions = positions;
+    args.what = "layer 2";
+    args.heads = heads;
+    const std::unique_ptr<ScoreBuffer> out = machine.Buffer(4, 300);
+    const absl::Status status = machine.backend->TileColumns(*machine.context, args, *out);
+    EXPECT_TRUE(status.ok()) << status;
+    return machine.Values(*out);
+  };
+  EXPECT_EQ(columns(cuda_), columns(cpu_));
+}
+
 TEST_F(RowOpsParity, TileValueThatIsNegativeIsNamed) {
   DenseTensor tile(std::vector<float>(2 * 3 * 40, 0.1f), 2, 3, 40, DType::kF32);
   tile.Set(1, 2, 39, -0.5f);

@@ -40,6 +40,7 @@ struct Shape {
   Reference reference = Reference::kComputed;
   Memory memory = Memory::kDevice;
   std::vector<int64_t> row_positions = {};  // empty: the last rows
+  std::vector<HeadRows> heads = {};         // empty: all heads
 };
 
 class WindowParity : public CudaTest {
@@ -91,7 +92,9 @@ class WindowParity : public CudaTest {
     args.softmax_scale = tensors.scale;
     args.reduction = shape.reduction;
     args.what = "layer 3";
-    const int64_t heads = shape.num_kv_heads * shape.group;
+    args.heads = shape.heads;
+    const int64_t heads = shape.heads.empty() ? shape.num_kv_heads * shape.group
+                                              : static_cast<int64_t>(shape.heads.size());
     std::unique_ptr<ScoreBuffer> norm_buffer;
     if (norms != nullptr) {
       norm_buffer = cuda_.Buffer(shape.num_kv_heads, shape.seq_len);
@@ -109,8 +112,21 @@ class WindowParity : public CudaTest {
   static std::vector<double> Oracle(const Shape& shape, const Tensors& tensors) {
     const Attention attention =
         AttentionOracle(tensors.q, tensors.k, tensors.row_positions, tensors.scale);
+    if (!shape.heads.empty()) return ReduceListed(attention.tile, shape);
     return ReduceOracle(attention.tile, shape.num_kv_heads * shape.group, shape.num_rows,
                         shape.seq_len, shape.reduction);
+  }
+
+  static std::vector<double> ReduceListed(const std::vector<double>& tile, const Shape& shape) {
+    std::vector<double> columns;
+    for (const HeadRows& one : shape.heads) {
+      const auto begin = tile.begin() + (one.head * shape.num_rows + one.first_row) * shape.seq_len;
+      const std::vector<double> rows(begin, begin + one.num_rows * shape.seq_len);
+      const std::vector<double> reduced =
+          ReduceOracle(rows, 1, one.num_rows, shape.seq_len, one.reduction);
+      columns.insert(columns.end(), reduced.begin(), reduced.end());
+    }
+    return columns;
   }
 
   void ExpectNearOracle(const Shape& shape, uint32_t seed = 11) {
@@ -199,6 +215,85 @@ TEST_F(WindowParity, OneTokenAndOneRow) { ExpectNearOracle({.num_rows = 1, .seq_
 
 TEST_F(WindowParity, TensorsInHostMemory) {
   ExpectNearOracle({.layout = Layout::kPaged, .gap = 3, .memory = Memory::kHost});
+}
+
+// Observations of two heads of one KV head, of which one is listed twice, and of another one; the
+// KV head between them is left out.
+std::vector<HeadRows> SomeHeads() {
+  return {{1, 0, 70, RowReduction::kMean},
+          {1, 4, 3, RowReduction::kMax},
+          {2, 0, 70, RowReduction::kLast},
+          {6, 2, 66, RowReduction::kSum}};
+}
+
+Shape ListedHeads() {
+  return {.num_kv_heads = 3, .group = 3, .num_rows = 70, .head_dim = 16, .heads = SomeHeads()};
+}
+
+TEST_F(WindowParity, ListedHeadsOnTensorCores) { ExpectNearOracle(ListedHeads()); }
+
+TEST_F(WindowParity, ListedHeadsOnGeneralKernels) {
+  Shape shape = ListedHeads();
+  shape.dtype = DType::kF32;
+  shape.gap = 3;
+  ExpectNearOracle(shape);
+}
+
+TEST_F(WindowParity, ListedHeadsWithGivenLogSumExp) {
+  Shape shape = ListedHeads();
+  shape.reference = Reference::kGiven;
+  ExpectNearOracle(shape);
+}
+
+TEST_F(WindowParity, ListedHeadsHaveTheSameBitsInAnyCompany) {
+  Shape shape = ListedHeads();
+  const Tensors tensors = Random(shape, 4);
+  const std::vector<float> together = *Columns(shape, tensors);
+  const std::vector<HeadRows> listed = SomeHeads();
+  for (size_t j = 0; j < listed.size(); ++j) {
+    shape.heads = {listed[j]};
+    const auto first = together.begin() + static_cast<int64_t>(j) * shape.seq_len;
+    EXPECT_EQ(*Columns(shape, tensors), std::vector<float>(first, first + shape.seq_len)) << j;
+  }
+}
+
+TEST_F(WindowParity, KeysOfKvHeadsThatAreNotListedAreNotRead) {
+  const Shape shape = ListedHeads();
+  Tensors tensors = Random(shape, 4);
+  tensors.k.Set(1, 5, 0, std::numeric_limits<float>::quiet_NaN());
+  EXPECT_TRUE(Columns(shape, tensors).ok());
+  tensors.k.Set(2, 5, 0, std::numeric_limits<float>::quiet_NaN());
+  EXPECT_EQ(Columns(shape, tensors).status().message(),
+            "layer 3: k: head 2 position 5 is not finite");
+}
+
+TEST_F(WindowParity, ListedHeadsNameHeadAndRowOfTheCall) {
+  const Shape shape = ListedHeads();
+  Tensors tensors = Random(shape, 4);
+  tensors.q.Set(6, 9, 0, std::numeric_limits<float>::infinity());
+  EXPECT_EQ(Columns(shape, tensors).status().message(), "layer 3: q: head 6 row 9 is not finite");
+}
+
+TEST_F(WindowParity, ValueNormsOfAllHeadsComeAlongWithListedHeads) {
+  const Shape shape = ListedHeads();
+  const Tensors tensors = Random(shape, 5);
+  std::vector<float> norms;
+  ASSERT_TRUE(Columns(shape, tensors, nullptr, &norms).ok());
+  const std::unique_ptr<ScoreBuffer> twin = cpu_.Buffer(shape.num_kv_heads, shape.seq_len);
+  ASSERT_TRUE(cpu_.backend->RowNorms(*cpu_.context, tensors.v.view(), "v", *twin).ok());
+  const std::vector<float> want = cpu_.Values(*twin);
+  for (size_t i = 0; i < want.size(); ++i) ASSERT_NEAR(norms[i], want[i], 1e-5f * want[i]) << i;
+}
+
+TEST_F(WindowParity, HeadDimensionsOfOtherModels) {
+  for (const int64_t head_dim : {64, 80, 96, 112, 192, 256, 576}) {
+    ExpectNearOracle({.num_kv_heads = 1,
+                      .group = 2,
+                      .num_rows = 3,
+                      .seq_len = 70,
+                      .head_dim = head_dim,
+                      .layout = Layout::kPaged});
+  }
 }
 
 TEST_F(WindowParity, ValueNormsComeAlong) {
