@@ -80,59 +80,74 @@ absl::Status Cutter::MergeLayer(const kernels::ScoreBuffer& scores,
   return backend_.Accumulate(op_context_, scores, merge, weight, *sequence);
 }
 
-absl::StatusOr<LayerResult> Cutter::Cut(const kernels::ScoreBuffer& scores, float tau,
-                                        int64_t count, int64_t min_kept) {
+absl::StatusOr<std::vector<LayerResult>> Cutter::Cut(absl::Span<kernels::ScoreBuffer* const> scores,
+                                                     absl::Span<const float> taus, int64_t count,
+                                                     int64_t min_kept) {
   const PositionRanges ranges =
       AddForcedRanges(settings_.protected_ranges, settings_.forced_ranges, count);
-  kernels::SelectArgs args;
-  args.protected_ranges = ranges;
-  args.budget = count;
-  args.threshold = tau;
-  args.min_kept = std::min(min_kept, count);
-  KEEPSET_ASSIGN_OR_RETURN(std::vector<kernels::Selection> selections,
-                           backend_.Select(op_context_, scores, absl::MakeConstSpan(&args, 1)));
-  // Heads that share one score share one set, listed once per head in scope kv_head.
-  if (settings_.scope == Scope::kKvHead && selections.size() == 1) {
-    selections.resize(settings_.num_kv_heads, selections.front());
+  std::vector<kernels::SelectArgs> args(scores.size());
+  std::vector<kernels::SelectTask> tasks;
+  for (size_t layer = 0; layer < scores.size(); ++layer) {
+    args[layer].protected_ranges = ranges;
+    args[layer].budget = count;
+    args[layer].threshold = taus[layer];
+    args[layer].min_kept = std::min(min_kept, count);
+    tasks.push_back({scores[layer], absl::MakeConstSpan(&args[layer], 1)});
   }
-  LayerResult result;
-  for (kernels::Selection& selection : selections) {
-    result.keep_indices.push_back(std::move(selection.keep_indices));
-    result.candidates.push_back(selection.candidates);
-    result.filled.push_back(selection.filled);
+  KEEPSET_ASSIGN_OR_RETURN(std::vector<std::vector<kernels::Selection>> cuts,
+                           backend_.SelectEach(op_context_, tasks));
+  std::vector<LayerResult> results(scores.size());
+  for (size_t layer = 0; layer < scores.size(); ++layer) {
+    std::vector<kernels::Selection>& selections = cuts[layer];
+    // Heads that share one score share one set, listed once per head in scope kv_head.
+    if (settings_.scope == Scope::kKvHead && selections.size() == 1) {
+      selections.resize(settings_.num_kv_heads, selections.front());
+    }
+    LayerResult& result = results[layer];
+    for (kernels::Selection& selection : selections) {
+      result.keep_indices.push_back(std::move(selection.keep_indices));
+      result.candidates.push_back(selection.candidates);
+      result.filled.push_back(selection.filled);
+    }
+    if (settings_.score_kind == ScoreKind::kThreshold) result.tau = taus[layer];
   }
-  if (settings_.score_kind == ScoreKind::kThreshold) result.tau = tau;
-  return result;
+  return results;
+}
+
+absl::StatusOr<std::vector<LayerResult>> Cutter::CutLayers(
+    absl::Span<kernels::ScoreBuffer* const> scores, absl::Span<const float> taus) {
+  if (settings_.options.dilate > 0) {
+    for (kernels::ScoreBuffer* const layer : scores) {
+      KEEPSET_RETURN_IF_ERROR(
+          backend_.DilateForward(op_context_, settings_.options.dilate, *layer));
+    }
+  }
+  return Cut(scores, taus, settings_.limit, settings_.min_kept);
 }
 
 absl::StatusOr<LayerResult> Cutter::CutLayer(kernels::ScoreBuffer& scores, float tau) {
-  if (settings_.options.dilate > 0) {
-    KEEPSET_RETURN_IF_ERROR(backend_.DilateForward(op_context_, settings_.options.dilate, scores));
-  }
-  return Cut(scores, tau, settings_.limit, settings_.min_kept);
+  kernels::ScoreBuffer* const layers[] = {&scores};
+  KEEPSET_ASSIGN_OR_RETURN(std::vector<LayerResult> results,
+                           CutLayers(layers, absl::MakeConstSpan(&tau, 1)));
+  return std::move(results.front());
 }
 
 absl::StatusOr<std::vector<LayerResult>> Cutter::CutEqual(
     absl::Span<kernels::ScoreBuffer* const> scores, absl::Span<const float> taus) {
   // What a layer keeps on its own, protected positions included: without them the common count
   // would push out what the gate of the fullest layer kept.
+  KEEPSET_ASSIGN_OR_RETURN(const std::vector<LayerResult> elastic, CutLayers(scores, taus));
   int64_t largest = 0;
   int64_t total = 0;
-  for (size_t layer = 0; layer < scores.size(); ++layer) {
-    KEEPSET_ASSIGN_OR_RETURN(const LayerResult elastic, CutLayer(*scores[layer], taus[layer]));
-    const auto kept = static_cast<int64_t>(elastic.keep_indices.front().size());
+  for (const LayerResult& layer : elastic) {
+    const auto kept = static_cast<int64_t>(layer.keep_indices.front().size());
     largest = std::max(largest, kept);
     total += kept;
   }
   const int64_t count = settings_.options.equal_count == EqualCount::kMax
                             ? largest
                             : total / static_cast<int64_t>(scores.size());
-  std::vector<LayerResult> results;
-  for (size_t layer = 0; layer < scores.size(); ++layer) {
-    KEEPSET_ASSIGN_OR_RETURN(LayerResult result, Cut(*scores[layer], taus[layer], count, count));
-    results.push_back(std::move(result));
-  }
-  return results;
+  return Cut(scores, taus, count, count);
 }
 
 }  // namespace keepset::engine

@@ -72,7 +72,11 @@ class Cutter {
   absl::Status MergeLayer(const kernels::ScoreBuffer& scores,
                           std::unique_ptr<kernels::ScoreBuffer>& sequence);
 
-  // Dilates `scores` ([1 or num_kv_heads, T]) in place and cuts at the full limit.
+  // Dilates every layer's scores ([1 or num_kv_heads, T]) in place and cuts them at the full limit,
+  // all at once.
+  absl::StatusOr<std::vector<LayerResult>> CutLayers(absl::Span<kernels::ScoreBuffer* const> scores,
+                                                     absl::Span<const float> taus);
+  // The same of one layer.
   absl::StatusOr<LayerResult> CutLayer(kernels::ScoreBuffer& scores, float tau);
 
   // layer_equal of a threshold policy: one count for all layers, the largest or the mean of what
@@ -81,8 +85,9 @@ class Cutter {
                                                     absl::Span<const float> taus);
 
  private:
-  absl::StatusOr<LayerResult> Cut(const kernels::ScoreBuffer& scores, float tau, int64_t count,
-                                  int64_t min_kept);
+  absl::StatusOr<std::vector<LayerResult>> Cut(absl::Span<kernels::ScoreBuffer* const> scores,
+                                               absl::Span<const float> taus, int64_t count,
+                                               int64_t min_kept);
 
   Settings settings_;
   kernels::ComputeBackend& backend_;

@@ -144,6 +144,11 @@ class CudaBackend : public ComputeBackend {
     KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
     return cuda::Select(*state, scores, args);
   }
+  absl::StatusOr<std::vector<std::vector<Selection>>> SelectEach(
+      OpContext& context, absl::Span<const SelectTask> tasks) override {
+    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    return cuda::SelectEach(*state, tasks);
+  }
   absl::Status GatherRows(OpContext& context, const KvView& in,
                           absl::Span<const absl::Span<const int32_t>> keep_indices,
                           const MutableKvView& out) override {

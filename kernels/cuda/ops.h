@@ -44,6 +44,8 @@ absl::StatusOr<ComputeBackend::Mass> MassAndEntropy(StreamState& state, const Sc
 
 absl::StatusOr<std::vector<Selection>> Select(StreamState& state, const ScoreBuffer& scores,
                                               absl::Span<const SelectArgs> args);
+absl::StatusOr<std::vector<std::vector<Selection>>> SelectEach(StreamState& state,
+                                                               absl::Span<const SelectTask> tasks);
 absl::Status GatherRows(StreamState& state, const KvView& in,
                         absl::Span<const absl::Span<const int32_t>> keep_indices,
                         const MutableKvView& out);

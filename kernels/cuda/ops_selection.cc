@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <limits>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -22,68 +23,95 @@ namespace {
 // Positions are 32-bit in kernels, with room for a warp's step past the end.
 constexpr int64_t kMaxPositions = int64_t{1} << 30;
 
+// The rows of all tasks, one after the other.
 struct RowSpecs {
-  std::vector<SelectRowArgs> args;
+  std::vector<SelectRowArgs> rows;
   std::vector<uint32_t> bitmaps;
   int64_t capacity = 0;  // positions that any row keeps, at most
+  int64_t longest = 0;
 };
 
-absl::StatusOr<RowSpecs> DescribeRows(absl::Span<const SelectArgs> args, int64_t length) {
-  RowSpecs specs;
-  for (size_t i = 0; i < args.size(); ++i) {
-    const SelectArgs& from = args[i];
-    KEEPSET_RETURN_IF_ERROR(CheckSelectRow(from, length, static_cast<int64_t>(i)));
-    SelectRowArgs to;
-    to.budget = from.budget;
-    to.min_kept = from.min_kept;
-    to.threshold_key = ScoreKey(from.threshold);
-    for (const SelectArgs::Range& range : from.protected_ranges) {
-      to.num_protected += range.end - range.begin;
-    }
-    if (to.num_protected > 0) {
-      to.bitmap_begin = static_cast<int64_t>(specs.bitmaps.size());
-      specs.bitmaps.resize(specs.bitmaps.size() + BitmapWords(length));
-      for (const SelectArgs::Range& range : from.protected_ranges) {
-        SetBits(range.begin, range.end, specs.bitmaps.data() + to.bitmap_begin);
-      }
-    }
-    specs.capacity = std::max(specs.capacity, std::min(from.budget, length));
-    specs.args.push_back(to);
+absl::StatusOr<SelectRowArgs> DescribeRow(const SelectArgs& from, int64_t length, int64_t row,
+                                          RowSpecs* specs) {
+  KEEPSET_RETURN_IF_ERROR(CheckSelectRow(from, length, row));
+  SelectRowArgs to;
+  to.length = length;
+  to.budget = from.budget;
+  to.min_kept = from.min_kept;
+  to.threshold_key = ScoreKey(from.threshold);
+  for (const SelectArgs::Range& range : from.protected_ranges) {
+    to.num_protected += range.end - range.begin;
   }
-  return specs;
+  if (to.num_protected > 0) {
+    to.bitmap_begin = static_cast<int64_t>(specs->bitmaps.size());
+    specs->bitmaps.resize(specs->bitmaps.size() + BitmapWords(length));
+    for (const SelectArgs::Range& range : from.protected_ranges) {
+      SetBits(range.begin, range.end, specs->bitmaps.data() + to.bitmap_begin);
+    }
+  }
+  specs->capacity = std::max(specs->capacity, std::min(from.budget, length));
+  return to;
 }
 
-}  // namespace
-
-absl::StatusOr<std::vector<Selection>> Select(StreamState& state, const ScoreBuffer& scores,
-                                              absl::Span<const SelectArgs> args) {
-  KEEPSET_RETURN_IF_ERROR(CheckSelect(args, scores));
-  const int64_t rows = scores.rows();
-  const int64_t length = scores.cols();
+absl::Status DescribeTask(StreamState& state, const SelectTask& task, RowSpecs* specs) {
+  KEEPSET_RETURN_IF_ERROR(CheckSelect(task.args, *task.scores));
+  const int64_t length = task.scores->cols();
   if (length > kMaxPositions) {
     return absl::InvalidArgumentError(
         absl::StrCat("select: ", length, " positions, want at most ", kMaxPositions, " on a GPU"));
   }
-  KEEPSET_ASSIGN_OR_RETURN(const RowSpecs specs, DescribeRows(args, length));
-  SelectParams params;
-  KEEPSET_ASSIGN_OR_RETURN(params.scores, Readable(state, scores));
-  params.rows = static_cast<int32_t>(rows);
-  params.length = static_cast<int32_t>(length);
-  params.args_step = args.size() == 1 ? 0 : 1;
-  params.capacity = specs.capacity;
-  KEEPSET_ASSIGN_OR_RETURN(
-      const std::byte* const uploaded_args,
-      state.Upload(specs.args.data(),
-                   static_cast<int64_t>(specs.args.size() * sizeof(SelectRowArgs))));
-  params.args = reinterpret_cast<const SelectRowArgs*>(uploaded_args);
-  KEEPSET_ASSIGN_OR_RETURN(
-      const std::byte* const uploaded_bitmaps,
-      state.Upload(specs.bitmaps.data(),
-                   static_cast<int64_t>(specs.bitmaps.size() * sizeof(uint32_t))));
-  params.bitmaps = reinterpret_cast<const uint32_t*>(uploaded_bitmaps);
+  specs->longest = std::max(specs->longest, length);
+  KEEPSET_ASSIGN_OR_RETURN(const float* const scores, Readable(state, *task.scores));
+  SelectRowArgs args;
+  for (int64_t row = 0; row < task.scores->rows(); ++row) {
+    if (row < static_cast<int64_t>(task.args.size())) {
+      KEEPSET_ASSIGN_OR_RETURN(
+          args, DescribeRow(task.args[static_cast<size_t>(row)], length, row, specs));
+    }
+    args.scores = scores + row * length;
+    specs->rows.push_back(args);
+  }
+  return absl::OkStatus();
+}
 
-  const int64_t header_bytes = rows * int64_t{sizeof(SelectRowResult)};
-  const int64_t bytes = header_bytes + rows * specs.capacity * int64_t{sizeof(int32_t)};
+// What the kernel left of one task's rows; moves both on to the next task.
+absl::StatusOr<std::vector<Selection>> ReadSelections(int64_t rows, int64_t capacity,
+                                                      const SelectRowResult** headers,
+                                                      const int32_t** indices) {
+  std::vector<Selection> selections(static_cast<size_t>(rows));
+  for (int64_t row = 0; row < rows; ++row) {
+    const SelectRowResult& header = *(*headers)++;
+    if (header.first_nan >= 0) {
+      return absl::InvalidArgumentError(absl::StrCat("select: row ", row, " position ",
+                                                     header.first_nan, " is NaN, want a number"));
+    }
+    Selection& selection = selections[static_cast<size_t>(row)];
+    selection.candidates = header.candidates;
+    selection.filled = header.filled;
+    selection.keep_indices.assign(*indices, *indices + header.num_kept);
+    *indices += capacity;
+  }
+  return selections;
+}
+
+}  // namespace
+
+absl::StatusOr<std::vector<std::vector<Selection>>> SelectEach(StreamState& state,
+                                                               absl::Span<const SelectTask> tasks) {
+  if (tasks.empty()) return std::vector<std::vector<Selection>>();
+  RowSpecs specs;
+  for (const SelectTask& task : tasks) {
+    KEEPSET_RETURN_IF_ERROR(DescribeTask(state, task, &specs));
+  }
+  SelectParams params;
+  params.rows = static_cast<int32_t>(specs.rows.size());
+  params.longest = specs.longest;
+  params.capacity = specs.capacity;
+  KEEPSET_ASSIGN_OR_RETURN(params.args, UploadArray<SelectRowArgs>(state, specs.rows));
+  KEEPSET_ASSIGN_OR_RETURN(params.bitmaps, UploadArray<uint32_t>(state, specs.bitmaps));
+
+  const int64_t header_bytes = params.rows * int64_t{sizeof(SelectRowResult)};
+  const int64_t bytes = header_bytes + params.rows * specs.capacity * int64_t{sizeof(int32_t)};
   KEEPSET_ASSIGN_OR_RETURN(std::byte* const workspace, state.Workspace(bytes));
   KEEPSET_ASSIGN_OR_RETURN(std::byte* const results, state.Results(bytes));
   params.results = reinterpret_cast<SelectRowResult*>(workspace);
@@ -96,19 +124,22 @@ absl::StatusOr<std::vector<Selection>> Select(StreamState& state, const ScoreBuf
 
   const auto* headers = reinterpret_cast<const SelectRowResult*>(results);
   const auto* indices = reinterpret_cast<const int32_t*>(results + header_bytes);
-  std::vector<Selection> selections(static_cast<size_t>(rows));
-  for (int64_t row = 0; row < rows; ++row) {
-    if (headers[row].first_nan >= 0) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "select: row ", row, " position ", headers[row].first_nan, " is NaN, want a number"));
-    }
-    Selection& selection = selections[static_cast<size_t>(row)];
-    selection.candidates = headers[row].candidates;
-    selection.filled = headers[row].filled;
-    const int32_t* const first = indices + row * specs.capacity;
-    selection.keep_indices.assign(first, first + headers[row].num_kept);
+  std::vector<std::vector<Selection>> selections;
+  for (const SelectTask& task : tasks) {
+    KEEPSET_ASSIGN_OR_RETURN(
+        std::vector<Selection> one,
+        ReadSelections(task.scores->rows(), specs.capacity, &headers, &indices));
+    selections.push_back(std::move(one));
   }
   return selections;
+}
+
+absl::StatusOr<std::vector<Selection>> Select(StreamState& state, const ScoreBuffer& scores,
+                                              absl::Span<const SelectArgs> args) {
+  const SelectTask task = {&scores, args};
+  KEEPSET_ASSIGN_OR_RETURN(std::vector<std::vector<Selection>> selections,
+                           SelectEach(state, absl::MakeConstSpan(&task, 1)));
+  return std::move(selections.front());
 }
 
 absl::Status GatherRows(StreamState& state, const KvView& in,

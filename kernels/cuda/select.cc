@@ -20,7 +20,7 @@ int SelectThreads(int64_t length) {
 cudaError_t LaunchSelect(const SelectParams& params, cudaStream_t stream) {
   LaunchShape shape;
   shape.grid_x = params.rows;
-  shape.threads = SelectThreads(params.length);
+  shape.threads = SelectThreads(params.longest);
   shape.shared_bytes = sizeof(SelectShared);
   return Launch<SelectKernel>(shape, params, stream);
 }

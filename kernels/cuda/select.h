@@ -13,6 +13,8 @@ namespace keepset::kernels::cuda {
 
 // What is chosen of one row. Plain data in device memory.
 struct SelectRowArgs {
+  const float* scores = nullptr;  // [length]
+  int64_t length = 0;
   int64_t budget = 0;
   int64_t min_kept = 0;
   int64_t num_protected = 0;
@@ -28,19 +30,17 @@ struct SelectRowResult {
 };
 
 struct SelectParams {
-  const float* scores = nullptr;  // [rows, length]
   int32_t rows = 0;
-  int32_t length = 0;
-  const SelectRowArgs* args = nullptr;  // [rows] or one for all
-  int32_t args_step = 0;                // 1 or 0
+  int64_t longest = 0;                  // largest length of a row
+  const SelectRowArgs* args = nullptr;  // [rows]
   const uint32_t* bitmaps = nullptr;    // bit t % 32 of word t / 32: position t is protected
   SelectRowResult* results = nullptr;   // [rows]
   int32_t* keep_indices = nullptr;      // [rows, capacity]
-  int64_t capacity = 0;                 // min(largest budget, length)
+  int64_t capacity = 0;                 // largest min(budget, length)
 };
 
-// One block per row. The row is cut into one contiguous segment per warp, a multiple of 32
-// positions long, so that one word of a bitmap belongs to one step of a warp.
+// One block per row, of whatever buffer it is. The row is cut into one contiguous segment per warp,
+// a multiple of 32 positions long, so that one word of a bitmap belongs to one step of a warp.
 struct SelectKernel {
   using Params = SelectParams;
   static constexpr int kMaxThreads = 1024;

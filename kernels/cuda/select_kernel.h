@@ -25,10 +25,10 @@ class RowSelection {
  public:
   KEEPSET_KERNEL_BODY RowSelection(const Simt& simt, const SelectParams& p, int row)
       : simt_(simt),
-        args_(p.args[row * p.args_step]),
-        scores_(p.scores + static_cast<int64_t>(row) * p.length),
+        args_(p.args[row]),
+        scores_(args_.scores),
         bitmap_(args_.bitmap_begin < 0 ? nullptr : p.bitmaps + args_.bitmap_begin),
-        length_(p.length),
+        length_(static_cast<int>(args_.length)),
         shared_(*reinterpret_cast<SelectShared*>(simt.shared())) {
     const int steps = (length_ + 31) / 32;
     const int steps_per_warp = (steps + simt.num_warps() - 1) / simt.num_warps();

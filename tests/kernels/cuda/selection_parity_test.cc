@@ -160,6 +160,55 @@ TEST_F(SelectionParity, FirstNanIsNamed) {
   ExpectSame(scores, 2, {args});
 }
 
+// Buffers of several lengths and row counts in one launch.
+TEST_F(SelectionParity, EachTaskIsCutAsAlone) {
+  const std::vector<Range> ranges = {{3, 50}};
+  std::vector<SelectArgs> args(3);
+  args[0].budget = 5;
+  args[1].budget = 70;
+  args[1].protected_ranges = ranges;
+  args[2].budget = 300;
+  args[2].threshold = 0.1f;
+  const std::vector<float> first = Scores(3 * 200, 4, 2);
+  const std::vector<float> second = Scores(2 * 700, 3, 3);
+  const auto select = [&](const Machine& machine) {
+    const std::unique_ptr<ScoreBuffer> a = machine.Buffer(3, 200, first);
+    const std::unique_ptr<ScoreBuffer> b = machine.Buffer(2, 700, second);
+    const std::vector<SelectTask> tasks = {
+        {a.get(), args}, {b.get(), absl::MakeConstSpan(&args[1], 1)}, {b.get(), {&args[1], 2}}};
+    auto selections = machine.backend->SelectEach(*machine.context, tasks);
+    EXPECT_TRUE(selections.ok()) << selections.status();
+    return *std::move(selections);
+  };
+  const auto got = select(cuda_);
+  const auto want = select(cpu_);
+  ASSERT_EQ(got.size(), want.size());
+  for (size_t task = 0; task < want.size(); ++task) {
+    ASSERT_EQ(got[task].size(), want[task].size());
+    for (size_t row = 0; row < want[task].size(); ++row) {
+      EXPECT_EQ(got[task][row].keep_indices, want[task][row].keep_indices) << task << " " << row;
+      EXPECT_EQ(got[task][row].candidates, want[task][row].candidates) << task << " " << row;
+      EXPECT_EQ(got[task][row].filled, want[task][row].filled) << task << " " << row;
+    }
+  }
+}
+
+TEST_F(SelectionParity, ANanOfOneTaskIsNamedByItsRow) {
+  std::vector<float> scores = Scores(600, 0, 4);
+  scores[300 + 41] = std::numeric_limits<float>::quiet_NaN();
+  SelectArgs args;
+  args.budget = 10;
+  const auto select = [&](const Machine& machine) {
+    const std::unique_ptr<ScoreBuffer> good = machine.Buffer(1, 600, Scores(600, 0, 5));
+    const std::unique_ptr<ScoreBuffer> bad = machine.Buffer(2, 300, scores);
+    const std::vector<SelectTask> tasks = {{good.get(), absl::MakeConstSpan(&args, 1)},
+                                           {bad.get(), absl::MakeConstSpan(&args, 1)}};
+    return machine.backend->SelectEach(*machine.context, tasks).status();
+  };
+  EXPECT_EQ(select(cuda_), select(cpu_));
+  EXPECT_EQ(select(cuda_).message(), "select: row 1 position 41 is NaN, want a number");
+}
+
 TEST_F(SelectionParity, RefusesWhatTheCpuRefuses) {
   const std::vector<Range> ranges = {{0, 20}};
   SelectArgs too_small;

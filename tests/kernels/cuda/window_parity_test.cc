@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/compute_backend.h"
@@ -215,6 +216,78 @@ TEST_F(WindowParity, OneTokenAndOneRow) { ExpectNearOracle({.num_rows = 1, .seq_
 
 TEST_F(WindowParity, TensorsInHostMemory) {
   ExpectNearOracle({.layout = Layout::kPaged, .gap = 3, .memory = Memory::kHost});
+}
+
+// Layers in one call, among them one in host memory with strides of its own, and one that wants
+// other heads.
+TEST_F(WindowParity, LayersTogetherHaveTheBitsOfLayersAlone) {
+  const Shape shape = {.num_rows = 7, .seq_len = 90, .layout = Layout::kPaged};
+  std::vector<Tensors> tensors;
+  for (uint32_t layer = 0; layer < 6; ++layer) tensors.push_back(Random(shape, 30 + layer));
+  std::vector<std::unique_ptr<DeviceDense>> queries;
+  std::vector<std::unique_ptr<DeviceKv>> keys;
+  std::vector<std::unique_ptr<ScoreBuffer>> buffers;
+  const std::vector<HeadRows> listed = {{0, 2, 3, RowReduction::kMax},
+                                        {1, 0, 7, RowReduction::kMean},
+                                        {3, 0, 7, RowReduction::kSum},
+                                        {3, 6, 1, RowReduction::kLast}};
+  std::vector<WindowArgs> layers;
+  std::vector<ScoreBuffer*> outs;
+  for (size_t layer = 0; layer < tensors.size(); ++layer) {
+    queries.push_back(std::make_unique<DeviceDense>(tensors[layer].q));
+    keys.push_back(std::make_unique<DeviceKv>(tensors[layer].k));
+    buffers.push_back(cuda_.Buffer(4, shape.seq_len));
+    outs.push_back(buffers.back().get());
+    WindowArgs args;
+    args.q = queries.back()->queries();
+    args.k = layer == 2 ? tensors[layer].k.view() : keys.back()->view();
+    args.row_positions = tensors[layer].row_positions;
+    args.softmax_scale = tensors[layer].scale;
+    args.what = "layer";
+    if (layer >= 4) args.heads = listed;
+    layers.push_back(args);
+  }
+  const absl::Status status = cuda_.backend->WindowColumnsOfLayers(*cuda_.context, layers, outs);
+  ASSERT_TRUE(status.ok()) << status;
+  for (size_t layer = 0; layer < layers.size(); ++layer) {
+    const std::vector<float> together = cuda_.Values(*outs[layer]);
+    const std::unique_ptr<ScoreBuffer> alone = cuda_.Buffer(4, shape.seq_len);
+    ASSERT_TRUE(cuda_.backend->WindowColumns(*cuda_.context, layers[layer], *alone).ok());
+    EXPECT_EQ(together, cuda_.Values(*alone)) << "layer " << layer;
+  }
+}
+
+TEST_F(WindowParity, TheFirstRefusedLayerOfManyIsReported) {
+  const Shape shape = {.num_rows = 2, .seq_len = 20, .head_dim = 16};
+  const Tensors good = Random(shape, 1);
+  Tensors bad = Random(shape, 1);
+  bad.k.Set(1, 9, 0, std::numeric_limits<float>::quiet_NaN());
+  // More layers than one launch takes.
+  constexpr size_t kLayers = 45;
+  std::vector<std::string> names;
+  for (size_t layer = 0; layer < kLayers; ++layer) names.push_back(absl::StrCat("layer ", layer));
+  const auto status = [&](const Machine& machine) {
+    std::vector<std::unique_ptr<ScoreBuffer>> buffers;
+    std::vector<WindowArgs> layers;
+    std::vector<ScoreBuffer*> outs;
+    for (size_t layer = 0; layer < kLayers; ++layer) {
+      const Tensors& tensors = layer == 41 || layer == 43 ? bad : good;
+      buffers.push_back(machine.Buffer(4, shape.seq_len));
+      outs.push_back(buffers.back().get());
+      WindowArgs args;
+      args.q = tensors.q.queries();
+      args.k = tensors.k.view();
+      args.row_positions = tensors.row_positions;
+      args.softmax_scale = tensors.scale;
+      args.what = names[layer];
+      layers.push_back(args);
+    }
+    absl::Status refused = machine.backend->WindowColumnsOfLayers(*machine.context, layers, outs);
+    if (refused.ok()) refused = machine.backend->Wait(*machine.context);
+    return refused;
+  };
+  EXPECT_EQ(status(cuda_), status(cpu_));
+  EXPECT_EQ(status(cuda_).message(), "layer 41: k: head 1 position 9 is not finite");
 }
 
 // Observations of two heads of one KV head, of which one is listed twice, and of another one; the
