@@ -97,18 +97,16 @@ absl::Status KeepSetBuilder::Finish() {
     KEEPSET_RETURN_IF_ERROR(policy().FinishScores(context_, scores));
     KEEPSET_RETURN_IF_ERROR(backend_.Wait(*plan_.op_context));
     times_.score += clock_.Monotonic() - start;
-    if (cutter_->CutsLayersApart() || is_sequence()) {
-      const absl::Duration before_cut = clock_.Monotonic();
-      for (int64_t layer = 0; layer < num_layers(); ++layer) {
-        KEEPSET_RETURN_IF_ERROR(CutOrMerge(layer, *layer_scores_[layer]));
-        layer_scores_[layer].reset();
-      }
-      if (is_sequence()) times_.select += clock_.Monotonic() - before_cut;
+    if (!is_sequence()) return CutTogether();
+    const absl::Duration before_merge = clock_.Monotonic();
+    for (int64_t layer = 0; layer < num_layers(); ++layer) {
+      KEEPSET_RETURN_IF_ERROR(CutOrMerge(layer, *layer_scores_[layer]));
+      layer_scores_[layer].reset();
     }
+    times_.select += clock_.Monotonic() - before_merge;
   }
   if (is_sequence()) return CutSequence();
-  if (!cutter_->CutsLayersApart()) return CutEqual();
-  return absl::OkStatus();
+  return cutter_->CutsLayersApart() ? absl::OkStatus() : CutTogether();
 }
 
 // Every group of layers is cut once; in scope sequence their scores are merged first, each as
@@ -129,12 +127,9 @@ absl::Status KeepSetBuilder::CutShared() {
     }
     return CutSequence();
   }
-  std::vector<LayerResult> results;
-  for (kernels::ScoreBuffer* const group : scores) {
-    KEEPSET_ASSIGN_OR_RETURN(LayerResult result,
-                             cutter_->CutLayer(*group, -std::numeric_limits<float>::infinity()));
-    results.push_back(std::move(result));
-  }
+  const std::vector<float> taus(scores.size(), -std::numeric_limits<float>::infinity());
+  KEEPSET_ASSIGN_OR_RETURN(const std::vector<LayerResult> results,
+                           cutter_->CutLayers(scores, taus));
   for (int64_t layer = 0; layer < num_layers(); ++layer) {
     layer_results_[layer] = results[policy().LayerGroup(layer)];
   }
@@ -156,7 +151,8 @@ absl::Status KeepSetBuilder::CutSequence() {
   return absl::OkStatus();
 }
 
-absl::Status KeepSetBuilder::CutEqual() {
+// Every layer's scores are final and kept.
+absl::Status KeepSetBuilder::CutTogether() {
   const absl::Duration start = clock_.Monotonic();
   std::vector<kernels::ScoreBuffer*> scores;
   std::vector<float> taus;
@@ -167,7 +163,9 @@ absl::Status KeepSetBuilder::CutEqual() {
     scores.push_back(buffer);
     taus.push_back(policy().Verdict(layer).tau);
   }
-  KEEPSET_ASSIGN_OR_RETURN(std::vector<LayerResult> results, cutter_->CutEqual(scores, taus));
+  KEEPSET_ASSIGN_OR_RETURN(std::vector<LayerResult> results, cutter_->CutsLayersApart()
+                                                                 ? cutter_->CutLayers(scores, taus)
+                                                                 : cutter_->CutEqual(scores, taus));
   for (int64_t layer = 0; layer < num_layers(); ++layer) {
     Annotate(layer, results[layer]);
     layer_results_[layer] = std::move(results[layer]);

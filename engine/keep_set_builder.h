@@ -59,7 +59,7 @@ class KeepSetBuilder {
   absl::Status CutOrMerge(int64_t layer, kernels::ScoreBuffer& scores);
   absl::Status CutShared();
   absl::Status CutSequence();
-  absl::Status CutEqual();
+  absl::Status CutTogether();
   void Annotate(int64_t layer, LayerResult& result) const;
 
   const OperationPlan& plan_;
