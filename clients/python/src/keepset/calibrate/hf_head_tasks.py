@@ -45,14 +45,18 @@ class HfTasks:
 
     @classmethod
     def load(cls, directory: pathlib.Path, texts: Sequence[pathlib.Path], window: int = 32,
-             device: str = "cpu") -> HfTasks:
+             device: str = "cpu", dtype: str = "auto") -> HfTasks:
         try:
             tokenizer = AutoTokenizer.from_pretrained(directory, local_files_only=True)
-            model = HfModel.load(directory, device=device)
+            model = HfModel.load(directory, device=device, dtype=dtype)
         except (OSError, ValueError) as error:
             first = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise CalibrationError(f"{directory}: {first}") from error
         return cls(model, tokenizer, texts, window)
+
+    def on(self, texts: Sequence[pathlib.Path]) -> HfTasks:
+        """The same model and tasks on other texts."""
+        return HfTasks(self.model, self._tokenizer, texts, self._window)
 
     def prompt(self, task: str, seed: int, seq_len: int) -> HeadPrompt:
         return self._builder.build(task, f"{self.name}-{task}-{seq_len}-{seed}",

@@ -83,14 +83,12 @@ class PromptBuilder:
         layers = tuple(
             QueryLayer(one.q_window, np.ascontiguousarray(one.k[:, :seq_len]),
                        np.ascontiguousarray(one.v[:, :seq_len])) for one in prefill.layers)
-        outcome = _Judge(self, prefill, script)
-        inside = prefill if probe is None else None
+        logprobs = prefill.token_logprobs[seq_len - self.window : seq_len]
         return HeadPrompt(
             task, prompt_id, self.fingerprint, self.softmax_scale, layers, rows, script.observe,
-            lambda: self._needed(script), self.protect_sink, protect, self.window, outcome,
-            inside.perplexity(self.window) if inside is not None
-            else float(np.exp(-prefill.token_logprobs[seq_len - self.window : seq_len].mean())),
-            probe, lambda: self._queries(script.ids), script.scored)
+            lambda: self._needed(script), self.protect_sink, protect, self.window,
+            _Judge(self, prefill, script), float(np.exp(-logprobs.mean(dtype=np.float64))), probe,
+            lambda: self._queries(script.ids), script.scored)
 
     def told_by_full_cache(self, ids: Ids, fed: Sequence[int], count: int) -> list[int]:
         """The most likely `count` ids after the prompt `ids` and `fed`."""

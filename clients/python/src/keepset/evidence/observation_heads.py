@@ -56,8 +56,9 @@ def hf_part(build: Build, engine: Engine, options: argparse.Namespace, say: Say)
     """The same for a model directory; needs the extra `hf`."""
     from keepset.calibrate.hf_head_tasks import HfTasks
 
-    learned, tested = (HfTasks.load(options.hf_model, texts, options.hf_window, options.hf_device)
-                       for texts in (options.hf_text, options.hf_test_text))
+    learned = HfTasks.load(options.hf_model, options.hf_text, options.hf_window, options.hf_device,
+                           options.hf_dtype)
+    tested = learned.on(options.hf_test_text)
     inside = tuple(one for one in HfTasks.INSIDE if one in options.hf_tasks)
     agnostic = tuple(one for one in HfTasks.AGNOSTIC if one in options.hf_tasks)
     settings = Settings({"inside": inside, "agnostic": agnostic}, tuple(options.hf_lengths),
@@ -132,6 +133,8 @@ def _options() -> argparse.Namespace:
     hf.add_argument("--hf-max-heads", type=int, default=16)
     hf.add_argument("--hf-window", type=int, default=32, help="rows that window methods observe")
     hf.add_argument("--hf-device", default="cpu")
+    hf.add_argument("--hf-dtype", default="auto", help="auto: the checkpoint's; CPUs without bf16 units "
+                    "are much faster with float32")
     return parser.parse_args()
 
 
