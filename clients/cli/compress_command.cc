@@ -80,9 +80,12 @@ absl::StatusOr<CompressAnswer> Answer(const CompressOptions& options,
   return answer;
 }
 
-std::string Megabytes(const Json& bytes) {
-  return bytes.is_number() ? absl::StrFormat("%.1f MB", bytes.get<double>() / 1e6) : "?";
+std::string Size(double bytes) {
+  return bytes < 1e6 ? absl::StrFormat("%.1f kB", bytes / 1e3)
+                     : absl::StrFormat("%.1f MB", bytes / 1e6);
 }
+
+std::string Size(const Json& bytes) { return bytes.is_number() ? Size(bytes.get<double>()) : "?"; }
 
 // "512" or "488..512": the smallest and the largest count of all sets.
 std::string KeptRange(const CompressAnswer& answer) {
@@ -97,9 +100,9 @@ std::string KeptRange(const CompressAnswer& answer) {
 
 std::string ShadowText(const client::ShadowResult& shadow) {
   if (!shadow.error.empty()) return absl::StrFormat("shadow   none: %s\n", shadow.error);
-  return absl::StrFormat("shadow   %s %s keeps %.1f %% of these positions, %.1f MB\n",
-                         shadow.table.name, shadow.table.version, 1e2 * shadow.kept_overlap,
-                         static_cast<double>(shadow.would_be_bytes) / 1e6);
+  return absl::StrFormat("shadow   %s %s keeps %.1f %% of these positions, %s\n", shadow.table.name,
+                         shadow.table.version, 1e2 * shadow.kept_overlap,
+                         Size(static_cast<double>(shadow.would_be_bytes)));
 }
 
 Json ShadowJson(const client::ShadowResult& shadow) {
@@ -125,8 +128,8 @@ void PrintSummary(const CompressOptions& options, const Json& document,
   console.out << absl::StrFormat("%s by %s, scope %s, reason %s\n", text("outcome"), text("policy"),
                                  text("scope"), text("reason"));
   console.out << absl::StrFormat("kept     %s of %s positions, %s -> %s\n", KeptRange(answer),
-                                 document["seq_len"].dump(), Megabytes(document["bytes_before"]),
-                                 Megabytes(document["bytes_after"]));
+                                 document["seq_len"].dump(), Size(document["bytes_before"]),
+                                 Size(document["bytes_after"]));
   if (document["table"].is_object()) {
     const Json& table = document["table"];
     console.out << absl::StrFormat("table    %s %s %s\n", table["name"].get<std::string>(),

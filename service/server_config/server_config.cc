@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <fstream>
-#include <iterator>
+#include <string>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -39,13 +39,15 @@ class ErrorCollector final : public google::protobuf::io::ErrorCollector {
   std::vector<std::string> errors_;
 };
 
-absl::Status CheckPort(absl::string_view field, absl::string_view address) {
+// `others`: what the field takes beside it, for the message.
+absl::Status CheckPort(absl::string_view field, absl::string_view address,
+                       absl::string_view others = "") {
   const size_t colon = address.rfind(':');
   uint32_t port = 0;
   if (colon == absl::string_view::npos || colon == 0 ||
       !absl::SimpleAtoi(address.substr(colon + 1), &port) || port > 65535) {
-    return absl::InvalidArgumentError(absl::StrCat(
-        field, ": \"", address, "\", want host:port with port 0..65535, or unix:/path"));
+    return absl::InvalidArgumentError(
+        absl::StrCat(field, ": \"", address, "\", want host:port with port 0..65535", others));
   }
   return absl::OkStatus();
 }
@@ -60,7 +62,7 @@ absl::Status CheckListen(const v1::ServerConfig& config) {
       }
       continue;
     }
-    KEEPSET_RETURN_IF_ERROR(CheckPort("listen", address));
+    KEEPSET_RETURN_IF_ERROR(CheckPort("listen", address, ", or unix:/path"));
     if (!config.has_tls() && !config.allow_insecure_tcp()) {
       return absl::InvalidArgumentError(absl::StrCat(
           "listen: \"", address,
@@ -150,7 +152,10 @@ absl::StatusOr<v1::ServerConfig> ParseServerConfig(absl::string_view textproto,
 absl::StatusOr<v1::ServerConfig> ReadServerConfig(const std::string& path) {
   errno = 0;
   std::ifstream file(path, std::ios::binary);
-  std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  // Not by iterators: they throw where reading fails, of a directory for example.
+  std::string text;
+  char buffer[4096];
+  while (file.read(buffer, sizeof(buffer)), file.gcount() > 0) text.append(buffer, file.gcount());
   if (!file.is_open() || file.bad()) {
     const int error = errno;
     return absl::ErrnoToStatus(error == 0 ? EIO : error, absl::StrCat("config file ", path));
@@ -181,7 +186,7 @@ absl::Status ResolveServerConfig(v1::ServerConfig& config) {
   KEEPSET_RETURN_IF_ERROR(CheckListen(config));
   KEEPSET_RETURN_IF_ERROR(CheckTables(config));
   if (config.metrics_listen() != "off") {
-    KEEPSET_RETURN_IF_ERROR(CheckPort("metrics_listen", config.metrics_listen()));
+    KEEPSET_RETURN_IF_ERROR(CheckPort("metrics_listen", config.metrics_listen(), ", or off"));
   }
   if (!config.health_listen().empty()) {
     KEEPSET_RETURN_IF_ERROR(CheckPort("health_listen", config.health_listen()));

@@ -9,9 +9,12 @@
 #include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
+#include <sstream>
 #include <string>
 #include <vector>
 
+#include "clients/cli/command_list.h"
+#include "clients/cli/console.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tables/safetensors.h"
@@ -147,6 +150,20 @@ TEST_F(CompressCommand, StaysQuietInAPipe) {
   EXPECT_EQ(run.exit_code, 0);
   EXPECT_THAT(run.out, IsEmpty());
   EXPECT_THAT(run.err, IsEmpty());
+}
+
+TEST_F(CompressCommand, TellsATerminalWhatWasKept) {
+  std::ostringstream out;
+  std::ostringstream err;
+  Console console{out, err, StreamKind::kTerminal};
+  ASSERT_EQ(RunKeepset({"compress", Golden("cli_capture.safetensors"), "--policy", "tova",
+                        "--budget", "12", "--out", Path("result")},
+                       console),
+            0)
+      << err.str();
+  EXPECT_THAT(out.str(), AllOf(HasSubstr("compressed by tova, scope layer_equal, reason none"),
+                               HasSubstr("12 of 40 positions, 7.7 kB -> 2.3 kB"),
+                               HasSubstr("wrote    " + Path("result"))));
 }
 
 TEST_F(CompressCommand, PrintsTheFilesDocumentAsJson) {

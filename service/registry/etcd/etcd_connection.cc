@@ -9,7 +9,6 @@
 #include <cstdint>
 #include <cstring>
 #include <fstream>
-#include <iterator>
 #include <utility>
 
 #include "absl/cleanup/cleanup.h"
@@ -30,7 +29,10 @@ constexpr int kReconnectMs = 100;
 absl::StatusOr<std::string> ReadFile(absl::string_view field, const std::string& path) {
   errno = 0;
   std::ifstream file(path, std::ios::binary);
-  std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  // Not by iterators: they throw where reading fails, of a directory for example.
+  std::string text;
+  char buffer[4096];
+  while (file.read(buffer, sizeof(buffer)), file.gcount() > 0) text.append(buffer, file.gcount());
   if (!file.is_open() || file.bad()) {
     return absl::FailedPreconditionError(
         absl::StrCat("etcd.", field, "=\"", path, "\": ", std::strerror(errno == 0 ? EIO : errno)));

@@ -9,6 +9,7 @@
 namespace keepset::service {
 namespace {
 
+using ::testing::AllOf;
 using ::testing::HasSubstr;
 
 v1::ServerConfig Config(absl::string_view text) { return *ParseServerConfig(text, "test"); }
@@ -24,6 +25,16 @@ TEST(ReadServerConfig, NamesTheMissingFile) {
   const auto config = ReadServerConfig("/nonexistent/keepsetd.textproto");
   EXPECT_EQ(config.status().code(), absl::StatusCode::kNotFound);
   EXPECT_THAT(config.status().message(), HasSubstr("/nonexistent/keepsetd.textproto"));
+}
+
+TEST(ReadServerConfig, NamesADirectoryAsSuch) {
+  const auto config = ReadServerConfig(::testing::TempDir());
+  EXPECT_THAT(config.status().message(),
+              AllOf(HasSubstr(::testing::TempDir()), HasSubstr("Is a directory")));
+}
+
+TEST(ReadServerConfig, AnEmptyFileMeansTheDefaults) {
+  EXPECT_TRUE(ReadServerConfig("/dev/null").ok());
 }
 
 TEST(ResolveServerConfig, FillsDefaults) {
@@ -89,7 +100,8 @@ TEST(ResolveServerConfig, RefusesUnknownLogFormatAndBadAddresses) {
   v1::ServerConfig config = Config("log_format: 'xml'");
   EXPECT_THAT(ResolveServerConfig(config).message(), HasSubstr("want text or json"));
   config = Config("metrics_listen: '127.0.0.1:99999'");
-  EXPECT_THAT(ResolveServerConfig(config).message(), HasSubstr("metrics_listen"));
+  EXPECT_EQ(ResolveServerConfig(config).message(),
+            "metrics_listen: \"127.0.0.1:99999\", want host:port with port 0..65535, or off");
   config = Config("health_listen: 'unix:/run/h.sock'");
   EXPECT_THAT(ResolveServerConfig(config).message(), HasSubstr("health_listen"));
   config = Config(absl::StrCat("listen: 'unix:/", std::string(200, 'x'), "'"));

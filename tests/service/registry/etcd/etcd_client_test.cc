@@ -257,6 +257,16 @@ TEST_F(EtcdClientTest, LogsInAndAgainAfterEtcdForgotItsToken) {
   EXPECT_THAT(std::string(refused.message()), HasSubstr("Authenticate"));
 }
 
+TEST_F(EtcdClientTest, ADirectoryInPlaceOfAFileIsNamed) {
+  const fakes::ScratchDirectory directory;
+  ClientOptions options;
+  options.endpoints = {server_.endpoint()};
+  options.username = "root";
+  options.password_file = directory.path();
+  const absl::Status refused = Connect(options)->ReadPrefix("p/").status();
+  EXPECT_THAT(std::string(refused.message()), HasSubstr("Is a directory"));
+}
+
 class EtcdTlsTest : public testing::Test {
  protected:
   EtcdTlsTest() {
