@@ -5,6 +5,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "base/status_macros.h"
+#include "tables/file_table.h"
 #include "tables/strict_json.h"
 #include "tables/table_kinds.h"
 #include "tables/table_tensors.h"
@@ -22,33 +23,23 @@ constexpr ValueRange kDefaultHeadRange = {0.8f, 1.5f};
 constexpr ValueRange kDefaultGateRange = {0.8f, 1.0f};
 
 struct CompilerKvValues {
-  std::vector<int64_t> budgets;
-  std::optional<int64_t> default_budget;
   std::vector<float> entropy_edges;  // [E - 1]
   std::vector<float> ppl_edges;      // [P - 1]
   FloatTensor head_weights;          // [N_B or 1, L, H]
   FloatTensor gate_thresholds;       // [N_B or 1, L, E, P]
 };
 
-class ParsedCompilerKvTable final : public CompilerKvTable {
+class ParsedCompilerKvTable final : public FileTable<CompilerKvTable> {
  public:
   // `values` may point into `file`.
   ParsedCompilerKvTable(std::shared_ptr<const SafetensorsFile> file, TableHeader header,
-                        CompilerKvValues values)
-      : file_(std::move(file)), header_(std::move(header)), values_(std::move(values)) {}
+                        TableBudgets budgets, CompilerKvValues values)
+      : FileTable(std::move(file), std::move(header), std::move(budgets)),
+        values_(std::move(values)) {}
 
   absl::string_view kind() const override { return "compilerkv"; }
-  const TableIdentity& identity() const override { return header_.identity; }
-  const ModelFingerprint& model() const override { return header_.model; }
-  absl::string_view provenance_source() const override { return header_.provenance_source; }
-  const std::string& metadata_json() const override { return header_.metadata_json; }
-  const std::vector<std::string>& ignored() const override { return header_.ignored; }
-  absl::Time created() const override { return header_.created; }
-  absl::Span<const std::byte> file_bytes() const override { return file_->bytes(); }
   const CompilerKvTable* AsCompilerKv() const override { return this; }
 
-  absl::Span<const int64_t> budgets() const override { return values_.budgets; }
-  std::optional<int64_t> default_budget() const override { return values_.default_budget; }
   absl::Span<const float> entropy_edges() const override { return values_.entropy_edges; }
   absl::Span<const float> ppl_edges() const override { return values_.ppl_edges; }
   absl::Span<const float> head_weights() const override { return values_.head_weights.values; }
@@ -56,30 +47,14 @@ class ParsedCompilerKvTable final : public CompilerKvTable {
     return values_.gate_thresholds.values;
   }
 
-  absl::StatusOr<int64_t> DefaultBudget() const override {
-    if (values_.default_budget.has_value()) return *values_.default_budget;
-    if (values_.budgets.size() == 1) return values_.budgets[0];
-    return absl::InvalidArgumentError(absl::StrCat(
-        Name(), ": has no default_budget, want a budget in the request", CompiledBudgets()));
-  }
-
   absl::StatusOr<CompilerKvSlice> Slice(int64_t budget_tokens, TableBudgetMatch budget_match,
                                         int64_t num_layers, LayerMatch layer_match) const override;
 
  private:
-  std::string Name() const {
-    return absl::StrCat("table ", header_.identity.name, "@", header_.identity.version);
-  }
-  std::string CompiledBudgets() const {
-    if (values_.budgets.empty()) return "";
-    return absl::StrCat(" (compiled: ", absl::StrJoin(values_.budgets, ", "), ")");
-  }
   // Index of `budget_tokens` on the budget axis; appends to `relaxed` when another one serves.
   absl::StatusOr<int64_t> BudgetIndex(int64_t budget_tokens, TableBudgetMatch budget_match,
                                       std::vector<std::string>& relaxed) const;
 
-  const std::shared_ptr<const SafetensorsFile> file_;
-  const TableHeader header_;
   const CompilerKvValues values_;
 };
 
@@ -89,7 +64,7 @@ absl::StatusOr<int64_t> ParsedCompilerKvTable::BudgetIndex(
     return absl::InvalidArgumentError(
         absl::StrCat(Name(), ": budget_tokens=", budget_tokens, ", want at least 1"));
   }
-  const std::vector<int64_t>& budgets = values_.budgets;
+  const absl::Span<const int64_t> budgets = this->budgets();
   if (budgets.empty()) return 0;
   int64_t nearest = 0;
   for (int64_t i = 0; i < budgets.size(); ++i) {
@@ -115,7 +90,7 @@ absl::StatusOr<CompilerKvSlice> ParsedCompilerKvTable::Slice(int64_t budget_toke
   CompilerKvSlice slice;
   KEEPSET_ASSIGN_OR_RETURN(const int64_t budget_index,
                            BudgetIndex(budget_tokens, budget_match, slice.relaxed));
-  const int64_t table_layers = header_.model.num_layers;
+  const int64_t table_layers = model().num_layers;
   if (num_layers < 1 || num_layers > kMaxModelLayers) {
     return absl::InvalidArgumentError(
         absl::StrCat(Name(), ": num_layers=", num_layers, ", want 1..", kMaxModelLayers));
@@ -126,7 +101,7 @@ absl::StatusOr<CompilerKvSlice> ParsedCompilerKvTable::Slice(int64_t budget_toke
                      " (or ask for layer_match=interpolate_depth)"));
   }
   slice.num_layers = num_layers;
-  slice.num_qo_heads = header_.model.num_qo_heads;
+  slice.num_qo_heads = model().num_qo_heads;
   slice.num_entropy_bins = values_.entropy_edges.size() + 1;
   slice.num_ppl_bins = values_.ppl_edges.size() + 1;
   const auto resampled = [&](absl::Span<const float> values, int64_t row_size) {
@@ -198,9 +173,7 @@ absl::StatusOr<std::shared_ptr<const DecisionTable>> ParseCompilerKvTable(
   const SafetensorsFile& file = *shared_file;
   const std::string& where = file.label();
   CompilerKvValues values;
-  KEEPSET_ASSIGN_OR_RETURN(values.budgets, ReadBudgets(file));
-  KEEPSET_ASSIGN_OR_RETURN(values.default_budget,
-                           ReadDefaultBudget(header.document, values.budgets, where));
+  KEEPSET_ASSIGN_OR_RETURN(TableBudgets budgets, ReadTableBudgets(file, header.document));
   KEEPSET_ASSIGN_OR_RETURN(values.entropy_edges, ReadEdges(file, "entropy_edges"));
   KEEPSET_ASSIGN_OR_RETURN(values.ppl_edges, ReadEdges(file, "ppl_edges"));
 
@@ -209,12 +182,12 @@ absl::StatusOr<std::shared_ptr<const DecisionTable>> ParseCompilerKvTable(
   std::vector<int64_t> gate_shape = {header.model.num_layers,
                                      static_cast<int64_t>(values.entropy_edges.size()) + 1,
                                      static_cast<int64_t>(values.ppl_edges.size()) + 1};
-  const absl::string_view axis = values.budgets.empty() ? "" : "budgets, ";
+  const absl::string_view axis = budgets.all.empty() ? "" : "budgets, ";
   const std::string head_axes = absl::StrCat("(", axis, "num_layers, num_qo_heads of model)");
   const std::string gate_axes =
       absl::StrCat("(", axis, "num_layers of model, entropy_edges + 1, ppl_edges + 1)");
-  if (!values.budgets.empty()) {
-    const auto num_budgets = static_cast<int64_t>(values.budgets.size());
+  if (!budgets.all.empty()) {
+    const auto num_budgets = static_cast<int64_t>(budgets.all.size());
     head_shape.insert(head_shape.begin(), num_budgets);
     gate_shape.insert(gate_shape.begin(), num_budgets);
   }
@@ -236,7 +209,7 @@ absl::StatusOr<std::shared_ptr<const DecisionTable>> ParseCompilerKvTable(
   KEEPSET_ASSIGN_OR_RETURN(values.gate_thresholds, ViewInRange(file, *gates, gate_range));
   header.document = nullptr;
   return std::make_shared<const ParsedCompilerKvTable>(std::move(shared_file), std::move(header),
-                                                       std::move(values));
+                                                       std::move(budgets), std::move(values));
 }
 
 }  // namespace keepset::tables

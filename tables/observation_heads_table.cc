@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "base/status_macros.h"
+#include "tables/file_table.h"
 #include "tables/strict_json.h"
 #include "tables/table_kinds.h"
 #include "tables/table_tensors.h"
@@ -30,44 +31,22 @@ constexpr absl::string_view kRowsNames[kNumObservedRows] = {
 struct ObservationHeadsValues {
   std::vector<HeadObservation> observations;  // [M]
   ObservationSettings settings;
-  std::vector<int64_t> budgets;
-  std::optional<int64_t> default_budget;
 };
 
-class ParsedObservationHeadsTable final : public ObservationHeadsTable {
+class ParsedObservationHeadsTable final : public FileTable<ObservationHeadsTable> {
  public:
   ParsedObservationHeadsTable(std::shared_ptr<const SafetensorsFile> file, TableHeader header,
-                              ObservationHeadsValues values)
-      : file_(std::move(file)), header_(std::move(header)), values_(std::move(values)) {}
+                              TableBudgets budgets, ObservationHeadsValues values)
+      : FileTable(std::move(file), std::move(header), std::move(budgets)),
+        values_(std::move(values)) {}
 
   absl::string_view kind() const override { return "observation_heads"; }
-  const TableIdentity& identity() const override { return header_.identity; }
-  const ModelFingerprint& model() const override { return header_.model; }
-  absl::string_view provenance_source() const override { return header_.provenance_source; }
-  const std::string& metadata_json() const override { return header_.metadata_json; }
-  const std::vector<std::string>& ignored() const override { return header_.ignored; }
-  absl::Time created() const override { return header_.created; }
-  absl::Span<const std::byte> file_bytes() const override { return file_->bytes(); }
   const ObservationHeadsTable* AsObservationHeads() const override { return this; }
 
   absl::Span<const HeadObservation> observations() const override { return values_.observations; }
   const ObservationSettings& settings() const override { return values_.settings; }
-  absl::Span<const int64_t> budgets() const override { return values_.budgets; }
-  std::optional<int64_t> default_budget() const override { return values_.default_budget; }
-
-  absl::StatusOr<int64_t> DefaultBudget() const override {
-    if (values_.default_budget.has_value()) return *values_.default_budget;
-    if (values_.budgets.size() == 1) return values_.budgets[0];
-    return absl::InvalidArgumentError(absl::StrCat(
-        "table ", header_.identity.name, "@", header_.identity.version,
-        ": has no default_budget, want a budget in the request",
-        values_.budgets.empty() ? "" : " (evaluated at: ", absl::StrJoin(values_.budgets, ", "),
-        values_.budgets.empty() ? "" : ")"));
-  }
 
  private:
-  const std::shared_ptr<const SafetensorsFile> file_;
-  const TableHeader header_;
   const ObservationHeadsValues values_;
 };
 
@@ -249,11 +228,6 @@ absl::string_view ObservedRowsName(ObservedRows rows) {
   return kRowsNames[static_cast<int32_t>(rows)];
 }
 
-bool NeedsPromptRows(ObservedRows rows) {
-  return rows == ObservedRows::kLastRow || rows == ObservedRows::kMaxRows ||
-         rows == ObservedRows::kMeanRows;
-}
-
 bool NeedsProbeRows(ObservedRows rows) {
   return rows == ObservedRows::kProbeMax || rows == ObservedRows::kProbeMean;
 }
@@ -308,16 +282,14 @@ absl::StatusOr<std::shared_ptr<const DecisionTable>> ParseObservationHeadsTable(
   const SafetensorsFile& file = *shared_file;
   const std::string& where = file.label();
   ObservationHeadsValues values;
-  KEEPSET_ASSIGN_OR_RETURN(values.budgets, ReadBudgets(file));
-  KEEPSET_ASSIGN_OR_RETURN(values.default_budget,
-                           ReadDefaultBudget(header.document, values.budgets, where));
+  KEEPSET_ASSIGN_OR_RETURN(TableBudgets budgets, ReadTableBudgets(file, header.document));
   KEEPSET_ASSIGN_OR_RETURN(values.observations, ReadObservations(file, header.model));
   KEEPSET_ASSIGN_OR_RETURN(values.settings,
                            ReadSettings(header.document, header.model.num_layers, where));
   KEEPSET_RETURN_IF_ERROR(CheckTogether(values, where));
   header.document = nullptr;
-  return std::make_shared<const ParsedObservationHeadsTable>(std::move(shared_file),
-                                                             std::move(header), std::move(values));
+  return std::make_shared<const ParsedObservationHeadsTable>(
+      std::move(shared_file), std::move(header), std::move(budgets), std::move(values));
 }
 
 }  // namespace keepset::tables

@@ -32,8 +32,7 @@ inline constexpr int32_t kNumObservedRows = 6;
 
 // "last_row", "max_rows", "mean_rows", "probe_max", "probe_mean", "key_novelty".
 absl::string_view ObservedRowsName(ObservedRows rows);
-// Whether rows of the prompt, or of a probe behind it, must be observed.
-bool NeedsPromptRows(ObservedRows rows);
+// Whether rows of a probe behind the prompt must be observed.
 bool NeedsProbeRows(ObservedRows rows);
 
 struct HeadObservation {

@@ -51,7 +51,9 @@ absl::Status RequireShape(const SafetensorsFile& file, const TensorInfo& tensor,
                     absl::StrCat(ShapeText(want), " ", meaning));
 }
 
-absl::StatusOr<std::vector<int64_t>> ReadBudgets(const SafetensorsFile& file) {
+namespace {
+
+absl::StatusOr<std::vector<int64_t>> ReadBudgetList(const SafetensorsFile& file) {
   if (file.Find("budgets") == nullptr) return std::vector<int64_t>();
   KEEPSET_ASSIGN_OR_RETURN(const TensorInfo* tensor,
                            RequireTensor(file, "budgets", TensorDType::kI64, 1));
@@ -81,6 +83,16 @@ absl::StatusOr<std::optional<int64_t>> ReadDefaultBudget(const Json& document,
                       absl::StrCat("one of budgets ", absl::StrJoin(budgets, ", ")));
   }
   return budget;
+}
+
+}  // namespace
+
+absl::StatusOr<TableBudgets> ReadTableBudgets(const SafetensorsFile& file, const Json& document) {
+  TableBudgets budgets;
+  KEEPSET_ASSIGN_OR_RETURN(budgets.all, ReadBudgetList(file));
+  KEEPSET_ASSIGN_OR_RETURN(budgets.by_default,
+                           ReadDefaultBudget(document, budgets.all, file.label()));
+  return budgets;
 }
 
 }  // namespace keepset::tables

@@ -28,13 +28,13 @@ absl::StatusOr<const TensorInfo*> RequireTensor(const SafetensorsFile& file, abs
 absl::Status RequireShape(const SafetensorsFile& file, const TensorInfo& tensor,
                           const std::vector<int64_t>& want, absl::string_view meaning);
 
-// Tensor `budgets` I64 [N_B], distinct and positive; empty when the file has none.
-absl::StatusOr<std::vector<int64_t>> ReadBudgets(const SafetensorsFile& file);
-
-// Key `default_budget`; must be one of `budgets` when there are any.
-absl::StatusOr<std::optional<int64_t>> ReadDefaultBudget(const nlohmann::json& document,
-                                                         const std::vector<int64_t>& budgets,
-                                                         absl::string_view where);
+struct TableBudgets {
+  std::vector<int64_t> all;           // [N_B], distinct and positive
+  std::optional<int64_t> by_default;  // one of `all` when there are any
+};
+// Tensor `budgets` I64 [N_B] and key `default_budget`, both optional.
+absl::StatusOr<TableBudgets> ReadTableBudgets(const SafetensorsFile& file,
+                                              const nlohmann::json& document);
 
 }  // namespace keepset::tables
 
