@@ -1,12 +1,9 @@
 // keepset tables compile | records.
 #include <cstdint>
 #include <limits>
-#include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
-#include <tuple>
-#include <utility>
 #include <vector>
 
 #include "absl/strings/numbers.h"
@@ -16,19 +13,16 @@
 #include "absl/strings/string_view.h"
 #include "base/status_macros.h"
 #include "clients/cli/compile_heads_command.h"
-#include "clients/cli/engine_handles.h"
 #include "clients/cli/exit_status.h"
 #include "clients/cli/flag_parser.h"
 #include "clients/cli/new_table.h"
+#include "clients/cli/record_flags.h"
 #include "engine/keepset.h"
 
 namespace keepset::cli {
 namespace {
 
 using Json = nlohmann::ordered_json;
-using ReportHandle = std::unique_ptr<keepset_report, CDeleter<keepset_report_destroy>>;
-
-constexpr int kManyFiles = 1 << 20;
 
 void ShowReading(void* progress, int64_t bytes_done, int64_t bytes_total) {
   constexpr double kMiB = 1 << 20;
@@ -53,46 +47,33 @@ absl::Status ParseActions(absl::string_view flag, const std::optional<std::strin
 struct RecordFlags {
   std::optional<int64_t> entropy_bins;
   std::optional<int64_t> ppl_bins;
-  std::optional<int64_t> threads;
+  ThreadsFlag threads;
   std::optional<std::string> head_actions;
   std::optional<std::string> gate_actions;
 
   void AddTo(FlagParser& parser) {
     parser.Int("--entropy-bins", "N", "entropy bins, default 20", &entropy_bins)
         .Int("--ppl-bins", "N", "perplexity bins, default 4", &ppl_bins)
-        .Int("--threads", "N", "default: all cores", &threads)
         .Text("--head-actions", "FIRST:STEP:COUNT", "head weights on record, default 0.8:0.025:29",
               &head_actions)
         .Text("--gate-actions", "FIRST:STEP:COUNT", "gates on record, default 0.8:0.01:21",
               &gate_actions);
+    threads.AddTo(parser);
   }
 
-  // Points into `paths` and `c_paths`.
-  absl::Status Fill(const std::vector<std::string>& paths, std::vector<const char*>& c_paths,
-                    keepset_compile_options& options) const {
-    for (const auto& [flag, value] :
-         {std::pair{"--entropy-bins", &entropy_bins}, std::pair{"--ppl-bins", &ppl_bins}}) {
-      if (value->has_value() && **value < 1) {
-        return RefusedError(absl::StrCat(flag, "=", **value, ", want 1 or more"));
-      }
-    }
-    constexpr int64_t kMostThreads = 1024;
-    if (threads.value_or(0) < 0 || threads.value_or(0) > kMostThreads) {
-      return RefusedError(
-          absl::StrCat("--threads=", *threads, ", want 0..", kMostThreads, " (0: all cores)"));
-    }
+  // Checks the flags and puts them, and pointers to `paths`, into `options`.
+  absl::Status Fill(const std::vector<const char*>& paths, keepset_compile_options& options) const {
+    KEEPSET_RETURN_IF_ERROR(CheckAtLeast("--entropy-bins", entropy_bins, 1));
+    KEEPSET_RETURN_IF_ERROR(CheckAtLeast("--ppl-bins", ppl_bins, 1));
+    KEEPSET_RETURN_IF_ERROR(threads.Check());
     KEEPSET_RETURN_IF_ERROR(ParseActions("--head-actions", head_actions, options.head_actions));
     KEEPSET_RETURN_IF_ERROR(ParseActions("--gate-actions", gate_actions, options.gate_actions));
-    for (const std::string& path : paths) {
-      KEEPSET_RETURN_IF_ERROR(CheckFileExists("records", path));
-      c_paths.push_back(path.c_str());
-    }
     options.struct_size = sizeof(options);
-    options.record_paths = c_paths.data();
-    options.num_record_paths = c_paths.size();
+    options.record_paths = paths.data();
+    options.num_record_paths = paths.size();
     options.entropy_bins = entropy_bins.value_or(0);
     options.ppl_bins = ppl_bins.value_or(0);
-    options.num_threads = static_cast<int32_t>(threads.value_or(0));
+    options.num_threads = threads.value();
     options.conservative_weight = std::numeric_limits<double>::quiet_NaN();
     return absl::OkStatus();
   }
@@ -180,9 +161,8 @@ absl::Status RunTablesCompile(absl::Span<const std::string> arguments, Console& 
   RecordFlags records;
   std::optional<std::string> solver;
   std::optional<double> conservative_weight;
-  std::optional<int64_t> default_budget;
+  FitFlags fit;
   std::optional<int64_t> max_rejected;
-  std::optional<int64_t> created;
   std::optional<std::string> kind;
   bool independent = false;
   bool compare = false;
@@ -197,20 +177,19 @@ absl::Status RunTablesCompile(absl::Span<const std::string> arguments, Console& 
       .Text("--solver", "NAME", "exact (default) or adam, the paper's optimiser", &solver)
       .Real("--conservative-weight", "X", "pull towards logged actions, default 0.75",
             &conservative_weight)
-      .Int("--default-budget", "N", "budget of requests that name none", &default_budget)
       .Switch("--allow-independent-records",
               "take records without paired_policy; the provenance says so", &independent)
       .Switch("--compare-solvers", "fit by both solvers and report where they differ", &compare)
       .Int("--max-rejected", "N", "bad records to count before one ends the run, default 0",
-           &max_rejected)
-      .Int("--created", "SECONDS", "time written to the table, since 1970; default now", &created);
+           &max_rejected);
+  fit.AddTo(parser);
   records.AddTo(parser);
   if (FlagParser::HelpAsked(arguments)) {
     console.out << parser.Help();
     return absl::OkStatus();
   }
   KEEPSET_ASSIGN_OR_RETURN(const std::vector<std::string> paths,
-                           parser.Parse(arguments, 1, kManyFiles));
+                           parser.Parse(arguments, 1, kMostRecordFiles));
   KEEPSET_RETURN_IF_ERROR(flags.Check());
   if (kind.has_value() && *kind != "compilerkv") {
     return UsageError(absl::StrCat("--kind=", *kind, ", want compilerkv or observation_heads"));
@@ -218,16 +197,11 @@ absl::Status RunTablesCompile(absl::Span<const std::string> arguments, Console& 
   if (solver.has_value() && *solver != "exact" && *solver != "adam") {
     return UsageError(absl::StrCat("--solver=", *solver, ", want exact or adam"));
   }
-  for (const auto& [flag, value, least] :
-       {std::tuple{"--default-budget", &default_budget, 1},
-        std::tuple{"--max-rejected", &max_rejected, 0}, std::tuple{"--created", &created, 1}}) {
-    if (value->has_value() && **value < least) {
-      return RefusedError(absl::StrCat(flag, "=", **value, ", want ", least, " or more"));
-    }
-  }
+  KEEPSET_RETURN_IF_ERROR(fit.Check());
+  KEEPSET_RETURN_IF_ERROR(CheckAtLeast("--max-rejected", max_rejected, 0));
   keepset_compile_options options = {};
-  std::vector<const char*> c_paths;
-  KEEPSET_RETURN_IF_ERROR(records.Fill(paths, c_paths, options));
+  KEEPSET_ASSIGN_OR_RETURN(const std::vector<const char*> c_paths, RecordPaths(paths));
+  KEEPSET_RETURN_IF_ERROR(records.Fill(c_paths, options));
   KEEPSET_ASSIGN_OR_RETURN(const std::string model, ReadModelJson(flags.model));
   options.model_json = model.c_str();
   options.name = flags.name->c_str();
@@ -235,22 +209,16 @@ absl::Status RunTablesCompile(absl::Span<const std::string> arguments, Console& 
   options.out_path = flags.out->c_str();
   options.solver = solver.has_value() ? solver->c_str() : nullptr;
   if (conservative_weight.has_value()) options.conservative_weight = *conservative_weight;
-  options.default_budget = default_budget.value_or(0);
+  options.default_budget = fit.default_budget.value_or(0);
   options.max_rejected = max_rejected.value_or(0);
-  options.created_unix_seconds = created.value_or(0);
+  options.created_unix_seconds = fit.created.value_or(0);
   options.independent_records = independent ? 1 : 0;
   options.compare_solvers = compare ? 1 : 0;
-  Progress progress(console);
-  options.progress = ShowReading;
-  options.progress_user = &progress;
-  keepset_report* raw = nullptr;
-  const absl::Status status = FromEngine(keepset_table_compile(&options, &raw));
-  const ReportHandle report(raw);
-  progress.Clear();
-  KEEPSET_RETURN_IF_ERROR(WriteStatus(status));
-  const std::string json = keepset_report_json(report.get());
-  if (!flags.json) console.out << CompileText(Json::parse(json, nullptr, false));
-  return flags.Report(console, json);
+  const absl::StatusOr<std::string> json =
+      RunOnRecords(options, keepset_table_compile, ShowReading, console);
+  KEEPSET_RETURN_IF_ERROR(WriteStatus(json.status()));
+  if (!flags.json) console.out << CompileText(Json::parse(*json, nullptr, false));
+  return flags.Report(console, *json);
 }
 
 absl::Status RunTablesRecords(absl::Span<const std::string> arguments, Console& console) {
@@ -266,19 +234,12 @@ absl::Status RunTablesRecords(absl::Span<const std::string> arguments, Console& 
     return absl::OkStatus();
   }
   KEEPSET_ASSIGN_OR_RETURN(const std::vector<std::string> paths,
-                           parser.Parse(arguments, 1, kManyFiles));
+                           parser.Parse(arguments, 1, kMostRecordFiles));
   keepset_compile_options options = {};
-  std::vector<const char*> c_paths;
-  KEEPSET_RETURN_IF_ERROR(records.Fill(paths, c_paths, options));
-  Progress progress(console);
-  options.progress = ShowReading;
-  options.progress_user = &progress;
-  keepset_report* raw = nullptr;
-  const absl::Status status = FromEngine(keepset_records_summarize(&options, &raw));
-  const ReportHandle report(raw);
-  progress.Clear();
-  KEEPSET_RETURN_IF_ERROR(status);
-  const std::string summary = keepset_report_json(report.get());
+  KEEPSET_ASSIGN_OR_RETURN(const std::vector<const char*> c_paths, RecordPaths(paths));
+  KEEPSET_RETURN_IF_ERROR(records.Fill(c_paths, options));
+  KEEPSET_ASSIGN_OR_RETURN(const std::string summary,
+                           RunOnRecords(options, keepset_records_summarize, ShowReading, console));
   console.out << (json ? summary + "\n" : SummaryText(Json::parse(summary, nullptr, false)));
   return absl::OkStatus();
 }

@@ -2,7 +2,6 @@
 #include "clients/cli/compile_heads_command.h"
 
 #include <cstdint>
-#include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
@@ -12,19 +11,16 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "base/status_macros.h"
-#include "clients/cli/engine_handles.h"
 #include "clients/cli/exit_status.h"
 #include "clients/cli/flag_parser.h"
 #include "clients/cli/new_table.h"
+#include "clients/cli/record_flags.h"
 #include "engine/keepset.h"
 
 namespace keepset::cli {
 namespace {
 
 using Json = nlohmann::ordered_json;
-using ReportHandle = std::unique_ptr<keepset_report, CDeleter<keepset_report_destroy>>;
-
-constexpr int kManyFiles = 1 << 20;
 
 void ShowFolds(void* progress, int64_t done, int64_t total) {
   static_cast<Progress*>(progress)->Show(absl::StrFormat("fitting: %d of %d folds", done, total));
@@ -77,9 +73,8 @@ absl::Status RunCompileHeads(absl::Span<const std::string> arguments, Console& c
   std::optional<int64_t> max_heads;
   std::optional<int64_t> num_heads;
   std::optional<int64_t> folds;
-  std::optional<int64_t> default_budget;
-  std::optional<int64_t> created;
-  std::optional<int64_t> threads;
+  FitFlags fit;
+  ThreadsFlag threads;
   FlagParser parser("tables compile",
                     "tables compile --kind observation_heads RECORDS... --budget N... --name NAME "
                     "--version V -o TABLE",
@@ -96,29 +91,26 @@ absl::Status RunCompileHeads(absl::Span<const std::string> arguments, Console& c
       .Int("--max-heads", "N", "most observations, default 16", &max_heads)
       .Int("--num-heads", "N", "exactly so many; default: by validation", &num_heads)
       .Int("--folds", "N", "folds of the validation, default 4", &folds)
-      .Int("--default-budget", "N", "budget of requests that name none", &default_budget)
-      .Int("--created", "SECONDS", "time written to the table, since 1970; default now", &created)
-      .Int("--threads", "N", "default: all cores", &threads)
       .Switch("--json", "print what was written as JSON", &table.json)
       .Alias("-o", "--out");
+  fit.AddTo(parser);
+  threads.AddTo(parser);
   if (FlagParser::HelpAsked(arguments)) {
     console.out << parser.Help();
     return absl::OkStatus();
   }
   KEEPSET_ASSIGN_OR_RETURN(const std::vector<std::string> paths,
-                           parser.Parse(arguments, 1, kManyFiles));
+                           parser.Parse(arguments, 1, kMostRecordFiles));
   KEEPSET_RETURN_IF_ERROR(table.Check());
+  KEEPSET_RETURN_IF_ERROR(fit.Check());
+  KEEPSET_RETURN_IF_ERROR(threads.Check());
   if (budget_texts.empty()) return UsageError("--budget is missing");
   KEEPSET_ASSIGN_OR_RETURN(const std::vector<int64_t> budgets, ToInts("--budget", budget_texts));
   KEEPSET_ASSIGN_OR_RETURN(const std::vector<int64_t> kernels,
                            ToInts("--pool-kernel", kernel_texts));
   KEEPSET_ASSIGN_OR_RETURN(const std::vector<int64_t> dilations,
                            ToInts("--dilate", dilation_texts));
-  std::vector<const char*> c_paths;
-  for (const std::string& path : paths) {
-    KEEPSET_RETURN_IF_ERROR(CheckFileExists("records", path));
-    c_paths.push_back(path.c_str());
-  }
+  KEEPSET_ASSIGN_OR_RETURN(const std::vector<const char*> c_paths, RecordPaths(paths));
   keepset_compile_heads_options options = {};
   options.struct_size = sizeof(options);
   options.record_paths = c_paths.data();
@@ -135,20 +127,14 @@ absl::Status RunCompileHeads(absl::Span<const std::string> arguments, Console& c
   options.max_heads = max_heads.value_or(0);
   options.num_heads = num_heads.value_or(0);
   options.num_folds = folds.value_or(0);
-  options.default_budget = default_budget.value_or(0);
-  options.created_unix_seconds = created.value_or(0);
-  options.num_threads = static_cast<int32_t>(threads.value_or(0));
-  Progress progress(console);
-  options.progress = ShowFolds;
-  options.progress_user = &progress;
-  keepset_report* raw = nullptr;
-  const absl::Status status = FromEngine(keepset_table_compile_heads(&options, &raw));
-  const ReportHandle report(raw);
-  progress.Clear();
-  KEEPSET_RETURN_IF_ERROR(WriteStatus(status));
-  const std::string json = keepset_report_json(report.get());
-  if (!table.json) console.out << ReportText(Json::parse(json, nullptr, false));
-  return table.Report(console, json);
+  options.default_budget = fit.default_budget.value_or(0);
+  options.created_unix_seconds = fit.created.value_or(0);
+  options.num_threads = threads.value();
+  const absl::StatusOr<std::string> json =
+      RunOnRecords(options, keepset_table_compile_heads, ShowFolds, console);
+  KEEPSET_RETURN_IF_ERROR(WriteStatus(json.status()));
+  if (!table.json) console.out << ReportText(Json::parse(*json, nullptr, false));
+  return table.Report(console, *json);
 }
 
 bool AsksForHeads(absl::Span<const std::string> arguments) {
