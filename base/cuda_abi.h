@@ -22,7 +22,6 @@ using AllocationHandle = unsigned long long;
 inline constexpr Result kSuccess = 0;
 inline constexpr Result kInvalidValue = 1;
 inline constexpr Result kOutOfMemory = 2;
-inline constexpr Result kNoDevice = 100;
 inline constexpr Result kInvalidContext = 201;
 inline constexpr Result kMapFailed = 205;
 inline constexpr Result kAlreadyMapped = 208;

@@ -37,7 +37,6 @@ class SharedRegion {
   absl::StatusOr<std::byte*> Allocate(int64_t bytes);
   // Forgets every allocation; the bytes stay as they are.
   void Reset() { used_bytes_ = 0; }
-  int64_t used_bytes() const { return used_bytes_; }
 
   // Bytes that `bytes` take in the allocator, for sizing a region.
   static int64_t AllocationBytes(int64_t bytes);

@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from typing import Literal, Sequence
+from typing import Sequence
 
 import numpy as np
 
 #: Marks arrays of bfloat16 bits, which numpy has no type for: pass uint16 arrays and this dtype.
 BFLOAT16 = "bfloat16"
-
-ScopeName = Literal["layer_elastic", "layer_equal", "sequence", "kv_head"]
 
 
 @dataclasses.dataclass(frozen=True)

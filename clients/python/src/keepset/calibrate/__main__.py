@@ -19,7 +19,7 @@ from keepset import table_file
 from keepset.calibrate import CalibrationError
 from keepset.calibrate.alternation import Outcome, Say, alternate, steps_of
 from keepset.calibrate.compiler import Compiler
-from keepset.calibrate.grids import GATE_GRID, HEAD_GRID, Grid, Grids
+from keepset.calibrate.grids import GATE_GRID, HEAD_GRID, PAPER_GRIDS, Grid, Grids
 from keepset.calibrate.prompts import Adapter, ConstructedAdapter, SmallModelAdapter
 from keepset.calibrate.rollouts import Rollouts, Weights
 from keepset.calibrate.stratify import stratified_seeds
@@ -54,7 +54,8 @@ class Build:
 
 def calibrate(build: Build, adapter: Adapter, out: pathlib.Path, *, seeds: range,
               budgets: list[int], alpha_scope: str, max_rounds: int, name: str, version: str, say: Say,
-              actions: int | None = None, grids: Grids = Grids(), bins: tuple[int, int] = (20, 4), protect_window: int = 0,
+              actions: int | None = None, grids: Grids = PAPER_GRIDS,
+              bins: tuple[int, int] = (20, 4), protect_window: int = 0,
               parameters: Mapping[str, object] | None = None, num_prompts: int | None = None,
               tolerance: float = TOLERANCE, action_step: int = 1, workers: int = 0,
               ray_address: str | None = None) -> Outcome:

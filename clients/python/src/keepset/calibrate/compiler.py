@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from keepset import ModelFingerprint
 from keepset.calibrate import CalibrationError
-from keepset.calibrate.grids import Grids
+from keepset.calibrate.grids import PAPER_GRIDS, Grids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Compiler:
     model: ModelFingerprint
     entropy_bins: int = 20
     ppl_bins: int = 4
-    grids: Grids = Grids()
+    grids: Grids = PAPER_GRIDS
 
     def compile(self, records: Sequence[pathlib.Path], table: pathlib.Path, *, name: str,
                 version: str) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from keepset.calibrate import records
-from keepset.calibrate.grids import Grids
+from keepset.calibrate.grids import PAPER_GRIDS, Grids
 from keepset.calibrate.rollouts import Weights
 
 # Far below half a step of any grid.
@@ -44,7 +44,7 @@ class RoundChange:
 
 
 def change(before: Weights, after: Weights, files: Iterable[pathlib.Path], budgets: list[int],
-           group_size: int, grids: Grids = Grids()) -> RoundChange:
+           group_size: int, grids: Grids = PAPER_GRIDS) -> RoundChange:
     """Compares two tables by the records of the round that made `after`.
 
     Gates are compared cell by cell of `after`; a `before` without cells has one value per layer.

@@ -73,3 +73,6 @@ class Grids:
 
     def to_json(self) -> dict[str, str]:
         return {"head": str(self.head), "gate": str(self.gate)}
+
+
+PAPER_GRIDS = Grids()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from keepset import ModelFingerprint, table_file
-from keepset.calibrate.grids import Grids
+from keepset.calibrate.grids import PAPER_GRIDS, Grids
 from keepset.calibrate.prompts import Prompt
 from keepset.calibrate.records import StepFile
 from keepset.in_process import Decision, Engine
@@ -35,7 +35,7 @@ class Weights:
     ppl_edges: np.ndarray
 
     @staticmethod
-    def neutral(model: ModelFingerprint, num_budgets: int, grids: Grids = Grids()) -> Weights:
+    def neutral(model: ModelFingerprint, num_budgets: int, grids: Grids = PAPER_GRIDS) -> Weights:
         """Weights of one, and the gates that let most through."""
         return Weights(
             np.ones((num_budgets, model.num_layers, model.num_qo_heads), np.float32),
@@ -70,7 +70,7 @@ class Plan:
 
     def __init__(self, model: ModelFingerprint, num_prompts: int, budgets: Sequence[int], *,
                  seed: int, actions_per_state: int | None = None, action_step: int = 1,
-                 grids: Grids = Grids()):
+                 grids: Grids = PAPER_GRIDS):
         """actions_per_state: so many are measured per prompt and state; all when None.
 
         action_step: every so many-th action of the grids is measured, the first one included.
@@ -130,7 +130,7 @@ class Rollouts(Plan):
     def __init__(self, engine: Engine, model: ModelFingerprint, prompts: Sequence[Prompt],
                  budgets: Sequence[int], *, parameters: Mapping[str, object], seed: int,
                  actions_per_state: int | None = None, protect_window: int = 0, action_step: int = 1,
-                 grids: Grids = Grids(), ranges: Mapping[str, Sequence[float]] | None = None):
+                 grids: Grids = PAPER_GRIDS, ranges: Mapping[str, Sequence[float]] | None = None):
         """ranges: that candidate tables declare; None: those of the grids."""
         super().__init__(model, len(prompts), budgets, actions_per_state=actions_per_state, seed=seed,
                          action_step=action_step, grids=grids)
