@@ -339,6 +339,11 @@ class CompressStreamReactor final
   // Removes an open operation; its strand stops at its next step. nullptr when it is not open.
   OperationPtr Take(uint64_t id, const absl::Status& why) {
     absl::MutexLock lock(&mutex_);
+    return TakeLocked(id, why);
+  }
+
+  OperationPtr TakeLocked(uint64_t id, const absl::Status& why)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     const auto it = operations_.find(id);
     if (it == operations_.end()) return nullptr;
     OperationPtr operation = std::move(it->second);
@@ -350,10 +355,18 @@ class CompressStreamReactor final
 
   // Ends an open operation with an error; false when it is not open.
   bool Fail(uint64_t id, const absl::Status& status) {
-    const OperationPtr operation = Take(id, status);
-    if (operation == nullptr) return false;
+    OperationPtr operation;
+    {
+      absl::MutexLock lock(&mutex_);
+      operation = TakeLocked(id, status);
+      if (operation == nullptr) return false;
+      ++answers_due_;
+    }
     EndIfIdle(operation);
-    Send(StreamErrorResponse(id, status));
+    absl::MutexLock lock(&mutex_);
+    --answers_due_;
+    outbox_.Push(StreamErrorResponse(id, status));
+    Advance();
     return true;
   }
 
@@ -428,7 +441,7 @@ class CompressStreamReactor final
       if (read_paused_) ReadNext();
       return;
     }
-    if (!operations_.empty()) return;
+    if (!operations_.empty() || answers_due_ > 0) return;
     if (reads_closed_) {
       finished_ = true;
       Finish(grpc::Status::OK);
@@ -450,6 +463,8 @@ class CompressStreamReactor final
   StreamOutbox outbox_ ABSL_GUARDED_BY(mutex_);
   ResponsePtr writing_ ABSL_GUARDED_BY(mutex_);
   RequestPtr incoming_ ABSL_GUARDED_BY(mutex_);
+  // Operations that are open no more and whose error is not in the outbox yet.
+  int answers_due_ ABSL_GUARDED_BY(mutex_) = 0;
   bool read_paused_ ABSL_GUARDED_BY(mutex_) = false;
   bool reads_closed_ ABSL_GUARDED_BY(mutex_) = false;
   bool closing_ ABSL_GUARDED_BY(mutex_) = false;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <set>
 #include <string>
 
 #include "tests/integration/server_fixture.h"
@@ -187,6 +188,23 @@ TEST_F(CompressStream, HalfCloseBeforeTheEndCancelsTheOperation) {
   stream_.Layer(1, request_.layers(0));
   EXPECT_TRUE(stream_.Finish().ok());
   EXPECT_TRUE(server_.log().AwaitLine({"operation", "outcome=cancelled", "half-closed"}));
+}
+
+TEST_F(CompressStream, HalfCloseBeforeTheEndIsAnsweredBeforeTheStreamEnds) {
+  for (uint64_t id : {1, 2, 3}) {
+    stream_.Begin(id, request_.spec());
+    stream_.Layer(id, request_.layers(0));
+  }
+  stream_.HalfClose();
+  std::set<uint64_t> answered;
+  for (int i = 0; i < 3; ++i) {
+    const std::optional<v1::StreamResponse> response = stream_.NextAnswer();
+    ASSERT_TRUE(response.has_value() && response->has_error());
+    EXPECT_EQ(response->error().code(), static_cast<int>(absl::StatusCode::kCancelled));
+    answered.insert(response->operation_id());
+  }
+  EXPECT_EQ(answered.size(), 3u);
+  EXPECT_TRUE(stream_.Finish().ok());
 }
 
 TEST_F(CompressStream, HalfCloseAfterTheEndStillBringsTheResult) {

@@ -274,8 +274,13 @@ bool WorkerStream::AwaitCredit(uint64_t total) {
   return credit_ >= total;
 }
 
+void WorkerStream::HalfClose() {
+  if (!half_closed_) stream_->WritesDone();
+  half_closed_ = true;
+}
+
 grpc::Status WorkerStream::Finish() {
-  stream_->WritesDone();
+  HalfClose();
   while (Next().has_value()) {
   }
   finished_ = true;

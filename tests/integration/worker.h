@@ -90,7 +90,8 @@ class WorkerStream {
   std::optional<v1::StreamResponse> NextAnswer();
   // Reads, and forgets what it reads, until the stream has granted `total` layer inputs.
   bool AwaitCredit(uint64_t total);
-  // Half-closes, reads to the end.
+  void HalfClose();
+  // Half-closes unless that is done, reads to the end.
   grpc::Status Finish();
   // The client is gone.
   void Kill() { context_->TryCancel(); }
@@ -100,6 +101,7 @@ class WorkerStream {
   std::unique_ptr<grpc::ClientContext> context_;
   std::unique_ptr<grpc::ClientReaderWriter<v1::StreamRequest, v1::StreamResponse>> stream_;
   uint64_t credit_ = 0;
+  bool half_closed_ = false;
   bool finished_ = false;
 };
 
