@@ -58,6 +58,10 @@ constexpr size_t kFencesPerSession = 4096;
 // Each waiting one holds the scores of its operation.
 constexpr int64_t kShadowQueueCapacity = 16;
 constexpr int64_t kControlQueueCapacity = 1024;
+// A session's connection, its side socket, and a descriptor on its way to a region.
+constexpr double kDescriptorsPerSession = 3;
+// Listeners, polling, the log, a scrape.
+constexpr double kOwnDescriptors = 64;
 
 absl::StatusOr<std::string> ReadPem(absl::string_view field, const std::string& path) {
   std::ifstream file(path, std::ios::binary);
@@ -179,6 +183,7 @@ class ServerImpl final : public Server {
     StartServices();
     KEEPSET_RETURN_IF_ERROR(StartListening());
     timer_ = std::thread([this] { RunTimer(); });
+    CheckDescriptors();
     LogReady();
     return absl::OkStatus();
   }
@@ -392,6 +397,19 @@ class ServerImpl final : public Server {
       if (tick % kTicksPerUsage == 0) metrics_->SetProcessUsage(ReadProcessUsage());
       if (stop_timer_.WaitForNotificationWithTimeout(kTimerPeriod)) return;
     }
+  }
+
+  // A server that runs out of descriptors refuses sessions in the middle of its work.
+  void CheckDescriptors() {
+    const double needed =
+        kOwnDescriptors +
+        kDescriptorsPerSession * static_cast<double>(config_.memory().max_sessions());
+    const double allowed = ReadProcessUsage().max_fds;
+    if (!(allowed < needed)) return;
+    log_.Warning("few_descriptors",
+                 {{"limit", absl::StrCat(allowed)},
+                  {"memory.max_sessions", absl::StrCat(config_.memory().max_sessions())},
+                  {"want", absl::StrCat("RLIMIT_NOFILE of ", needed, " or fewer sessions")}});
   }
 
   void LogReady() {

@@ -3,6 +3,7 @@
 #include <gmock/gmock.h>
 #include <grpcpp/create_channel.h>
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/un.h>
@@ -22,6 +23,7 @@ namespace {
 
 using ::testing::Contains;
 using ::testing::HasSubstr;
+using ::testing::Not;
 
 constexpr int kServing = 1;
 constexpr int kNotServing = 2;
@@ -54,6 +56,21 @@ TEST(Server, LogsOneReadyLineWithItsAddresses) {
   TestServer server;
   EXPECT_TRUE(
       server.log().AwaitLine({"ready", "listen=" + server.address(), "metrics=127.0.0.1:"}));
+}
+
+TEST(Server, WarnsAtStartOfTooFewDescriptorsForItsSessions) {
+  rlimit limit = {};
+  ASSERT_EQ(getrlimit(RLIMIT_NOFILE, &limit), 0);
+  rlimit low = limit;
+  low.rlim_cur = 256;
+  ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &low), 0);
+  {
+    TestServer few("memory { max_sessions: 8 }");
+    TestServer many("memory { max_sessions: 80 }");
+    EXPECT_THAT(few.log().text(), Not(HasSubstr("few_descriptors")));
+    EXPECT_THAT(many.log().text(), HasSubstr("few_descriptors limit=256"));
+  }
+  ASSERT_EQ(setrlimit(RLIMIT_NOFILE, &limit), 0);
 }
 
 TEST(Server, HealthListenerSaysWhatTheServerSays) {
