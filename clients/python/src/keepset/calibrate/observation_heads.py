@@ -42,6 +42,8 @@ _POOL_KERNELS = (1, 5)
 _DILATIONS = (0, 4, 12)
 # An answer counts as lost when the full cache gets it and the kept set does not.
 _UNIT_CURVE = [[0.0, 0.0], [1.0, 1.0]]
+# Outside masses at which the gate is tried, so that misses have a curve.
+_GATE_MASSES = (0.002, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,14 +155,15 @@ def risk_curve(points: Sequence[tuple[float, bool]]) -> list[list[float]]:
 class Mixture:
     """The prompts that a table is compiled from: every task at every length from every seed.
 
-    risk_seeds: held out, for the risk curve, at risk_budgets or else at those of the fit.
+    risk_seeds: held out, for the risk curve; risk_budget: the most that its gate may keep, or else the
+    largest budget of the fit.
     """
 
     names: tuple[str, ...]
     lengths: tuple[int, ...]
     seeds: range
     risk_seeds: range = range(0)
-    risk_budgets: tuple[int, ...] = ()
+    risk_budget: int = 0
 
     def prompts(self, seeds: Sequence[int]) -> Iterator[tuple[str, int, int]]:
         """(task, seed, length)"""
@@ -196,7 +199,7 @@ def compile_heads(build: Build, engine: Engine, tasks: Tasks, mixture: Mixture, 
     sized |= dict(fit(size, *way) for size in _SIZES if size <= max_heads)
     losses |= _losses(engine, tasks, mixture, budgets, sized, work / f"{name}.losses.json", say)
     table, report = (tables | sized)[_best(losses)]
-    points = _risk_points(engine, tasks, mixture, mixture.risk_budgets or budgets, table,
+    points = _risk_points(engine, tasks, mixture, mixture.risk_budget or max(budgets), table,
                           work / f"{name}.risk.json", say)
     if points:
         curve = risk_curve([(one["outside_mass"], one["missed"]) for one in points])
@@ -255,12 +258,14 @@ def _undated(table: bytes) -> bytes:
     return with_curve(table, None, provenance={})[0]
 
 
-def _risk_points(engine: Engine, tasks: Tasks, mixture: Mixture, budgets: Sequence[int], table: bytes,
+def _risk_points(engine: Engine, tasks: Tasks, mixture: Mixture, most: int, table: bytes,
                  cache: pathlib.Path, say: Say) -> list[dict]:
-    """Outside mass and whether the answer is lost, of held-out prompts at every budget."""
+    """Outside mass and whether the answer is lost, of held-out prompts under the gate itself: as few
+    positions as leave at most each of some masses outside, at most `most`. Fixed budgets would not do:
+    at the same mass a prompt that was given many positions loses less."""
     if not len(mixture.risk_seeds):
         return []
-    key = f"{table_file.digest(_undated(table))} {' '.join(map(str, budgets))}"
+    key = f"{table_file.digest(_undated(table))} {most}"
     if cache.exists():
         kept = json.loads(cache.read_text())
         if kept["table"] == key:
@@ -269,13 +274,14 @@ def _risk_points(engine: Engine, tasks: Tasks, mixture: Mixture, budgets: Sequen
     points = []
     for task, seed, length in mixture.prompts(mixture.risk_seeds):
         prompt = tasks.prompt(task, seed, length)
+        budget = min(most, prompt.seq_len - 1)
         everything = [np.arange(prompt.seq_len)] * len(prompt.layers)
-        if prompt.scored != EXACT or not prompt.outcome(everything).exact:
+        if (budget <= prompt.protect_sink + prompt.protect_window or prompt.scored != EXACT
+                or not prompt.outcome(everything).exact):
             continue
-        protected = prompt.protect_sink + prompt.protect_window
-        for budget in (one for one in budgets if protected < one < prompt.seq_len):
-            kept = keep(engine, prompt, probing, budget)
-            points.append({"task": task, "seed": seed, "length": length, "budget": budget,
+        for mass in _GATE_MASSES:
+            kept = keep(engine, prompt, probing, budget, {"risk_target": mass})
+            points.append({"task": task, "seed": seed, "length": length, "allowed": mass,
                            "outside_mass": kept.outside_mass,
                            "missed": not prompt.outcome(kept.sets()).exact})
     say(f"risk: {sum(one['missed'] for one in points)} of {len(points)} held-out answers lost")

@@ -130,7 +130,7 @@ class HeadPart:
     def _mixture(self, names: tuple[str, ...], with_risk: bool = False) -> Mixture:
         return Mixture(names, self.settings.lengths, range(self.settings.calibration_prompts),
                        range(_RISK_SEED, _RISK_SEED + self.settings.risk_prompts * with_risk),
-                       self.settings.budgets)
+                       max(self.settings.budgets))
 
     def _shuffled(self, table: bytes) -> Run:
         """Another draw for every seed's prompt, so that no lucky one stands for all."""

@@ -132,9 +132,12 @@ def _part(title: str, part: dict, pictures: Sequence[str]) -> Iterator[str]:
     yield ""
     if "trained" in part:
         yield (f"The model was trained on prompts of {part['trained'][0]:,} to {part['trained'][1]:,} "
-               "words; longer ones would measure the model, not the method, so the issue's 4k and 8k are "
-               "left to a real model. Of the tasks it does what it was trained on: "
-               + "; ".join(f"`{task}`: {text}" for task, text in _SMALL_TASKS.items()) + ".")
+               "words; longer ones would measure the model, not the method, so 4k and 8k are left "
+               "to a real model. Its tasks are those of a real model in words, as near as may be to "
+               "the facts that it was trained on: "
+               + "; ".join(f"`{task}`: {text}" for task, text in _SMALL_TASKS.items())
+               + ". So other tasks are near relatives of the tested one; how far a table carries over "
+               "to unlike tasks shows on a real model alone.")
         yield ""
     yield from _full_cache(part)
     for column in part["columns"]:
@@ -240,7 +243,7 @@ def _risk(part: dict, pictures: Sequence[str]) -> Iterator[str]:
     yield "### Predicted miss rate"
     yield ""
     yield ("The reply states the miss rate that its table's curve predicts; the curve was learned on "
-           "held-out prompts of the calibration text. Below: replies at all budgets in five bins ordered "
+           "held-out prompts of the calibration text, under the gate itself. Below: replies at all budgets in five bins ordered "
            "by what they predicted, then replies that were given a target miss rate and kept as few "
            f"positions as that allows, at most {max(part['budgets'])}.")
     yield ""
