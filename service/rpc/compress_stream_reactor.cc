@@ -95,8 +95,6 @@ class CompressStreamReactor final
     StartRead(incoming_.get());
   }
 
-  // ---- Reading ---------------------------------------------------------------------------------
-
   void Dispatch(RequestPtr message) {
     const uint64_t id = message->operation_id();
     switch (message->step_case()) {
@@ -239,8 +237,6 @@ class CompressStreamReactor final
     Advance();
   }
 
-  // ---- Strand of one operation -----------------------------------------------------------------
-
   void Enqueue(const OperationPtr& operation, RequestPtr message) {
     {
       absl::MutexLock lock(&mutex_);
@@ -334,8 +330,6 @@ class CompressStreamReactor final
     return true;
   }
 
-  // ---- Ending ----------------------------------------------------------------------------------
-
   // Removes an open operation; its strand stops at its next step. nullptr when it is not open.
   OperationPtr Take(uint64_t id, const absl::Status& why) {
     absl::MutexLock lock(&mutex_);
@@ -405,8 +399,6 @@ class CompressStreamReactor final
     operation.pending.clear();
     if (layers > 0) ReturnCreditLocked(layers);
   }
-
-  // ---- Writing ---------------------------------------------------------------------------------
 
   void SendError(uint64_t id, const absl::Status& status) { Send(StreamErrorResponse(id, status)); }
 

@@ -114,8 +114,6 @@ class Client:
         for region, _ in self._regions:
             region.close()
 
-    # ---- memory
-
     def shared_region(self, num_bytes: int, *, writable_by_server: bool = False) -> SharedRegion:
         """A new registered memory region; arrays made in it travel by reference."""
         if self._side is None:
@@ -185,13 +183,9 @@ class Client:
             self._regions.remove(found)
         region.close()
 
-    # ---- server
-
     def server_info(self) -> server_pb2.GetServerInfoResponse:
         """Version, transports, policies, limits and active tables of the server."""
         return self._call(self._server.GetServerInfo, server_pb2.GetServerInfoRequest())
-
-    # ---- operations
 
     def input_needs(self, *, model: types.ModelFingerprint, policy: str,
                     parameters: Mapping[str, object] | None = None,
@@ -231,8 +225,6 @@ class Client:
         deadline_ms: past it the outcome is kept_full. request_id: for the log.
         """
         return Operation(Request(self, **spec))
-
-    # ---- inside
 
     def _call(self, method, request):
         try:

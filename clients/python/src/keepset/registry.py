@@ -55,8 +55,6 @@ class TableRegistry:
     def close(self) -> None:
         self._channel.close()
 
-    # ---- readers
-
     def list(self, name: str = "", architecture: str = "") -> table_pb2.ListTablesResponse:
         """Every version; only one line, or one model's, where named."""
         return self._call(
@@ -96,7 +94,7 @@ class TableRegistry:
         for _ in self.watch(until_active=table, timeout_seconds=timeout_seconds):
             pass
 
-    # ---- writers: the server must have been started with --table-writes
+    # Writers: the server must have been started with --table-writes.
 
     def load(self, content: bytes, *, expected_digest: str = "",
              signature: bytes = b"") -> table_pb2.LoadTableResponse:
