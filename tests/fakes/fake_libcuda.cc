@@ -10,11 +10,15 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
+#include <fstream>
 #include <map>
 #include <mutex>
+#include <string>
 
 #include "base/cuda_abi.h"
 
@@ -23,6 +27,7 @@ namespace {
 using namespace keepset::cuda_abi;
 
 constexpr size_t kGranularity = 2 << 20;
+constexpr size_t kDeviceBytes = size_t{64} << 30;
 
 struct RawHandle {
   int64_t process = 0;
@@ -143,6 +148,29 @@ Result cuMemFree_v2(DevicePointer pointer) {
   ::munmap(reinterpret_cast<void*>(pointer), it->second.bytes);
   ::close(it->second.fd);
   state().mapped.erase(it);
+  return kSuccess;
+}
+
+// Memory is in use as long as any process maps it, as on a device: counted over all processes.
+Result cuMemGetInfo_v2(size_t* free_bytes, size_t* total_bytes) {
+  std::map<uint64_t, size_t> in_use;  // by inode
+  for (const auto& process : std::filesystem::directory_iterator(
+           "/proc", std::filesystem::directory_options::skip_permission_denied)) {
+    std::ifstream maps(process.path() / "maps");
+    std::string line;
+    while (std::getline(maps, line)) {
+      unsigned long begin = 0;
+      unsigned long end = 0;
+      unsigned long inode = 0;
+      if (line.find("/memfd:fake device memory") != std::string::npos &&
+          std::sscanf(line.c_str(), "%lx-%lx %*s %*s %*s %lu", &begin, &end, &inode) == 3) {
+        in_use[inode] = std::max(in_use[inode], static_cast<size_t>(end - begin));
+      }
+    }
+  }
+  *total_bytes = kDeviceBytes;
+  *free_bytes = kDeviceBytes;
+  for (const auto& [inode, bytes] : in_use) *free_bytes -= std::min(bytes, *free_bytes);
   return kSuccess;
 }
 

@@ -73,7 +73,7 @@ class Gate {
   std::function<void()> throw_ ABSL_GUARDED_BY(mutex_);
 };
 
-class GatedBackend final : public kernels::ComputeBackend {
+class GatedBackend : public kernels::ComputeBackend {
  public:
   GatedBackend(std::unique_ptr<kernels::ComputeBackend> inner, Gate& gate)
       : inner_(std::move(inner)), gate_(gate) {}

@@ -1,0 +1,67 @@
+// keepsetd on a device of host memory: the real server, the CPU backend under the name of a device,
+// so that it takes the "device memory" of tests/fakes/fake_libcuda.cc. For tests of the life of
+// memory between processes.
+//
+//   host_device_server ... --listen ADDRESS ...      other words are ignored; ends with SIGTERM
+#include <signal.h>
+
+#include <cstdlib>
+#include <iostream>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "base/clock.h"
+#include "base/log.h"
+#include "kernels/backend_registry.h"
+#include "service/server.h"
+#include "service/server_config/server_config.h"
+#include "tests/fakes/device_exporter.h"
+#include "tests/fakes/gated_backend.h"
+
+namespace keepset::gpu {
+namespace {
+
+class HostDevice : public fakes::GatedBackend {
+ public:
+  using GatedBackend::GatedBackend;
+  std::string name() const override { return "cuda/host"; }
+  kernels::DeviceInfo Device() const override { return {fakes::kFakeDeviceUuid, "host", "0.0"}; }
+};
+
+int Main(const std::string& address) {
+  sigset_t signals;
+  sigemptyset(&signals);
+  sigaddset(&signals, SIGTERM);
+  pthread_sigmask(SIG_BLOCK, &signals, nullptr);
+  auto config = service::ParseServerConfig("metrics_listen: \"off\"", "test");
+  auto backend = kernels::NewBackend("cpu", {.num_threads = 1});
+  if (!config.ok() || !backend.ok()) return EXIT_FAILURE;
+  config->add_listen(address);
+  if (!service::ResolveServerConfig(*config).ok()) return EXIT_FAILURE;
+  Logger log(&std::cerr, LogFormat::kText, SystemClock());
+  fakes::Gate gate;
+  auto server = service::Server::Start(
+      *config, {.clock = SystemClock(),
+                .log = log,
+                .random_seed = 1,
+                .backend = std::make_unique<HostDevice>(*std::move(backend), gate),
+                .on_device_fault = [] {}});
+  if (!server.ok()) {
+    std::cerr << server.status() << "\n";
+    return EXIT_FAILURE;
+  }
+  int signal = 0;
+  sigwait(&signals, &signal);
+  return EXIT_SUCCESS;
+}
+
+}  // namespace
+}  // namespace keepset::gpu
+
+int main(int argc, char** argv) {
+  for (int i = 1; i + 1 < argc; ++i) {
+    if (std::string(argv[i]) == "--listen") return keepset::gpu::Main(argv[i + 1]);
+  }
+  return EXIT_FAILURE;
+}
