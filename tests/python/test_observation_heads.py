@@ -3,6 +3,7 @@
 import json
 import re
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -184,6 +185,32 @@ def test_the_risk_curve_never_falls():
     curve = heads.risk_curve([(0.1, False), (0.2, True), (0.3, False), (0.4, True), (0.5, True)])
     assert [rate for _, rate in curve] == sorted(rate for _, rate in curve)
     assert curve[0] == [0.1, 0.0] and curve[-1][1] == 1.0
+
+
+def test_the_curve_is_learned_under_the_gate(engine, small, tmp_path):
+    table = heads.heads_table(small.fingerprint, "gated", [(1, 2, LAST_ROW, 1.0)])
+    mixture = heads.Mixture(("number", "summary"), (LENGTH,), range(0), range(2))
+    said = []
+    points = heads._risk_points(engine, small, mixture, 64, table, tmp_path / "risk.json", said.append)
+    # A summary has no answer to lose.
+    assert {one["task"] for one in points} == {"number"} and len(said) == 1
+    loose = [one for one in points if one["allowed"] >= 0.5]
+    assert loose and all(one["outside_mass"] <= one["allowed"] for one in loose)
+    assert heads._risk_points(engine, small, mixture, 64, table, tmp_path / "risk.json",
+                              said.append) == points
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--model", "small", "--tasks", "nonsense"], "--tasks nonsense, want some of number"),
+    (["--model", "large"], "--model large, want small, constructed or hf:DIRECTORY"),
+])
+def test_the_command_refuses_what_it_does_not_know(build, tmp_path, monkeypatch, capsys, arguments,
+                                                   message):
+    monkeypatch.setattr(sys, "argv", ["observation_heads", *arguments, "--build", str(build.root),
+                                      "--out", str(tmp_path), "--table", str(tmp_path / "t")])
+    assert heads.main() == 3
+    assert message in capsys.readouterr().err
 
 
 def test_the_reply_predicts_what_the_curve_says(engine, small):
