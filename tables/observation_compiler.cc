@@ -117,6 +117,7 @@ absl::StatusOr<std::vector<ObservationRecord>> ReadRecords(const std::vector<std
 std::vector<FitPrompt> Prepare(const std::vector<ObservationRecord>& records, int64_t pool_kernel,
                                ObservationNormalization normalization) {
   std::vector<FitPrompt> prompts;
+  prompts.reserve(records.size());
   for (const ObservationRecord& record : records) {
     prompts.push_back(PreparePrompt(record, pool_kernel, normalization));
   }
@@ -133,6 +134,7 @@ std::vector<int64_t> Everyone(size_t count) {
 std::vector<int64_t> FoldOf(const std::vector<ObservationRecord>& records, int64_t folds) {
   std::map<std::pair<std::string, int64_t>, int64_t> seen;
   std::vector<int64_t> fold;
+  fold.reserve(records.size());
   for (const ObservationRecord& record : records) {
     fold.push_back(seen[{record.task, LengthClass(record.seq_len)}]++ % folds);
   }
