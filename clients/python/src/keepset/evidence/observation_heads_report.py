@@ -88,7 +88,7 @@ def _short(parts: Sequence[tuple[str, dict]]) -> Iterator[str]:
     yield "## In short"
     yield ""
     yield ("A cell is a task at a budget, over all lengths. The compiled table stands against the best "
-           "other method of that cell, picked in hindsight, and against three fixed ones; better and "
+           "other method of that cell, picked in hindsight, and against some fixed ones; better and "
            "worse are cells whose paired 95 % interval excludes 0. Tasks that the full cache seldom "
            "answers and summaries are compared by KL divergence from the full cache, the others by exact "
            "answers.")
