@@ -163,6 +163,14 @@ TEST_F(CompileHeads, OneRecordIsRefused) {
   EXPECT_THAT(run.err, HasSubstr("records: 1, want at least 2"));
 }
 
+TEST_F(CompileHeads, FlagsOutOfRangeAreRefused) {
+  for (const char* flag : {"--threads=-1", "--default-budget=0", "--created=0"}) {
+    const CliRun run = Compile({"--budget", "4", flag});
+    EXPECT_EQ(run.exit_code, 3) << flag;
+    EXPECT_THAT(run.err, HasSubstr(flag));
+  }
+}
+
 TEST_F(CompileHeads, ABudgetIsAnInteger) { EXPECT_EQ(Compile({"--budget", "many"}).exit_code, 2); }
 
 TEST_F(TablesCompile, AnUnknownKindIsNamed) {
