@@ -66,7 +66,7 @@ test-deploy: configure
 # A directory for another machine with an NVIDIA driver: docs/gpu.md. Needs nvcc here, no device.
 gpu-bundle: setup
 	cmake --preset release -DKEEPSET_CUDA=ON >/dev/null
-	ninja -C $(BUILD) cuda_device_test gpu_bench keepsetd keepset
+	ninja -C $(BUILD) cuda_device_test gpu_bench gpu_ipc_test keepsetd keepset
 	tools/gpu-bundle $(BUILD) out/gpu-bundle
 # The same for observation_heads tables alone; raw outcomes stay in the build folder, an interrupted run goes
 # on there. `--hf-model DIRECTORY` of the same command measures a Hugging Face model (docs/observation-heads.md).

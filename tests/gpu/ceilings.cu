@@ -116,25 +116,43 @@ using GemmEx = cublasStatus_t(cublasHandle_t, cublasOperation_t, cublasOperation
                               cudaDataType, int, const void*, void*, cudaDataType, int,
                               cublasComputeType_t, cublasGemmAlgo_t);
 
+using BatchedGemmEx = cublasStatus_t(cublasHandle_t, cublasOperation_t, cublasOperation_t, int, int,
+                                     int, const void*, const void*, cudaDataType, int, long long,
+                                     const void*, cudaDataType, int, long long, const void*, void*,
+                                     cudaDataType, int, long long, int, cublasComputeType_t,
+                                     cublasGemmAlgo_t);
+
 // cuBLAS is no part of the bundle: half a gigabyte that many machines have anyway.
-std::string MeasureGemm(Ceilings* ceilings) {
+struct Cublas {
+  GemmEx* gemm = nullptr;
+  BatchedGemmEx* batched_gemm = nullptr;
+  cublasHandle_t handle = nullptr;
+};
+
+// Empty, or why there is none.
+std::string OpenCublas(Cublas* cublas) {
   void* library = nullptr;
   for (const char* name : {"libcublas.so.13", "libcublas.so.12", "libcublas.so"}) {
     library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
     if (library != nullptr) break;
   }
-  if (library == nullptr) {
-    ceilings->gemm_note = "no libcublas found";
-    return {};
-  }
+  if (library == nullptr) return "no libcublas found";
   const auto create =
       reinterpret_cast<decltype(&cublasCreate_v2)>(dlsym(library, "cublasCreate_v2"));
-  const auto gemm = reinterpret_cast<GemmEx*>(dlsym(library, "cublasGemmEx"));
-  cublasHandle_t handle = nullptr;
-  if (create == nullptr || gemm == nullptr || create(&handle) != CUBLAS_STATUS_SUCCESS) {
-    ceilings->gemm_note = "libcublas refuses this device";
-    return {};
+  cublas->gemm = reinterpret_cast<GemmEx*>(dlsym(library, "cublasGemmEx"));
+  cublas->batched_gemm =
+      reinterpret_cast<BatchedGemmEx*>(dlsym(library, "cublasGemmStridedBatchedEx"));
+  if (create == nullptr || cublas->gemm == nullptr || cublas->batched_gemm == nullptr ||
+      create(&cublas->handle) != CUBLAS_STATUS_SUCCESS) {
+    return "libcublas refuses this device";
   }
+  return {};
+}
+
+std::string MeasureGemm(Ceilings* ceilings) {
+  Cublas cublas;
+  ceilings->gemm_note = OpenCublas(&cublas);
+  if (!ceilings->gemm_note.empty()) return {};
   constexpr int64_t kSize = 8192;
   constexpr size_t kBytes = kSize * kSize * sizeof(uint16_t);
   uint16_t* matrices[3] = {};
@@ -148,10 +166,11 @@ std::string MeasureGemm(Ceilings* ceilings) {
   double milliseconds = 0.0;
   std::string error = BestMilliseconds(
       [&] {
-        is_done = is_done && gemm(handle, CUBLAS_OP_T, CUBLAS_OP_N, kSize, kSize, kSize, &alpha,
-                                  matrices[0], CUDA_R_16BF, kSize, matrices[1], CUDA_R_16BF, kSize,
-                                  &beta, matrices[2], CUDA_R_16BF, kSize, CUBLAS_COMPUTE_32F,
-                                  CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_SUCCESS;
+        is_done = is_done &&
+                  cublas.gemm(cublas.handle, CUBLAS_OP_T, CUBLAS_OP_N, kSize, kSize, kSize, &alpha,
+                              matrices[0], CUDA_R_16BF, kSize, matrices[1], CUDA_R_16BF, kSize,
+                              &beta, matrices[2], CUDA_R_16BF, kSize, CUBLAS_COMPUTE_32F,
+                              CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_SUCCESS;
       },
       &milliseconds);
   for (uint16_t* matrix : matrices) KEEPSET_TRY(cudaFree(matrix));
@@ -171,6 +190,42 @@ std::string MeasureLaunch(double* microseconds) {
 }
 
 }  // namespace
+
+std::string MeasureLogitsByGemm(const LogitsShape& shape, double* milliseconds, std::string* note) {
+  Cublas cublas;
+  *note = OpenCublas(&cublas);
+  if (!note->empty()) return {};
+  const int64_t k_values = shape.num_kv_heads * shape.seq_len * shape.head_dim;
+  const int64_t q_values = shape.num_kv_heads * shape.rows * shape.head_dim;
+  const int64_t logits = shape.num_kv_heads * shape.rows * shape.seq_len;
+  uint16_t* memory = nullptr;
+  KEEPSET_TRY(cudaMalloc(&memory, static_cast<size_t>(k_values + q_values + logits) * 2));
+  FillKernel<<<1024, 256>>>(memory, k_values + q_values);
+  uint16_t* const q = memory + k_values;
+  uint16_t* const out = q + q_values;
+  const auto rows = static_cast<int>(shape.rows);
+  const auto tokens = static_cast<int>(shape.seq_len);
+  const auto dim = static_cast<int>(shape.head_dim);
+  const float alpha = 1.0f;
+  const float beta = 0.0f;
+  bool is_done = true;
+  const std::string error = BestMilliseconds(
+      [&] {
+        for (int64_t layer = 0; layer < shape.num_layers; ++layer) {
+          is_done = is_done &&
+                    cublas.batched_gemm(cublas.handle, CUBLAS_OP_T, CUBLAS_OP_N, tokens, rows, dim,
+                                        &alpha, memory, CUDA_R_16BF, dim, int64_t{tokens} * dim, q,
+                                        CUDA_R_16BF, dim, int64_t{rows} * dim, &beta, out,
+                                        CUDA_R_16BF, tokens, int64_t{tokens} * rows,
+                                        static_cast<int>(shape.num_kv_heads), CUBLAS_COMPUTE_32F,
+                                        CUBLAS_GEMM_DEFAULT) == CUBLAS_STATUS_SUCCESS;
+        }
+      },
+      milliseconds);
+  KEEPSET_TRY(cudaFree(memory));
+  if (!is_done) *note = "cublasGemmStridedBatchedEx failed";
+  return error;
+}
 
 std::string MeasureCeilings(Ceilings* ceilings) {
   for (const std::string& error :

@@ -3,6 +3,7 @@
 #ifndef KEEPSET_TESTS_GPU_CEILINGS_H_
 #define KEEPSET_TESTS_GPU_CEILINGS_H_
 
+#include <cstdint>
 #include <string>
 
 namespace keepset::gpu {
@@ -17,6 +18,18 @@ struct Ceilings {
 
 // Error text when a CUDA call failed, else empty.
 std::string MeasureCeilings(Ceilings* ceilings);
+
+// The products alone of window scores, by cuBLAS: bf16 logits of every layer written out, softmax
+// and reduction left away. What a path through a library would cost at least.
+struct LogitsShape {
+  int64_t num_layers = 0;
+  int64_t num_kv_heads = 0;
+  int64_t rows = 0;  // that share a KV head
+  int64_t seq_len = 0;
+  int64_t head_dim = 0;
+};
+// note: why there is no time. Error text when a CUDA call failed, else empty.
+std::string MeasureLogitsByGemm(const LogitsShape& shape, double* milliseconds, std::string* note);
 
 }  // namespace keepset::gpu
 

@@ -2,6 +2,7 @@
 //
 //   gpu_bench --probe       the device as one JSON line
 //   gpu_bench [--quick]     ceilings, then kernels against their floors
+//   gpu_bench service ...   keepsetd beside it: service_bench.cc
 //
 // Exit codes: 0 done, 3 no device (stderr says why), 1 a call failed. Times are wall-clock around
 // work that is queued and waited for, the median of several runs after a warm-up; prompts have the
@@ -10,6 +11,7 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
@@ -23,11 +25,13 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "absl/strings/string_view.h"
 #include "absl/types/span.h"
 #include "kernels/backend_registry.h"
 #include "kernels/compute_backend.h"
 #include "nlohmann/json.hpp"
 #include "tests/gpu/ceilings.h"
+#include "tests/gpu/service_bench.h"
 
 namespace keepset::gpu {
 namespace {
@@ -114,8 +118,8 @@ class Bench {
   enum class Pages { kContiguous, kPaged };
 
   // All layers of one prompt, queued, then one wait.
-  void WindowScores(int64_t seq_len, Lse lse, Pages pages) {
-    const int64_t layer_bytes = seq_len * kKvHeads * kHeadDim * kElement;
+  void WindowScores(int64_t seq_len, Lse lse, Pages pages, int64_t head_dim) {
+    const int64_t layer_bytes = seq_len * kKvHeads * head_dim * kElement;
     size_t free_bytes = 0;
     size_t all_bytes = 0;
     cudaMemGetInfo(&free_bytes, &all_bytes);
@@ -123,7 +127,7 @@ class Bench {
         static_cast<int64_t>(free_bytes) * 8 / 10 / (2 * layer_bytes), 1, kLayers);
     const DeviceMemory k(distinct * layer_bytes);
     const DeviceMemory v(distinct * layer_bytes);
-    const DeviceMemory q(kQoHeads * kRows * kHeadDim * kElement);
+    const DeviceMemory q(kQoHeads * kRows * head_dim * kElement);
     const DeviceMemory given(kQoHeads * kRows * 4);
     if (k.data() == nullptr || v.data() == nullptr || q.data() == nullptr) {
       Report({{"bench", "window_scores"}, {"seq_len", seq_len}, {"skipped", "device memory"}});
@@ -131,7 +135,7 @@ class Bench {
     }
     FillRandom(k.data(), distinct * layer_bytes, 1);
     FillRandom(v.data(), distinct * layer_bytes, 2);
-    FillRandom(q.data(), kQoHeads * kRows * kHeadDim * kElement, 3);
+    FillRandom(q.data(), kQoHeads * kRows * head_dim * kElement, 3);
     const std::vector<float> lse_values(kQoHeads * kRows, 12.0f);
     cudaMemcpy(given.data(), lse_values.data(), lse_values.size() * 4, cudaMemcpyHostToDevice);
     std::vector<int32_t> table(static_cast<size_t>(seq_len / kPage));
@@ -151,9 +155,9 @@ class Bench {
       kv.dtype = DType::kBF16;
       kv.num_kv_heads = kKvHeads;
       kv.seq_len = seq_len;
-      kv.head_dim = kHeadDim;
-      kv.head_stride = kHeadDim;
-      kv.token_stride = kKvHeads * kHeadDim;
+      kv.head_dim = head_dim;
+      kv.head_stride = head_dim;
+      kv.token_stride = kKvHeads * head_dim;
       if (pages == Pages::kPaged) {
         kv.block_size = kPage;
         kv.block_stride = kPage * kv.token_stride;
@@ -165,13 +169,13 @@ class Bench {
       for (int64_t layer = 0; layer < kLayers; ++layer) {
         kernels::WindowArgs args;
         args.q.data = q.data();
-        args.q.size_bytes = kQoHeads * kRows * kHeadDim * kElement;
+        args.q.size_bytes = kQoHeads * kRows * head_dim * kElement;
         args.q.dtype = DType::kBF16;
         args.q.num_qo_heads = kQoHeads;
         args.q.num_rows = kRows;
-        args.q.head_dim = kHeadDim;
-        args.q.head_stride = kRows * kHeadDim;
-        args.q.row_stride = kHeadDim;
+        args.q.head_dim = head_dim;
+        args.q.head_stride = kRows * head_dim;
+        args.q.row_stride = head_dim;
         args.k = view(k, layer);
         args.v = view(v, layer);
         args.value_norms = norms->get();
@@ -183,7 +187,7 @@ class Bench {
           args.window_lse.num_rows = kRows;
           args.window_lse.head_stride = kRows;
         }
-        args.softmax_scale = 0.08838834764831845f;
+        args.softmax_scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
         args.what = "bench";
         Require(backend_->WindowColumns(*context_, args, **columns));
       }
@@ -194,11 +198,12 @@ class Bench {
     const double bytes_ms = 2.0 * kLayers * layer_bytes / (ceilings_.copy_gb_per_s * 1e6);
     const double exp_ms = passes * logits / (ceilings_.exp2_per_ns * 1e6);
     const double gemm_ms = ceilings_.gemm_tflops > 0.0
-                               ? passes * 2.0 * logits * kHeadDim / (ceilings_.gemm_tflops * 1e9)
+                               ? passes * 2.0 * logits * head_dim / (ceilings_.gemm_tflops * 1e9)
                                : 0.0;
     const double floor_ms = std::max({bytes_ms, exp_ms, gemm_ms});
     Report({{"bench", "window_scores"},
             {"seq_len", seq_len},
+            {"head_dim", head_dim},
             {"window_lse", lse == Lse::kGiven},
             {"paged", pages == Pages::kPaged},
             {"layers", kLayers},
@@ -210,6 +215,23 @@ class Bench {
                                               : "gemm"},
             {"floor_has_gemm", ceilings_.gemm_tflops > 0.0},
             {"ratio", milliseconds / floor_ms}});
+  }
+
+  // cuBLAS as a peer, on every head dimension.
+  static void Logits(int64_t seq_len, int64_t head_dim) {
+    double milliseconds = 0.0;
+    std::string note;
+    const std::string error = MeasureLogitsByGemm(
+        {kLayers, kKvHeads, kQoHeads / kKvHeads * kRows, seq_len, head_dim}, &milliseconds, &note);
+    if (!error.empty()) Require(absl::InternalError(error));
+    nlohmann::ordered_json line = {
+        {"bench", "cublas_logits"}, {"seq_len", seq_len}, {"head_dim", head_dim}};
+    if (note.empty()) {
+      line["ms"] = milliseconds;
+    } else {
+      line["skipped"] = note;
+    }
+    Report(line);
   }
 
   void Select(int64_t rows, int64_t length, int64_t budget) {
@@ -295,6 +317,9 @@ int Main(absl::Span<const char* const> arguments) {
     return std::any_of(arguments.begin(), arguments.end(),
                        [&](const char* argument) { return argument == flag; });
   };
+  if (!arguments.empty() && absl::string_view(arguments.front()) == "service") {
+    return RunServiceBench(arguments.subspan(1));
+  }
   auto backend = kernels::NewBackend("cuda", {});
   if (!backend.ok()) {
     std::fprintf(stderr, "%s\n", std::string(backend.status().message()).c_str());
@@ -324,8 +349,15 @@ int Main(absl::Span<const char* const> arguments) {
     if (is_quick && seq_len > 4096) continue;
     for (const auto lse : {Bench::Lse::kComputed, Bench::Lse::kGiven}) {
       for (const auto pages : {Bench::Pages::kContiguous, Bench::Pages::kPaged}) {
-        bench.WindowScores(seq_len, lse, pages);
+        bench.WindowScores(seq_len, lse, pages, kHeadDim);
       }
+    }
+  }
+  for (const int64_t seq_len : {4096, 32768}) {
+    if (is_quick && seq_len > 4096) continue;
+    for (const int64_t head_dim : {80, 96, 128, 192, 256}) {
+      bench.WindowScores(seq_len, Bench::Lse::kComputed, Bench::Pages::kContiguous, head_dim);
+      bench.Logits(seq_len, head_dim);
     }
   }
   bench.Select(32, 32768, 512);

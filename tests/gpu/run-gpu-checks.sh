@@ -36,8 +36,24 @@ device=$(run gpu_bench --probe 2>"$out/probe.log")
 probe=$?
 if [ $probe -ne 0 ]; then
   reason=$(tail -n 1 "$out/probe.log")
-  printf '{"built_from": %s, "device": null, "reason": %s}\n' "$(quoted "$built_from")" \
-    "$(quoted "$reason")" >"$report"
+  # The other programs must say the same, so that a bundle that cannot start is not taken for a host
+  # without a device.
+  programs=()
+  for program in cuda_device_test gpu_ipc_test 'gpu_bench service'; do
+    log=$out/${program%% *}.log
+    run $program >"$log" 2>&1
+    code=$?
+    if grep -q 'no device' "$log"; then
+      programs+=("\"$program\": \"no device\"")
+    else
+      programs+=("\"$program\": \"did not run, exit $code\"")
+      reason="$reason; $program did not run"
+    fi
+  done
+  printf '{"built_from": %s, "device": null, "reason": %s, "programs": {%s}, ' \
+    "$(quoted "$built_from")" "$(quoted "$reason")" "$(IFS=,; echo "${programs[*]}")" >"$report"
+  printf '"tests": "not yet measured", "ipc": "not yet measured", "sanitizer": "not yet measured", ' >>"$report"
+  printf '"bench": "not yet measured", "service": "not yet measured", "peers": "not yet measured"}\n' >>"$report"
   echo "not measured: $reason" | tee "$out/gpu-report.txt"
   exit 3
 fi
@@ -71,10 +87,24 @@ if command -v compute-sanitizer >/dev/null; then
   sanitizer="{$(IFS=,; echo "${results[*]}")}"
 fi
 
+echo "== two processes and keepsetd"
+KEEPSET_LAUNCHER="${launch[*]:-}" KEEPSET_IPC_TEST=$here/bin/gpu_ipc_test \
+  KEEPSET_KEEPSETD=$here/bin/keepsetd run gpu_ipc_test >"$out/ipc.log" 2>&1
+ipc=$?
+tail -n 3 "$out/ipc.log"
+[ $ipc -eq 0 ] || failed=1
+
 echo "== benchmark"
 run gpu_bench $quick >"$out/bench.jsonl" 2>"$out/bench.log"
 bench=$?
 [ $bench -eq 0 ] || failed=1
+
+echo "== service and interference"
+KEEPSET_LAUNCHER="${launch[*]:-}" run gpu_bench service --keepsetd "$here/bin/keepsetd" $quick \
+  >"$out/service.jsonl" 2>"$out/service.log"
+service=$?
+cat "$out/service.log"
+[ $service -eq 0 ] || failed=1
 
 echo "== peers"
 python3 "$here/peers.py" $quick >"$out/peers.jsonl" 2>"$out/peers.log"
@@ -85,14 +115,15 @@ driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null
   printf '{"built_from": %s, "device": %s, "driver": %s, "kernel": %s, "date": %s, ' \
     "$(quoted "$built_from")" "$device" "$(quoted "$driver")" "$(quoted "$(uname -r)")" \
     "$(quoted "$(date -u +%Y-%m-%dT%H:%M:%SZ)")"
-  printf '"tests_exit": %d, "sanitizer": %s, "bench_exit": %d, "bench": [%s], ' \
-    "$tests" "$sanitizer" "$bench" "$(json_lines "$out/bench.jsonl")"
+  printf '"tests_exit": %d, "ipc_exit": %d, "sanitizer": %s, "bench_exit": %d, "bench": [%s], ' \
+    "$tests" "$ipc" "$sanitizer" "$bench" "$(json_lines "$out/bench.jsonl")"
+  printf '"service_exit": %d, "service": [%s], ' "$service" "$(json_lines "$out/service.jsonl")"
   printf '"peers_exit": %d, "peers": [%s]}\n' "$peers" "$(json_lines "$out/peers.jsonl")"
 } >"$report"
 {
   echo "built from $built_from"
-  echo "tests: exit $tests; compute-sanitizer: $sanitizer"
-  cat "$out/bench.log"
+  echo "tests: exit $tests; two processes: exit $ipc; compute-sanitizer: $sanitizer"
+  cat "$out/bench.log" "$out/service.log"
   echo "peers (exit $peers):"
   cat "$out/peers.jsonl"
 } | tee "$out/gpu-report.txt"
