@@ -116,7 +116,7 @@ def check_confinement(objects: list[Object]) -> None:
                 assert context["runAsNonRoot"] is True and context["runAsUser"] == 65532
                 assert "add" not in context["capabilities"]
             else:
-                # Hands the node's socket folder to keepsetd's user, once.
+                # Hands the node's folders to keepsetd's user, once.
                 assert container["command"][0] == "chown"
                 assert context["capabilities"]["add"] == ["CHOWN"]
 
@@ -136,6 +136,11 @@ def check_probes(objects: list[Object]) -> None:
         assert "/run/keepset" in mounts and "readOnly" not in mounts["/run/keepset"]
         assert 'listen: "unix:/run/keepset/keepset.sock"' in config
         assert ("/var/lib/keepset/tables" in mounts) == ("tables_directory:" in config)
+        assert ("/var/lib/keepset/state" in mounts) == ("state_directory:" in config)
+        assert "readOnly" not in mounts.get("/var/lib/keepset/state", {})
+        # Writes and a fleet's decisions are worth keeping.
+        assert "state_directory:" in config or "table_writes: true" not in config
+        assert ("/etc/keepset-etcd" in mounts) == ("/etc/keepset-etcd/" in config)
 
 
 def config_of(objects: list[Object], spec: Object) -> str:
@@ -172,6 +177,8 @@ def check_configuration(config: str, arguments: list[str], folder: pathlib.Path)
     command = [str(BUILD / "service" / "keepsetd"), "--config", str(path), *arguments[2:]]
     command += [f"--listen=unix:{folder}/k.sock", "--metrics-listen=127.0.0.1:0", "--health-listen=127.0.0.1:0"]
     command += [f"--tables={folder}/tables"]
+    if "state_directory:" in config:
+        command += [f"--state={folder}/state"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         line = next((line for line in process.stderr if "ready" in line), "never ready")

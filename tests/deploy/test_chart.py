@@ -21,6 +21,10 @@ REFUSED = {
     "two sources of tables": {"tables": {"configMap": "a", "persistentVolumeClaim": "b"}},
     "an address of the chart": {"config": 'metrics_listen: "off"'},
     "an address in a later line": {"config": 'socket_mode: 0660\n  listen: "0.0.0.0:1"'},
+    "what the chart says of writes": {"config": "table_writes: true"},
+    "an etcd beside the chart's": {"config": 'etcd { endpoints: "e:2379" }'},
+    "an endpoint without a port": {"registry": {"etcd": {"endpoints": ["https://etcd"]}}},
+    "an endpoint that ends its string": {"registry": {"etcd": {"endpoints": ['e" x: "y:1']}}},
     "a relative socket folder": {"daemonset": {"socketDirectory": "run/keepset"}},
     "an end before the drain": {"terminationGracePeriodSeconds": 10},
     "a tag that is a number": {"image": {"tag": 1}},
@@ -57,6 +61,9 @@ def test_versions_are_the_programs() -> None:
         {"tables": {"configMap": "t"}},
         {"tables": {"persistentVolumeClaim": "t"}},
         {"config": "num_threads: 4\nlimits { queue_capacity: 8 }\n"},
+        {"registry": {"state": False}},
+        {"registry": {"tableWrites": True, "etcd": {"endpoints": ["e-0.invalid:2379", "e-1.invalid:2380"]}}},
+        {"registry": {"etcd": {"endpoints": ["https://e.invalid:2379"], "prefix": "/k", "secret": "s"}}},
         {
             "podMonitor": {"enabled": True, "labels": {"release": "prometheus"}},
             "imagePullSecrets": [{"name": "s"}],
@@ -67,7 +74,7 @@ def test_versions_are_the_programs() -> None:
             },
         },
     ],
-    ids=["defaults", "configmap", "claim", "config", "everything"],
+    ids=["defaults", "configmap", "claim", "config", "stateless", "fleet", "fleet-tls", "everything"],
 )
 def test_daemonset_holds_together(values: Object, tmp_path: pathlib.Path) -> None:
     objects = template(CHART, values, tmp_path)
@@ -89,6 +96,23 @@ def test_no_reader_of_metrics_means_no_ingress(tmp_path: pathlib.Path) -> None:
     (policy,) = manifests.of_kind(objects, "NetworkPolicy")
     assert policy["spec"]["policyTypes"] == ["Ingress", "Egress"]
     assert "ingress" not in policy["spec"]
+
+
+def test_policy_lets_out_to_the_ports_of_etcd_and_to_names(tmp_path: pathlib.Path) -> None:
+    etcd = {"endpoints": ["e-0:2379", "https://e-1:2380"]}
+    objects = template(CHART, {"registry": {"etcd": etcd}}, tmp_path)
+    (policy,) = manifests.of_kind(objects, "NetworkPolicy")
+    to_etcd, to_names = policy["spec"]["egress"]
+    assert [port["port"] for port in to_etcd["ports"]] == [2379, 2380]
+    assert {port["port"] for port in to_names["ports"]} == {53}
+
+
+def test_state_lies_on_the_node_and_belongs_to_keepsetd(tmp_path: pathlib.Path) -> None:
+    (item,) = manifests.of_kind(template(CHART, {}, tmp_path), "DaemonSet")
+    spec = item["spec"]["template"]["spec"]
+    (state,) = (volume for volume in spec["volumes"] if volume["name"] == "keepset-state")
+    assert state["hostPath"]["path"] == "/var/lib/keepset/state"
+    assert "/var/lib/keepset/state" in spec["initContainers"][0]["command"]
 
 
 def test_lends_its_sidecar_to_another_chart(tmp_path: pathlib.Path) -> None:

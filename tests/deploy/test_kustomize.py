@@ -81,15 +81,38 @@ def test_mps_serves_one_user() -> None:
     assert users == {65532}
 
 
+@pytest.mark.parametrize("overlay", ["daemonset", "sidecar"])
+def test_fleet_component_brings_etcd_and_its_secret(overlay: str, tmp_path: pathlib.Path) -> None:
+    objects = render_with(overlay, "fleet", tmp_path)
+    manifests.check_all(objects, 1, tmp_path)
+    spec = worker(objects)
+    assert "etcd {" in manifests.config_of(objects, spec)
+    (secret,) = (volume["secret"] for volume in spec["volumes"] if "secret" in volume)
+    assert secret["secretName"] == "keepset-etcd"
+    (policy,) = manifests.of_kind(objects, "NetworkPolicy")
+    if "Egress" in policy["spec"]["policyTypes"]:
+        assert {port["port"] for rule in policy["spec"]["egress"] for port in rule["ports"]} == {2379, 53}
+
+
+def test_state_outlives_keepsetd() -> None:
+    for overlay, kind in (("daemonset", "hostPath"), ("sidecar", "emptyDir")):
+        spec = worker(render_overlay(overlay))
+        (state,) = (volume for volume in spec["volumes"] if volume["name"] == "state")
+        assert kind in state
+
+
+def render_with(overlay: str, component: str, tmp_path: pathlib.Path) -> list[Object]:
+    (tmp_path / "kubernetes").symlink_to(KUBERNETES)
+    combined = {
+        "resources": [f"kubernetes/overlays/{overlay}"],
+        "components": [f"kubernetes/components/{component}"],
+    }
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(combined))
+    return render(tmp_path)
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_monitoring_component_finds_the_pods(overlay: str, tmp_path: pathlib.Path) -> None:
-    deploy = tmp_path / "kubernetes"
-    deploy.symlink_to(KUBERNETES)
-    with_monitoring = {
-        "resources": [f"kubernetes/overlays/{overlay}"],
-        "components": ["kubernetes/components/monitoring"],
-    }
-    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(with_monitoring))
-    objects = render(tmp_path)
+    objects = render_with(overlay, "monitoring", tmp_path)
     assert len(manifests.of_kind(objects, "PodMonitor")) == 1
     manifests.check_network(objects, 1)

@@ -30,6 +30,27 @@ health_listen: "0.0.0.0:9465"
 {{- if include "keepset.hasTables" . }}
 tables_directory: "/var/lib/keepset/tables"
 {{- end }}
+{{- if .Values.registry.state }}
+state_directory: "/var/lib/keepset/state"
+{{- end }}
+table_writes: {{ .Values.registry.tableWrites }}
+{{- with .Values.registry.etcd }}
+{{- if .endpoints }}
+etcd {
+  {{- range .endpoints }}
+  endpoints: {{ . | quote }}
+  {{- end }}
+  {{- with .prefix }}
+  prefix: {{ . | quote }}
+  {{- end }}
+  {{- if .secret }}
+  ca_file: "/etc/keepset-etcd/ca.crt"
+  certificate_file: "/etc/keepset-etcd/tls.crt"
+  key_file: "/etc/keepset-etcd/tls.key"
+  {{- end }}
+}
+{{- end }}
+{{- end }}
 {{ .Values.config }}
 {{- end }}
 
@@ -93,6 +114,15 @@ volumeMounts:
     mountPath: /var/lib/keepset/tables
     readOnly: true
   {{- end }}
+  {{- if .Values.registry.state }}
+  - name: keepset-state
+    mountPath: /var/lib/keepset/state
+  {{- end }}
+  {{- if .Values.registry.etcd.secret }}
+  - name: keepset-etcd
+    mountPath: /etc/keepset-etcd
+    readOnly: true
+  {{- end }}
   - name: keepset-run
     mountPath: /run/keepset
 {{- end }}
@@ -117,11 +147,22 @@ restartPolicy: Always
     claimName: {{ .Values.tables.persistentVolumeClaim }}
     readOnly: true
 {{- end }}
+{{- with .Values.registry.etcd.secret }}
+- name: keepset-etcd
+  secret:
+    secretName: {{ . }}
+    defaultMode: 0440
+{{- end }}
 {{- end }}
 
 {{- /* Volumes of a pod with the sidecar; the worker mounts keepset-run at /run/keepset. */}}
 {{- define "keepset.volumes" -}}
 {{ include "keepset.configVolumes" . }}
+{{- if .Values.registry.state }}
+- name: keepset-state
+  emptyDir:
+    sizeLimit: 1Gi
+{{- end }}
 - name: keepset-run
   emptyDir:
     medium: Memory
