@@ -13,6 +13,7 @@
 #include "nlohmann/json.hpp"
 #include "tables/observation_heads_table.h"
 #include "tables/table_file.h"
+#include "tables/table_store.h"
 #include "tests/engine/run_operation.h"
 #include "tests/fakes/table_files.h"
 #include "tests/integration/server_fixture.h"
@@ -184,6 +185,58 @@ TEST(ObservationHeadsCanary, ARequestKeepsItsSide) {
     versions.insert(first.table().version());
   }
   EXPECT_THAT(versions, ElementsAre("1", "2"));
+}
+
+TEST_F(ObservationHeadsServed, ACanaryTakesItsShareByTheHashOfTheRequest) {
+  constexpr int kRequests = 200;
+  constexpr double kPercent = 25;
+  fakes::WriteAndRename(tables_ / "old.safetensors", TableBytes(prompt_.model(), "0", 2.0f));
+  TestServer server(absl::StrCat("table_writes: true tables_directory: \"", tables_.path(), "\""));
+  const auto tables = v1::TableService::NewStub(server.NewChannel());
+  v1::SetCanaryRequest wish;
+  wish.mutable_table()->set_name("heads");
+  wish.mutable_table()->set_version("0");
+  wish.set_percent(kPercent);
+  wish.set_salt("salt");
+  v1::TableWriteResponse written;
+  const grpc::Status set = tables->SetCanary(NewContext().get(), wish, &written);
+  ASSERT_TRUE(set.ok()) << set.error_message();
+
+  const auto answered_by = [&](const std::string& id) {
+    v1::CompressRequest request = WireRequest(prompt_, "observation_heads", kBudget);
+    request.mutable_spec()->set_request_id(id);
+    v1::OperationResult result;
+    EXPECT_TRUE(Compress(server, request, &result).ok());
+    return result.table().version();
+  };
+  int on_canary = 0;
+  for (int i = 0; i < kRequests; ++i) {
+    const std::string id = absl::StrCat("request-", i);
+    const bool is_canary = tables::CanaryBucket("salt", id) < 100 * kPercent;
+    EXPECT_EQ(answered_by(id), is_canary ? "0" : "1") << id;
+    on_canary += is_canary ? 1 : 0;
+  }
+  EXPECT_GT(on_canary, 0);
+  EXPECT_LT(on_canary, kRequests);
+  EXPECT_EQ(answered_by(""), "1");
+}
+
+TEST_F(ObservationHeadsServed, ACanaryAnswersWhatARequestNeedsOnItsSide) {
+  fakes::WriteAndRename(tables_ / "old.safetensors", TableBytes(prompt_.model(), "0", 2.0f));
+  TestServer server(absl::StrCat("table_writes: true tables_directory: \"", tables_.path(), "\""));
+  const auto tables = v1::TableService::NewStub(server.NewChannel());
+  v1::SetCanaryRequest wish;
+  wish.mutable_table()->set_name("heads");
+  wish.mutable_table()->set_version("0");
+  wish.set_percent(100);
+  v1::TableWriteResponse written;
+  ASSERT_TRUE(tables->SetCanary(NewContext().get(), wish, &written).ok());
+  v1::GetRequirementsRequest request;
+  *request.mutable_spec() = WireSpec(prompt_, "observation_heads", kBudget);
+  request.mutable_spec()->set_request_id("request");
+  v1::GetRequirementsResponse needs;
+  ASSERT_TRUE(server.compression()->GetRequirements(NewContext().get(), request, &needs).ok());
+  EXPECT_EQ(needs.table().version(), "0");
 }
 
 TEST_F(ObservationHeadsServed, AnotherModelsTableDoesNotFit) {
