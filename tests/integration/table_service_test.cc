@@ -125,9 +125,9 @@ TEST_F(TableServiceTest, LoadsActivatesAndServesAnUpload) {
   EXPECT_EQ(used.version(), "1");
   EXPECT_EQ(used.selection(), v1::TABLE_SELECTION_ACTIVE);
   EXPECT_EQ(used.digest(), loaded.version().digest());
-  EXPECT_TRUE(server_.log().AwaitLine({"table_write", "method=Activate", "actor=tester",
-                                       "result=OK", absl::StrCat("revision=", activated.revision()),
-                                       loaded.version().digest()}));
+  EXPECT_TRUE(server_.log().AwaitLine(
+      {"table_write", "method=Activate", "peer=unix:", "actor=tester", "result=OK",
+       absl::StrCat("revision=", activated.revision()), loaded.version().digest()}));
 }
 
 TEST_F(TableServiceTest, ListGroupsVersionsByLine) {

@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "clients/cpp/client.h"
+#include "clients/cpp/table_client.h"
 #include "tests/fakes/certificates.h"
 #include "tests/integration/server_fixture.h"
 
@@ -86,6 +87,20 @@ TEST_F(TlsTest, ClientCertificateIsAccepted) {
   options.tls->key_file = authority_.Path("worker.test.key");
   const auto client = client::Client::Connect(options);
   EXPECT_TRUE(client.ok()) << client.status();
+}
+
+TEST_F(TlsTest, AuditLineNamesTheCertificateAndThePeer) {
+  TestServer server(absl::StrCat(ServerConfig(authority_.Path("ca.pem")), " table_writes: true"));
+  client::ClientOptions options = Options(server);
+  options.tls->certificate_file = authority_.Path("worker.test.pem");
+  options.tls->key_file = authority_.Path("worker.test.key");
+  const auto tables = client::TableClient::New(options);
+  ASSERT_TRUE(tables.ok()) << tables.status();
+  // Whoever the client says it is, the certificate is beside it.
+  EXPECT_FALSE((*tables)->Rollback("nothing", {.actor = "somebody"}).ok());
+  EXPECT_TRUE(server.log().AwaitLine({"table_write", "method=Rollback",
+                                      "peer=ipv4:127.0.0.1:", "tls_subject=worker.test",
+                                      "actor=somebody", "result=NOT_FOUND"}));
 }
 
 TEST_F(TlsTest, CertificateWithoutItsKeyIsAnError) {
