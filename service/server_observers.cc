@@ -99,14 +99,18 @@ void ServerTableObserver::OnChanged(const RegistryView* before, const RegistryVi
   }
   bool lines_changed = before == nullptr || before->lines.size() != after.lines.size();
   for (const auto& [name, line] : after.lines) {
-    if (line->revision != after.revision) continue;
+    if (before != nullptr) {
+      const auto old = before->lines.find(name);
+      if (old != before->lines.end() && old->second == line) continue;
+    }
     lines_changed = true;
     LogActivation(before, *line);
   }
   if (before != nullptr) {
     for (const auto& [name, line] : before->lines) {
       if (after.lines.contains(name) || !line->assignment.active.has_value()) continue;
-      log_.Info("table_inactive", {{"name", name}, {"revision", absl::StrCat(after.revision)}});
+      log_.Info("table_inactive",
+                {{"name", name}, {"revision", absl::StrCat(ShownRevision(after))}});
     }
   }
   metrics_.SetTables(samples, clock_.Now());

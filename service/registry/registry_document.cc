@@ -174,6 +174,18 @@ absl::StatusOr<StoredTable> ParseStored(const Json& json, absl::string_view wher
   return table;
 }
 
+absl::StatusOr<SharedRevisions> ParseShared(const Json& json, absl::string_view where) {
+  constexpr int64_t kLargest = std::numeric_limits<int64_t>::max() / 2;
+  SharedRevisions shared;
+  KEEPSET_ASSIGN_OR_RETURN(shared.source, StringField(json, "source", where));
+  KEEPSET_ASSIGN_OR_RETURN(shared.revision, IntField(json, "revision", 0, kLargest, where));
+  KEEPSET_ASSIGN_OR_RETURN(const Json lines, ObjectField(json, "lines", where));
+  for (const auto& [name, revision] : lines.items()) {
+    KEEPSET_ASSIGN_OR_RETURN(shared.lines[name], IntField(lines, name, 0, kLargest, where));
+  }
+  return shared;
+}
+
 }  // namespace
 
 std::string SerializeRegistryDocument(const RegistryDocument& document) {
@@ -186,6 +198,11 @@ std::string SerializeRegistryDocument(const RegistryDocument& document) {
     json["lines"][name] = AssignmentJson(assignment);
   }
   for (const StoredTable& table : document.tables) json["tables"].push_back(StoredJson(table));
+  if (document.shared.has_value()) {
+    json["shared"] = {{"source", document.shared->source},
+                      {"revision", document.shared->revision},
+                      {"lines", document.shared->lines}};
+  }
   return absl::StrCat(json.dump(1, ' ', false, Json::error_handler_t::replace), "\n");
 }
 
@@ -221,6 +238,10 @@ absl::StatusOr<RegistryDocument> ParseRegistryDocument(absl::string_view text,
     KEEPSET_ASSIGN_OR_RETURN(StoredTable table,
                              ParseStored((*stored)[i], absl::StrCat(where, ": tables[", i, "]")));
     document.tables.push_back(std::move(table));
+  }
+  if (json.contains("shared")) {
+    KEEPSET_ASSIGN_OR_RETURN(const Json shared, ObjectField(json, "shared", where));
+    KEEPSET_ASSIGN_OR_RETURN(document.shared, ParseShared(shared, absl::StrCat(where, ": shared")));
   }
   return document;
 }

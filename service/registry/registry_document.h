@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -31,6 +32,7 @@ struct RegistryDocument {
   uint64_t revision_limit = 0;
   std::map<std::string, LineAssignment> lines;
   std::vector<StoredTable> tables;
+  std::optional<SharedRevisions> shared;  // of what a fleet's source said last
 
   bool operator==(const RegistryDocument&) const = default;
 };

@@ -90,8 +90,14 @@ std::vector<TablePtr> TablesToKeep(const RegistryState& state) {
 RegistryDocument DocumentOf(const RegistryState& state,
                             const std::function<bool(const std::string&)>& is_kept) {
   RegistryDocument document;
+  if (state.shared_revision.has_value()) {
+    document.shared = SharedRevisions{state.shared_source, *state.shared_revision, {}};
+  }
   for (const auto& [name, line] : state.lines) {
     document.lines[name] = line.assignment;
+    if (document.shared.has_value() && line.shared_revision.has_value()) {
+      document.shared->lines[name] = *line.shared_revision;
+    }
     for (const auto& [version, loaded] : line.loaded) {
       const TableTarget target = TargetOf(*loaded.table);
       if (!is_kept(target.digest)) continue;
@@ -124,6 +130,16 @@ absl::StatusOr<Recovered> RecoverState(StateDirectory& disk, const RecoveryCheck
   recovered.revision = document->revision_limit;
   for (const auto& [name, assignment] : document->lines) {
     recovered.state.lines[name].assignment = assignment;
+  }
+  if (document->shared.has_value() &&
+      std::count(sources.begin(), sources.end(), document->shared->source) > 0) {
+    recovered.state.shared_source = document->shared->source;
+    recovered.state.shared_revision = document->shared->revision;
+    for (const auto& [name, revision] : document->shared->lines) {
+      if (const auto line = recovered.state.lines.find(name); line != recovered.state.lines.end()) {
+        line->second.shared_revision = revision;
+      }
+    }
   }
   std::set<std::string> digests;
   std::vector<std::string> problems;

@@ -333,6 +333,14 @@ void ApplySourceSet(RegistryState& state, absl::string_view source, SourceSet se
   for (auto& [name, wish] : set.assignments) {
     ApplyAssignment(state.lines[name], name, std::move(wish), source, now, unresolved);
   }
+  if (!set.shared.has_value()) return;
+  state.shared_revision = set.shared->revision;
+  state.shared_source = key;
+  for (const auto& [name, revision] : set.shared->lines) {
+    if (const auto line = state.lines.find(name); line != state.lines.end()) {
+      line->second.shared_revision = revision;
+    }
+  }
 }
 
 void Settle(RegistryState& state, absl::Time now) {

@@ -54,12 +54,15 @@ struct Line {
   std::map<std::string, LoadedVersion, VersionOrder> loaded;  // by version
   std::vector<RetiredVersion> retired;                        // oldest first
   LineAssignment assignment;
+  std::optional<uint64_t> shared_revision;  // SharedRevisions::lines, when last there
 };
 
 struct RegistryState {
   std::map<std::string, Line> lines;
   std::map<std::pair<std::string, std::string>, SourceFailure> failures;  // by source and origin
   std::map<std::string, SourceView> sources;
+  std::optional<uint64_t> shared_revision;
+  std::string shared_source;  // whose that is
 };
 
 // The loaded version `target` means, or nullptr.

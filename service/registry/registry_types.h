@@ -96,7 +96,8 @@ struct TableVersionInfo {
 
 struct LineView {
   std::string name;
-  uint64_t revision = 0;  // of the line's last change
+  // Of the line's last change: the fleet's where the line's source shares one, else this server's.
+  uint64_t revision = 0;
   LineAssignment assignment;
   // Loaded ones first, by version in natural order, then validating, failed, retired.
   std::vector<TableVersionInfo> versions;
@@ -111,11 +112,18 @@ struct SourceView {
 };
 
 struct RegistryView {
-  uint64_t revision = 0;
+  uint64_t revision = 0;  // this server's own: larger with every view
+  // The same on every server that has the same from a source they share; goes back with it, too.
+  std::optional<uint64_t> shared_revision;
   std::map<std::string, std::shared_ptr<const LineView>> lines;  // unchanged lines are shared
   std::vector<TableVersionInfo> nameless;  // validating or refused, of no known line
   std::vector<SourceView> sources;         // by name
 };
+
+// What people and clients see.
+inline uint64_t ShownRevision(const RegistryView& view) {
+  return view.shared_revision.value_or(view.revision);
+}
 
 // How a request for one version names it; empty fields do not constrain.
 struct TableRef {

@@ -304,18 +304,21 @@ class TableRegistryImpl final : public TableRegistry {
       std::shared_ptr<LineView> fresh = ViewOf(next, name, is_durable);
       if (before != nullptr) {
         const auto old = before->lines.find(name);
-        if (old != before->lines.end() && SameLine(*old->second, *fresh)) {
+        if (old != before->lines.end() && SameLine(*old->second, *fresh) &&
+            line.shared_revision.value_or(old->second->revision) == old->second->revision) {
           view->lines[name] = old->second;
           continue;
         }
       }
       changed = true;
-      fresh->revision = view->revision;
+      fresh->revision = line.shared_revision.value_or(view->revision);
       view->lines[name] = std::move(fresh);
     }
     view->nameless = NamelessOf(next);
     for (const auto& [name, source] : next.sources) view->sources.push_back(source);
-    changed = changed || view->nameless != before->nameless || view->sources != before->sources;
+    view->shared_revision = next.shared_revision;
+    changed = changed || view->nameless != before->nameless || view->sources != before->sources ||
+              view->shared_revision != before->shared_revision;
     return changed ? view : nullptr;
   }
 

@@ -60,6 +60,16 @@ enum class ActivationRule {
   kOnRequest,  // an Activate, or the source's assignments
 };
 
+// Of content that several servers share: numbers that are the same on all of them for the same
+// content.
+struct SharedRevisions {
+  std::string source;                     // set by the registry
+  uint64_t revision = 0;                  // of the whole
+  std::map<std::string, uint64_t> lines;  // of what is there of each line
+
+  bool operator==(const SharedRevisions&) const = default;
+};
+
 // All a source has at one moment; replaces what it delivered before.
 struct SourceSet {
   ActivationRule rule = ActivationRule::kOnRequest;
@@ -71,6 +81,7 @@ struct SourceSet {
   // role as it was and come back in SyncOutcome::unresolved. An assignment's history may be empty:
   // the registry then appends an activation with cause `source`.
   std::map<std::string, LineAssignment> assignments;
+  std::optional<SharedRevisions> shared;
 };
 
 struct SyncOutcome {

@@ -53,7 +53,7 @@ class TableServiceImpl final : public TableService {
                                  const v1::ListTablesRequest* request,
                                  v1::ListTablesResponse* response) override {
     const std::shared_ptr<const RegistryView> view = context_.registry.View();
-    response->set_revision(view->revision);
+    response->set_revision(ShownRevision(*view));
     for (const auto& [name, line] : view->lines) {
       if (!request->name().empty() && request->name() != name) continue;
       if (!IsOfModel(*line, request->architecture())) continue;

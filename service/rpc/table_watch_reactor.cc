@@ -123,7 +123,7 @@ class TableWatchReactor final : public grpc::ServerWriteReactor<v1::WatchTablesR
 
   bool FillMessage() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     message_.Clear();
-    message_.set_revision(latest_->revision);
+    message_.set_revision(ShownRevision(*latest_));
     message_.set_complete(sent_ == nullptr);
     for (const auto& [name, line] : latest_->lines) {
       if (!IsWanted(name)) continue;

@@ -71,6 +71,14 @@ class EtcdService : public testing::Test {
     return list->lines[0].active_version;
   }
 
+  // As `keepset registry list` and `show` print them: of the whole, of line "live" by List and Get.
+  static std::vector<uint64_t> Revisions(const TestServer& server) {
+    const auto list = Tables(server)->List("", "");
+    const auto details = Tables(server)->Get(Ref("old"));
+    if (!list.ok() || list->lines.empty() || !details.ok()) return {};
+    return {list->revision, list->lines[0].revision, details->revision};
+  }
+
   // The version that answers an operation without a pin.
   std::string AnsweredBy(const TestServer& server, const std::string& request_id = "") {
     const auto client = ConnectTo(server.address(), client::Transport::kInline);
@@ -114,6 +122,52 @@ TEST_F(EtcdService, TwoServersServeWhatIsActivatedThroughOneOfThem) {
   EXPECT_EQ(AnsweredBy(one), "new");
   EXPECT_EQ(Tables(one)->List("", "")->authority, "etcd");
   EXPECT_EQ(findings_.first_complaint(), "");
+}
+
+TEST_F(EtcdService, ServersWithTheSameStateShowTheSameRevisions) {
+  const TestServer one(Config());
+  LoadBoth(one);
+  // What happens to one server alone does not count.
+  etcd_.Kill();
+  EXPECT_TRUE(Eventually([&] { return !Trouble(one).empty(); }));
+  ASSERT_TRUE(etcd_.Start());
+  EXPECT_TRUE(Eventually([&] { return Trouble(one).empty(); }));
+  etcd_.Put("/somebody/else", "x");
+  const TestServer other(Config());
+  ASSERT_EQ(ActiveVersion(other), "old");
+  EXPECT_EQ(Revisions(one), Revisions(other));
+
+  const auto written = Tables(other)->Activate(Ref("new"), "", {.actor = "test"});
+  ASSERT_TRUE(written.ok()) << written.status();
+  ASSERT_TRUE(Eventually([&] { return ActiveVersion(one) == "new"; }));
+  EXPECT_EQ(Revisions(one), Revisions(other));
+  EXPECT_THAT(Revisions(one), testing::Each(written->revision));
+
+  // Somebody who looked at one server may decide on the other, and is told when it is too late.
+  EXPECT_TRUE(
+      Tables(one)
+          ->Activate(Ref("old"), "", {.actor = "test", .expected_revision = written->line.revision})
+          .ok());
+  EXPECT_EQ(
+      Tables(other)
+          ->Activate(Ref("new"), "", {.actor = "test", .expected_revision = written->line.revision})
+          .status()
+          .code(),
+      absl::StatusCode::kAborted);
+}
+
+TEST_F(EtcdService, AServerRestartedWithoutEtcdShowsTheRevisionItServes) {
+  const fakes::ScratchDirectory state;
+  const std::string config = absl::StrCat(Config(), " state_directory: \"", state / "s", "\"");
+  std::vector<uint64_t> before;
+  {
+    const TestServer server(config);
+    LoadBoth(server);
+    before = Revisions(server);
+  }
+  etcd_.Kill();
+  const TestServer server(config);
+  EXPECT_EQ(Revisions(server), before);
 }
 
 TEST_F(EtcdService, NothingFailsWhileEtcdIsKilledAndRestarted) {

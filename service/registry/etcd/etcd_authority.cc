@@ -96,7 +96,7 @@ class EtcdAuthority final : public RegistryAuthority {
       KEEPSET_RETURN_IF_ERROR(Write({{key, base->RevisionOf(key)}}, writes, Deadline(context)));
     }
     KEEPSET_ASSIGN_OR_RETURN(receipt.version, FindLoaded(identity));
-    receipt.revision = registry_.View()->revision;
+    receipt.revision = ShownRevision(*registry_.View());
     return receipt;
   }
 
@@ -286,7 +286,7 @@ class EtcdAuthority final : public RegistryAuthority {
   absl::StatusOr<WriteReceipt> Receipt(const std::string& name, const LineAssignment& before) {
     const std::shared_ptr<const RegistryView> view = registry_.View();
     WriteReceipt receipt;
-    receipt.revision = view->revision;
+    receipt.revision = ShownRevision(*view);
     receipt.durable = true;
     if (before.active.has_value()) receipt.previous_version = before.active->version;
     const auto line = view->lines.find(name);

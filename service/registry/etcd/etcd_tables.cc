@@ -1,5 +1,6 @@
 #include "service/registry/etcd/etcd_tables.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -282,7 +283,28 @@ SourceSet EtcdTables::Set(const std::set<std::string>& known_lines) const {
   for (const auto& [key, bad] : bad_keys_) {
     fail(key, absl::StrCat(bad.mod_revision), bad.why, Key());
   }
+  set.shared = Shared();
   return set;
+}
+
+// Of what is there now, not of what was deleted: a server that reads it whole cannot know more.
+SharedRevisions EtcdTables::Shared() const {
+  SharedRevisions shared;
+  const auto add = [&shared](const std::string& name, int64_t mod_revision) {
+    const auto revision = static_cast<uint64_t>(mod_revision);
+    shared.revision = std::max(shared.revision, revision);
+    if (name.empty()) return;
+    uint64_t& line = shared.lines[name];
+    line = std::max(line, revision);
+  };
+  for (const auto& [key, entry] : tables_) add(entry.key.name, entry.mod_revision);
+  for (const auto& [key, entry] : lines_) add(entry.key.name, entry.mod_revision);
+  for (const auto& [key, entry] : signatures_) {
+    const absl::StatusOr<Key> table = layout_.Parse(key);
+    if (table.ok()) add(table->name, entry.mod_revision);
+  }
+  for (const auto& [key, bad] : bad_keys_) add("", bad.mod_revision);
+  return shared;
 }
 
 std::map<std::string, int64_t> EtcdTables::Revisions() const {

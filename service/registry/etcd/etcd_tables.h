@@ -95,6 +95,7 @@ class EtcdTables {
   // The target with its digest, as far as the line's tables tell it.
   TableTarget Resolved(const std::string& name, TableTarget target) const;
   LineAssignment Resolved(const std::string& name, LineAssignment assignment) const;
+  SharedRevisions Shared() const;
 
   const TablesOptions options_;
   const Layout layout_;

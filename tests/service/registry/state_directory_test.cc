@@ -298,6 +298,7 @@ TEST(RegistryDocument, ReadsBackWhatItWrote) {
   stored.target = target;
   stored.holders["directory"] = {"a.safetensors", ActivationRule::kNewest};
   stored.loaded = absl::FromUnixMicros(6);
+  document.shared = SharedRevisions{"etcd", 12, {{"name/with:odd@characters", 11}}};
   document.tables.push_back(stored);
   const absl::StatusOr<RegistryDocument> back =
       ParseRegistryDocument(SerializeRegistryDocument(document), "test");

@@ -30,6 +30,10 @@ Change Delete(const std::string& key, int64_t revision) {
   return {Change::Kind::kDelete, {key, "", revision}};
 }
 
+std::string Stable(const std::string& version) {
+  return absl::StrCat(R"({"stable": {"version": ")", version, R"("}})");
+}
+
 class EtcdTablesTest : public testing::Test {
  protected:
   EtcdTables NewTables(int64_t max_value_bytes = 1 << 20) {
@@ -57,6 +61,26 @@ TEST_F(EtcdTablesTest, GivesTablesAndWhatWasDecided) {
   EXPECT_TRUE(set.failures.empty());
   const LineAssignment& line = set.assignments.at("a");
   EXPECT_TRUE(*line.active == (TableTarget{"1", DigestOf(TableBytes("a", "1"))}));
+}
+
+TEST_F(EtcdTablesTest, NumbersALineByTheNewestOfItsKeys) {
+  EtcdTables tables = NewTables();
+  tables.Apply({Put(kTableA1, TableBytes("a", "1"), 5), Put(kLineA, Stable("1"), 7),
+                Put("/k/signatures/a/1", "signature", 6), Put("/k/tables/b/1", "damaged", 9)});
+  const SourceSet set = tables.Set({});
+  ASSERT_TRUE(set.shared.has_value());
+  EXPECT_EQ(set.shared->revision, 9);
+  EXPECT_EQ(set.shared->lines.at("a"), 7);
+  EXPECT_EQ(set.shared->lines.at("b"), 9);
+}
+
+TEST_F(EtcdTablesTest, NumbersWhatIsLeftAsAServerThatReadsItWhole) {
+  EtcdTables followed = NewTables();
+  followed.Apply({Put(kTableA1, TableBytes("a", "1"), 5), Put(kTableA2, TableBytes("a", "2"), 8)});
+  followed.Apply({Delete(kTableA2, 9)});
+  EtcdTables read = NewTables();
+  read.Replace({.revision = 30, .pairs = {{kTableA1, TableBytes("a", "1"), 5}}});
+  EXPECT_EQ(followed.Set({}).shared, read.Set({}).shared);
 }
 
 TEST_F(EtcdTablesTest, DecidesNothingForLinesEtcdSaysNothingAbout) {
