@@ -9,7 +9,7 @@ JOBS := $(shell nproc)
 export OMP_NUM_THREADS := 1
 export OPENBLAS_NUM_THREADS := 1
 
-.PHONY: demo demo-table test test-hf evidence evidence-heads gpu-bundle package test-package test-deploy build configure python setup check clean
+.PHONY: demo demo-table test test-hf evidence evidence-heads evidence-registry gpu-bundle package test-package test-deploy build configure python setup check clean
 
 demo: configure python
 	ninja -C $(BUILD) keepsetd keepset
@@ -41,6 +41,11 @@ evidence: configure
 	@tools/venv $(VENV_EVIDENCE) plots
 	$(VENV_EVIDENCE)/bin/python -m keepset.evidence --build $(BUILD) --out docs/results --work $(BUILD)/evidence
 	rm -r $(BUILD)/evidence
+
+# The table registry under load and at its start: docs/results/registry.md. A few minutes; nothing else may run beside it.
+evidence-registry: configure
+	ninja -C $(BUILD) keepsetd registry_bench registry_swap_bench
+	/usr/bin/python3 tests/bench/registry_report.py --build $(BUILD) --out docs/results/registry.md
 
 # Debian packages in build/release/packages.
 package: configure
