@@ -256,6 +256,7 @@ class ServerImpl final : public Server {
         {.num_workers = 2, .capacity = kControlQueueCapacity, .on_depth_change = {}}, clock_);
     table_service_ = TableService::New(
         {.writes = config_.table_writes() ? TableWrites::kAllowed : TableWrites::kDenied,
+         .writers = {config_.table_writers().begin(), config_.table_writers().end()},
          .max_table_bytes = static_cast<int64_t>(config_.limits().max_table_bytes()),
          .tables_directory = config_.tables_directory()},
         {.registry = server_tables_->registry(),

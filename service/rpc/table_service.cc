@@ -4,6 +4,7 @@
 #include <functional>
 #include <utility>
 
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/time/time.h"
 #include "base/status_macros.h"
@@ -65,7 +66,7 @@ class TableServiceImpl final : public TableService {
       }
     }
     for (const SourceView& source : view->sources) EncodeSource(source, response->add_sources());
-    response->set_writable(options_.writes == TableWrites::kAllowed);
+    response->set_writable(CheckMayWrite(*call, "List").ok());
     response->set_authority(std::string(context_.authority.kind()));
     return Answer(call, absl::OkStatus());
   }
@@ -257,16 +258,27 @@ class TableServiceImpl final : public TableService {
       context.expected_revision = expected_revision;
       context.deadline = absl::FromChrono(call->deadline());
       Audit audit;
-      absl::Status status;
-      if (options_.writes != TableWrites::kAllowed) {
-        status = absl::PermissionDeniedError(absl::StrCat(
-            name, " is switched off, want a server started with table_writes (--table-writes)"));
-      } else {
-        status = work(context, audit);
-      }
+      absl::Status status = CheckMayWrite(*call, name);
+      if (status.ok()) status = work(context, audit);
       WriteAuditLine(*call, name, context, audit, status);
       return status;
     });
+  }
+
+  absl::Status CheckMayWrite(const grpc::CallbackServerContext& call,
+                             absl::string_view method) const {
+    if (options_.writes != TableWrites::kAllowed) {
+      return absl::PermissionDeniedError(absl::StrCat(
+          method, " is switched off, want a server started with table_writes (--table-writes)"));
+    }
+    if (options_.writers.empty()) return absl::OkStatus();
+    std::string caller = TlsSubject(call);
+    if (caller.empty() && absl::StartsWith(call.peer(), kUnixWriter))
+      caller = std::string(kUnixWriter);
+    if (options_.writers.contains(caller)) return absl::OkStatus();
+    return absl::PermissionDeniedError(
+        absl::StrCat(method, ": ", caller.empty() ? "a caller without a certificate" : caller,
+                     " is not among the server's table_writers"));
   }
 
   void WriteAuditLine(const grpc::CallbackServerContext& call, const std::string& method,

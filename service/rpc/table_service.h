@@ -6,8 +6,10 @@
 
 #include <cstdint>
 #include <memory>
+#include <set>
 #include <string>
 
+#include "absl/strings/string_view.h"
 #include "base/log.h"
 #include "keepset/v1/table.grpc.pb.h"
 #include "service/registry/registry_authority.h"
@@ -19,9 +21,13 @@
 namespace keepset::service {
 
 enum class TableWrites { kDenied, kAllowed };
+// Among the writers: every caller on a Unix socket.
+inline constexpr absl::string_view kUnixWriter = "unix:";
 
 struct TableServiceOptions {
   TableWrites writes = TableWrites::kDenied;
+  // Certificate names, kUnixWriter; empty: every caller.
+  std::set<std::string> writers;
   int64_t max_table_bytes = int64_t{64} << 20;  // of one upload
   std::string tables_directory;                 // of LoadTableRequest.path; empty: none
 };

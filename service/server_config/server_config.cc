@@ -77,6 +77,17 @@ absl::Status CheckListen(const v1::ServerConfig& config) {
 }
 
 absl::Status CheckTables(const v1::ServerConfig& config) {
+  if (!config.table_writers().empty() && !config.table_writes()) {
+    return absl::InvalidArgumentError("table_writers: want table_writes, nobody may write");
+  }
+  for (const std::string& writer : config.table_writers()) {
+    if (writer.empty() || (writer != "unix:" && config.tls().client_ca_file().empty())) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("table_writers=\"", writer,
+                       "\", want \"unix:\", or the name of a client certificate and "
+                       "tls.client_ca_file, which asks for them"));
+    }
+  }
   if (config.require_signature() && config.trusted_key_files().empty()) {
     return absl::InvalidArgumentError(
         "require_signature: want trusted_key_files, nobody's signature would do");

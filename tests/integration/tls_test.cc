@@ -103,6 +103,33 @@ TEST_F(TlsTest, AuditLineNamesTheCertificateAndThePeer) {
                                       "actor=somebody", "result=NOT_FOUND"}));
 }
 
+TEST_F(TlsTest, OnlyTheNamedCertificatesMayWriteTables) {
+  authority_.Issue("admin.test");
+  TestServer server(absl::StrCat(ServerConfig(authority_.Path("ca.pem")),
+                                 " table_writes: true table_writers: \"admin.test\""));
+  const auto code_of = [&](const client::ClientOptions& options) {
+    const auto tables = client::TableClient::New(options);
+    EXPECT_TRUE(tables.ok()) << tables.status();
+    return (*tables)->Rollback("nothing", {.actor = "admin.test"}).status().code();
+  };
+  const auto with_certificate = [&](const std::string& name) {
+    client::ClientOptions options = Options(server);
+    options.tls->certificate_file = authority_.Path(name + ".pem");
+    options.tls->key_file = authority_.Path(name + ".key");
+    return options;
+  };
+  EXPECT_EQ(code_of(with_certificate("admin.test")), absl::StatusCode::kNotFound);
+  EXPECT_EQ(code_of(with_certificate("worker.test")), absl::StatusCode::kPermissionDenied);
+  client::ClientOptions over_socket;
+  over_socket.address = server.address();
+  EXPECT_EQ(code_of(over_socket), absl::StatusCode::kPermissionDenied);
+  EXPECT_TRUE(server.log().AwaitLine(
+      {"table_write", "tls_subject=worker.test", "result=PERMISSION_DENIED"}));
+  const auto list = (*client::TableClient::New(with_certificate("worker.test")))->List("", "");
+  ASSERT_TRUE(list.ok()) << list.status();
+  EXPECT_FALSE(list->writable);
+}
+
 TEST_F(TlsTest, CertificateWithoutItsKeyIsAnError) {
   TestServer server(ServerConfig());
   client::ClientOptions options = Options(server);

@@ -47,6 +47,17 @@ TEST(ResolveServerConfig, FillsDefaults) {
   EXPECT_EQ(config.metrics_listen(), "127.0.0.1:9464");
 }
 
+TEST(ResolveServerConfig, RefusesWritersThatNobodyCanBe) {
+  for (const char* wrong :
+       {"table_writers: 'unix:'", "table_writes: true table_writers: 'admin.test'",
+        "table_writes: true table_writers: ''"}) {
+    v1::ServerConfig config = Config(wrong);
+    EXPECT_EQ(ResolveServerConfig(config).code(), absl::StatusCode::kInvalidArgument) << wrong;
+  }
+  v1::ServerConfig config = Config("table_writes: true table_writers: 'unix:'");
+  EXPECT_TRUE(ResolveServerConfig(config).ok());
+}
+
 TEST(ResolveServerConfig, RefusesToRequireSignaturesOfNobody) {
   v1::ServerConfig config = Config("require_signature: true");
   const absl::Status refused = ResolveServerConfig(config);
