@@ -393,6 +393,7 @@ class ServerImpl final : public Server {
       metrics_->SetSessions(counts.sessions);
       for (const SessionCounts::ByKind& kind : counts.regions) {
         metrics_->SetRegions(kind.kind, kind.regions, kind.bytes);
+        metrics_->SetDeviceMemory(kind.kind, kind.device_bytes);
       }
       WatchDevice();
       if (tick % kTicksPerUsage == 0) metrics_->SetProcessUsage(ReadProcessUsage());

@@ -154,6 +154,7 @@ ROWS = [
         }),
         panel("Region bytes", {
             "{{kind}}": f"sum by (kind) (keepset_region_bytes{I})",
+            "{{kind}}, allocations on the device": f"sum by (kind) (keepset_device_memory_bytes{I}) > 0",
         }, "bytes"),
         panel("Resident and locked memory", {
             "{{instance}} resident": f"keepset_process_resident_memory_bytes{I}",
@@ -165,6 +166,7 @@ ROWS = [
             "{{instance}} waiting": f"keepset_queue_depth{I}",
             "{{instance}} capacity": f"keepset_queue_capacity{I}",
             "{{instance}} in flight": f"keepset_operations_in_flight{I}",
+            "{{instance}} layers that streams may send": f"keepset_credits_outstanding{I}",
         }),
         panel("File descriptors", {
             "{{instance}}": f"keepset_process_open_fds{I} / keepset_process_max_fds{I}",

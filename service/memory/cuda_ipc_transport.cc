@@ -21,6 +21,11 @@ class CudaIpcTransport final : public MemoryTransport {
   absl::string_view kind() const override { return kKind; }
   bool needs_fd() const override { return false; }
 
+  uint64_t DeviceBytes() const override {
+    absl::MutexLock lock(&mutex_);
+    return opened_ == nullptr ? 0 : opened_->allocations->mapped_bytes();
+  }
+
   absl::StatusOr<std::unique_ptr<MappedRegion>> Open(RegionDescriptor descriptor) override {
     if (descriptor.ipc_handle.size() != kIpcHandleBytes) {
       return absl::InvalidArgumentError(absl::StrCat("ipc_handle of ", descriptor.ipc_handle.size(),
@@ -57,7 +62,7 @@ class CudaIpcTransport final : public MemoryTransport {
   }
 
   const CudaDriverSource source_;
-  absl::Mutex mutex_;
+  mutable absl::Mutex mutex_;
   std::shared_ptr<Opened> opened_ ABSL_GUARDED_BY(mutex_);
 };
 

@@ -1,5 +1,8 @@
 // Device memory of the virtual memory management API by POSIX descriptor: what engines with
 // expandable segments or a sleep mode allocate.
+#include <atomic>
+#include <cstdint>
+#include <memory>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -18,6 +21,7 @@ class CudaVmmTransport final : public MemoryTransport {
 
   absl::string_view kind() const override { return kKind; }
   bool needs_fd() const override { return true; }
+  uint64_t DeviceBytes() const override { return *mapped_bytes_; }
 
   absl::StatusOr<std::unique_ptr<MappedRegion>> Open(RegionDescriptor descriptor) override {
     KEEPSET_RETURN_IF_ERROR(CheckDeviceExtent(descriptor));
@@ -27,14 +31,21 @@ class CudaVmmTransport final : public MemoryTransport {
     KEEPSET_ASSIGN_OR_RETURN(const DeviceRange range,
                              driver->MapVmm(device, descriptor.fd.get(),
                                             descriptor.allocation_bytes, descriptor.access));
-    return NewDeviceRegion(kKind, range, descriptor, [driver, device, range] {
-      // A driver that refuses has lost the mapping already (the device failed).
-      static_cast<void>(driver->UnmapVmm(device, range));
-    });
+    *mapped_bytes_ += range.bytes;
+    return NewDeviceRegion(kKind, range, descriptor,
+                           [driver, device, range, mapped_bytes = mapped_bytes_] {
+                             *mapped_bytes -= range.bytes;
+                             // A driver that refuses has lost the mapping already (the device
+                             // failed).
+                             static_cast<void>(driver->UnmapVmm(device, range));
+                           });
   }
 
  private:
   const CudaDriverSource source_;
+  // Regions outlive the transport.
+  const std::shared_ptr<std::atomic<uint64_t>> mapped_bytes_ =
+      std::make_shared<std::atomic<uint64_t>>(0);
 };
 
 }  // namespace

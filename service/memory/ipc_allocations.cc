@@ -60,4 +60,11 @@ int64_t IpcAllocations::mapped() const {
   return count;
 }
 
+uint64_t IpcAllocations::mapped_bytes() const {
+  absl::MutexLock lock(&mutex_);
+  uint64_t bytes = 0;
+  for (const auto& [key, entry] : entries_) bytes += entry.users > 0 ? entry.range.bytes : 0;
+  return bytes;
+}
+
 }  // namespace keepset::service

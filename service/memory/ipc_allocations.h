@@ -46,6 +46,7 @@ class IpcAllocations : public std::enable_shared_from_this<IpcAllocations> {
                                             uint64_t generation);
 
   int64_t mapped() const;
+  uint64_t mapped_bytes() const;
 
  private:
   struct Entry {

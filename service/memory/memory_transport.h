@@ -81,6 +81,9 @@ class MemoryTransport {
   virtual absl::string_view kind() const = 0;
   virtual bool needs_fd() const = 0;
 
+  // Device memory of others that open regions keep allocated: whole allocations, each once.
+  virtual uint64_t DeviceBytes() const { return 0; }
+
   // InvalidArgument: sizes that overflow or exceed the object, offset not page-aligned, a memfd
   // that is not sealed against shrinking, not a memfd at all. Messages never tell names or
   // addresses of others.

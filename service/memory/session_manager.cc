@@ -382,7 +382,10 @@ int64_t SessionManagerImpl::ReapExpired() {
 SessionCounts SessionManagerImpl::Counts() const {
   SessionCounts counts;
   for (const auto& transport : transports_) {
-    counts.regions.push_back({std::string(transport->kind())});
+    SessionCounts::ByKind kind;
+    kind.kind = std::string(transport->kind());
+    kind.device_bytes = transport->DeviceBytes();
+    counts.regions.push_back(std::move(kind));
   }
   absl::MutexLock lock(&mutex_);
   counts.sessions = static_cast<int64_t>(sessions_.size());

@@ -84,6 +84,7 @@ struct SessionCounts {
     std::string kind;
     int64_t regions = 0;
     uint64_t bytes = 0;
+    uint64_t device_bytes = 0;  // MemoryTransport::DeviceBytes
   };
   std::vector<ByKind> regions;  // every known kind, zero included
 };

@@ -110,6 +110,13 @@ inline constexpr MetricInfo kRegionBytes = {"keepset_region_bytes", MetricType::
 inline constexpr MetricInfo kRegionImportFailuresTotal = {
     "keepset_region_import_failures_total", MetricType::kCounter, "kind",
     "Region registrations that were refused."};
+inline constexpr MetricInfo kDeviceMemoryBytes = {
+    "keepset_device_memory_bytes", MetricType::kGauge, "kind",
+    "Device memory of workers that mappings of this server keep allocated: whole allocations, of "
+    "which regions are parts."};
+inline constexpr MetricInfo kCreditsOutstanding = {
+    "keepset_credits_outstanding", MetricType::kGauge, "",
+    "Layer inputs that workers may send on their open streams: granted and not used."};
 inline constexpr MetricInfo kQueueDepth = {"keepset_queue_depth", MetricType::kGauge, "",
                                            "Operations waiting for a worker thread."};
 inline constexpr MetricInfo kQueueCapacity = {
@@ -173,6 +180,8 @@ inline constexpr MetricInfo kAllMetrics[] = {kCompressOperationsTotal,
                                              kRegions,
                                              kRegionBytes,
                                              kRegionImportFailuresTotal,
+                                             kDeviceMemoryBytes,
+                                             kCreditsOutstanding,
                                              kQueueDepth,
                                              kQueueCapacity,
                                              kOperationsInFlight,

@@ -79,6 +79,9 @@ class PrometheusMetrics : public Metrics {
         region_bytes_(GaugeFamily(*registry_, kRegionBytes), kRegionBytes, values.region_kinds),
         import_failures_(CounterFamily(*registry_, kRegionImportFailuresTotal),
                          kRegionImportFailuresTotal, values.region_kinds),
+        device_memory_(GaugeFamily(*registry_, kDeviceMemoryBytes), kDeviceMemoryBytes,
+                       values.region_kinds),
+        credits_(GaugeFamily(*registry_, kCreditsOutstanding).Add({})),
         queue_depth_(GaugeFamily(*registry_, kQueueDepth).Add({})),
         queue_capacity_(GaugeFamily(*registry_, kQueueCapacity).Add({})),
         in_flight_(GaugeFamily(*registry_, kOperationsInFlight).Add({})),
@@ -138,6 +141,7 @@ class PrometheusMetrics : public Metrics {
   void SetOperationsInFlight(int64_t running) override {
     in_flight_.Set(static_cast<double>(running));
   }
+  void AddCredits(int64_t change) override { credits_.Increment(static_cast<double>(change)); }
 
   void SetTables(const std::vector<TableInfoSample>& tables, absl::Time now) override {
     tables_.SetTables(tables);
@@ -171,6 +175,9 @@ class PrometheusMetrics : public Metrics {
   void SetRegions(absl::string_view kind, int64_t regions, uint64_t bytes) override {
     regions_.Of(kind).Set(static_cast<double>(regions));
     region_bytes_.Of(kind).Set(static_cast<double>(bytes));
+  }
+  void SetDeviceMemory(absl::string_view kind, uint64_t bytes) override {
+    device_memory_.Of(kind).Set(static_cast<double>(bytes));
   }
   void RecordSessionEnd(absl::string_view why) override { sessions_ended_.Of(why).Increment(); }
   void RecordImportFailure(absl::string_view kind) override {
@@ -274,6 +281,8 @@ class PrometheusMetrics : public Metrics {
   const LabelledSeries<Gauge> regions_;
   const LabelledSeries<Gauge> region_bytes_;
   const LabelledSeries<Counter> import_failures_;
+  const LabelledSeries<Gauge> device_memory_;
+  Gauge& credits_;
   Gauge& queue_depth_;
   Gauge& queue_capacity_;
   Gauge& in_flight_;

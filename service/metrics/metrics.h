@@ -97,6 +97,7 @@ class Metrics {
   virtual void SetQueueDepth(int64_t waiting) = 0;
   virtual void SetQueueCapacity(int64_t capacity) = 0;
   virtual void SetOperationsInFlight(int64_t running) = 0;
+  virtual void AddCredits(int64_t change) = 0;
 
   // Replaces the series of tables and models, and makes room for their grids.
   virtual void SetTables(const std::vector<TableInfoSample>& tables, absl::Time now) = 0;
@@ -110,6 +111,7 @@ class Metrics {
   virtual void SetProcessUsage(const ProcessUsage& usage) = 0;
   virtual void SetSessions(int64_t sessions) = 0;
   virtual void SetRegions(absl::string_view kind, int64_t regions, uint64_t bytes) = 0;
+  virtual void SetDeviceMemory(absl::string_view kind, uint64_t bytes) = 0;
   virtual void RecordSessionEnd(absl::string_view why) = 0;  // "closed", "replaced", "hang_up", ...
   virtual void RecordImportFailure(absl::string_view kind) = 0;
 

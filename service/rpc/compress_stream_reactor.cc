@@ -29,7 +29,8 @@ class CompressStreamReactor final
       : context_(context),
         info_(CallInfoOf("CompressStream", call)),
         streams_(streams),
-        outbox_(context.stream_credits) {}
+        outbox_(context.stream_credits,
+                [&metrics = context.metrics](int64_t change) { metrics.AddCredits(change); }) {}
 
   // Part of the handler: nothing reaches gRPC before it has returned.
   void Start() {

@@ -29,10 +29,22 @@ ResponsePtr StreamErrorResponse(uint64_t id, const absl::Status& status) {
   return response;
 }
 
-StreamOutbox::StreamOutbox(int64_t credits)
-    : credit_(credits), batch_(std::max<int64_t>(1, credits / 4)) {}
+StreamOutbox::StreamOutbox(int64_t credits, std::function<void(int64_t change)> on_change)
+    : on_change_(std::move(on_change)),
+      credit_(credits),
+      batch_(std::max<int64_t>(1, credits / 4)) {}
 
-void StreamOutbox::Start() { PushGrant(credit_); }
+StreamOutbox::~StreamOutbox() { Change(-credit_); }
+
+void StreamOutbox::Start() {
+  is_started_ = true;
+  Change(credit_);
+  PushGrant(credit_);
+}
+
+void StreamOutbox::Change(int64_t change) {
+  if (is_started_ && on_change_ != nullptr) on_change_(change);
+}
 
 void StreamOutbox::Push(ResponsePtr response) {
   waiting_bytes_ += BytesOf(*response);
@@ -52,6 +64,7 @@ bool StreamOutbox::full() const { return waiting_bytes_ > kMaxWaitingBytes; }
 bool StreamOutbox::TakeCredit() {
   if (credit_ <= 0) return false;
   --credit_;
+  Change(-1);
   return true;
 }
 
@@ -59,6 +72,7 @@ StreamOutbox::Grant StreamOutbox::ReturnCredit(int64_t layers) {
   returned_ += layers;
   if (returned_ < batch_) return Grant::kLater;
   credit_ += returned_;
+  Change(returned_);
   PushGrant(returned_);
   returned_ = 0;
   return Grant::kNow;

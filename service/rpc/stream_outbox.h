@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <memory>
 
 #include "absl/status/status.h"
@@ -20,8 +21,13 @@ ResponsePtr StreamErrorResponse(uint64_t id, const absl::Status& status);
 
 class StreamOutbox {
  public:
-  // `credits` layers may be under way to the server at a time; Start grants them.
-  explicit StreamOutbox(int64_t credits);
+  // `credits` layers may be under way to the server at a time; Start grants them. `on_change` (may
+  // be nullptr) is told by how much what the client may send grows or shrinks; at the end by all of
+  // it.
+  explicit StreamOutbox(int64_t credits, std::function<void(int64_t change)> on_change = nullptr);
+  ~StreamOutbox();
+  StreamOutbox(const StreamOutbox&) = delete;
+  StreamOutbox& operator=(const StreamOutbox&) = delete;
 
   void Start();
 
@@ -40,9 +46,12 @@ class StreamOutbox {
 
  private:
   void PushGrant(int64_t layers);
+  void Change(int64_t change);
 
   std::deque<ResponsePtr> waiting_;
   int64_t waiting_bytes_ = 0;
+  const std::function<void(int64_t change)> on_change_;
+  bool is_started_ = false;
   int64_t credit_;
   const int64_t batch_;
   int64_t returned_ = 0;  // not granted yet

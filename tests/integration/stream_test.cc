@@ -240,6 +240,22 @@ TEST(CompressStreamLimits, LayerWithoutCreditEndsItsOperation) {
   server.gate().Open();
 }
 
+TEST(CompressStreamLimits, CreditIsOnTheMetricsPageWhileTheStreamIsOpen) {
+  TestServer server("limits { stream_credits: 12 }");
+  const auto outstanding = [&server](const std::string& credits) {
+    return server.server().RenderMetrics().find("\nkeepset_credits_outstanding " + credits +
+                                                "\n") != std::string::npos;
+  };
+  EXPECT_TRUE(outstanding("0"));
+  {
+    WorkerStream stream(server);
+    ASSERT_TRUE(stream.AwaitCredit(12));
+    EXPECT_TRUE(outstanding("12"));
+    EXPECT_TRUE(stream.Finish().ok());
+  }
+  EXPECT_TRUE(Eventually([&] { return outstanding("0"); }));
+}
+
 TEST(CompressStreamLimits, CreditComesBackAsLayersAreFinished) {
   TestServer server("limits { stream_credits: 1 }");
   const fakes::SyntheticPrompt prompt({});

@@ -87,6 +87,17 @@ TEST_F(CudaIpcTransportTest, RegionsOfOneAllocationShareOneMapping) {
   EXPECT_EQ(DriverMappings(), 0);
 }
 
+TEST_F(CudaIpcTransportTest, WholeAllocationsCountAsDeviceMemoryOnce) {
+  EXPECT_EQ(transport_->DeviceBytes(), 0);
+  {
+    const auto first = Open(IpcRegion(exporter_, 0, 64));
+    const auto second = Open(IpcRegion(exporter_, 4096, 64));
+    ASSERT_TRUE(first.ok() && second.ok());
+    EXPECT_EQ(transport_->DeviceBytes(), kBytes);
+  }
+  EXPECT_EQ(transport_->DeviceBytes(), 0);
+}
+
 TEST_F(CudaIpcTransportTest, AllocationIsMappedAgainAfterItsLastUser) {
   { const auto first = Open(IpcRegion(exporter_, 0, 64)); }
   const auto again = Open(IpcRegion(exporter_, 0, 64));

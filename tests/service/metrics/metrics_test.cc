@@ -45,6 +45,24 @@ OperationSample CompressedSample() {
   return sample;
 }
 
+TEST(Metrics, CreditsAddUpOverStreams) {
+  const auto metrics = NewTestMetrics();
+  EXPECT_EQ(ValueOf(ParsePage(metrics->Render()), "keepset_credits_outstanding"), 0);
+  metrics->AddCredits(64);
+  metrics->AddCredits(32);
+  metrics->AddCredits(-65);
+  EXPECT_EQ(ValueOf(ParsePage(metrics->Render()), "keepset_credits_outstanding"), 31);
+}
+
+TEST(Metrics, DeviceMemoryIsThereFromTheStartByKind) {
+  const auto metrics = NewTestMetrics();
+  EXPECT_EQ(ValueOf(ParsePage(metrics->Render()), "keepset_device_memory_bytes{kind=\"memfd\"}"),
+            0);
+  metrics->SetDeviceMemory("memfd", 4096);
+  EXPECT_EQ(ValueOf(ParsePage(metrics->Render()), "keepset_device_memory_bytes{kind=\"memfd\"}"),
+            4096);
+}
+
 TEST(MetricNames, CarryPrefixAndUnitSuffix) {
   for (const MetricInfo& info : kAllMetrics) {
     EXPECT_TRUE(absl::StartsWith(info.name, "keepset_")) << info.name;

@@ -24,6 +24,25 @@ TEST(StreamOutbox, StartGrantsAllCredit) {
   EXPECT_EQ(outbox.Pop()->credit().layer_inputs(), 8u);
 }
 
+TEST(StreamOutbox, TellsWhatTheClientMaySend) {
+  int64_t outstanding = 0;
+  {
+    StreamOutbox outbox(8, [&outstanding](int64_t change) { outstanding += change; });
+    EXPECT_EQ(outstanding, 0);
+    outbox.Start();
+    EXPECT_EQ(outstanding, 8);
+    ASSERT_TRUE(outbox.TakeCredit());
+    ASSERT_TRUE(outbox.TakeCredit());
+    EXPECT_EQ(outstanding, 6);
+    // Not granted yet.
+    EXPECT_EQ(outbox.ReturnCredit(1), StreamOutbox::Grant::kLater);
+    EXPECT_EQ(outstanding, 6);
+    EXPECT_EQ(outbox.ReturnCredit(1), StreamOutbox::Grant::kNow);
+    EXPECT_EQ(outstanding, 8);
+  }
+  EXPECT_EQ(outstanding, 0);
+}
+
 TEST(StreamOutbox, CreditEnds) {
   StreamOutbox outbox(2);
   EXPECT_TRUE(outbox.TakeCredit());
