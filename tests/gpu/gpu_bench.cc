@@ -116,9 +116,10 @@ class Bench {
 
   enum class Lse { kComputed, kGiven };
   enum class Pages { kContiguous, kPaged };
+  enum class Calls { kPerLayer, kAllLayers };
 
   // All layers of one prompt, queued, then one wait.
-  void WindowScores(int64_t seq_len, Lse lse, Pages pages, int64_t head_dim) {
+  void WindowScores(int64_t seq_len, Lse lse, Pages pages, Calls calls, int64_t head_dim) {
     const int64_t layer_bytes = seq_len * kKvHeads * head_dim * kElement;
     size_t free_bytes = 0;
     size_t all_bytes = 0;
@@ -144,10 +145,14 @@ class Bench {
     std::shuffle(table.begin(), table.end(), rng);
     std::vector<int64_t> positions(kRows);
     std::iota(positions.begin(), positions.end(), seq_len - kRows);
-    auto columns = backend_->NewBuffer(kQoHeads, seq_len);
-    auto norms = backend_->NewBuffer(kKvHeads, seq_len);
-    Require(columns.status());
-    Require(norms.status());
+    std::vector<std::unique_ptr<kernels::ScoreBuffer>> columns;
+    std::vector<std::unique_ptr<kernels::ScoreBuffer>> norms;
+    std::vector<kernels::ScoreBuffer*> outs;
+    for (int64_t layer = 0; layer < kLayers; ++layer) {
+      columns.push_back(NewBuffer(kQoHeads, seq_len));
+      norms.push_back(NewBuffer(kKvHeads, seq_len));
+      outs.push_back(columns.back().get());
+    }
     const auto view = [&](const DeviceMemory& memory, int64_t layer) {
       kernels::KvView kv;
       kv.data = memory.data() + layer % distinct * layer_bytes;
@@ -165,31 +170,39 @@ class Bench {
       }
       return kv;
     };
+    std::vector<kernels::WindowArgs> layers;
+    for (int64_t layer = 0; layer < kLayers; ++layer) {
+      kernels::WindowArgs args;
+      args.q.data = q.data();
+      args.q.size_bytes = kQoHeads * kRows * head_dim * kElement;
+      args.q.dtype = DType::kBF16;
+      args.q.num_qo_heads = kQoHeads;
+      args.q.num_rows = kRows;
+      args.q.head_dim = head_dim;
+      args.q.head_stride = kRows * head_dim;
+      args.q.row_stride = head_dim;
+      args.k = view(k, layer);
+      args.v = view(v, layer);
+      args.value_norms = norms[layer].get();
+      args.row_positions = positions;
+      if (lse == Lse::kGiven) {
+        args.window_lse.data = given.data();
+        args.window_lse.size_bytes = kQoHeads * kRows * 4;
+        args.window_lse.num_qo_heads = kQoHeads;
+        args.window_lse.num_rows = kRows;
+        args.window_lse.head_stride = kRows;
+      }
+      args.softmax_scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
+      args.what = "bench";
+      layers.push_back(args);
+    }
     const double milliseconds = MedianMilliseconds(repetitions_, [&] {
-      for (int64_t layer = 0; layer < kLayers; ++layer) {
-        kernels::WindowArgs args;
-        args.q.data = q.data();
-        args.q.size_bytes = kQoHeads * kRows * head_dim * kElement;
-        args.q.dtype = DType::kBF16;
-        args.q.num_qo_heads = kQoHeads;
-        args.q.num_rows = kRows;
-        args.q.head_dim = head_dim;
-        args.q.head_stride = kRows * head_dim;
-        args.q.row_stride = head_dim;
-        args.k = view(k, layer);
-        args.v = view(v, layer);
-        args.value_norms = norms->get();
-        args.row_positions = positions;
-        if (lse == Lse::kGiven) {
-          args.window_lse.data = given.data();
-          args.window_lse.size_bytes = kQoHeads * kRows * 4;
-          args.window_lse.num_qo_heads = kQoHeads;
-          args.window_lse.num_rows = kRows;
-          args.window_lse.head_stride = kRows;
+      if (calls == Calls::kAllLayers) {
+        Require(backend_->WindowColumnsOfLayers(*context_, layers, outs));
+      } else {
+        for (int64_t layer = 0; layer < kLayers; ++layer) {
+          Require(backend_->WindowColumns(*context_, layers[layer], *outs[layer]));
         }
-        args.softmax_scale = 1.0f / std::sqrt(static_cast<float>(head_dim));
-        args.what = "bench";
-        Require(backend_->WindowColumns(*context_, args, **columns));
       }
       Require(backend_->Wait(*context_));
     });
@@ -206,6 +219,7 @@ class Bench {
             {"head_dim", head_dim},
             {"window_lse", lse == Lse::kGiven},
             {"paged", pages == Pages::kPaged},
+            {"one_call", calls == Calls::kAllLayers},
             {"layers", kLayers},
             {"distinct_layers", distinct},
             {"ms", milliseconds},
@@ -306,6 +320,12 @@ class Bench {
   }
 
  private:
+  std::unique_ptr<kernels::ScoreBuffer> NewBuffer(int64_t rows, int64_t cols) {
+    auto buffer = backend_->NewBuffer(rows, cols);
+    Require(buffer.status());
+    return *std::move(buffer);
+  }
+
   std::unique_ptr<kernels::ComputeBackend> backend_;
   std::unique_ptr<kernels::OpContext> context_;
   const Ceilings ceilings_;
@@ -349,14 +369,17 @@ int Main(absl::Span<const char* const> arguments) {
     if (is_quick && seq_len > 4096) continue;
     for (const auto lse : {Bench::Lse::kComputed, Bench::Lse::kGiven}) {
       for (const auto pages : {Bench::Pages::kContiguous, Bench::Pages::kPaged}) {
-        bench.WindowScores(seq_len, lse, pages, kHeadDim);
+        for (const auto calls : {Bench::Calls::kPerLayer, Bench::Calls::kAllLayers}) {
+          bench.WindowScores(seq_len, lse, pages, calls, kHeadDim);
+        }
       }
     }
   }
   for (const int64_t seq_len : {4096, 32768}) {
     if (is_quick && seq_len > 4096) continue;
     for (const int64_t head_dim : {80, 96, 128, 192, 256}) {
-      bench.WindowScores(seq_len, Bench::Lse::kComputed, Bench::Pages::kContiguous, head_dim);
+      bench.WindowScores(seq_len, Bench::Lse::kComputed, Bench::Pages::kContiguous,
+                         Bench::Calls::kAllLayers, head_dim);
       bench.Logits(seq_len, head_dim);
     }
   }

@@ -130,6 +130,16 @@ class WindowParity : public CudaTest {
     return columns;
   }
 
+  void ExpectValueNorms(const Shape& shape) {
+    const Tensors tensors = Random(shape, 5);
+    std::vector<float> norms;
+    ASSERT_TRUE(Columns(shape, tensors, nullptr, &norms).ok());
+    const std::unique_ptr<ScoreBuffer> twin = cpu_.Buffer(shape.num_kv_heads, shape.seq_len);
+    ASSERT_TRUE(cpu_.backend->RowNorms(*cpu_.context, tensors.v.view(), "v", *twin).ok());
+    const std::vector<float> want = cpu_.Values(*twin);
+    for (size_t i = 0; i < want.size(); ++i) ASSERT_NEAR(norms[i], want[i], 1e-5f * want[i]) << i;
+  }
+
   void ExpectNearOracle(const Shape& shape, uint32_t seed = 11) {
     const Tensors tensors = Random(shape, seed);
     std::optional<DenseTensor> lse;
@@ -348,14 +358,7 @@ TEST_F(WindowParity, ListedHeadsNameHeadAndRowOfTheCall) {
 }
 
 TEST_F(WindowParity, ValueNormsOfAllHeadsComeAlongWithListedHeads) {
-  const Shape shape = ListedHeads();
-  const Tensors tensors = Random(shape, 5);
-  std::vector<float> norms;
-  ASSERT_TRUE(Columns(shape, tensors, nullptr, &norms).ok());
-  const std::unique_ptr<ScoreBuffer> twin = cpu_.Buffer(shape.num_kv_heads, shape.seq_len);
-  ASSERT_TRUE(cpu_.backend->RowNorms(*cpu_.context, tensors.v.view(), "v", *twin).ok());
-  const std::vector<float> want = cpu_.Values(*twin);
-  for (size_t i = 0; i < want.size(); ++i) ASSERT_NEAR(norms[i], want[i], 1e-5f * want[i]) << i;
+  ExpectValueNorms(ListedHeads());
 }
 
 TEST_F(WindowParity, HeadDimensionsOfOtherModels) {
@@ -369,26 +372,10 @@ TEST_F(WindowParity, HeadDimensionsOfOtherModels) {
   }
 }
 
-TEST_F(WindowParity, ValueNormsComeAlong) {
-  const Shape shape = {.layout = Layout::kPaged};
-  const Tensors tensors = Random(shape, 5);
-  std::vector<float> norms;
-  ASSERT_TRUE(Columns(shape, tensors, nullptr, &norms).ok());
-  const std::unique_ptr<ScoreBuffer> twin = cpu_.Buffer(shape.num_kv_heads, shape.seq_len);
-  ASSERT_TRUE(cpu_.backend->RowNorms(*cpu_.context, tensors.v.view(), "v", *twin).ok());
-  const std::vector<float> want = cpu_.Values(*twin);
-  for (size_t i = 0; i < want.size(); ++i) ASSERT_NEAR(norms[i], want[i], 1e-5f * want[i]) << i;
-}
+TEST_F(WindowParity, ValueNormsComeAlong) { ExpectValueNorms({.layout = Layout::kPaged}); }
 
 TEST_F(WindowParity, ValueNormsComeAlongOnGeneralKernels) {
-  const Shape shape = {.dtype = DType::kF32, .gap = 3};
-  const Tensors tensors = Random(shape, 5);
-  std::vector<float> norms;
-  ASSERT_TRUE(Columns(shape, tensors, nullptr, &norms).ok());
-  const std::unique_ptr<ScoreBuffer> twin = cpu_.Buffer(shape.num_kv_heads, shape.seq_len);
-  ASSERT_TRUE(cpu_.backend->RowNorms(*cpu_.context, tensors.v.view(), "v", *twin).ok());
-  const std::vector<float> want = cpu_.Values(*twin);
-  for (size_t i = 0; i < want.size(); ++i) ASSERT_NEAR(norms[i], want[i], 1e-5f * want[i]) << i;
+  ExpectValueNorms({.dtype = DType::kF32, .gap = 3});
 }
 
 TEST_F(WindowParity, SameInputsSameBits) {
