@@ -256,7 +256,7 @@ class TableRegistryImpl final : public TableRegistry {
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(change_mutex_) {
     if (disk_ != nullptr) {
       ForgetServed(next);
-      const absl::Status saved = Save(next);
+      absl::Status saved = Save(next);
       if (!saved.ok() && saving == Saving::kRequired) return saved;
       SetHealth(next, kStateSource, saved.ok() ? recovery_problem_ : saved);
     }
@@ -266,7 +266,7 @@ class TableRegistryImpl final : public TableRegistry {
     revision_ = after->revision;
     const std::set<std::string> unused = UnusedDigests(*state_, next);
     state_ = std::make_shared<const RegistryState>(std::move(next));
-    Publish(before, std::move(after), state_);
+    Publish(before, after, state_);
     if (disk_ != nullptr) {
       for (const std::string& digest : unused) disk_->Remove(digest);
     }
@@ -295,8 +295,8 @@ class TableRegistryImpl final : public TableRegistry {
   std::shared_ptr<const RegistryView> BuildView(const RegistryState& next,
                                                 const RegistryView* before) const
       ABSL_EXCLUSIVE_LOCKS_REQUIRED(change_mutex_) {
-    const std::set<std::string>& saved = saved_digests_;
-    const auto is_durable = [&saved](const std::string& digest) { return saved.contains(digest); };
+    const std::set<std::string>* const saved = &saved_digests_;
+    const auto is_durable = [saved](const std::string& digest) { return saved->contains(digest); };
     auto view = std::make_shared<RegistryView>();
     view->revision = revision_ + 1;
     bool changed = before == nullptr || before->lines.size() != next.lines.size();
@@ -323,7 +323,7 @@ class TableRegistryImpl final : public TableRegistry {
   }
 
   void Publish(const std::shared_ptr<const RegistryView>& before,
-               std::shared_ptr<const RegistryView> after,
+               const std::shared_ptr<const RegistryView>& after,
                std::shared_ptr<const RegistryState> state) {
     tables::TableSnapshot snapshot = SnapshotOf(*state);
     snapshot.revision = after->revision;
