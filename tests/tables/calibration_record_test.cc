@@ -173,7 +173,10 @@ TEST(CalibrationRecord, MoreCandidatesThanTokensAreRefused) {
 }
 
 TEST(CalibrationRecord, LayerAndHeadMustBeOfTheModel) {
-  const RecordRules rules = {PairedPolicyRule::kRequired, 2, 3, 1};
+  RecordRules rules;
+  rules.num_layers = 2;
+  rules.num_qo_heads = 3;
+  rules.num_kv_heads = 1;
   EXPECT_TRUE(ParseLine(HeadRecord().dump(), rules)->record.ok());
   EXPECT_THAT(MessageOf(With(HeadRecord(), "layer", 2), rules), StartsWith("layer=2, want"));
   EXPECT_THAT(MessageOf(With(HeadRecord(), "head", 3), rules), StartsWith("head=3, want"));
@@ -183,7 +186,10 @@ TEST(CalibrationRecord, KvHeadNamesAHeadGroup) {
   Json record = HeadRecord();
   record.erase("head");
   record["kv_head"] = 1;
-  const RecordRules rules = {PairedPolicyRule::kRequired, 2, 4, 2};
+  RecordRules rules;
+  rules.num_layers = 2;
+  rules.num_qo_heads = 4;
+  rules.num_kv_heads = 2;
   const auto parsed = ParseLine(record.dump(), rules);
   ASSERT_TRUE(parsed->record.ok()) << parsed->record.status();
   EXPECT_EQ(parsed->record->head_unit, HeadUnit::kKvHead);
