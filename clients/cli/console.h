@@ -24,7 +24,7 @@ struct Console {
   // How `out` may be drawn on: colour by escape codes, and characters in a line.
   TextColor color = TextColor::kPlain;
   int columns = 80;
-  std::string program_path;  // argv[0] resolved; finds keepsetd beside it
+  std::string program_path = {};  // argv[0] resolved; finds keepsetd beside it
 
   bool wants_summary() const {
     return format == OutputFormat::kText && out_kind == StreamKind::kTerminal;
