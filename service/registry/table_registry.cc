@@ -161,7 +161,8 @@ class TableRegistryImpl final : public TableRegistry {
     }
     receipt.revision = revision_;
     receipt.durable = disk_ != nullptr;
-    for (const TableVersionInfo& version : View()->lines.at(identity.name)->versions) {
+    const std::shared_ptr<const LineView> line = View()->lines.at(identity.name);
+    for (const TableVersionInfo& version : line->versions) {
       if (version.digest == identity.digest && version.state != VersionState::kRetired) {
         receipt.version = version;
       }

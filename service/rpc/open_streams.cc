@@ -2,6 +2,11 @@
 
 namespace keepset::service {
 
+OpenStreams::~OpenStreams() {
+  absl::MutexLock lock(&mutex_);
+  mutex_.Await(absl::Condition(&closers_, &std::list<Closer>::empty));
+}
+
 std::list<OpenStreams::Closer>::iterator OpenStreams::Add(const Closer& closer) {
   bool closed = false;
   std::list<Closer>::iterator stream;

@@ -15,6 +15,12 @@ class OpenStreams {
  public:
   using Closer = std::function<void()>;
 
+  OpenStreams() = default;
+  OpenStreams(const OpenStreams&) = delete;
+  OpenStreams& operator=(const OpenStreams&) = delete;
+  // Waits until every stream was removed.
+  ~OpenStreams();
+
   // `closer` is called by CloseAll; at once when that has happened already.
   std::list<Closer>::iterator Add(const Closer& closer);
   void Remove(std::list<Closer>::iterator stream);

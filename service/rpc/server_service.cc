@@ -1,6 +1,7 @@
 #include "service/rpc/server_service.h"
 
 #include <algorithm>
+#include <memory>
 #include <utility>
 
 #include "service/rpc/wire_status.h"
@@ -20,7 +21,8 @@ class ServerServiceImpl final : public v1::ServerService::CallbackService {
                                           const v1::GetServerInfoRequest* /*request*/,
                                           v1::GetServerInfoResponse* response) override {
     *response = options_.info;
-    for (const auto& table : tables_.Snapshot()->tables) {
+    const std::shared_ptr<const tables::TableSnapshot> snapshot = tables_.Snapshot();
+    for (const auto& table : snapshot->tables) {
       v1::TableIdentity* identity = response->add_tables();
       identity->set_name(table->identity().name);
       identity->set_version(table->identity().version);

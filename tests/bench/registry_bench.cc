@@ -94,7 +94,8 @@ void MeasureStart(const std::string& mode, const Paths& paths) {
   }
   const absl::Duration took = clock.Monotonic() - start;
   int64_t table_bytes = 0;
-  for (const TablePtr& table : store.Snapshot()->loaded) {
+  const auto snapshot = store.Snapshot();
+  for (const TablePtr& table : snapshot->loaded) {
     table_bytes += static_cast<int64_t>(table->file_bytes().size());
   }
   absl::PrintF(

@@ -139,7 +139,8 @@ TEST_P(RetentionPolicyConformance, OnePositionIsAPrompt) {
 
 std::vector<Case> AllCases() {
   std::vector<Case> cases;
-  for (const std::string& name : NewBuiltinPolicyRegistry()->Names()) {
+  const auto registry = NewBuiltinPolicyRegistry();
+  for (const std::string& name : registry->Names()) {
     for (const Scope scope :
          {Scope::kLayerElastic, Scope::kLayerEqual, Scope::kSequence, Scope::kKvHead}) {
       cases.emplace_back(name, scope);

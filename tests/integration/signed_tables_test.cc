@@ -242,7 +242,9 @@ TEST_F(SignedStateDirectory, OfATableThatComesBackSignedIsMended) {
   ASSERT_TRUE(loaded.ok()) << loaded;
   EXPECT_EQ(Active(server), "1");
   EXPECT_EQ(Failure(server), "");
-  for (const client::TableSource& source : Tables(server)->List("", "")->sources) {
+  const auto listed = Tables(server)->List("", "");
+  ASSERT_TRUE(listed.ok()) << listed.status();
+  for (const client::TableSource& source : listed->sources) {
     EXPECT_TRUE(source.healthy) << source.source << ": " << source.detail;
   }
 }

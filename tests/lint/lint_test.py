@@ -5,6 +5,7 @@ import tempfile
 import unittest
 
 import layers
+import lifetimes
 import registries
 
 
@@ -44,6 +45,19 @@ class Layers(Tree):
     def test_downward_includes_pass(self):
         self.write("engine/a.cc", '#include "tables/decision_table.h"\n#include "base/clock.h"\n')
         self.assertEqual(layers.check(self.root), [])
+
+
+class Lifetimes(Tree):
+    def test_range_over_a_temporary_is_found(self):
+        self.write("service/a.cc", "for (const auto& [name, line] : registry_.View()->lines) {}\n")
+        self.assertEqual(len(lifetimes.check(self.root)), 1)
+
+    def test_range_over_what_is_held_passes(self):
+        self.write("service/a.cc",
+                   "for (const auto& v : view->lines.at(name)->versions) {}\n"
+                   "for (const auto& name : Names()) {}\n"
+                   "for (int i = 0; i < Size()->x; ++i) {}\n")
+        self.assertEqual(lifetimes.check(self.root), [])
 
 
 class Registries(Tree):

@@ -91,7 +91,8 @@ void EtcdReplica::OnInStep() {
 
 // A registry that was recovered from disk knows lines that etcd may have dropped since.
 void EtcdReplica::RememberLines() {
-  for (const auto& [name, line] : registry_.View()->lines) {
+  const std::shared_ptr<const RegistryView> view = registry_.View();
+  for (const auto& [name, line] : view->lines) {
     const bool is_elsewhere =
         std::any_of(line->versions.begin(), line->versions.end(), [](const auto& version) {
           return std::any_of(version.sources.begin(), version.sources.end(),

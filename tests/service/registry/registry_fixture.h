@@ -62,14 +62,16 @@ class TableRegistryTest : public testing::Test {
  protected:
   // What unpinned requests of table "a" get; empty: nothing.
   std::string Active() const {
-    for (const TablePtr& table : store_.Snapshot()->tables) {
+    const auto snapshot = store_.Snapshot();
+    for (const TablePtr& table : snapshot->tables) {
       if (table->identity().name == "a") return table->identity().version;
     }
     return "";
   }
   std::shared_ptr<const LineView> LineA() const { return registry_->View()->lines.at("a"); }
   VersionState StateOf(const std::string& version) const {
-    for (const TableVersionInfo& info : LineA()->versions) {
+    const std::shared_ptr<const LineView> line = LineA();
+    for (const TableVersionInfo& info : line->versions) {
       if (info.version == version) return info.state;
     }
     ADD_FAILURE() << "no version " << version;

@@ -176,7 +176,7 @@ TEST_F(TableRegistryTest, HistorySaysWhoAndHow) {
   WriteContext context;
   context.actor = "alice";
   ASSERT_TRUE(registry_->Activate(Ref("a", "1"), "", context).ok());
-  const std::vector<Activation>& history = LineA()->assignment.history;
+  const std::vector<Activation> history = LineA()->assignment.history;
   ASSERT_EQ(history.size(), 1);
   EXPECT_EQ(history[0].actor, "alice");
   EXPECT_EQ(history[0].cause, "activate");
@@ -195,7 +195,7 @@ TEST_F(TableRegistryTest, ACanarySharesRequestsWithTheActiveVersion) {
   ASSERT_TRUE(Upload("2").ok());
   ASSERT_TRUE(Activate("1").ok());
   ASSERT_TRUE(registry_->SetCanary(Ref("a", "2"), 500, "", {}).ok());
-  const tables::TableRoles& roles = store_.Snapshot()->roles.at("a");
+  const tables::TableRoles roles = store_.Snapshot()->roles.at("a");
   EXPECT_EQ(roles.canary->identity().version, "2");
   EXPECT_EQ(roles.canary_basis_points, 500);
   EXPECT_EQ(roles.canary_salt, roles.canary->identity().digest);

@@ -86,7 +86,8 @@ class Fleetmate {
   // Versions that operations see as active, in order of table names.
   std::vector<std::string> Served() {
     std::vector<std::string> versions;
-    for (const auto& table : store_.Snapshot()->tables) {
+    const auto snapshot = store_.Snapshot();
+    for (const auto& table : snapshot->tables) {
       versions.push_back(absl::StrCat(table->identity().name, "@", table->identity().version));
     }
     return versions;
