@@ -59,7 +59,7 @@ absl::Status CheckShares(const std::string& name, const Line& line, const TableT
         absl::StrCat(Describe(name, canary), ": kind=", c->table->kind(), ", want ",
                      a->table->kind(), " as ", active.version, ", whose requests it would share"));
   }
-  const absl::Status fit =
+  absl::Status fit =
       tables::MatchFingerprint(c->table->model(), a->table->model(),
                                tables::FingerprintMatch::kFull, tables::LayerMatch::kExact);
   if (fit.ok()) return fit;

@@ -161,8 +161,8 @@ class TableRegistryImpl final : public TableRegistry {
     }
     receipt.revision = revision_;
     receipt.durable = disk_ != nullptr;
-    const std::shared_ptr<const LineView> line = View()->lines.at(identity.name);
-    for (const TableVersionInfo& version : line->versions) {
+    const std::shared_ptr<const LineView> published = View()->lines.at(identity.name);
+    for (const TableVersionInfo& version : published->versions) {
       if (version.digest == identity.digest && version.state != VersionState::kRetired) {
         receipt.version = version;
       }
