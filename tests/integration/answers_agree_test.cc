@@ -143,6 +143,7 @@ Answer AnswersAgree::OfService(Path path) const {
   const auto region = *client::SharedRegion::Create("agree", 1 << 21);
   const auto client =
       ConnectTo(server_->address(), memfd ? client::Transport::kMemfd : client::Transport::kInline);
+  if (client == nullptr) return {};
   client::OperationSpec spec = TypedSpec(prompt_, std::get<0>(GetParam()), kBudget);
   spec.scope = *client::ParseScope(engine::ScopeName(std::get<1>(GetParam())));
   spec.gather = memfd ? client::GatherMode::kDestination : client::GatherMode::kInline;
