@@ -68,6 +68,13 @@ void ChildProcess::Signal(int number) {
   if (pid_ > 0) ::kill(pid_, number);
 }
 
+void ChildProcess::Freeze() {
+  Signal(SIGSTOP);
+  int status = 0;
+  EXPECT_EQ(::waitpid(pid_, &status, WUNTRACED), pid_);
+  EXPECT_TRUE(WIFSTOPPED(status));
+}
+
 bool ChildProcess::HasEnded() {
   if (pid_ > 0 && ::waitpid(pid_, &status_, WNOHANG) == pid_) pid_ = -1;
   return pid_ < 0;

@@ -29,6 +29,8 @@ class ChildProcess {
   // nothing of the kind before the deadline of tests.
   std::string AwaitLine(const std::string& part);
   void Signal(int number);
+  // SIGSTOP; returns when every thread stands.
+  void Freeze();
   bool HasEnded();
   // The status of waitpid; -1 when it does not end before the deadline of tests.
   int Wait();

@@ -133,7 +133,7 @@ bool EtcdServer::TryStart(Listen listen) {
 
 void EtcdServer::Kill() { process_.reset(); }
 
-void EtcdServer::Freeze() { process_->Signal(SIGSTOP); }
+void EtcdServer::Freeze() { process_->Freeze(); }
 
 void EtcdServer::Thaw() { process_->Signal(SIGCONT); }
 
