@@ -32,7 +32,7 @@ class CompressReactor final : public grpc::ServerUnaryReactor {
   // Last act of the handler: the reactor may be gone when it returns.
   void Start() {
     if (absl::Status status = Prepare(); !status.ok()) {
-      Answer(status);
+      if (TakePhase()) Answer(status);
       return;
     }
     // The task may be run after the reactor: it looks at the shared phase first.
@@ -43,9 +43,7 @@ class CompressReactor final : public grpc::ServerUnaryReactor {
       if (phase->compare_exchange_strong(waiting, Phase::kRunning)) Run();
     });
     if (queued.ok()) return;
-    // A cancellation may have come first; only one of both answers.
-    Phase waiting = Phase::kWaiting;
-    if (!phase_->compare_exchange_strong(waiting, Phase::kRunning)) return;
+    if (!TakePhase()) return;
     if (context_.overload == OverloadAnswer::kShedToFull) {
       Answer(operation_.FinishShed(response_.mutable_result()));
     } else {
@@ -57,14 +55,19 @@ class CompressReactor final : public grpc::ServerUnaryReactor {
 
   void OnCancel() override {
     cancelled_.store(true, std::memory_order_relaxed);
-    Phase waiting = Phase::kWaiting;
-    if (phase_->compare_exchange_strong(waiting, Phase::kRunning)) Answer(CancelStatus());
+    if (TakePhase()) Answer(CancelStatus());
   }
 
   void OnDone() override { delete this; }
 
  private:
   enum class Phase { kWaiting, kRunning };
+
+  // Of a refusal, a worker and a cancellation, the first one answers.
+  bool TakePhase() {
+    Phase waiting = Phase::kWaiting;
+    return phase_->compare_exchange_strong(waiting, Phase::kRunning);
+  }
 
   absl::Status Prepare() {
     KEEPSET_RETURN_IF_ERROR(operation_.Admit());

@@ -254,7 +254,7 @@ TEST_F(DeviceIpc, AKilledWorkerGivesItsMemoryBack) {
     EXPECT_LE(driver_.FreeBytes(), before - kRegionBytes + kSlackBytes) << phase;
     worker->Kill();
     EXPECT_TRUE(IsBack(before)) << phase;
-    EXPECT_FALSE(server_->HasEnded()) << phase;
+    EXPECT_FALSE(server_->HasEnded()) << phase << ", wait status " << server_->Wait();
   }
   EXPECT_EQ(NewWorker("whole")->Wait(), 0);
 }

@@ -4,6 +4,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <thread>
+
+#include "absl/synchronization/notification.h"
 #include "tests/integration/server_fixture.h"
 #include "tests/integration/worker.h"
 
@@ -64,6 +67,26 @@ TEST_F(SessionMemory, RegionOfAnotherSessionIsNotFound) {
 TEST_F(SessionMemory, UnknownSessionIsNotFound) {
   v1::CompressRequest request = WireRequest(prompt_, "tova", kBudget);
   request.mutable_spec()->set_session_id("no-such-session");
+  EXPECT_EQ(Compress(server_, request, nullptr).error_code(), grpc::StatusCode::NOT_FOUND);
+}
+
+// As when a client dies: its session is gone while its last call comes in and is cancelled.
+TEST_F(SessionMemory, CallOfAGoneSessionThatIsCancelledIsAnsweredOnce) {
+  v1::CompressRequest request = WireRequest(prompt_, "tova", kBudget);
+  request.mutable_spec()->set_session_id("no-such-session");
+  const auto stub = server_.compression();
+  for (int round = 0; round < 300; ++round) {
+    const auto context = NewContext();
+    v1::CompressResponse response;
+    absl::Notification done;
+    stub->async()->Compress(context.get(), &request, &response, [&](grpc::Status status) {
+      EXPECT_FALSE(status.ok());
+      done.Notify();
+    });
+    for (int spin = 0; spin < round * 4; ++spin) std::this_thread::yield();
+    context->TryCancel();
+    done.WaitForNotification();
+  }
   EXPECT_EQ(Compress(server_, request, nullptr).error_code(), grpc::StatusCode::NOT_FOUND);
 }
 
