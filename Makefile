@@ -25,7 +25,7 @@ demo-table: configure python
 	rm -r $(BUILD)/demo-table
 
 test: build python
-	ctest --test-dir $(BUILD) --output-on-failure -j $(JOBS)
+	ctest --test-dir $(BUILD) --output-on-failure -j $(JOBS) $(CTEST_FLAGS)
 	KEEPSET_BUILD=$(CURDIR)/$(BUILD) $(VENV)/bin/python -m pytest -q tests/python tests/package
 
 # The optional extras `hf` and `ray`. torch, transformers and ray take 6 GB in an environment of their own.
