@@ -7,8 +7,6 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
-#include "absl/time/time.h"
-#include "base/clock.h"
 #include "base/status_macros.h"
 #include "engine/c_abi/handles.h"
 #include "tables/safetensors.h"
@@ -17,6 +15,7 @@
 
 namespace {
 
+using ::keepset::engine::CreatedAt;
 using ::keepset::engine::Guard;
 using ::keepset::engine::RequirePointer;
 using ::keepset::engine::RequireStruct;
@@ -102,9 +101,7 @@ absl::StatusOr<tables::CompileOptions> CompileOptions(const keepset_compile_opti
   if (options.default_budget != 0) compile.default_budget = options.default_budget;
   compile.limits.max_rejected = options.max_rejected;
   compile.num_threads = options.num_threads;
-  compile.created = options.created_unix_seconds == 0
-                        ? keepset::SystemClock().Now()
-                        : absl::FromUnixSeconds(options.created_unix_seconds);
+  compile.created = CreatedAt(options.created_unix_seconds);
   compile.tool_version = keepset_version();
   return compile;
 }

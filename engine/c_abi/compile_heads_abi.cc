@@ -6,8 +6,6 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
-#include "absl/time/time.h"
-#include "base/clock.h"
 #include "base/status_macros.h"
 #include "engine/c_abi/handles.h"
 #include "tables/observation_compiler.h"
@@ -15,6 +13,7 @@
 
 namespace {
 
+using ::keepset::engine::CreatedAt;
 using ::keepset::engine::Guard;
 using ::keepset::engine::RequirePointer;
 using ::keepset::engine::RequireStruct;
@@ -52,9 +51,7 @@ absl::StatusOr<tables::ObservationCompileOptions> ToOptions(
   if (from.num_folds != 0) options.num_folds = from.num_folds;
   if (from.default_budget != 0) options.default_budget = from.default_budget;
   options.num_threads = from.num_threads;
-  options.created = from.created_unix_seconds == 0
-                        ? keepset::SystemClock().Now()
-                        : absl::FromUnixSeconds(from.created_unix_seconds);
+  options.created = CreatedAt(from.created_unix_seconds);
   options.tool_version = keepset_version();
   return options;
 }

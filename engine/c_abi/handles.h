@@ -12,6 +12,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
+#include "absl/time/time.h"
 #include "base/clock.h"
 #include "engine/keepset.h"
 #include "engine/operation.h"
@@ -78,6 +79,11 @@ keepset_status Guard(const Call& call) {
 absl::Status RequirePointer(const void* pointer, absl::string_view name);
 // InvalidArgument when a caller's struct is older than the first version or was not initialised.
 absl::Status RequireStruct(size_t struct_size, size_t least, absl::string_view name);
+
+// When a table is said to have been compiled; 0: now.
+inline absl::Time CreatedAt(int64_t unix_seconds) {
+  return unix_seconds == 0 ? SystemClock().Now() : absl::FromUnixSeconds(unix_seconds);
+}
 
 // `what` prefixes messages, for example "layer 3: k". An absent view (data NULL) converts to one.
 absl::StatusOr<kernels::DType> ToDType(int32_t dtype, absl::string_view what);

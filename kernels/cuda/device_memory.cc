@@ -64,11 +64,6 @@ absl::StatusOr<DeviceBlock> DevicePool::Acquire(int64_t bytes) {
   return DeviceBlock(this, static_cast<std::byte*>(data), size);
 }
 
-int64_t DevicePool::kept_bytes() const {
-  const absl::MutexLock lock(&mutex_);
-  return kept_bytes_;
-}
-
 void DevicePool::Release(std::byte* data, int64_t bytes) {
   {
     const absl::MutexLock lock(&mutex_);

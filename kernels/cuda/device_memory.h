@@ -59,7 +59,6 @@ class DevicePool {
 
   // At least `bytes` (>= 1) of any content. ResourceExhausted when the device has no more.
   absl::StatusOr<DeviceBlock> Acquire(int64_t bytes);
-  int64_t kept_bytes() const;
 
  private:
   friend class DeviceBlock;
