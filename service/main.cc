@@ -12,6 +12,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/clock.h"
 #include "base/log.h"
+#include "base/malloc_options.h"
 #include "service/server.h"
 #include "service/server_config/server_config.h"
 #include "service/supervisor.h"
@@ -113,6 +114,7 @@ int Main(absl::Span<const char* const> arguments, absl::string_view notify_socke
 }  // namespace keepset::service
 
 int main(int argc, char** argv) {
+  keepset::KeepFreedMemory();
   const char* const notify_socket = std::getenv("NOTIFY_SOCKET");
   return keepset::service::Main(absl::MakeConstSpan(argv + 1, argc > 0 ? argc - 1 : 0),
                                 notify_socket == nullptr ? "" : notify_socket);

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "base/malloc_options.h"
 #include "clients/cli/command_list.h"
 #include "clients/cli/console.h"
 
@@ -43,6 +44,7 @@ std::string OwnPath(const char* fallback) {
 }  // namespace
 
 int main(int argc, char** argv) {
+  keepset::KeepFreedMemory();
   // A reader that went away and a file that grew too large are write errors, not a silent death.
   signal(SIGPIPE, SIG_IGN);
   signal(SIGXFSZ, SIG_IGN);
