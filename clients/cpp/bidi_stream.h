@@ -1,5 +1,5 @@
-// A bidirectional gRPC stream with a time limit on every write, over the callback API: messages
-// arrive on gRPC's threads, writes block their caller.
+// A bidirectional gRPC stream over the callback API: messages arrive on gRPC's threads and are sent
+// by them; who writes waits only while too much waits to be sent, for a limited time.
 //
 // Usage: construct, hand context() and reactor() to the stub, Start(), Write() ..., destroy.
 // The destructor cancels the call and waits for its end. Write may be called from many threads.
@@ -9,8 +9,9 @@
 #include <grpcpp/grpcpp.h>
 #include <grpcpp/support/client_callback.h>
 
+#include <cstdint>
+#include <deque>
 #include <functional>
-#include <string>
 #include <utility>
 
 #include "absl/base/thread_annotations.h"
@@ -27,9 +28,13 @@ template <typename Request, typename Response>
 class BidiStream final : private grpc::ClientBidiReactor<Request, Response> {
  public:
   // `on_message` sees one message after the other; `on_end` comes once, after the last of them,
-  // with the status of the call. Neither may call into the stream.
-  BidiStream(std::function<void(Response&)> on_message, std::function<void(absl::Status)> on_end)
-      : on_message_(std::move(on_message)), on_end_(std::move(on_end)) {}
+  // with the status of the call. Neither may call into the stream. A message is accepted while at
+  // most `max_waiting_bytes` of earlier ones wait to be sent; 0: while none does.
+  BidiStream(int64_t max_waiting_bytes, std::function<void(Response&)> on_message,
+             std::function<void(absl::Status)> on_end)
+      : max_waiting_bytes_(max_waiting_bytes),
+        on_message_(std::move(on_message)),
+        on_end_(std::move(on_end)) {}
 
   ~BidiStream() override {
     if (!started_) return;
@@ -51,28 +56,40 @@ class BidiStream final : private grpc::ClientBidiReactor<Request, Response> {
 
   void Cancel() { context_.TryCancel(); }
 
-  // DeadlineExceeded ends the whole stream, since a write cannot be taken back. A stream that has
-  // ended answers its status.
-  absl::Status Write(const Request& request, absl::Duration timeout) {
-    absl::MutexLock write_lock(&write_mutex_);
-    {
-      absl::MutexLock lock(&mutex_);
-      if (reads_ended_) return AwaitEnd(timeout);
-      writing_ = true;
-    }
-    this->StartWrite(&request);
+  // Accepts a message to be sent after those before it. DeadlineExceeded ends the whole stream,
+  // whose peer takes nothing. A stream that has ended answers its status, though what was accepted
+  // before it ended may not have been sent.
+  absl::Status Write(Request request, absl::Duration timeout) {
     absl::MutexLock lock(&mutex_);
-    const auto written = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) { return !writing_; };
-    if (!mutex_.AwaitWithTimeout(absl::Condition(&written), timeout)) {
+    const auto accepts = [this]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
+      return waiting_bytes_ <= max_waiting_bytes_ || ends_;
+    };
+    if (!mutex_.AwaitWithTimeout(absl::Condition(&accepts), timeout)) {
       context_.TryCancel();
-      mutex_.Await(absl::Condition(&written));
       return absl::DeadlineExceededError("stream: " + absl::FormatDuration(timeout) +
                                          " passed before a message could be sent");
     }
-    return write_ok_ ? absl::OkStatus() : AwaitEnd(timeout);
+    if (ends_) return AwaitEnd(timeout);
+    waiting_bytes_ += BytesOf(request);
+    waiting_.push_back(std::move(request));
+    if (waiting_.size() == 1) WriteFirst();
+    return absl::OkStatus();
   }
 
  private:
+  // Never 0, so that one message that waits is seen.
+  static int64_t BytesOf(const Request& request) {
+    return static_cast<int64_t>(request.ByteSizeLong()) + 1;
+  }
+
+  // gRPC reacts on its own threads, never inside StartWrite.
+  void WriteFirst() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    grpc::WriteOptions options;
+    // Small messages with others behind them share a packet.
+    if (waiting_.size() > 1) options.set_buffer_hint();
+    this->StartWrite(&waiting_.front(), options);
+  }
+
   absl::Status AwaitEnd(absl::Duration timeout) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     if (!mutex_.AwaitWithTimeout(absl::Condition(&ended_), timeout) || status_.ok()) {
       return absl::UnavailableError("stream: ended by the server");
@@ -89,8 +106,9 @@ class BidiStream final : private grpc::ClientBidiReactor<Request, Response> {
     bool last;
     {
       absl::MutexLock lock(&mutex_);
+      ends_ = true;
       reads_ended_ = true;
-      last = !writing_;
+      last = waiting_.empty();
     }
     if (last) this->RemoveHold();
   }
@@ -99,9 +117,15 @@ class BidiStream final : private grpc::ClientBidiReactor<Request, Response> {
     bool last;
     {
       absl::MutexLock lock(&mutex_);
-      writing_ = false;
-      write_ok_ = ok;
-      last = reads_ended_;
+      waiting_bytes_ -= BytesOf(waiting_.front());
+      waiting_.pop_front();
+      if (!ok) ends_ = true;
+      if (ends_) {
+        waiting_.clear();
+        waiting_bytes_ = 0;
+      }
+      if (!waiting_.empty()) WriteFirst();
+      last = reads_ended_ && waiting_.empty();
     }
     if (last) this->RemoveHold();
   }
@@ -114,15 +138,16 @@ class BidiStream final : private grpc::ClientBidiReactor<Request, Response> {
     ended_ = true;
   }
 
+  const int64_t max_waiting_bytes_;
   const std::function<void(Response&)> on_message_;
   const std::function<void(absl::Status)> on_end_;
   grpc::ClientContext context_;
   Response response_;
   bool started_ = false;
-  absl::Mutex write_mutex_ ABSL_ACQUIRED_BEFORE(mutex_);
   absl::Mutex mutex_;
-  bool writing_ ABSL_GUARDED_BY(mutex_) = false;
-  bool write_ok_ ABSL_GUARDED_BY(mutex_) = false;
+  std::deque<Request> waiting_ ABSL_GUARDED_BY(mutex_);  // the first one is being written
+  int64_t waiting_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
+  bool ends_ ABSL_GUARDED_BY(mutex_) = false;  // nothing more is accepted
   bool reads_ended_ ABSL_GUARDED_BY(mutex_) = false;
   bool ended_ ABSL_GUARDED_BY(mutex_) = false;
   absl::Status status_ ABSL_GUARDED_BY(mutex_);

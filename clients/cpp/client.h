@@ -98,8 +98,9 @@ class CompressStream {
 
   // The id of the new operation.
   virtual absl::StatusOr<uint64_t> Begin(const OperationSpec& spec) = 0;
-  // Waits until the server grants a layer input. When the operation was refused meanwhile, answers
-  // why; the operation is over then.
+  // Waits until the server grants a layer input, and while 1 MiB waits to be sent. What is inline
+  // has been copied on return. When the operation was refused meanwhile, answers why; the operation
+  // is over then.
   virtual absl::Status SendLayer(uint64_t operation, const LayerInput& layer) = 0;
   // Keep sets of layers that came before the end of the operation (layer-local policies).
   virtual std::vector<LayerResult> TakeEarlyResults(uint64_t operation) = 0;

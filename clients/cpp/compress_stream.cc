@@ -14,6 +14,9 @@
 namespace keepset::client {
 namespace {
 
+// A few layers inline, or all of a large model by region.
+constexpr int64_t kMaxWaitingBytes = int64_t{1} << 20;
+
 class GrpcCompressStream final : public CompressStream {
  public:
   GrpcCompressStream(v1::CompressionService::Stub* stub, std::string session_id,
@@ -22,28 +25,30 @@ class GrpcCompressStream final : public CompressStream {
         resolve_(std::move(resolve)),
         placement_(placement),
         call_timeout_(call_timeout),
-        stream_([this](v1::StreamResponse& response) { OnMessage(response); },
-                [this](absl::Status end) { OnEnd(std::move(end)); }) {
+        stream_(
+            kMaxWaitingBytes, [this](v1::StreamResponse& response) { OnMessage(response); },
+            [this](absl::Status end) { OnEnd(std::move(end)); }) {
     stub->async()->CompressStream(stream_.context(), stream_.reactor());
     stream_.Start();
   }
 
   absl::StatusOr<uint64_t> Begin(const OperationSpec& spec) override {
     v1::StreamRequest request;
+    EncodeSpec(spec, request.mutable_begin());
+    request.mutable_begin()->set_session_id(session_id_);
+    uint64_t operation = 0;
     {
       absl::MutexLock lock(&mutex_);
       if (end_.has_value()) return StreamEnd();
-      request.set_operation_id(next_operation_++);
-      Pending& pending = pending_[request.operation_id()];
-      pending.context = MakeReplyContext(spec);
+      operation = next_operation_++;
+      pending_[operation].context = MakeReplyContext(spec);
     }
-    EncodeSpec(spec, request.mutable_begin());
-    request.mutable_begin()->set_session_id(session_id_);
-    if (absl::Status sent = stream_.Write(request, call_timeout_); !sent.ok()) {
-      Forget(request.operation_id());
+    request.set_operation_id(operation);
+    if (absl::Status sent = stream_.Write(std::move(request), call_timeout_); !sent.ok()) {
+      Forget(operation);
       return sent;
     }
-    return request.operation_id();
+    return operation;
   }
 
   absl::Status SendLayer(uint64_t operation, const LayerInput& layer) override {
@@ -73,7 +78,7 @@ class GrpcCompressStream final : public CompressStream {
       }
       --credits_;
     }
-    return stream_.Write(request, call_timeout_);
+    return stream_.Write(std::move(request), call_timeout_);
   }
 
   std::vector<LayerResult> TakeEarlyResults(uint64_t operation) override {
@@ -104,7 +109,7 @@ class GrpcCompressStream final : public CompressStream {
         return failure;
       }
     }
-    if (absl::Status sent = stream_.Write(request, call_timeout_); !sent.ok()) {
+    if (absl::Status sent = stream_.Write(std::move(request), call_timeout_); !sent.ok()) {
       Forget(operation);
       return sent;
     }
@@ -145,7 +150,7 @@ class GrpcCompressStream final : public CompressStream {
     v1::StreamRequest request;
     request.set_operation_id(operation);
     request.mutable_cancel();
-    return stream_.Write(request, call_timeout_);
+    return stream_.Write(std::move(request), call_timeout_);
   }
 
  private:

@@ -8,6 +8,8 @@ namespace {
 
 // Bounds how long destruction waits for a server that hangs.
 constexpr absl::Duration kMaxWrite = absl::Seconds(2);
+// A beat that could not be sent before the next one tells of a server that hangs.
+constexpr int64_t kMaxWaitingBytes = 0;
 
 }  // namespace
 
@@ -50,6 +52,7 @@ void LeaseKeeper::Run() {
     if (broken) stream.reset();
     if (stream == nullptr) {
       stream = std::make_unique<Stream>(
+          kMaxWaitingBytes,
           [this](v1::LeaseNotice& notice) {
             absl::MutexLock lock(&mutex_);
             draining_ = notice.draining();

@@ -244,6 +244,39 @@ TEST_F(ClientTest, WaitingForACreditEndsAtTheTimeLimit) {
             absl::StatusCode::kDeadlineExceeded);
 }
 
+TEST_F(ClientTest, LayersAreHandedOverWhileTheServerIsBusy) {
+  FakeOptions options;
+  options.stream_credits = 100;
+  Start(options);
+  ASSERT_TRUE(Connect(Transport::kInline).ok());
+  const auto stream = *client_->OpenStream();
+  const uint64_t operation = *stream->Begin(Spec(kDeafPolicy));
+  // More than the transport takes without a reader, less than the client does.
+  std::vector<std::byte> rows(1 << 17);
+  for (LayerInput& layer : Layers(rows.data())) {
+    layer.k.size_bytes = static_cast<int64_t>(rows.size());
+    EXPECT_TRUE(stream->SendLayer(operation, layer).ok());
+  }
+}
+
+TEST_F(ClientTest, LayersThatNobodyReadsEndTheStreamAtTheTimeLimit) {
+  FakeOptions options;
+  options.stream_credits = 100;
+  Start(options);
+  ASSERT_TRUE(Connect(Transport::kInline, kImpatience).ok());
+  const auto stream = *client_->OpenStream();
+  const uint64_t operation = *stream->Begin(Spec(kDeafPolicy));
+  std::vector<std::byte> rows(4 << 20);
+  absl::Status sent;
+  for (LayerInput& layer : Layers(rows.data())) {
+    layer.k.size_bytes = static_cast<int64_t>(rows.size());
+    sent = stream->SendLayer(operation, layer);
+    if (!sent.ok()) break;
+  }
+  EXPECT_EQ(sent.code(), absl::StatusCode::kDeadlineExceeded) << sent;
+  EXPECT_FALSE(stream->Begin(Spec()).ok());
+}
+
 TEST_F(ClientTest, WaitingForAResultEndsAtTheTimeLimitAndCancels) {
   FakeOptions options;
   options.stream_credits = 100;

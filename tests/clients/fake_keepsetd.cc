@@ -207,7 +207,7 @@ class Fake final : public FakeKeepsetd,
   }
 
   grpc::Status CompressStream(
-      grpc::ServerContext*,
+      grpc::ServerContext* context,
       grpc::ServerReaderWriter<v1::StreamResponse, v1::StreamRequest>* stream) override {
     Grant(stream, options_.stream_credits);
     std::map<uint64_t, std::pair<v1::OperationSpec, v1::OperationResult>> open;
@@ -224,6 +224,8 @@ class Fake final : public FakeKeepsetd,
           response.mutable_error()->set_message("refused by script");
           stream->Write(response);
         }
+        const bool is_deaf = request.begin().policy() == kDeafPolicy;
+        while (is_deaf && !context->IsCancelled()) poll(nullptr, 0, kPollMs);
       } else if (request.has_layer()) {
         ++unacknowledged;
         {

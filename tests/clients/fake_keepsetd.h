@@ -16,6 +16,7 @@ namespace keepset::client {
 // Policies with a meaning: any other name is an ordinary operation.
 inline constexpr char kRefusedPolicy[] = "refused";  // InvalidArgument
 inline constexpr char kSilentPolicy[] = "silent";    // no answer until the call ends
+inline constexpr char kDeafPolicy[] = "deaf";        // nothing of the stream is read after it
 inline constexpr char kLyingPolicy[] = "lying";      // keep sets that are not ascending
 inline constexpr std::byte kGatheredByte{0x5a};
 
