@@ -17,8 +17,9 @@ absl::string_view Text(bool value) { return value ? "true" : "false"; }
 std::string LayerJson(const LayerInputNeeds& layer) {
   return absl::StrCat("{\"layer\": ", layer.layer, ", \"queries\": ", Text(layer.queries),
                       ", \"keys\": ", Text(layer.keys), ", \"values\": ", Text(layer.values),
-                      ", \"qo_heads\": [", absl::StrJoin(layer.qo_heads, ", "),
-                      "], \"kv_heads\": [", absl::StrJoin(layer.kv_heads, ", "), "]}");
+                      ", \"columns\": ", Text(layer.columns), ", \"qo_heads\": [",
+                      absl::StrJoin(layer.qo_heads, ", "), "], \"kv_heads\": [",
+                      absl::StrJoin(layer.kv_heads, ", "), "]}");
 }
 
 }  // namespace
@@ -45,7 +46,8 @@ std::string InputNeedsJson(const InputNeeds& needs) {
                                     [](std::string* out, const LayerInputNeeds& layer) {
                                       absl::StrAppend(out, LayerJson(layer));
                                     }),
-                      "], \"rows\": [", absl::StrJoin(rows, ", "), "], \"ppl\": ", Text(needs.ppl),
+                      "], \"rows\": [", absl::StrJoin(rows, ", "),
+                      "], \"max_rows\": ", needs.max_rows, ", \"ppl\": ", Text(needs.ppl),
                       ", \"probe\": ", probe, "}");
 }
 

@@ -15,8 +15,9 @@ namespace keepset::engine {
 absl::StatusOr<InputNeeds> DescribeNeeds(const OperationSpec& spec, const PolicyRegistry& policies);
 
 // One JSON document: {"layers": [{"layer": 5, "queries": true, "keys": true, "values": false,
-// "qo_heads": [3], "kv_heads": [0]}], "rows": ["last_row", "observed_rows", "probe_rows"], "ppl":
-// false, "probe": {"name": .., "text": ..} or null}. Empty head lists mean all heads.
+// "columns": false, "qo_heads": [3], "kv_heads": [0]}], "rows": ["last_row", "observed_rows",
+// "probe_rows"], "max_rows": 0, "ppl": false, "probe": {"name": .., "text": ..} or null}. Empty
+// head lists mean all heads.
 std::string InputNeedsJson(const InputNeeds& needs);
 
 }  // namespace keepset::engine

@@ -177,6 +177,12 @@ typedef struct keepset_rows_view {
   int64_t row_stride;
 } keepset_rows_view;
 
+/* What column statistics hold of the attention of the num_rows observed rows. */
+typedef enum keepset_column_reduction {
+  KEEPSET_COLUMN_MEAN = 1, /* sum over the rows divided by num_rows */
+  KEEPSET_COLUMN_SUM = 2
+} keepset_column_reduction;
+
 typedef struct keepset_layer_observation {
   size_t struct_size;
   keepset_rows_view q_window;
@@ -184,6 +190,11 @@ typedef struct keepset_layer_observation {
   keepset_rows_view attn_tile;
   keepset_kv_view k;
   keepset_kv_view v;
+  /* [num_qo_heads, seq_len] (num_rows 1, last_dim seq_len), instead of q_window and attn_tile; for
+   * policies that keepset_input_needs says "columns" of. */
+  keepset_rows_view column_stats;
+  int32_t column_reduction; /* keepset_column_reduction */
+  int32_t reserved;
 } keepset_layer_observation;
 
 /* ---- Operations
@@ -245,9 +256,11 @@ const char* keepset_report_json(const keepset_report* report);
 void keepset_report_destroy(keepset_report* report);
 
 /* What a worker has to send for `spec`, of which model_json, policy, parameters and table are
- * looked at: {"layers": [{"layer", "queries", "keys", "values", "qo_heads", "kv_heads"}], "rows":
- * [..], "ppl", "probe"}. Empty head lists mean all heads; layers that are not listed may be left
- * out. */
+ * looked at: {"layers": [{"layer", "queries", "keys", "values", "columns", "qo_heads",
+ * "kv_heads"}], "rows": [..], "max_rows", "ppl", "probe"}. Empty head lists mean all heads; layers
+ * that are not listed may be left out. "columns": column_stats serve instead of queries and keys.
+ * "max_rows": the last of the observed rows that are read, and the most column_stats may stand for;
+ * 0: all. */
 keepset_status keepset_input_needs(keepset_engine* engine, const keepset_operation_spec* spec,
                                    keepset_report** out);
 

@@ -90,13 +90,22 @@ struct OperationSpec {
   absl::Duration deadline = absl::InfiniteDuration();
 };
 
+// What column statistics hold of the attention of the W observed rows.
+enum class ColumnReduction {
+  kMean,  // sum over the rows divided by W
+  kSum,
+};
+
 // What one layer brings. Views stay valid until Observe returns.
 struct LayerObservation {
   kernels::QueryView q_window;  // [H, W, d]
   kernels::LseView window_lse;  // [H, W], optional beside q_window
   kernels::TileView attn_tile;  // [H, W, T]; wins over q_window
-  kernels::KvView k;            // [Hkv, T, d]
-  kernels::KvView v;            // [Hkv, T, dv]
+  // [H, T], instead of queries and tile. Positions behind the last observed row are not read.
+  kernels::ColumnsView column_stats;
+  ColumnReduction column_reduction = ColumnReduction::kMean;
+  kernels::KvView k;  // [Hkv, T, d]
+  kernels::KvView v;  // [Hkv, T, dv]
 };
 
 // What a worker has to send for one operation.
@@ -105,12 +114,16 @@ struct LayerInputNeeds {
   bool queries = false;  // q_window (or attn_tile)
   bool keys = false;
   bool values = false;
+  bool columns = false;  // column_stats serve instead of queries and keys
   // Heads that are read; empty: all.
   std::vector<int64_t> qo_heads;
   std::vector<int64_t> kv_heads;
 };
 struct InputNeeds {
   std::vector<LayerInputNeeds> layers;  // ascending; others may be left out
+  // The last rows of the observed ones that are read, and the most that column_stats may stand for;
+  // 0: all of them.
+  int64_t max_rows = 0;
   bool ppl = false;
   bool last_row = false;       // the last row of the prompt observes
   bool observed_rows = false;  // rows that the request chooses observe

@@ -58,6 +58,33 @@ absl::Status CheckTile(const OperationSpec& spec, const kernels::TileView& view,
   return kernels::ValidateView(view, what);
 }
 
+// Which policies take sums or means over the rows, and of how many rows.
+absl::Status CheckColumns(const OperationSpec& spec, const Requirements& needs,
+                          const LayerObservation& observation, absl::string_view what) {
+  const kernels::ColumnsView& view = observation.column_stats;
+  if (observation.attn_tile.present() || observation.q_window.present()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(what, ": given beside ",
+                     observation.attn_tile.present() ? "attn_tile" : "q_window", ", want one"));
+  }
+  KEEPSET_RETURN_IF_ERROR(KnownDType(what, view.dtype));
+  KEEPSET_RETURN_IF_ERROR(Equal(what, "num_qo_heads", view.num_qo_heads, spec.model.num_qo_heads));
+  KEEPSET_RETURN_IF_ERROR(Equal(what, "seq_len", view.seq_len, spec.seq_len));
+  KEEPSET_RETURN_IF_ERROR(kernels::ValidateView(view, what));
+  if (!needs.observation) return absl::OkStatus();
+  if (!needs.columns) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(what, ": policy ", spec.policy,
+                     " looks at rows one by one, want q_window with k, or attn_tile"));
+  }
+  if (needs.max_rows > 0 && spec.num_rows > needs.max_rows) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        what, ": of num_rows=", spec.num_rows, " rows, policy ", spec.policy, " reads the last ",
+        needs.max_rows, ", want statistics of at most these, or q_window with k, or attn_tile"));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status CheckLse(const OperationSpec& spec, const kernels::LseView& view,
                       absl::string_view what) {
   KEEPSET_RETURN_IF_ERROR(Equal(what, "num_qo_heads", view.num_qo_heads, spec.model.num_qo_heads));
@@ -175,8 +202,14 @@ absl::Status CheckObservation(const OperationSpec& spec, const Requirements& nee
     return absl::InvalidArgumentError(
         absl::StrCat(where, "missing ", input, ", policy ", spec.policy, " needs it"));
   };
-  if (needs.observation && !observation.attn_tile.present()) {
-    if (!observation.q_window.present()) return missing("q_window (or attn_tile)");
+  if (observation.column_stats.present()) {
+    KEEPSET_RETURN_IF_ERROR(
+        CheckColumns(spec, needs, observation, absl::StrCat(where, "column_stats")));
+  } else if (needs.observation && !observation.attn_tile.present()) {
+    if (!observation.q_window.present()) {
+      return missing(needs.columns ? "q_window (or attn_tile, or column_stats)"
+                                   : "q_window (or attn_tile)");
+    }
     if (!observation.k.present()) return missing("k beside q_window");
     if (spec.softmax_scale == 0.0f) {
       return absl::InvalidArgumentError(

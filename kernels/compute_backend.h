@@ -83,6 +83,10 @@ struct TileArgs {
   RowReduction reduction = RowReduction::kMean;
   absl::string_view what;
   absl::Span<const HeadRows> heads;  // as in WindowArgs
+  // What kMean divides by; 0: the rows it added. A tile of one row that is a sum over W rows says
+  // W.
+  int64_t mean_rows = 0;
+  absl::string_view tensor = "attn_tile";  // its name in error messages
 };
 
 // How a row of scores is brought to a common scale.

@@ -205,12 +205,18 @@ absl::Status CheckLayerCount(absl::Span<const WindowArgs> layers,
 
 absl::Status CheckTile(const TileArgs& args, const ScoreBuffer& out) {
   const TileView& tile = args.tile;
-  KEEPSET_RETURN_IF_ERROR(ValidateView(tile, absl::StrCat(args.what, ": attn_tile")));
+  KEEPSET_RETURN_IF_ERROR(ValidateView(tile, absl::StrCat(args.what, ": ", args.tensor)));
   KEEPSET_RETURN_IF_ERROR(CheckRowPositions(args.row_positions, tile.num_rows, args.what));
   KEEPSET_RETURN_IF_ERROR(CheckHeadRows(args.heads, tile.num_qo_heads, tile.num_rows, args.what));
   const int64_t outputs =
       args.heads.empty() ? tile.num_qo_heads : static_cast<int64_t>(args.heads.size());
   return CheckShape(out, outputs, tile.seq_len, absl::StrCat(args.what, ": out"));
+}
+
+std::string TileRowName(absl::string_view tile, int64_t num_rows, int64_t head, int64_t row) {
+  std::string name = absl::StrCat(tile, ": head ", head);
+  if (num_rows > 1) absl::StrAppend(&name, " row ", row);
+  return name;
 }
 
 absl::Status CheckRowNorms(const KvView& x, absl::string_view what, const ScoreBuffer& out) {

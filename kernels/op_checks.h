@@ -4,6 +4,7 @@
 #define KEEPSET_KERNELS_OP_CHECKS_H_
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -33,6 +34,12 @@ absl::Status CheckWindow(const WindowArgs& args, const ScoreBuffer& out);
 absl::Status CheckLayerCount(absl::Span<const WindowArgs> layers,
                              absl::Span<ScoreBuffer* const> outs);
 absl::Status CheckTile(const TileArgs& args, const ScoreBuffer& out);
+// "layer 3: attn_tile: head 2 row 5"; without the row where the tile has one.
+std::string TileRowName(absl::string_view tile, int64_t num_rows, int64_t head, int64_t row);
+// What the mean over `rows` divides by.
+inline int64_t MeanRows(const TileArgs& args, const HeadRows& rows) {
+  return args.mean_rows > 0 ? args.mean_rows : rows.num_rows;
+}
 absl::Status CheckRowNorms(const KvView& x, absl::string_view what, const ScoreBuffer& out);
 absl::Status CheckMergeRows(const ScoreBuffer& in, absl::Span<const float> weights,
                             const ScoreBuffer& out);

@@ -213,6 +213,16 @@ absl::Status ValidateView(const TileView& view, absl::string_view what) {
   return CheckExtent(levels, 2, view.seq_len, view.size_bytes, view.dtype, what);
 }
 
+absl::Status ValidateView(const ColumnsView& view, absl::string_view what) {
+  KEEPSET_RETURN_IF_ERROR(CheckBase(view.data, view.size_bytes, view.dtype, what));
+  KEEPSET_RETURN_IF_ERROR(CheckPositive(view.num_qo_heads, "num_qo_heads", what));
+  KEEPSET_RETURN_IF_ERROR(CheckPositive(view.seq_len, "seq_len", what));
+  KEEPSET_RETURN_IF_ERROR(
+      CheckStride(view.head_stride, view.num_qo_heads, view.seq_len, "head_stride", what));
+  const Level levels[] = {{view.num_qo_heads, view.head_stride}};
+  return CheckExtent(levels, 1, view.seq_len, view.size_bytes, view.dtype, what);
+}
+
 absl::Status ValidateView(const LseView& view, absl::string_view what) {
   KEEPSET_RETURN_IF_ERROR(CheckBase(view.data, view.size_bytes, view.dtype, what));
   KEEPSET_RETURN_IF_ERROR(CheckPositive(view.num_qo_heads, "num_qo_heads", what));

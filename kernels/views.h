@@ -90,6 +90,18 @@ struct TileView {
   bool present() const { return data != nullptr; }
 };
 
+// Attention of the observed rows already added up per column: [num_qo_heads, seq_len].
+struct ColumnsView {
+  const std::byte* data = nullptr;
+  int64_t size_bytes = 0;
+  DType dtype = DType::kF32;
+  int64_t num_qo_heads = 0;
+  int64_t seq_len = 0;
+  int64_t head_stride = 0;
+
+  bool present() const { return data != nullptr; }
+};
+
 // Log-sum-exp of each observed row over its visible positions, natural log: [num_qo_heads,
 // num_rows].
 struct LseView {
@@ -109,6 +121,7 @@ absl::Status ValidateView(const KvView& view, absl::string_view what);
 absl::Status ValidateView(const MutableKvView& view, absl::string_view what);
 absl::Status ValidateView(const QueryView& view, absl::string_view what);
 absl::Status ValidateView(const TileView& view, absl::string_view what);
+absl::Status ValidateView(const ColumnsView& view, absl::string_view what);
 absl::Status ValidateView(const LseView& view, absl::string_view what);
 
 }  // namespace keepset::kernels

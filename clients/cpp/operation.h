@@ -130,11 +130,20 @@ struct Destination {
   int64_t capacity_tokens = 0;
 };
 
+// What column statistics hold of the attention of the W observed rows.
+enum class ColumnReduction {
+  kMean,  // sum over the rows divided by W
+  kSum,
+};
+
 struct LayerInput {
   int64_t layer = 0;
   RowsTensor q_window;
   RowsTensor window_lse;  // natural log
   RowsTensor attn_tile;   // wins over q_window
+  // [H, T], row_stride unused: instead of q_window and attn_tile, where InputNeeds says so.
+  RowsTensor column_stats;
+  ColumnReduction column_reduction = ColumnReduction::kMean;
   KvTensor k;
   KvTensor v;
   std::optional<Destination> destination;
@@ -228,11 +237,15 @@ struct InputNeeds {
     bool queries = false;  // q_window (or attn_tile)
     bool keys = false;
     bool values = false;
+    bool columns = false;  // column_stats serve instead of queries and keys
     // Heads that are read; empty: all.
     std::vector<int64_t> qo_heads;
     std::vector<int64_t> kv_heads;
   };
   std::vector<Layer> layers;  // ascending; others may be left out, unless K and V are gathered
+  // The last of the observed rows that are read, and the most that column_stats may stand for; 0:
+  // all.
+  int64_t max_rows = 0;
   bool ppl = false;
   bool last_row = false;       // the last row of the prompt observes
   bool observed_rows = false;  // rows that the request chooses observe

@@ -249,6 +249,13 @@ absl::Status EncodeLayer(const LayerInput& layer, const RegionResolver& resolve,
     KEEPSET_RETURN_IF_ERROR(
         EncodeRows(l, "attn_tile", layer.attn_tile, resolve, out->mutable_attn_tile()));
   }
+  if (layer.column_stats.data != nullptr) {
+    KEEPSET_RETURN_IF_ERROR(
+        EncodeRows(l, "column_stats", layer.column_stats, resolve, out->mutable_column_stats()));
+    out->set_column_reduction(layer.column_reduction == ColumnReduction::kSum
+                                  ? v1::COLUMN_REDUCTION_SUM
+                                  : v1::COLUMN_REDUCTION_MEAN);
+  }
   if (layer.k.data != nullptr) {
     KEEPSET_RETURN_IF_ERROR(EncodeKv(l, "k", layer.k, resolve, placement, out->mutable_k()));
   }
@@ -382,10 +389,12 @@ InputNeeds DecodeNeeds(const v1::GetRequirementsResponse& wire) {
     layer.queries = one.queries();
     layer.keys = one.keys();
     layer.values = one.values();
+    layer.columns = one.column_stats();
     layer.qo_heads.assign(one.qo_heads().begin(), one.qo_heads().end());
     layer.kv_heads.assign(one.kv_heads().begin(), one.kv_heads().end());
     needs.layers.push_back(std::move(layer));
   }
+  needs.max_rows = static_cast<int64_t>(wire.max_rows());
   needs.ppl = wire.ppl();
   needs.last_row = wire.last_row();
   needs.observed_rows = wire.observed_rows();

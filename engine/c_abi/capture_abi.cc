@@ -142,8 +142,9 @@ keepset_status keepset_capture_layer(const keepset_capture* capture, int64_t lay
   return Guard([&]() -> absl::Status {
     KEEPSET_RETURN_IF_ERROR(RequirePointer(capture, "capture"));
     KEEPSET_RETURN_IF_ERROR(RequirePointer(out, "out"));
-    KEEPSET_RETURN_IF_ERROR(
-        RequireStruct(out->struct_size, sizeof(*out), "keepset_layer_observation"));
+    KEEPSET_RETURN_IF_ERROR(RequireStruct(out->struct_size,
+                                          offsetof(keepset_layer_observation, column_stats),
+                                          "keepset_layer_observation"));
     const auto& layers = capture->file->layers();
     if (layer < 0 || layer >= static_cast<int64_t>(layers.size())) {
       return absl::InvalidArgumentError(
@@ -155,6 +156,10 @@ keepset_status keepset_capture_layer(const keepset_capture* capture, int64_t lay
     out->attn_tile = keepset::engine::RowsView(from.attn_tile);
     out->k = keepset::engine::KvOf(from.k);
     out->v = keepset::engine::KvOf(from.v);
+    if (out->struct_size >= sizeof(*out)) {
+      out->column_stats = {};
+      out->column_reduction = 0;
+    }
     return absl::OkStatus();
   });
 }

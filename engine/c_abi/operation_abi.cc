@@ -1,5 +1,6 @@
 // keepset.h: operations and results.
 #include <cmath>
+#include <cstddef>
 #include <memory>
 #include <string>
 #include <utility>
@@ -149,8 +150,9 @@ keepset_status keepset_operation_observe(keepset_operation* operation, int64_t l
   return Guard([&]() -> absl::Status {
     KEEPSET_RETURN_IF_ERROR(RequirePointer(operation, "operation"));
     KEEPSET_RETURN_IF_ERROR(RequirePointer(observation, "observation"));
-    KEEPSET_RETURN_IF_ERROR(
-        RequireStruct(observation->struct_size, sizeof(*observation), "keepset_layer_observation"));
+    KEEPSET_RETURN_IF_ERROR(RequireStruct(observation->struct_size,
+                                          offsetof(keepset_layer_observation, column_stats),
+                                          "keepset_layer_observation"));
     KEEPSET_ASSIGN_OR_RETURN(const keepset::engine::LayerObservation converted,
                              keepset::engine::ToObservation(*observation, layer));
     return operation->operation->Observe(layer, converted);

@@ -39,6 +39,35 @@ absl::Status CheckLastDim(const keepset_rows_view& view, int64_t want, absl::str
       absl::StrCat(what, ": last_dim=", view.last_dim, ", want ", want));
 }
 
+absl::Status FillColumns(const keepset_layer_observation& observation, absl::string_view what,
+                         LayerObservation& to) {
+  const keepset_rows_view& from = observation.column_stats;
+  if (from.num_rows != 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(what, ": num_rows=", from.num_rows, ", want 1: one value per column"));
+  }
+  switch (observation.column_reduction) {
+    case KEEPSET_COLUMN_MEAN:
+      to.column_reduction = ColumnReduction::kMean;
+      break;
+    case KEEPSET_COLUMN_SUM:
+      to.column_reduction = ColumnReduction::kSum;
+      break;
+    default:
+      return absl::InvalidArgumentError(
+          absl::StrCat(what, ": column_reduction=", observation.column_reduction,
+                       ", want KEEPSET_COLUMN_MEAN (1) or KEEPSET_COLUMN_SUM (2)"));
+  }
+  kernels::ColumnsView& columns = to.column_stats;
+  columns.data = static_cast<const std::byte*>(from.data);
+  columns.size_bytes = from.size_bytes;
+  KEEPSET_ASSIGN_OR_RETURN(columns.dtype, ToDType(from.dtype, what));
+  columns.num_qo_heads = from.num_qo_heads;
+  columns.seq_len = from.last_dim;
+  columns.head_stride = from.head_stride;
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::StatusOr<kernels::DType> ToDType(int32_t dtype, absl::string_view what) {
@@ -115,6 +144,9 @@ absl::StatusOr<LayerObservation> ToObservation(const keepset_layer_observation& 
     tile.seq_len = from.last_dim;
     tile.head_stride = from.head_stride;
     tile.row_stride = from.row_stride;
+  }
+  if (observation.struct_size >= sizeof(observation) && observation.column_stats.data != nullptr) {
+    KEEPSET_RETURN_IF_ERROR(FillColumns(observation, absl::StrCat(where, "column_stats"), to));
   }
   KEEPSET_ASSIGN_OR_RETURN(to.k, ToKvView(observation.k, absl::StrCat(where, "k")));
   KEEPSET_ASSIGN_OR_RETURN(to.v, ToKvView(observation.v, absl::StrCat(where, "v")));

@@ -63,7 +63,11 @@ class CompilerKvPolicy final : public RetentionPolicy {
 
   // Whether a perplexity is needed depends on the table; Begin asks for it.
   Requirements requirements() const override {
-    return {.observation = true, .values = true, .table_kind = "compilerkv"};
+    return {.observation = true,
+            .columns = true,
+            .max_rows = settings_.window,
+            .values = true,
+            .table_kind = "compilerkv"};
   }
   ScoreKind score_kind() const override { return ScoreKind::kThreshold; }
   Locality locality() const override {

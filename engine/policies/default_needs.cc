@@ -7,6 +7,7 @@ absl::StatusOr<InputNeeds> RetentionPolicy::Needs(const OperationSpec& spec) con
   InputNeeds inputs;
   inputs.ppl = needs.ppl;
   inputs.observed_rows = needs.observation;
+  inputs.max_rows = needs.max_rows;
   if (!needs.observation && !needs.keys && !needs.values) return inputs;
   for (int64_t layer = 0; layer < spec.model.num_layers; ++layer) {
     LayerInputNeeds one;
@@ -14,6 +15,7 @@ absl::StatusOr<InputNeeds> RetentionPolicy::Needs(const OperationSpec& spec) con
     one.queries = needs.observation;
     one.keys = needs.observation || needs.keys;
     one.values = needs.values;
+    one.columns = needs.columns;
     inputs.layers.push_back(std::move(one));
   }
   return inputs;

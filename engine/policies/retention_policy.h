@@ -28,6 +28,8 @@ namespace keepset::engine {
 // What a policy needs; a missing input is refused before any work.
 struct Requirements {
   bool observation = false;           // q_window with k, or attn_tile
+  bool columns = false;               // column_stats serve as the observation
+  int64_t max_rows = 0;               // of the observed rows the last ones are read; 0: all
   bool keys = false;                  // k even when a tile is given
   bool values = false;                // v
   bool ppl = false;                   // perplexity or window_logprobs

@@ -18,7 +18,7 @@ class SnapKvPolicy final : public RetentionPolicy {
  public:
   explicit SnapKvPolicy(int64_t kernel_size) : kernel_size_(kernel_size) {}
 
-  Requirements requirements() const override { return {.observation = true}; }
+  Requirements requirements() const override { return {.observation = true, .columns = true}; }
 
   int64_t score_rows(const PolicyContext& context) const override {
     return context.spec.model.num_kv_heads;

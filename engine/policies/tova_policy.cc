@@ -11,7 +11,9 @@ namespace {
 
 class TovaPolicy final : public RetentionPolicy {
  public:
-  Requirements requirements() const override { return {.observation = true}; }
+  Requirements requirements() const override {
+    return {.observation = true, .columns = true, .max_rows = 1};
+  }
   int64_t score_rows(const PolicyContext& /*context*/) const override { return 1; }
 
   absl::Status Begin(PolicyContext& context) override {

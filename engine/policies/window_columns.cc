@@ -17,6 +17,25 @@ View SkipRows(View view, int64_t rows, int64_t row_stride) {
   return view;
 }
 
+// The tile of one row that column statistics are.
+kernels::TileArgs StatisticsArgs(const kernels::ColumnsView& columns, ColumnReduction reduction,
+                                 absl::Span<const int64_t> row_positions) {
+  kernels::TileArgs args;
+  args.tile.data = columns.data;
+  args.tile.size_bytes = columns.size_bytes;
+  args.tile.dtype = columns.dtype;
+  args.tile.num_qo_heads = columns.num_qo_heads;
+  args.tile.num_rows = 1;
+  args.tile.seq_len = columns.seq_len;
+  args.tile.head_stride = columns.head_stride;
+  args.tile.row_stride = columns.seq_len;
+  args.row_positions = row_positions.last(1);
+  args.mean_rows =
+      reduction == ColumnReduction::kSum ? static_cast<int64_t>(row_positions.size()) : 1;
+  args.tensor = "column_stats";
+  return args;
+}
+
 }  // namespace
 
 absl::Status WindowColumnMeans(PolicyContext& context, int64_t layer,
@@ -25,10 +44,14 @@ absl::Status WindowColumnMeans(PolicyContext& context, int64_t layer,
   const int64_t skipped = static_cast<int64_t>(context.row_positions.size()) - num_rows;
   const absl::Span<const int64_t> row_positions = context.row_positions.subspan(skipped);
   const std::string what = absl::StrCat("layer ", layer);
-  if (observation.attn_tile.present()) {
+  if (observation.attn_tile.present() || observation.column_stats.present()) {
     kernels::TileArgs args;
-    args.tile = SkipRows(observation.attn_tile, skipped, observation.attn_tile.row_stride);
-    args.row_positions = row_positions;
+    if (observation.column_stats.present()) {
+      args = StatisticsArgs(observation.column_stats, observation.column_reduction, row_positions);
+    } else {
+      args.tile = SkipRows(observation.attn_tile, skipped, observation.attn_tile.row_stride);
+      args.row_positions = row_positions;
+    }
     args.what = what;
     absl::Status status = context.backend.TileColumns(context.op_context, args, columns);
     if (!status.ok() || value_norms == nullptr) return status;

@@ -12,7 +12,8 @@
 namespace keepset::engine {
 
 // columns[h, t] = mean over the last `num_rows` observed rows of the attention on t; out: [H, T].
-// A tile wins over queries; a given log-sum-exp is used with queries. 1 <= num_rows <= W.
+// A tile wins over queries; a given log-sum-exp is used with queries. Column statistics are those
+// of exactly `num_rows` rows. 1 <= num_rows <= W.
 // value_norms (may be null): [Hkv, T], receives the norms of the observation's v.
 absl::Status WindowColumnMeans(PolicyContext& context, int64_t layer,
                                const LayerObservation& observation, int64_t num_rows,

@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cstdint>
+#include <string>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -19,6 +20,7 @@ constexpr int64_t kColumnsPerTask = 2048;
 
 absl::Status TileColumns(CpuContext& context, const TileArgs& args, ScoreBuffer& out) {
   const TileView& tile = args.tile;
+  const std::string name = absl::StrCat(args.what, ": ", args.tensor);
   KEEPSET_RETURN_IF_ERROR(CheckTile(args, out));
   const std::vector<HeadRows> wanted =
       WantedRows(args.heads, args.reduction, tile.num_qo_heads, tile.num_rows);
@@ -51,8 +53,8 @@ absl::Status TileColumns(CpuContext& context, const TileArgs& args, ScoreBuffer&
             int64_t t = 0;
             while (row[t] >= 0.0f && IsFinite(row[t])) ++t;
             return absl::InvalidArgumentError(
-                absl::StrCat(args.what, ": attn_tile: head ", head, " row ", i, " position ",
-                             begin + t, " is ", row[t], ", want finite and >= 0"));
+                absl::StrCat(TileRowName(name, tile.num_rows, head, i), " position ", begin + t,
+                             " is ", row[t], ", want finite and >= 0"));
           }
           if (output.reduction == RowReduction::kMax) {
             for (int64_t t = 0; t < visible; ++t) acc[t] = std::max(acc[t], row[t]);
@@ -64,10 +66,10 @@ absl::Status TileColumns(CpuContext& context, const TileArgs& args, ScoreBuffer&
         for (int64_t t = 0; t < count; ++t) check += acc[t] * 0.0f;
         if (!(check == 0.0f)) {
           return absl::InvalidArgumentError(
-              absl::StrCat(args.what, ": attn_tile: head ", head, " columns sum beyond fp32"));
+              absl::StrCat(name, ": head ", head, " columns sum beyond fp32"));
         }
         if (output.reduction == RowReduction::kMean) {
-          const float divisor = static_cast<float>(output.num_rows);
+          const float divisor = static_cast<float>(MeanRows(args, output));
           for (int64_t t = 0; t < count; ++t) acc[t] /= divisor;
         }
         return absl::OkStatus();

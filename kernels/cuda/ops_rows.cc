@@ -18,17 +18,17 @@
 namespace keepset::kernels::cuda {
 namespace {
 
-absl::Status DescribeTileFault(uint64_t code, const std::string& what, int64_t num_rows,
+absl::Status DescribeTileFault(uint64_t code, const std::string& name, int64_t num_rows,
                                int64_t seq_len) {
   const int64_t place = PlaceOfFault(code);
   if (KindOfFault(code) == FaultKind::kTileSum) {
     return absl::InvalidArgumentError(
-        absl::StrCat(what, ": attn_tile: head ", place, " columns sum beyond fp32"));
+        absl::StrCat(name, ": head ", place, " columns sum beyond fp32"));
   }
   const int64_t row = place / seq_len;
   return absl::InvalidArgumentError(
-      absl::StrCat(what, ": attn_tile: head ", row / num_rows, " row ", row % num_rows,
-                   " position ", place % seq_len, " is not a number that is finite and >= 0"));
+      absl::StrCat(TileRowName(name, num_rows, row / num_rows, row % num_rows), " position ",
+                   place % seq_len, " is not a number that is finite and >= 0"));
 }
 
 }  // namespace
@@ -45,6 +45,7 @@ absl::Status TileColumns(StreamState& state, const TileArgs& args, ScoreBuffer& 
   KEEPSET_RETURN_IF_ERROR(state.ReserveFaults(1));
   const TileView& tile = args.tile;
   const std::string what(args.what);
+  const std::string name = absl::StrCat(what, ": ", args.tensor);
   KEEPSET_RETURN_IF_ERROR(CheckLimit(tile.seq_len, kMaxPositions, "seq_len", what));
   KEEPSET_RETURN_IF_ERROR(
       CheckLimit(tile.num_rows, kMaxRows / tile.num_qo_heads, "num_rows", what));
@@ -59,6 +60,7 @@ absl::Status TileColumns(StreamState& state, const TileArgs& args, ScoreBuffer& 
     output.first_row = static_cast<int32_t>(one.first_row);
     output.num_rows = static_cast<int32_t>(one.num_rows);
     output.reduction = one.reduction;
+    output.divisor = static_cast<float>(MeanRows(args, one));
     outputs.push_back(output);
   }
   HostMatrix matrix;
@@ -69,8 +71,7 @@ absl::Status TileColumns(StreamState& state, const TileArgs& args, ScoreBuffer& 
   matrix.columns = tile.seq_len;
   matrix.head_stride = tile.head_stride;
   matrix.row_stride = tile.row_stride;
-  KEEPSET_ASSIGN_OR_RETURN(const StagedMatrix staged,
-                           StageMatrix(state, matrix, absl::StrCat(what, ": attn_tile")));
+  KEEPSET_ASSIGN_OR_RETURN(const StagedMatrix staged, StageMatrix(state, matrix, name));
   TileColumnsParams params;
   params.tile = staged.data;
   params.head_bytes = staged.head_bytes;
@@ -84,8 +85,8 @@ absl::Status TileColumns(StreamState& state, const TileArgs& args, ScoreBuffer& 
   KEEPSET_ASSIGN_OR_RETURN(params.row_limits, UploadArray<int32_t>(state, limits));
   params.out = Cuda(out).Overwrite(state);
   params.fault =
-      state.NewFault([what, num_rows = tile.num_rows, seq_len = tile.seq_len](uint64_t code) {
-        return DescribeTileFault(code, what, num_rows, seq_len);
+      state.NewFault([name, num_rows = tile.num_rows, seq_len = tile.seq_len](uint64_t code) {
+        return DescribeTileFault(code, name, num_rows, seq_len);
       });
   return state.health().Check(LaunchTileColumns(params, state.stream()), "tile columns");
 }

@@ -34,6 +34,7 @@ struct TileOutput {
   int32_t first_row = 0;
   int32_t num_rows = 0;
   RowReduction reduction = RowReduction::kMean;
+  float divisor = 1.0f;  // of kMean
 };
 
 struct TileColumnsParams {

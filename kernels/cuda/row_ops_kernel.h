@@ -47,7 +47,7 @@ KEEPSET_KERNEL_BODY void TileColumnsKernel::Run(const Simt& simt, const Params& 
     simt.MinGlobal(p.fault, FaultCode(FaultKind::kTileSum, output.head));
   }
   if (output.reduction == RowReduction::kMean) {
-    value = simt.Div(value, static_cast<float>(output.num_rows));
+    value = simt.Div(value, output.divisor);
   }
   p.out[static_cast<int64_t>(simt.block_y()) * p.seq_len + t] = value;
 }

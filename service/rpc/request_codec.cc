@@ -129,6 +129,30 @@ absl::Status DecodeProtection(const v1::OperationSpec& wire, OperationSpec& out)
   return absl::OkStatus();
 }
 
+absl::Status DecodeColumns(const v1::LayerInput& wire, const OperationSpec& spec,
+                           absl::string_view where, RegionSource& regions,
+                           engine::LayerObservation& observation) {
+  switch (wire.column_reduction()) {
+    case v1::COLUMN_REDUCTION_MEAN:
+      observation.column_reduction = engine::ColumnReduction::kMean;
+      break;
+    case v1::COLUMN_REDUCTION_SUM:
+      observation.column_reduction = engine::ColumnReduction::kSum;
+      break;
+    default:
+      return absl::InvalidArgumentError(
+          absl::StrCat(where, ": column_reduction=", static_cast<int>(wire.column_reduction()),
+                       ", want COLUMN_REDUCTION_MEAN or COLUMN_REDUCTION_SUM"));
+  }
+  const int64_t heads = spec.model.num_qo_heads;
+  KEEPSET_ASSIGN_OR_RETURN(
+      const RowsSource rows,
+      DecodeRows(wire.column_stats(), {heads, 1, spec.seq_len}, where, regions));
+  observation.column_stats = {rows.bytes.data, rows.bytes.size, rows.dtype,
+                              heads,           spec.seq_len,    rows.head_stride};
+  return kernels::ValidateView(observation.column_stats, where);
+}
+
 }  // namespace
 
 absl::StatusOr<OperationSpec> DecodeSpec(const v1::OperationSpec& wire, const CodecLimits& limits) {
@@ -258,6 +282,10 @@ absl::StatusOr<DecodedLayer> DecodeLayer(const v1::LayerInput& wire, const Opera
                              spec.num_rows,   spec.seq_len,    rows.head_stride, rows.row_stride};
     KEEPSET_RETURN_IF_ERROR(kernels::ValidateView(observation.attn_tile, where + "attn_tile"));
   }
+  if (HasData(wire.column_stats())) {
+    KEEPSET_RETURN_IF_ERROR(
+        DecodeColumns(wire, spec, where + "column_stats", regions, observation));
+  }
   if (HasData(wire.window_lse())) {
     KEEPSET_ASSIGN_OR_RETURN(observation.window_lse,
                              DecodeLse(wire.window_lse(), wire.lse_base(), heads, spec.num_rows,
@@ -300,8 +328,8 @@ int64_t InlineBytes(const v1::LayerInput& wire) {
   size_t bytes = 0;
   for (const v1::TensorData* data :
        {&wire.q_window().data(), &wire.window_lse().data(), &wire.attn_tile().data(),
-        &wire.k().data(), &wire.v().data(), &wire.destination().k().data(),
-        &wire.destination().v().data()}) {
+        &wire.column_stats().data(), &wire.k().data(), &wire.v().data(),
+        &wire.destination().k().data(), &wire.destination().v().data()}) {
     bytes += data->inline_().size();
   }
   return static_cast<int64_t>(bytes);
@@ -311,8 +339,8 @@ absl::Status VisitRegions(const v1::LayerInput& wire,
                           const std::function<absl::Status(const std::string&)>& visit) {
   for (const v1::TensorData* data :
        {&wire.q_window().data(), &wire.window_lse().data(), &wire.attn_tile().data(),
-        &wire.k().data(), &wire.v().data(), &wire.destination().k().data(),
-        &wire.destination().v().data()}) {
+        &wire.column_stats().data(), &wire.k().data(), &wire.v().data(),
+        &wire.destination().k().data(), &wire.destination().v().data()}) {
     if (data->source_case() == v1::TensorData::kRegion) {
       KEEPSET_RETURN_IF_ERROR(visit(data->region().region_id()));
     }

@@ -41,12 +41,14 @@ absl::Status DescribeRequirements(const ServiceContext& context,
     wire->set_queries(layer.queries);
     wire->set_keys(layer.keys);
     wire->set_values(layer.values);
+    wire->set_column_stats(layer.columns);
     wire->mutable_qo_heads()->Add(layer.qo_heads.begin(), layer.qo_heads.end());
     wire->mutable_kv_heads()->Add(layer.kv_heads.begin(), layer.kv_heads.end());
   }
   response.set_ppl(needs.ppl);
   response.set_last_row(needs.last_row);
   response.set_observed_rows(needs.observed_rows);
+  response.set_max_rows(static_cast<uint64_t>(needs.max_rows));
   response.set_probe_rows(needs.probe_rows);
   response.set_probe_name(needs.probe_name);
   response.set_probe_text(needs.probe_text);

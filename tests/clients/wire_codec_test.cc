@@ -179,6 +179,22 @@ TEST(EncodeLayer, SendsQueriesInlineEvenWithRegionsOnly) {
   EXPECT_EQ(out.q_window().data().inline_().size(), sizeof(data));
 }
 
+TEST(EncodeLayer, StatesWhatColumnStatisticsHold) {
+  const float data[4] = {};
+  LayerInput layer;
+  layer.column_stats.data = data;
+  layer.column_stats.size_bytes = sizeof(data);
+  for (const auto& [reduction, want] :
+       {std::pair(ColumnReduction::kMean, v1::COLUMN_REDUCTION_MEAN),
+        std::pair(ColumnReduction::kSum, v1::COLUMN_REDUCTION_SUM)}) {
+    layer.column_reduction = reduction;
+    v1::LayerInput out;
+    ASSERT_TRUE(EncodeLayer(layer, NoRegion, KvPlacement::kAnywhere, &out).ok());
+    EXPECT_EQ(out.column_stats().data().inline_().size(), sizeof(data));
+    EXPECT_EQ(out.column_reduction(), want);
+  }
+}
+
 TEST(EncodeLayer, StatesTheBaseOfALogSumExp) {
   const float data[4] = {};
   LayerInput layer;

@@ -1,11 +1,16 @@
 // What every listed policy promises in every scope (engine/policies/retention_policy.h). A new line
 // in policies.def is covered without a change here.
 #include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
 #include <string>
 #include <tuple>
 #include <utility>
 #include <vector>
 
+#include "base/status_macros.h"
+#include "engine/input_needs.h"
 #include "gtest/gtest.h"
 #include "tests/engine/run_operation.h"
 
@@ -135,6 +140,76 @@ TEST_P(RetentionPolicyConformance, OnePositionIsAPrompt) {
   prompt_ = fakes::SyntheticPrompt(shape);
   const OperationResult result = Decide(Spec(1));
   EXPECT_EQ(result.outcome, Outcome::kKeptFull);
+}
+
+// Attention of `prompt` by rows, and added up per column: [H, W, T] and [H, T].
+struct Attention {
+  explicit Attention(const fakes::PromptShape& shape)
+      : tile(shape.num_qo_heads * shape.num_rows * shape.seq_len),
+        sums(shape.num_qo_heads * shape.seq_len) {
+    for (int64_t head = 0; head < shape.num_qo_heads; ++head) {
+      for (int64_t row = 0; row < shape.num_rows; ++row) {
+        for (int64_t t = 0; t <= shape.seq_len - shape.num_rows + row; ++t) {
+          const float value = static_cast<float>((7 * head + 3 * row + 11 * t) % 16) / 64.0f;
+          tile[(head * shape.num_rows + row) * shape.seq_len + t] = value;
+          sums[head * shape.seq_len + t] += value;
+        }
+      }
+    }
+  }
+  std::vector<float> tile;
+  std::vector<float> sums;
+};
+
+TEST_P(RetentionPolicyConformance, ColumnStatisticsDecideLikeTheirTileOrAreRefused) {
+  const auto policies = NewBuiltinPolicyRegistry();
+  const absl::StatusOr<InputNeeds> needs = DescribeNeeds(Spec(kBudget), *policies);
+  ASSERT_TRUE(needs.ok()) << needs.status();
+  fakes::PromptShape shape;
+  if (needs->max_rows > 0) shape.num_rows = std::min(shape.num_rows, needs->max_rows);
+  prompt_ = fakes::SyntheticPrompt(shape);
+  const Attention attention(shape);
+  const auto decide = [&](bool by_columns) -> absl::StatusOr<OperationResult> {
+    Bench bench;
+    KEEPSET_ASSIGN_OR_RETURN(const std::unique_ptr<Operation> operation,
+                             bench.Begin(Spec(kBudget)));
+    for (int64_t layer = 0; layer < shape.num_layers; ++layer) {
+      LayerObservation observation = prompt_.observation(layer);
+      observation.q_window = {};
+      if (by_columns) {
+        observation.column_stats = {reinterpret_cast<const std::byte*>(attention.sums.data()),
+                                    static_cast<int64_t>(attention.sums.size() * sizeof(float)),
+                                    kernels::DType::kF32,
+                                    shape.num_qo_heads,
+                                    shape.seq_len,
+                                    shape.seq_len};
+        observation.column_reduction = ColumnReduction::kSum;
+      } else {
+        observation.attn_tile = {reinterpret_cast<const std::byte*>(attention.tile.data()),
+                                 static_cast<int64_t>(attention.tile.size() * sizeof(float)),
+                                 kernels::DType::kF32,
+                                 shape.num_qo_heads,
+                                 shape.num_rows,
+                                 shape.seq_len,
+                                 shape.num_rows * shape.seq_len,
+                                 shape.seq_len};
+      }
+      KEEPSET_RETURN_IF_ERROR(operation->Observe(layer, observation));
+    }
+    KEEPSET_ASSIGN_OR_RETURN(const OperationResult* const result, operation->Finish());
+    return *result;
+  };
+  const absl::StatusOr<OperationResult> by_tile = decide(false);
+  const absl::StatusOr<OperationResult> by_columns = decide(true);
+  ASSERT_TRUE(by_tile.ok()) << by_tile.status();
+  const bool reads_attention = std::any_of(needs->layers.begin(), needs->layers.end(),
+                                           [](const auto& layer) { return layer.queries; });
+  if (reads_attention && !needs->layers.front().columns) {
+    EXPECT_EQ(by_columns.status().code(), absl::StatusCode::kInvalidArgument);
+    return;
+  }
+  ASSERT_TRUE(by_columns.ok()) << by_columns.status();
+  EXPECT_EQ(Sets(*by_columns), Sets(*by_tile));
 }
 
 std::vector<Case> AllCases() {

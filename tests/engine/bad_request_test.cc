@@ -201,7 +201,7 @@ TEST_P(RefusedObservation, SaysLayerTensorValueAndWhatWouldBeRight) {
 std::vector<BadLayer> BadLayers() {
   return {
       {"NoObservation", [](LayerObservation& o) { o.q_window = {}; },
-       "layer 0: missing q_window (or attn_tile), policy compilerkv needs it"},
+       "layer 0: missing q_window (or attn_tile, or column_stats), policy compilerkv needs it"},
       {"QueriesWithoutKeys", [](LayerObservation& o) { o.k = {}; },
        "layer 0: missing k beside q_window"},
       {"NoValues", [](LayerObservation& o) { o.v = {}; },

@@ -1,5 +1,6 @@
 /* keepset.h from plain C: an operation from begin to gather, its errors, and a table file. */
 #include <math.h>
+#include <stddef.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -8,6 +9,7 @@
 #include "engine/keepset.h"
 
 #define NUM_LAYERS 2
+#define NUM_QO_HEADS 4
 #define NUM_KV_HEADS 2
 #define SEQ_LEN 6
 #define HEAD_DIM 2
@@ -107,6 +109,49 @@ static void RunsAndGathers(keepset_engine* engine) {
   keepset_operation_destroy(operation);
 }
 
+/* Position t has t of the attention of every head: the last BUDGET positions stay. */
+static void ObservesColumnStatistics(keepset_engine* engine) {
+  float sums[NUM_QO_HEADS * SEQ_LEN];
+  keepset_operation_spec spec = Spec();
+  keepset_operation* operation = NULL;
+  const keepset_result* result = NULL;
+  const int32_t* indices = NULL;
+  int64_t count = 0;
+  keepset_layer_observation observation;
+  int layer, i;
+
+  for (i = 0; i < NUM_QO_HEADS * SEQ_LEN; ++i) sums[i] = (float)(i % SEQ_LEN);
+  spec.policy = "tova";
+  spec.num_rows = 1;
+  spec.scope = "layer_equal";
+  EXPECT(keepset_operation_begin(engine, &spec, &operation) == KEEPSET_OK);
+  memset(&observation, 0, sizeof(observation));
+  observation.struct_size = sizeof(observation);
+  observation.column_stats.data = sums;
+  observation.column_stats.size_bytes = sizeof(sums);
+  observation.column_stats.dtype = KEEPSET_F32;
+  observation.column_stats.num_qo_heads = NUM_QO_HEADS;
+  observation.column_stats.num_rows = 1;
+  observation.column_stats.last_dim = SEQ_LEN;
+  observation.column_stats.head_stride = SEQ_LEN;
+  EXPECT(keepset_operation_observe(operation, 0, &observation) == KEEPSET_INVALID_ARGUMENT);
+  EXPECT(strstr(keepset_last_error(), "layer 0: column_stats: column_reduction=0") != NULL);
+  observation.column_reduction = KEEPSET_COLUMN_SUM;
+  /* A caller of before column_stats says so by its size, and has none. */
+  observation.struct_size = offsetof(keepset_layer_observation, column_stats);
+  EXPECT(keepset_operation_observe(operation, 0, &observation) == KEEPSET_INVALID_ARGUMENT);
+  EXPECT(strstr(keepset_last_error(), "layer 0: missing q_window") != NULL);
+  observation.struct_size = sizeof(observation);
+  for (layer = 0; layer < NUM_LAYERS; ++layer) {
+    EXPECT(keepset_operation_observe(operation, layer, &observation) == KEEPSET_OK);
+  }
+  EXPECT(keepset_operation_finish(operation, &result) == KEEPSET_OK);
+  EXPECT(keepset_result_keep_indices(result, 0, 0, &indices, &count) == KEEPSET_OK);
+  EXPECT(count == BUDGET);
+  EXPECT(indices[0] == SEQ_LEN - BUDGET && indices[BUDGET - 1] == SEQ_LEN - 1);
+  keepset_operation_destroy(operation);
+}
+
 static void ReportsErrors(keepset_engine* engine) {
   keepset_operation_spec spec = Spec();
   keepset_operation* operation = NULL;
@@ -192,6 +237,7 @@ int main(void) {
   EXPECT(strncmp(keepset_engine_backend(engine), "cpu/", 4) == 0);
   EXPECT(strstr(keepset_engine_policies(engine), "compilerkv\nsnapkv") != NULL);
   RunsAndGathers(engine);
+  ObservesColumnStatistics(engine);
   ReportsErrors(engine);
   WritesAndLoadsATable();
   keepset_engine_destroy(engine);

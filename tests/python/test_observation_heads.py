@@ -124,7 +124,7 @@ def test_only_the_layers_that_are_read_are_asked_for(engine, small):
     table = heads.heads_table(small.fingerprint, "one", [(1, 2, LAST_ROW, 1.0)])
     needs = engine.input_needs(model=small.fingerprint, policy="observation_heads", table=table)
     assert needs["layers"] == [{"layer": 1, "queries": True, "keys": True, "values": False,
-                                "qo_heads": [2], "kv_heads": [1]}]
+                                "columns": False, "qo_heads": [2], "kv_heads": [1]}]
     assert needs["rows"] == ["last_row"] and needs["probe"] is None
 
 

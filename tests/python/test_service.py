@@ -10,7 +10,7 @@ import time
 import grpc
 import numpy as np
 import pytest
-from conftest import MODEL, SEQ_LEN, binary, publish, random_layers, spec
+from conftest import MODEL, SEQ_LEN, WINDOW, binary, publish, random_layers, spec
 
 import keepset
 from keepset.server_process import ServerProcess
@@ -54,6 +54,40 @@ def test_memfd_and_inline_agree(server, policy):
             assert result.transport in (transport, "")
             results.append(result)
     assert sets_of(results[0]) == sets_of(results[1])
+
+
+@pytest.mark.parametrize("policy", ["compilerkv", "snapkv"])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_column_statistics_decide_like_their_tile(client, policy, reduction):
+    rng = np.random.default_rng(3)
+    tiles, columns = [], []
+    for layer in random_layers():
+        tile = rng.integers(0, 16, (MODEL.num_qo_heads, WINDOW, SEQ_LEN)) / np.float32(64)
+        tile = np.tril(tile, SEQ_LEN - WINDOW).astype(np.float32)
+        stats = tile.sum(axis=1) if reduction == "sum" else tile.mean(axis=1)
+        tiles.append(keepset.Layer(attn_tile=tile, k=layer.k, v=layer.v))
+        columns.append(keepset.Layer(column_stats=stats, column_reduction=reduction, v=layer.v))
+    wanted = client.compress(layers=tiles, **spec(policy=policy))
+    result = client.compress(layers=columns, num_rows=WINDOW, **spec(policy=policy))
+    assert result.outcome == "compressed"
+    assert sets_of(result) == sets_of(wanted)
+
+
+def test_requirements_say_who_takes_column_statistics(client):
+    needs = {policy: client.input_needs(model=MODEL, policy=policy)
+             for policy in ("compilerkv", "snapkv", "tova", "knorm")}
+    assert needs["compilerkv"].layers[0].columns and needs["compilerkv"].max_rows == 64
+    assert needs["snapkv"].layers[0].columns and needs["snapkv"].max_rows == 0
+    assert needs["tova"].max_rows == 1
+    assert not needs["knorm"].layers[0].columns
+
+
+def test_unknown_column_reduction_is_refused(client):
+    stats = np.ones((MODEL.num_qo_heads, SEQ_LEN), np.float32)
+    layers = [keepset.Layer(column_stats=stats, column_reduction="max", v=layer.v)
+              for layer in random_layers()]
+    with pytest.raises(ValueError, match="column_reduction 'max', want 'mean' or 'sum'"):
+        client.compress(layers=layers, num_rows=WINDOW, **spec())
 
 
 @pytest.mark.parametrize("policy", ["tova", "compilerkv", "snapkv"])

@@ -105,6 +105,34 @@ TEST(DecodeLayer, SixteenBitLseOfBaseTwoIsConverted) {
   EXPECT_FLOAT_EQ(values[1], -1.38629436f);
 }
 
+v1::LayerInput ColumnsLayer() {
+  v1::LayerInput wire = SmallLayer();
+  wire.clear_q_window();
+  wire.mutable_column_stats()->set_dtype(v1::DTYPE_F32);
+  wire.mutable_column_stats()->mutable_data()->set_inline_(std::string(2 * 4 * 4, '\0'));
+  wire.set_column_reduction(v1::COLUMN_REDUCTION_SUM);
+  return wire;
+}
+
+TEST(DecodeLayer, ColumnStatisticsAreOneValuePerHeadAndPosition) {
+  const v1::LayerInput wire = ColumnsLayer();
+  const absl::StatusOr<DecodedLayer> layer = Decode(SmallSpec(), wire);
+  ASSERT_TRUE(layer.ok()) << layer.status();
+  const kernels::ColumnsView& columns = layer->observation.column_stats;
+  EXPECT_EQ(columns.num_qo_heads, 2);
+  EXPECT_EQ(columns.seq_len, 4);
+  EXPECT_EQ(columns.head_stride, 4);
+  EXPECT_EQ(layer->observation.column_reduction, engine::ColumnReduction::kSum);
+}
+
+TEST(DecodeLayer, ColumnStatisticsSayWhatTheyAre) {
+  v1::LayerInput wire = ColumnsLayer();
+  wire.clear_column_reduction();
+  EXPECT_THAT(std::string(Decode(SmallSpec(), wire).status().message()),
+              HasSubstr("layer 0: column_stats: column_reduction=0, want COLUMN_REDUCTION_MEAN or "
+                        "COLUMN_REDUCTION_SUM"));
+}
+
 TEST(DecodeLayer, RegionThatIsNotLeasedIsNotFound) {
   v1::LayerInput wire = SmallLayer();
   wire.mutable_k()->mutable_data()->mutable_region()->set_region_id("r");

@@ -18,6 +18,10 @@ _SCOPES = {
     "sequence": compression_pb2.SCOPE_SEQUENCE,
     "kv_head": compression_pb2.SCOPE_KV_HEAD,
 }
+_COLUMN_REDUCTIONS = {
+    "mean": compression_pb2.COLUMN_REDUCTION_MEAN,
+    "sum": compression_pb2.COLUMN_REDUCTION_SUM,
+}
 _SCOPE_NAMES = {value: name for name, value in _SCOPES.items() if name}
 
 
@@ -52,7 +56,7 @@ def span_bytes(array: np.ndarray) -> int:
 def rows_tensor(
     data: common_pb2.TensorData, array: np.ndarray, dtype: str | None, what: str
 ) -> common_pb2.RowsTensor:
-    """[H, W, x] or [H, W]."""
+    """[H, W, x], [H, W] or [H, T]."""
     strides = strides_of(array, what)
     return common_pb2.RowsTensor(
         data=data,
@@ -85,6 +89,12 @@ def kv_tensor(
     return common_pb2.KvTensor(
         data=data, dtype=dtype_of(kv, dtype), head_stride=strides[0], token_stride=strides[1]
     )
+
+
+def column_reduction(name: str, what: str) -> compression_pb2.ColumnReduction:
+    if name not in _COLUMN_REDUCTIONS:
+        raise ValueError(f"{what}: column_reduction {name!r}, want 'mean' or 'sum'")
+    return _COLUMN_REDUCTIONS[name]
 
 
 def budget_message(budget: types.Budget) -> compression_pb2.Budget:
@@ -192,9 +202,9 @@ def result_of(message: compression_pb2.OperationResult) -> types.Result:
 def input_needs(message: compression_pb2.GetRequirementsResponse) -> types.InputNeeds:
     layers = tuple(
         types.LayerNeeds(one.layer, one.queries, one.keys, one.values, tuple(one.qo_heads),
-                         tuple(one.kv_heads)) for one in message.layers)
+                         tuple(one.kv_heads), one.column_stats) for one in message.layers)
     rows = tuple(name for name in ("last_row", "observed_rows", "probe_rows")
                  if getattr(message, name))
     table = _identity(message.table) if message.HasField("table") else None
     probe = (message.probe_name, message.probe_text) if message.probe_rows else None
-    return types.InputNeeds(layers, rows, message.ppl, probe, table)
+    return types.InputNeeds(layers, rows, message.ppl, probe, table, message.max_rows)

@@ -132,6 +132,14 @@ class Request:
                 _codec.rows_tensor(self._data(lse), lse, self._dtype(lse, layer), f"{where}: window_lse")
             )
             message.lse_base = compression_pb2.LSE_BASE_E
+        if layer.column_stats is not None:
+            columns = layer.column_stats
+            what = f"{where}: column_stats"
+            if columns.ndim != 2:
+                raise ValueError(f"{what}: {columns.ndim} dimensions, want 2 [num_qo_heads, seq_len]")
+            message.column_stats.CopyFrom(_codec.rows_tensor(
+                self._data(columns), columns, self._dtype(columns, layer), what))
+            message.column_reduction = _codec.column_reduction(layer.column_reduction, what)
         for field, kv in (("k", layer.k), ("v", layer.v)):
             if kv is not None:
                 data = _array_of(kv)

@@ -142,6 +142,8 @@ class Layer:
 
     q_window [H, W, d]; window_lse [H, W] natural log; attn_tile [H, W, T]; k and v [Hkv, T, d], any
     strides with the last one contiguous, or PagedKv. dtype names the type of uint16 arrays ("bfloat16").
+    column_stats [H, T] instead of q_window and attn_tile: their attention added up over the W observed
+    rows ("sum") or divided by W too ("mean"); `num_rows` of the operation says W.
     """
 
     q_window: np.ndarray | None = None
@@ -149,6 +151,8 @@ class Layer:
     v: np.ndarray | PagedKv | None = None
     window_lse: np.ndarray | None = None
     attn_tile: np.ndarray | None = None
+    column_stats: np.ndarray | None = None
+    column_reduction: str = "mean"
     dtype: str | None = None
 
 
@@ -192,6 +196,7 @@ class LayerNeeds:
     values: bool
     qo_heads: tuple[int, ...]
     kv_heads: tuple[int, ...]
+    columns: bool = False  # column_stats serve instead of queries and keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +204,8 @@ class InputNeeds:
     """What a worker has to send for an operation; layers that are not listed may be left out.
 
     rows: which rows observe, of "last_row", "observed_rows" and "probe_rows". probe: name and text.
+    max_rows: the last of the observed rows that are read, and the most that column_stats may stand for;
+    0: all.
     """
 
     layers: tuple[LayerNeeds, ...]
@@ -206,6 +213,7 @@ class InputNeeds:
     ppl: bool
     probe: tuple[str, str] | None
     table: TableIdentity | None = None
+    max_rows: int = 0
 
 
 @dataclasses.dataclass
