@@ -1,5 +1,6 @@
 """observation_heads from rollouts to a served table, in small."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -18,6 +19,8 @@ from keepset.calibrate.head_prompts import (
     MAX_ROWS,
     PROBE_MEAN,
     ConstructedTasks,
+    OutOfTime,
+    RememberedTasks,
     attention,
     candidate_scores,
 )
@@ -27,8 +30,8 @@ from keepset.eval.small_model import SmallModel
 from keepset.evidence import head_baselines
 from keepset.evidence.head_measure import measure, risk_of, summarize, summarize_risk
 from keepset.evidence.head_methods import (
+    HeadsRun,
     agnostic_methods,
-    heads_run,
     plain_methods,
     shuffled,
 )
@@ -256,6 +259,27 @@ def test_an_interrupted_measurement_goes_on(small, tmp_path):
     assert asked == [40, 40, 40, 50, 40, 50]
 
 
+def test_another_table_is_measured_again(engine, small, tmp_path):
+    def of(head: int) -> HeadsRun:
+        return HeadsRun(engine, heads.heads_table(small.fingerprint, "one", [(1, head, LAST_ROW, 1.0)]))
+
+    first, again, other = (measure(tmp_path, small, "number", 0, 256, {"observation_heads": one}, (40,))
+                           for one in (of(2), of(2), of(0)))
+    assert first == again
+    assert first["identities"] != other["identities"] and first["methods"] != other["methods"]
+
+
+def test_prompts_are_read_once_while_they_fit_and_not_after_the_time_is_up(small):
+    kept = RememberedTasks(small)
+    assert kept.prompt("number", 0, 256) is kept.prompt("number", 0, 256)
+    none = RememberedTasks(small, max_bytes=1)
+    first = none.prompt("number", 0, 256)
+    none.prompt("number", 1, 256)
+    assert none.prompt("number", 0, 256) is not first
+    with pytest.raises(OutOfTime):
+        RememberedTasks(small, until=0.0).prompt("number", 0, 256)
+
+
 def test_what_the_full_cache_seldom_answers_is_compared_by_divergence(small, tmp_path):
     methods = {"observation_heads": lambda prompt, budget: [np.arange(prompt.seq_len)] * 2}
     for task in ("code", "summary"):
@@ -285,6 +309,39 @@ def test_heads_that_retrieve_get_more(small, tmp_path):
         small.prompt("number", 5, LENGTH), 40)])
     # The last layer retrieves; half of what is not protected is every head's own.
     assert counts[1].min() > counts[0].max() >= 20 + 10 and 40 - 2 < counts.mean() <= 40
+
+
+def test_heads_in_full_and_streaming_heads_share_the_bytes(small):
+    prompt = small.prompt("number", 5, LENGTH)
+    protected = prompt.protect_sink + prompt.protect_window
+    run = head_baselines.StreamingHeads(np.array([[0.1, 0.4], [0.3, 0.2]]))
+    for budget in (protected + 10, 100, 150, prompt.seq_len - 1):
+        counts = np.array([[len(head) for head in layer] for layer in run(prompt, budget)])
+        assert budget - 1 < counts.mean() <= budget
+        assert counts.min() >= protected
+    # A whole head costs what 4 heads of `budget` have beside what is protected: the best one first.
+    sets = run(prompt, protected + (prompt.seq_len - protected) // 4 + 2)
+    assert [[len(head) == prompt.seq_len for head in layer] for layer in sets] == [
+        [False, True], [False, False]]
+    streaming = sets[1][0]
+    assert list(streaming[:4]) == [0, 1, 2, 3] and streaming[-1] == prompt.seq_len - 1
+    assert np.all(np.diff(streaming[4:]) == 1)
+
+
+def test_a_head_that_looks_behind_its_own_tokens_is_found(small):
+    """One query head attends to the token after the last occurrence of its own, one to nothing."""
+    plain = small.repetition(8, 3)
+    rows, seq_len = np.arange(16, 24), 24
+    k = np.zeros((2, seq_len, seq_len), np.float32)
+    k[0] = np.eye(seq_len)
+    q = np.zeros((4, 8, seq_len), np.float32)
+    q[1, np.arange(8), rows - 8 + 1] = 50.0
+    layer = type(plain.layers[0])(q, k, k)
+    scores = head_baselines.echo_and_induction(dataclasses.replace(
+        plain, layers=(layer,), row_positions=rows, softmax_scale=1.0), 8)
+    assert scores.shape == (1, 2)
+    assert scores[0, 0] == pytest.approx(1, abs=1e-3) and scores[0, 1] < 0.2
+    assert len(plain.row_positions) >= 8 and plain.seq_len == seq_len
 
 
 def test_every_comparison_keeps_the_budget(engine, small):
@@ -346,12 +403,15 @@ def test_the_answer_of_a_text_task_is_hidden_in_its_text(task):
 def test_the_evidence_of_a_model_in_small(build, engine, small, tmp_path):
     tested = SmallModelTasks(small.model, text="MPL-2.0")
     settings = Settings({"inside": ("number", "code"), "agnostic": ("later_number",)}, (256,), (40, 80),
-                        (40,), prompts=1, failing_prompts=1, calibration_prompts=2, risk_prompts=1,
-                        max_heads=1, targets=(0.1,))
-    found = HeadPart(build, engine, tmp_path, small, tested, small.PROBE, settings, lambda _: None).run()
+                        (40,), prompts=(1,), failing_prompts=1, gate_prompts=1, fit_lengths=(256,),
+                        calibration_prompts=2, risk_prompts=1, max_heads=1, targets=(0.1,))
+    found = HeadPart(build, engine, tmp_path, RememberedTasks(small), RememberedTasks(tested),
+                     small.PROBE, settings, lambda _: None).run()
     number, code = (found["columns"]["inside"]["tasks"][one] for one in ("number", "code"))
     assert (number["value"], code["value"]) == ("exact", "kl")
-    assert {"budgets by head", "one layer's last row", "observation_heads", "shuffled"} < set(
+    assert {"budgets by head", "one layer's last row", "observation_heads", "shuffled",
+            "retrieval heads full, others streaming (DuoAttention-like)",
+            "echo and induction heads full, others streaming (RazorAttention-like)"} < set(
         number["methods"])
     assert {"expected attention, per head", "all heads, probe"} < set(
         found["columns"]["agnostic"]["tasks"]["later_number"]["methods"])

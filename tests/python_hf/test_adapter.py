@@ -161,6 +161,57 @@ def test_many_continuations_score_as_one_by_one(family, implementation):
 
 
 @each_model
+def test_caches_of_other_keep_sets_score_together_as_one_by_one(family, implementation):
+    model = model_of(family, implementation)
+    prefill = model.prefill(prompt(), OBSERVED)
+    caches = [prefill.compact(keep_sets(model, seed, per_head=seed % 2 == 0)) for seed in range(5)]
+    fed = np.stack([prompt(seed, 5) for seed in range(2)])
+    found = list(model.score_caches(caches, fed, SEQ_LEN, 3))
+    assert len(found) == 5
+    for cache, scores in zip(caches, found):
+        np.testing.assert_allclose(scores, model.score_many(cache, fed, SEQ_LEN)[:, -3:],
+                                   atol=TOLERANCE)
+
+
+@each_model
+def test_more_caches_than_fit_one_pass_keep_their_order(family, implementation, monkeypatch):
+    model = model_of(family, implementation)
+    prefill = model.prefill(prompt(), OBSERVED)
+    caches = [prefill.compact(keep_sets(model, seed, per_head=False)) for seed in range(5)]
+    fed = prompt(3, 4)[None]
+    together = list(model.score_caches(caches, fed, SEQ_LEN, 1))
+    monkeypatch.setattr("keepset.adapters.hf.model._BATCH_TOKENS", 8)
+    np.testing.assert_allclose(list(model.score_caches(caches, fed, SEQ_LEN, 1)), together,
+                               atol=TOLERANCE)
+
+
+def test_caches_that_end_elsewhere_are_not_scored_together():
+    model = model_of("llama", "sdpa")
+    cache = model.prefill(prompt(), OBSERVED).compact(keep_sets(model, 1, per_head=False))
+    with pytest.raises(ValueError, match="the same end"):
+        list(model.score_caches([cache, cache.before(50)], prompt(3, 4)[None], SEQ_LEN, 1))
+
+
+@pytest.mark.parametrize("family", FULL)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_rows_observed_after_a_prefill_are_those_of_one_prefill(family, implementation):
+    model = model_of(family, implementation)
+    prefill, more = model.prefill(prompt(), OBSERVED), prompt(9, 7)
+    found = model.observe_after(prefill, more, SEQ_LEN - 5)
+    whole = np.concatenate([prompt()[: SEQ_LEN - 5], more])
+    for one, expected in zip(found, model.prefill(whole, len(more)).layers):
+        for name in ("q_window", "k", "v", "window_lse"):
+            np.testing.assert_allclose(getattr(one, name), getattr(expected, name), atol=TOLERANCE)
+
+
+@each_model
+def test_queries_are_those_of_every_row(family, implementation):
+    model = model_of(family, implementation)
+    for one, layer in zip(model.queries(prompt()), model.prefill(prompt(), SEQ_LEN).layers):
+        np.testing.assert_allclose(one, layer.q_window, atol=TOLERANCE)
+
+
+@each_model
 def test_observed_queries_and_keys_are_those_of_the_attention(family, implementation):
     """The tile from q_window and K, in fp64, against the weights eager attention reports."""
     model = model_of(family, implementation)

@@ -1,5 +1,6 @@
 """Observation heads of a model directory: tasks in plain English, calibration and evidence."""
 
+import dataclasses
 import json
 import pathlib
 import sys
@@ -13,7 +14,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 from keepset.calibrate import CalibrationError, observation_heads
 from keepset.calibrate.head_prompts import KL, candidate_scores
 from keepset.calibrate.hf_head_tasks import HfTasks
-from keepset.calibrate.prompt_builder import Script
+from keepset.calibrate.prompt_builder import Continuation, Script
 from keepset.eval import vocabulary
 from keepset.evidence.head_methods import agnostic_methods, plain_methods
 from keepset.evidence.observation_heads import main
@@ -90,6 +91,33 @@ def test_the_full_cache_diverges_from_itself_by_nothing(tasks):
     assert tasks.prompt("summary", 3, LENGTH).scored == KL
 
 
+@pytest.mark.parametrize("task", ["number", "later_number"])
+def test_an_exact_answer_is_what_greedy_decoding_writes(tasks, task):
+    """The answers are what some keep sets write token by token; each is exact under the sets that write
+    it and under no other."""
+    plain, rng = tasks.script(task, 3, LENGTH), np.random.default_rng(1)
+    seq_len = len(plain.ids)
+    keeps = [[np.sort(rng.choice(seq_len, count, replace=False)) for _ in range(2)]
+             for count in (60, 60, 200, 400, seq_len - 1, seq_len)]
+    question = plain.continuations[0].ids[~plain.continuations[0].judged]
+    prefill = tasks.model.prefill(plain.ids, row_positions=[0])
+
+    def written(keep: list) -> list[int]:
+        # Without a question after it, the prompt's last token predicts the first of the answer.
+        start = seq_len - (task == "number")
+        fed = np.concatenate([plain.ids[start:], question])
+        return tasks.model.decode(prefill.compact(keep).before(start), fed, start, 6)
+
+    greedy = [written(keep) for keep in keeps]
+    assert len({tuple(one) for one in greedy}) > 1
+    for answer in greedy:
+        script = dataclasses.replace(plain, continuations=(
+            Continuation.of((question, False), (answer, True)),))
+        prompt = tasks._builder.build(task, f"{task}-0", script)
+        exact = [one.exact for one in prompt.outcomes(keeps)]
+        assert exact == [one == answer for one in greedy]
+
+
 def test_every_comparison_keeps_the_budget(build, tasks):
     prompt = tasks.prompt("later_code", 3, LENGTH)
     with Engine(build.library) as engine:
@@ -134,14 +162,15 @@ def test_a_directory_without_a_model_is_named(tmp_path):
 @pytest.fixture
 def evidence(build, directory, tmp_path, monkeypatch, capsys):
     """Runs the command into tmp_path; returns what it says."""
-    def run() -> str:
+    def run(*more: str) -> str:
         monkeypatch.setattr(sys, "argv", [
             "observation_heads", "--build", str(build.root), "--out", str(tmp_path / "out"), "--work",
             str(tmp_path / "work"), "--parts", "--hf-model", str(directory), "--hf-text",
             str(TEXTS[0]), "--hf-test-text", str(vocabulary.COMMON_LICENSES / "MPL-2.0"), "--hf-tasks",
             "number", "summary", "later_summary", "--hf-lengths", "600", "--hf-budgets", "200",
             "--hf-fit-budgets", "200", "--hf-prompts", "1", "--hf-calibration-prompts", "2",
-            "--hf-risk-prompts", "1", "--hf-max-heads", "2", "--hf-window", "16"])
+            "--hf-risk-prompts", "1", "--hf-max-heads", "2", "--hf-window", "16",
+            "--hf-gate-prompts", "1", *more])
         assert main() == 0
         return capsys.readouterr().err
 
@@ -152,13 +181,23 @@ def test_the_evidence_says_what_a_model_cannot_do_and_goes_on(evidence, tmp_path
     said = evidence()
     assert "record " in said
     found = json.loads((tmp_path / "out" / "observation_heads.json").read_text())["hf_model"]
-    number, summary = (found["columns"]["inside"]["tasks"][one] for one in ("number", "summary"))
+    number = found["columns"]["needles"]["tasks"]["number"]
+    summary = found["columns"]["inside"]["tasks"]["summary"]
     assert number["full"] == 0 and number["value"] == summary["value"] == "kl"
     assert number["methods"]["observation_heads"]["200"]["value"] > 0
     report = (tmp_path / "out" / "observation_heads.md").read_text()
-    assert "| inside | number | 1 | 0.00 | KL |" in report
+    assert "| needles | number | 1 | 0.00 | KL |" in report
     raw = json.loads(next((tmp_path / "work").rglob("number-600-1000.json")).read_text())
     assert raw["full"]["predicted"] and "predicted" in raw["methods"]["snapkv"]["200"]
     assert "record " not in evidence()
     again = json.loads((tmp_path / "out" / "observation_heads.json").read_text())["hf_model"]
     assert again["columns"]["inside"]["tasks"] == found["columns"]["inside"]["tasks"]
+
+
+def test_a_report_in_between_says_what_it_lacks(evidence, tmp_path):
+    assert "out of time" in evidence("--hf-minutes", "0")
+    report = (tmp_path / "out" / "observation_heads.md").read_text()
+    assert "needles number at 600: 0 of 1 prompts" in report
+    assert "--hf-model DIRECTORY" in report and str(tmp_path.parent) not in report
+    evidence()
+    assert "Not measured yet" not in (tmp_path / "out" / "observation_heads.md").read_text()

@@ -3,8 +3,11 @@ lost under any keep set. keepset.calibrate.prompt_builder makes them for a model
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
+import math
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -46,8 +49,8 @@ class HeadPrompt:
 
     observe: the positions [begin, end) of the rows that observe. The last `protect_window` and first
     `protect_sink` positions stay, for every method. window: the rows that methods with an observation
-    window look at, the last ones of the prompt. needed: see `need`. queries: of every position, per
-    layer [H, T, d], for methods that read them all.
+    window look at, the last ones of the prompt. needed: see `need`. judge: see `outcomes`. queries: of
+    every position, per layer [H, T, d], for methods that read them all.
     """
 
     task: str
@@ -61,7 +64,7 @@ class HeadPrompt:
     protect_sink: int
     protect_window: int
     window: int
-    outcome: Callable[[list], Outcome]
+    judge: Callable[[Sequence[list]], list[Outcome]]
     ppl: float
     probe: tuple[str, str] | None = None
     queries: Callable[[], list[np.ndarray]] | None = None
@@ -75,6 +78,17 @@ class HeadPrompt:
     def need(self) -> npt.NDArray[np.float32]:
         """[T]: attention of the full-cache continuation's queries, summed over layers and heads."""
         return self.needed()
+
+    def outcomes(self, keeps: Sequence[list]) -> list[Outcome]:
+        """Of each keep set: per layer positions [n], or one [n_g] per KV head. Many at once are cheaper."""
+        return self.judge(keeps)
+
+    def outcome(self, keep: list) -> Outcome:
+        return self.judge([keep])[0]
+
+    def num_bytes(self) -> int:
+        """Of the arrays; what `judge` holds beside them is no more."""
+        return sum(one.nbytes for layer in self.layers for one in (layer.q_window, layer.k, layer.v))
 
     def parameters(self, uses_probe: bool = False) -> dict[str, str]:
         """Policy parameters of observation_heads for this prompt."""
@@ -93,6 +107,42 @@ class Tasks(Protocol):
     fingerprint: ModelFingerprint
 
     def prompt(self, task: str, seed: int, seq_len: int) -> HeadPrompt: ...
+
+    def repetition(self, length: int, times: int) -> HeadPrompt:
+        """`length` random tokens, `times` times; the rows of the last time observe."""
+
+
+class OutOfTime(Exception):
+    """A prompt was asked for after the time that RememberedTasks was given."""
+
+
+class RememberedTasks:
+    """Tasks whose prompts are read once, while they fit in `max_bytes`; the least recently used goes.
+
+    until: of time.monotonic; later `prompt` raises OutOfTime.
+    """
+
+    def __init__(self, tasks: Tasks, until: float = math.inf, max_bytes: int = 3 << 30):
+        self.fingerprint = tasks.fingerprint
+        self._tasks = tasks
+        self._until = until
+        self._max_bytes = max_bytes
+        self._known: collections.OrderedDict[tuple, HeadPrompt] = collections.OrderedDict()
+
+    def prompt(self, task: str, seed: int, seq_len: int) -> HeadPrompt:
+        if time.monotonic() > self._until:
+            raise OutOfTime
+        key = task, seed, seq_len
+        if key not in self._known:
+            self._known[key] = self._tasks.prompt(task, seed, seq_len)
+        self._known.move_to_end(key)
+        while len(self._known) > 1 and (
+                sum(one.num_bytes() for one in self._known.values()) > self._max_bytes):
+            self._known.popitem(last=False)
+        return self._known[key]
+
+    def repetition(self, length: int, times: int) -> HeadPrompt:
+        return self._tasks.repetition(length, times)
 
 
 def attention(q: np.ndarray, k: np.ndarray, rows: np.ndarray, scale: float) -> np.ndarray:
@@ -171,6 +221,9 @@ class ConstructedTasks:
                 need[made.key_positions + 1 + step] = 1
             return need
 
+        def judge(keeps: Sequence[list]) -> list[Outcome]:
+            return [outcome(keep) for keep in keeps]
+
         def outcome(keep: list) -> Outcome:
             # Of one set per KV head the retrieval head's is what the answers come from.
             sets = [one if isinstance(one, np.ndarray) else one[self.model.retrieval_head(layer)]
@@ -184,4 +237,4 @@ class ConstructedTasks:
                           self.model.softmax_scale, layers,
                           np.arange(seq_len - constructed.WINDOW, seq_len),
                           (seq_len - constructed.WINDOW, seq_len), needed, 0, 0, constructed.WINDOW,
-                          outcome, prefill.ppl)
+                          judge, prefill.ppl)

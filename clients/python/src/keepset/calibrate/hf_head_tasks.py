@@ -62,6 +62,9 @@ class HfTasks:
         return self._builder.build(task, f"{self.name}-{task}-{seq_len}-{seed}",
                                    self.script(task, seed, seq_len))
 
+    def repetition(self, length: int, times: int) -> HeadPrompt:
+        return self._builder.repetition(self.model.model.config.vocab_size, length, times)
+
     def script(self, task: str, seed: int, seq_len: int) -> Script:
         """What the prompt of a task reads and asks."""
         kind = task.removeprefix(LATER)
@@ -87,16 +90,18 @@ class HfTasks:
                 asked: text_tasks.Asked) -> Script:
         scored = EXACT if asked.answer is not None else KL
         whole = np.concatenate([context, question, after])
-        answer = (self._ids(self._space + asked.answer) if asked.answer is not None else
+        begun = self._ids(self._space + asked.begun) if asked.begun else np.empty(0, np.int32)
+        answer = (self._ids((" " if asked.begun else self._space) + asked.answer)
+                  if asked.answer is not None else
                   self._builder.told_by_full_cache(whole, [], _SUMMARY_TOKENS))
         if not later:
             begin = len(context)
-            return Script(whole, (begin, begin + len(question)), (Continuation.of((answer, True)),),
+            return Script(whole, (begin, begin + len(question)), (Continuation.of((begun, False), (answer, True)),),
                           None, scored)
         probe = (*self.PROBE, self._ids("\n\n" + self.PROBE[1]))
+        asking = np.concatenate([question, after, begun])
         return Script(context, (len(context) - self._window, len(context)),
-                      (Continuation.of((np.concatenate([question, after]), False), (answer, True)),),
-                      probe, scored)
+                      (Continuation.of((asking, False), (answer, True)),), probe, scored)
 
     def _text(self, rng: np.random.Generator, tokens: int) -> list[str]:
         """Consecutive sentences from a random one on, with about so many tokens; wraps around."""

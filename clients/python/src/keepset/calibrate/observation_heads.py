@@ -38,6 +38,7 @@ from keepset.in_process import Engine, Kept
 
 Say = Callable[[str], None]
 _SIZES = (1, 2, 4, 8, 16)
+_FOLDS = 4
 _POOL_KERNELS = (1, 5)
 _DILATIONS = (0, 4, 12)
 # An answer counts as lost when the full cache gets it and the kept set does not.
@@ -171,9 +172,12 @@ class Mixture:
 
 
 def compile_heads(build: Build, engine: Engine, tasks: Tasks, mixture: Mixture, work: pathlib.Path, *,
-                  name: str, version: str, budgets: Sequence[int], say: Say, max_heads: int = 16
-                  ) -> CompiledHeads:
-    """From the mixture's prompts to a table. Records stay in `work`, for other mixtures too."""
+                  name: str, version: str, budgets: Sequence[int], say: Say, max_heads: int = 16,
+                  folds: int = _FOLDS) -> CompiledHeads:
+    """From the mixture's prompts to a table. Records stay in `work`, for other mixtures too.
+
+    folds: of the validation that says how many observations a way to pool and dilate has.
+    """
     work.mkdir(parents=True, exist_ok=True)
     wanted = list(mixture.prompts(mixture.seeds))
     records = []
@@ -184,9 +188,11 @@ def compile_heads(build: Build, engine: Engine, tasks: Tasks, mixture: Mixture, 
             say(f"{name}: record {done + 1} of {len(wanted)}")
         records.append(path)
     def fit(number: int, pool_kernel: int, dilate: int) -> tuple[str, tuple[bytes, dict]]:
-        table = _fit(build, records, work / f"{name}.safetensors", name=name, version=version,
-                     budgets=budgets, max_heads=max(number, max_heads), num_heads=number,
-                     pool_kernel=pool_kernel, dilate=dilate)
+        table = _fit(build, records, work / f"{name}.{number}-{pool_kernel}-{dilate}.safetensors",
+                     name=name, version=version, budgets=budgets, max_heads=max(number, max_heads),
+                     num_heads=number, pool_kernel=pool_kernel, dilate=dilate,
+                     folds=2 if number else folds)
+        say(f"{name}: {number or 'any number'} at {pool_kernel}, {dilate} fitted")
         return f"{len(table[1]['observations'])} at {pool_kernel}, {dilate}", table
 
     # By recall every way to pool and dilate finds its number of observations; by measured loss one of
@@ -214,27 +220,31 @@ def _best(losses: dict[str, float]) -> str:
 
 def _fit(build: Build, records: Sequence[pathlib.Path], table: pathlib.Path, *, name: str,
          version: str, budgets: Sequence[int], max_heads: int, num_heads: int, pool_kernel: int,
-         dilate: int) -> tuple[bytes, dict]:
-    """num_heads: 0 for the validated number."""
+         dilate: int, folds: int) -> tuple[bytes, dict]:
+    """num_heads: 0 for the validated number. What the same records and settings gave before stands."""
     command = [str(build.keepset), "tables", "compile", "--kind", "observation_heads",
                *map(str, records), "--name", name, "--version", version, "-o", str(table),
                "--max-heads", str(max_heads), "--num-heads", str(num_heads), "--json",
-               "--pool-kernel", str(pool_kernel), "--dilate", str(dilate)]
+               "--pool-kernel", str(pool_kernel), "--dilate", str(dilate), "--folds", str(folds)]
     for budget in budgets:
         command += ["--budget", str(budget)]
-    if num_heads:
-        command += ["--folds", "2"]
+    asked = [command[1:], [record.stat().st_mtime_ns for record in records]]
+    told = table.with_suffix(".json")
+    if told.exists() and (known := json.loads(told.read_text()))["asked"] == asked:
+        return table.read_bytes(), known["report"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise CalibrationError(f"keepset tables compile: {done.stderr.strip()}")
-    return table.read_bytes(), json.loads(done.stdout.splitlines()[0])["report"]
+    report = json.loads(done.stdout.splitlines()[0])["report"]
+    told.write_text(json.dumps({"asked": asked, "report": report}))
+    return table.read_bytes(), report
 
 
 def _losses(engine: Engine, tasks: Tasks, mixture: Mixture, budgets: Sequence[int],
             tables: dict[str, tuple[bytes, dict]], cache: pathlib.Path, say: Say) -> dict[str, float]:
     """Mean loss under compression of every table, on at most 4 prompts per task and length; kept for a
     restart."""
-    key = {size: table_file.digest(_undated(table)) for size, (table, _) in tables.items()}
+    key = {size: table_file.digest(undated(table)) for size, (table, _) in tables.items()}
     if cache.exists():
         kept = json.loads(cache.read_text())
         if kept["tables"] == key:
@@ -242,10 +252,10 @@ def _losses(engine: Engine, tasks: Tasks, mixture: Mixture, budgets: Sequence[in
     losses: dict[str, list[float]] = {size: [] for size in tables}
     for task, seed, length in mixture.prompts(mixture.seeds[:4]):
         prompt = tasks.prompt(task, seed, length)
-        for size, (table, _) in tables.items():
-            for budget in budgets:
-                sets = keep(engine, prompt, table, budget).sets()
-                losses[size].append(prompt.outcome(sets).loss)
+        asked = list(itertools.product(tables, budgets))
+        for (size, _), outcome in zip(asked, prompt.outcomes(
+                [keep(engine, prompt, tables[size][0], budget).sets() for size, budget in asked])):
+            losses[size].append(outcome.loss)
     means = {size: float(np.mean(values)) for size, values in losses.items()}
     say("measured loss of observations at pooling, dilation: "
         + ", ".join(f"{size}: {value:.3f}" for size, value in means.items()))
@@ -253,7 +263,7 @@ def _losses(engine: Engine, tasks: Tasks, mixture: Mixture, budgets: Sequence[in
     return means
 
 
-def _undated(table: bytes) -> bytes:
+def undated(table: bytes) -> bytes:
     """The table without its provenance, which says when it was made."""
     return with_curve(table, None, provenance={})[0]
 
@@ -265,7 +275,7 @@ def _risk_points(engine: Engine, tasks: Tasks, mixture: Mixture, most: int, tabl
     at the same mass a prompt that was given many positions loses less."""
     if not len(mixture.risk_seeds):
         return []
-    key = f"{table_file.digest(_undated(table))} {most}"
+    key = f"{table_file.digest(undated(table))} {most}"
     if cache.exists():
         kept = json.loads(cache.read_text())
         if kept["table"] == key:
@@ -279,11 +289,11 @@ def _risk_points(engine: Engine, tasks: Tasks, mixture: Mixture, most: int, tabl
         if (budget <= prompt.protect_sink + prompt.protect_window or prompt.scored != EXACT
                 or not prompt.outcome(everything).exact):
             continue
-        for mass in _GATE_MASSES:
-            kept = keep(engine, prompt, probing, budget, {"risk_target": mass})
+        found = [keep(engine, prompt, probing, budget, {"risk_target": mass}) for mass in _GATE_MASSES]
+        for mass, kept, outcome in zip(_GATE_MASSES, found,
+                                       prompt.outcomes([one.sets() for one in found])):
             points.append({"task": task, "seed": seed, "length": length, "allowed": mass,
-                           "outside_mass": kept.outside_mass,
-                           "missed": not prompt.outcome(kept.sets()).exact})
+                           "outside_mass": kept.outside_mass, "missed": not outcome.exact})
     say(f"risk: {sum(one['missed'] for one in points)} of {len(points)} held-out answers lost")
     cache.write_text(json.dumps({"table": key, "points": points}))
     return points

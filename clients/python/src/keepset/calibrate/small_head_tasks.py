@@ -76,6 +76,9 @@ class SmallModelTasks:
             ids, (len(ids) - observed, len(ids)), (Continuation.of(*turns),),
             self._probe() if task != kind else None, scored))
 
+    def repetition(self, length: int, times: int) -> HeadPrompt:
+        return self._builder.repetition(self.model.config.vocab_size, length, times)
+
     def _later(self, kind: str, sample: facts.Sample, rng: np.random.Generator) -> Script:
         context = list(sample.context)
         if kind == "few_shot":

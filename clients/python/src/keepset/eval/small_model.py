@@ -12,7 +12,7 @@ import hashlib
 import json
 import pathlib
 import types
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -234,6 +234,23 @@ class SmallModel:
                     own_weights @ own_v).reshape(num * length, -1)
             x = self._finish_layer(layer, x, attention)
         return self._logits(x).reshape(num, length, -1)
+
+    def score_caches(self, caches: Sequence[KvCache], input_ids: npt.ArrayLike, position: int, last: int
+                     ) -> Iterator[FloatArray]:
+        """For each cache in turn the last `last` rows of what `score_many` returns."""
+        for cache in caches:
+            yield self.score_many(cache, input_ids, position)[:, -last:]
+
+    def observe_after(self, prefill: Prefill, input_ids: npt.ArrayLike, position: int
+                      ) -> tuple[LayerObservation, ...]:
+        """What a prefill of the prompt's tokens before `position` and ids [n] shows of the last n rows."""
+        ids = np.concatenate([prefill.input_ids[:position], np.asarray(input_ids, np.int32)])
+        return self.prefill(ids, row_positions=np.arange(position, len(ids))).layers
+
+    def queries(self, input_ids: npt.ArrayLike) -> list[FloatArray]:
+        """Of every token of a prompt [T], per layer [num_qo_heads, T, head_dim]."""
+        ids = np.asarray(input_ids, np.int32)
+        return [one.q_window for one in self.prefill(ids, row_positions=np.arange(len(ids))).layers]
 
     def _embed(self, ids: npt.NDArray[np.integer]) -> FloatArray:
         rows: FloatArray = self._weights["model.embed_tokens.weight"][ids]

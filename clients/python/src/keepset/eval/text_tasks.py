@@ -25,11 +25,12 @@ _SENTENCE = re.compile(r"(?<=[.;:])\s+|\n\s*\n")
 @dataclasses.dataclass(frozen=True)
 class Asked:
     """hidden: sentences to be put at random places of a text, in this order. answer: None where only the
-    full cache can say it."""
+    full cache can say it. begun: how the answer begins, which is given and not asked."""
 
     hidden: tuple[str, ...]
     question: str
     answer: str | None
+    begun: str = ""
 
 
 def sentences(texts: Sequence[str | pathlib.Path]) -> list[str]:
@@ -74,9 +75,9 @@ def _quotation(rng: np.random.Generator, text: Sequence[str]) -> Asked:
     long = [one for one in text if len(one.split()) >= 2 * _QUOTED_WORDS] or [max(text, key=len)]
     words = long[rng.integers(len(long))].split()
     given = max(1, min(_QUOTED_WORDS, len(words) - 1))
-    return Asked((), "One sentence of the text begins with these words: "
-                     f"\"{' '.join(words[:given])}\". Write the words that follow them in the text, "
-                     "nothing else.", " ".join(words[given : given + _QUOTED_WORDS]))
+    begun = " ".join(words[:given])
+    return Asked((), f"Which sentence of the text begins with the words \"{begun}\"? Quote the whole "
+                     "sentence, nothing else.", " ".join(words[given : given + _QUOTED_WORDS]), begun)
 
 
 def _multi(rng: np.random.Generator, text: Sequence[str]) -> Asked:
@@ -112,7 +113,7 @@ def _few_shot(rng: np.random.Generator, text: Sequence[str]) -> Asked:
     word, label = unseen[rng.integers(len(unseen))]
     return Asked(tuple(shown[i] for i in rng.permutation(len(shown))),
                  "The text holds examples of labels; words of the same kind have the same label. What "
-                 f"is the label of {word}? Answer with the label only.", label)
+                 f"is the label of {word}?", label, f"The label of {word} is")
 
 
 def _summary(rng: np.random.Generator, text: Sequence[str]) -> Asked:

@@ -1,9 +1,12 @@
 """Policies that the engine does not have, in numpy, for comparison alone: KeyDiff and Expected Attention
-(kvpress' definitions) and budgets by retrieval head as HeadKV has them, each with one set per KV head."""
+(kvpress' definitions), budgets by retrieval head as HeadKV has them, and retrieval heads in full beside
+streaming ones as in DuoAttention (arXiv:2410.10819) and RazorAttention (arXiv:2407.15891), each with one set
+per KV head."""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import pathlib
 from collections.abc import Iterable
 
@@ -102,6 +105,7 @@ class HeadBudgets:
 
     def __init__(self, scores: np.ndarray):
         self._shares = scores
+        self.identity = hashlib.sha256(scores.tobytes()).hexdigest()
 
     def __call__(self, prompt: HeadPrompt, budget: int) -> list[list[np.ndarray]]:
         protected = prompt.protect_sink + prompt.protect_window
@@ -111,6 +115,47 @@ class HeadBudgets:
         return [[cut(scores, min(int(count), prompt.seq_len), prompt)
                  for scores, count in zip(of_layer, of_heads)]
                 for of_layer, of_heads in zip(_window_scores(prompt), counts)]
+
+
+def echo_and_induction(repetition: HeadPrompt, length: int) -> np.ndarray:
+    """[L, Hkv]: attention of the last repetition's rows on the same token (echo) or the one after it
+    (induction) in earlier repetitions, the larger of both; of a KV head its best query head."""
+    rows = np.asarray(repetition.row_positions)[-length:]
+    out = []
+    for layer in repetition.layers:
+        tile = attention(layer.q_window[:, -length:], layer.k, rows, repetition.softmax_scale)
+        by_offset = [sum(np.take_along_axis(tile, (rows - back + offset)[None, :, None], 2)
+                         for back in range(length, rows[0] + 1, length)).mean((1, 2))
+                     for offset in (0, 1)]
+        out.append(np.maximum(*by_offset).reshape(len(layer.k), -1).max(1))
+    return np.stack(out)
+
+
+class StreamingHeads:
+    """The best heads by `scores` [L, Hkv] keep every position, as many as the bytes of the budget allow
+    while every other head has what is protected; what is left is theirs, as equally many more of the last
+    positions.
+
+    DuoAttention learns a gate per head by training and RazorAttention adds to the other heads a token that
+    stands for what they dropped: neither is done here.
+    """
+
+    def __init__(self, scores: np.ndarray):
+        self._order = np.argsort(-scores, axis=None, kind="stable")
+        self._shape = scores.shape
+        self.identity = hashlib.sha256(scores.tobytes()).hexdigest()
+
+    def __call__(self, prompt: HeadPrompt, budget: int) -> list[list[np.ndarray]]:
+        protected = prompt.protect_sink + prompt.protect_window
+        rest, whole = (budget - protected) * self._order.size, prompt.seq_len - protected
+        full = min(rest // whole, self._order.size - 1)
+        is_full = np.zeros(self._shape, bool)
+        is_full.flat[self._order[:full]] = True
+        recent = prompt.protect_window + (rest - full * whole) // (self._order.size - full)
+        everything = np.arange(prompt.seq_len)
+        streaming = np.concatenate([everything[: prompt.protect_sink],
+                                    everything[prompt.seq_len - recent :]])
+        return [[everything if one else streaming for one in layer] for layer in is_full]
 
 
 @functools.lru_cache(maxsize=1)

@@ -8,9 +8,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from keepset import table_file
 from keepset.calibrate.head_prompts import KL, HeadPrompt, Tasks
-from keepset.calibrate.observation_heads import keep
-from keepset.evidence.head_methods import OURS, Run
+from keepset.calibrate.observation_heads import keep, undated
+from keepset.evidence.head_methods import OTHERS, OURS, Run
 from keepset.evidence.statistics import bootstrap_interval, paired_difference
 from keepset.in_process import Engine
 
@@ -28,29 +29,31 @@ def measure(folder: pathlib.Path, tasks: Tasks, task: str, seed: int, length: in
     once, read afterwards. A budget that the protected positions fill or the prompt does is left out."""
     path = folder / f"{task}-{length}-{seed}.json"
     known = json.loads(path.read_text()) if path.exists() else {"methods": {}}
-    if set(methods) <= set(known["methods"]) and known.get("budgets") == list(budgets):
+    if known.get("budgets") != list(budgets):
+        known = {"methods": {}}
+    identities = {name: getattr(run, "identity", "") for name, run in methods.items()}
+    missing = [name for name, identity in identities.items() if name not in known["methods"]
+               or known["identities"].get(name, "") != identity]
+    if not missing:
         return known
     prompt = tasks.prompt(task, seed, length)
     full = prompt.outcome(everything(prompt))
-    if known.get("budgets") != list(budgets):
-        known = {"methods": {}}
     known |= {"length": length, "seed": seed, "tokens": prompt.seq_len, "scored": prompt.scored,
-              "budgets": list(budgets), "full": {"share": full.share, "loss": round(full.loss, 4),
+              "budgets": list(budgets),
+              "identities": {name: one for name, one in identities.items() if one}, "full": {"share": full.share, "loss": round(full.loss, 4),
                                                  "predicted": full.predicted}}
     protected = prompt.protect_sink + prompt.protect_window
-    for name, run in methods.items():
-        if name in known["methods"]:
-            continue
-        found = known["methods"][name] = {}
-        for budget in (one for one in budgets if protected < one < prompt.seq_len):
-            sets = run(prompt, budget)
-            outcome = prompt.outcome(sets)
-            same = outcome.predicted == full.predicted
-            found[str(budget)] = {
-                "share": outcome.share, "loss": round(outcome.loss, 4), "kl": round(outcome.kl, 5),
-                # None: as with the full cache.
-                "predicted": None if same else outcome.predicted,
-                "kept": mean_kept(sets)}
+    # In the order of the methods, not in that of the runs that measured them.
+    known["methods"] = {name: {} if name in missing else known["methods"][name] for name in methods}
+    asked = [(name, budget, methods[name](prompt, budget)) for name in missing for budget in budgets
+             if protected < budget < prompt.seq_len]
+    for (name, budget, sets), outcome in zip(asked, prompt.outcomes([one[2] for one in asked])):
+        same = outcome.predicted == full.predicted
+        known["methods"][name][str(budget)] = {
+            "share": outcome.share, "loss": round(outcome.loss, 4), "kl": round(outcome.kl, 5),
+            # None: as with the full cache.
+            "predicted": None if same else outcome.predicted,
+            "kept": mean_kept(sets)}
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(known))
     return known
@@ -62,7 +65,7 @@ def mean_kept(sets: list) -> float:
     return float(np.mean(counts))
 
 
-def summarize(outcomes: Sequence[dict], budgets: Sequence[int]) -> dict:
+def summarize(outcomes: Sequence[dict], budgets: Sequence[int], floor: float = FLOOR) -> dict:
     """Per method and budget the share of exact answers over the prompts that the full cache answers, or
     the mean KL divergence where a task has no answer or the full cache seldom gives it; against ours
     paired, prompts drawn within their lengths."""
@@ -70,7 +73,7 @@ def summarize(outcomes: Sequence[dict], budgets: Sequence[int]) -> dict:
                                              if one["length"] == length]))
                  for length in sorted({one["length"] for one in outcomes})}
     full = float(np.mean([one["full"]["share"] for one in outcomes]))
-    is_kl = outcomes[0]["scored"] == KL or full < FLOOR
+    is_kl = outcomes[0]["scored"] == KL or full < floor
     good = [one for one in outcomes if is_kl or one["full"]["share"] > 0.5]
     rows: dict = {"prompts": len(outcomes), "counted": len(good), "full": full,
                   "full_by_length": by_length, "scored": outcomes[0]["scored"],
@@ -94,6 +97,9 @@ def summarize(outcomes: Sequence[dict], budgets: Sequence[int]) -> dict:
                 "kl": float(np.mean([one["methods"][name][key]["kl"] for one in held])),
                 "kept": float(np.mean([one["methods"][name][key]["kept"] for one in held])),
                 "ours_minus_this": paired_difference(ours, values, strata),
+                "other_tasks_minus_this": paired_difference(
+                    [one["methods"][OTHERS][key][field] for one in held], values, strata)
+                if all(OTHERS in one["methods"] for one in held) else None,
                 "by_prompt": [round(one, 4) for one in values],
                 "predicted": [one["methods"][name][key]["predicted"] for one in held]
                 if field == "share" else []}
@@ -107,25 +113,28 @@ def risk_of(folder: pathlib.Path, engine: Engine, tasks: Tasks, table: bytes, ta
     """What the reply predicted for one prompt, and what came: at fixed budgets, and with a target miss
     rate between the smallest budget and `most` tokens. Empty where the full cache gives no answer."""
     path = folder / f"{task}-{length}-{seed}.json"
-    if path.exists():
-        return json.loads(path.read_text())
+    identity = table_file.digest(undated(table))
+    if path.exists() and (known := json.loads(path.read_text()))["table"] == identity:
+        return known
     prompt = tasks.prompt(task, seed, length)
-    found: dict = {"task": task, "length": length, "seed": seed, "budgets": [], "targets": []}
+    found: dict = {"task": task, "length": length, "seed": seed, "table": identity, "budgets": [],
+                   "targets": []}
     protected = prompt.protect_sink + prompt.protect_window
     usable = [one for one in budgets if protected < one < prompt.seq_len]
     if usable and prompt.scored != KL and prompt.outcome(everything(prompt)).exact:
-        for budget in usable:
-            kept = keep(engine, prompt, table, budget)
+        fixed = [keep(engine, prompt, table, budget) for budget in usable]
+        gated = [keep(engine, prompt, table, min(usable),
+                      {"risk_target": target, "risk_max_tokens": min(most, prompt.seq_len - 1)})
+                 for target in targets]
+        outcomes = iter(prompt.outcomes([one.sets() for one in (*fixed, *gated)]))
+        for budget, kept in zip(usable, fixed):
             found["budgets"].append({
                 "budget": budget, "predicted": kept.predicted_miss_rate,
-                "outside_mass": kept.outside_mass, "missed": not prompt.outcome(kept.sets()).exact})
-        for target in targets:
-            kept = keep(engine, prompt, table, min(usable),
-                        {"risk_target": target, "risk_max_tokens": min(most, prompt.seq_len - 1)})
-            sets = kept.sets()
+                "outside_mass": kept.outside_mass, "missed": not next(outcomes).exact})
+        for target, kept in zip(targets, gated):
             found["targets"].append({
-                "target": target, "predicted": kept.predicted_miss_rate, "kept": mean_kept(sets),
-                "missed": not prompt.outcome(sets).exact})
+                "target": target, "predicted": kept.predicted_miss_rate,
+                "kept": mean_kept(kept.sets()), "missed": not next(outcomes).exact})
     folder.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found))
     return found

@@ -18,7 +18,7 @@ from keepset.calibrate.head_prompts import (
     HeadPrompt,
     Tasks,
 )
-from keepset.calibrate.observation_heads import heads_table, keep, with_curve
+from keepset.calibrate.observation_heads import heads_table, keep, undated, with_curve
 from keepset.evidence import head_baselines
 from keepset.in_process import Engine
 
@@ -27,6 +27,7 @@ OURS, OTHERS, SHUFFLED = "observation_heads", "observation_heads, other tasks", 
 # Methods of ours: not what ours is compared with.
 OWN = (OURS, OTHERS, SHUFFLED)
 
+# One with an attribute `identity` is measured again when that changes.
 Run = Callable[[HeadPrompt, int], list]
 
 
@@ -81,8 +82,27 @@ def engine_run(engine: Engine, policy: str, scope: str | None = None, table: byt
     return run
 
 
-def heads_run(engine: Engine, table: bytes) -> Run:
-    return lambda prompt, budget: keep(engine, prompt, table, budget).sets()
+class HeadsRun:
+    """What a table keeps."""
+
+    def __init__(self, engine: Engine, table: bytes):
+        self._engine, self._table = engine, table
+        self.identity = table_file.digest(undated(table))
+
+    def __call__(self, prompt: HeadPrompt, budget: int) -> list:
+        return keep(self._engine, prompt, self._table, budget).sets()
+
+
+class ShuffledRun:
+    """Another draw for every seed's prompt, so that no lucky one stands for all."""
+
+    def __init__(self, engine: Engine, table: bytes):
+        self._draws = [HeadsRun(engine, shuffled(table, seed)) for seed in range(8)]
+        self.identity = table_file.digest(undated(table))
+
+    def __call__(self, prompt: HeadPrompt, budget: int) -> list:
+        seed = int(prompt.prompt_id.rsplit("-", 1)[1])
+        return self._draws[seed % len(self._draws)](prompt, budget)
 
 
 def plain_methods(engine: Engine, tasks: Tasks) -> dict[str, Run]:
@@ -96,7 +116,7 @@ def plain_methods(engine: Engine, tasks: Tasks) -> dict[str, Run]:
     # GemFilter's layer, 13 of 32, in proportion; the last of two.
     at = max(1, model.num_layers * 13 // 32)
     one = range(at, at + 1)
-    methods |= {name: heads_run(engine, table) for name, table in {
+    methods |= {name: HeadsRun(engine, table) for name, table in {
         "all heads, last row": all_heads(tasks, (LAST_ROW,), "all-last"),
         "all heads, max of question": all_heads(tasks, (MAX_ROWS,), "all-max"),
         "all heads, mean of question": all_heads(tasks, (MEAN_ROWS,), "all-mean"),
@@ -111,5 +131,5 @@ def plain_methods(engine: Engine, tasks: Tasks) -> dict[str, Run]:
 def agnostic_methods(engine: Engine, tasks: Tasks, probe: tuple[str, str]) -> dict[str, Run]:
     """Beside plain_methods, for prompts whose question is asked later and that bring rows of `probe`."""
     probing = all_heads(tasks, (PROBE_MEAN,), "all-probe", probe=probe)
-    return {"all heads, probe": heads_run(engine, probing),
+    return {"all heads, probe": HeadsRun(engine, probing),
             "expected attention, per head": head_baselines.expected_attention}

@@ -3,14 +3,17 @@ alike."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
+import json
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 
 from keepset.calibrate.__main__ import Build
-from keepset.calibrate.head_prompts import KL, Tasks
+from keepset.calibrate.head_prompts import KL, OutOfTime, RememberedTasks
 from keepset.calibrate.observation_heads import (
     CompiledHeads,
     Mixture,
@@ -30,127 +33,175 @@ from keepset.evidence.head_measure import (
 from keepset.evidence.head_methods import OTHERS, OURS, SHUFFLED, Run
 from keepset.in_process import Engine
 
-COLUMNS = ("inside", "agnostic")
-_GATE_SEEDS = range(900, 908)
-_RISK_SEED, _TEST_SEED = 500, 1000
+AGNOSTIC = "agnostic"
+_GATE_SEED, _RISK_SEED, _TEST_SEED = 900, 500, 1000
+# Of the prompt that tells heads with echo and induction.
+_REPEATED, _TIMES = 200, 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """tasks: by column. Prompts are per task and length; failing_prompts those of tasks that the full
-    cache seldom answers, which are scored by KL alone."""
+    """tasks: by column, of which AGNOSTIC asks after compression. Prompts are per task; those of the
+    tests by length, failing_prompts the most of tasks that the full cache seldom answers (less than
+    `floor` of their prompts), which are scored by KL alone. fit_lengths: of the prompts of the
+    calibration text, some of `lengths`.
+    """
 
     tasks: dict[str, tuple[str, ...]]
     lengths: tuple[int, ...]
     budgets: tuple[int, ...]
     fit_budgets: tuple[int, ...]
-    prompts: int
+    prompts: tuple[int, ...]
     failing_prompts: int
+    gate_prompts: int
+    fit_lengths: tuple[int, ...]
+    floor: float = FLOOR
     calibration_prompts: int = 4
     risk_prompts: int = 6
     max_heads: int = 16
+    folds: int = 4
     targets: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadPart:
-    """calibration and test: the same tasks on two texts; no prompt of one is a prompt of the other."""
+    """calibration and test: the same tasks on two texts; no prompt of one is a prompt of the other. Where
+    they are out of time the part says what it lacks, and another run goes on."""
 
     build: Build
     engine: Engine
     work: pathlib.Path
-    calibration: Tasks
-    test: Tasks
+    calibration: RememberedTasks
+    test: RememberedTasks
     probe: tuple[str, str]
     settings: Settings
     say: Say
 
     def run(self) -> dict:
-        out: dict = {"lengths": list(self.settings.lengths), "budgets": list(self.settings.budgets),
-                     "fit_budgets": list(self.settings.fit_budgets), "floor": FLOOR,
+        settings = self.settings
+        out: dict = {"lengths": list(settings.lengths), "budgets": list(settings.budgets),
+                     "fit_budgets": list(settings.fit_budgets),
+                     "fit_lengths": list(settings.fit_lengths), "floor": settings.floor,
                      "revision": self.test.fingerprint.revision,
                      "layers_and_heads": [self.test.fingerprint.num_layers,
                                           self.test.fingerprint.num_qo_heads],
-                     "calibration_prompts": self.settings.calibration_prompts,
-                     "test_seeds": [_TEST_SEED, _TEST_SEED + self.settings.prompts], "columns": {}}
-        for column in COLUMNS:
-            out["columns"][column] = self._column(column, self.settings.tasks[column])
+                     "calibration_prompts": settings.calibration_prompts,
+                     "test_seeds": [_TEST_SEED, _TEST_SEED + max(settings.prompts)],
+                     "prompts": list(settings.prompts), "columns": {}, "missing": []}
+        for column, names in settings.tasks.items():
+            try:
+                out["columns"][column] = self._column(column, names, out["missing"])
+            except OutOfTime:
+                out["missing"] += [{"column": column, "task": task, "length": length, "prompts": 0,
+                                    "wanted": count} for task in names
+                                   for length, count in zip(settings.lengths, settings.prompts)]
+                self.say(f"{column}: out of time before its tables")
         return out
 
-    def _column(self, column: str, names: Sequence[str]) -> dict:
+    def _column(self, column: str, names: Sequence[str], missing: list[dict]) -> dict:
         gate = {task: self._gate(task) for task in names}
-        able = tuple(task for task in names if gate[task] >= FLOOR)
+        able = tuple(task for task in names if gate[task] >= self.settings.floor)
         self.say(f"{column}: the full cache answers {', '.join(able) or 'no task'}")
         # Without a task to learn from, the whole list is what there is.
         learn = able or tuple(names)
-        plain = head_methods.plain_methods(self.engine, self.calibration)
-        if column == "agnostic":
-            plain |= head_methods.agnostic_methods(self.engine, self.calibration, self.probe)
         every = self._compile(column, learn)
-        plain["budgets by head"] = head_baselines.HeadBudgets(head_baselines.retrieval_scores(
-            [self.work / "records" / f"{task}-{length}-{seed}.safetensors" for task, seed, length in
-             self._mixture(learn).prompts(range(self.settings.calibration_prompts))],
-            self.test.fingerprint))
-        tables, tasks, risk = {"all tasks": every}, {}, []
+        plain = self._plain(column, learn)
+        tables, methods = {"all tasks": every}, {}
         for task in names:
-            methods = dict(plain)
-            methods[OURS] = head_methods.heads_run(self.engine, every.table)
+            methods[task] = plain | {OURS: head_methods.HeadsRun(self.engine, every.table)}
             others = tuple(one for one in learn if one != task)
             if others and task in able:
                 tables[f"without {task}"] = self._compile(f"{column}-without-{task}", others)
-                methods[OTHERS] = head_methods.heads_run(self.engine,
-                                                         tables[f"without {task}"].table)
-            methods[SHUFFLED] = self._shuffled(every.table)
-            tasks[task] = summarize(self._outcomes(column, task, task in able, methods),
-                                    self.settings.budgets)
+                methods[task][OTHERS] = head_methods.HeadsRun(self.engine,
+                                                              tables[f"without {task}"].table)
+            methods[task][SHUFFLED] = head_methods.ShuffledRun(self.engine, every.table)
+        outcomes: dict[str, list[dict]] = {task: [] for task in names}
+        risk: list[dict] = []
+        for length, task in itertools.product(self.settings.lengths, names):
+            found, wanted = self._outcomes(column, task, length, task in able, methods[task])
+            outcomes[task] += found
             if task in able:
-                risk += self._risk(column, task, every.table)
-            self.say(f"{column}: {task} measured")
-        return {"tasks": tasks, "gate": gate,
-                "tables": {name: describe(found) for name, found in tables.items()},
+                risk += self._risk(column, task, length, every.table)
+            if len(found) < wanted:
+                missing.append({"column": column, "task": task, "length": length,
+                                "prompts": len(found), "wanted": wanted})
+            self.say(f"{column}: {task} at {length}: {len(found)} of {wanted} prompts")
+        return {"tasks": {task: summarize(found, self.settings.budgets, self.settings.floor)
+                          for task, found in outcomes.items() if found},
+                "gate": gate, "tables": {name: describe(found) for name, found in tables.items()},
                 "risk": summarize_risk(risk)}
+
+    def _plain(self, column: str, learn: tuple[str, ...]) -> dict[str, Run]:
+        """What is compared; heads that retrieve are told by the records of `learn`."""
+        plain = head_methods.plain_methods(self.engine, self.calibration)
+        if column == AGNOSTIC:
+            plain |= head_methods.agnostic_methods(self.engine, self.calibration, self.probe)
+        retrieval = head_baselines.retrieval_scores(
+            [self.work / "records" / f"{task}-{length}-{seed}.safetensors" for task, seed, length in
+             self._mixture(learn).prompts(range(self.settings.calibration_prompts))],
+            self.test.fingerprint)
+        repeating = head_baselines.echo_and_induction(
+            self.calibration.repetition(_REPEATED, _TIMES), _REPEATED)
+        return plain | {
+            "budgets by head": head_baselines.HeadBudgets(retrieval),
+            "retrieval heads full, others streaming (DuoAttention-like)":
+                head_baselines.StreamingHeads(retrieval),
+            "echo and induction heads full, others streaming (RazorAttention-like)":
+                head_baselines.StreamingHeads(repeating)}
 
     def _gate(self, task: str) -> float:
         """Share of prompts of the calibration text that the full cache answers; 1 where none is due."""
+        folder = self.work / "gate"
+        folder.mkdir(parents=True, exist_ok=True)
         shares = []
-        for length in self.settings.lengths:
-            for seed in _GATE_SEEDS[: max(1, self.settings.failing_prompts)]:
+        for length, seed in itertools.product(self.settings.fit_lengths, range(
+                _GATE_SEED, _GATE_SEED + self.settings.gate_prompts)):
+            path = folder / f"{task}-{length}-{seed}.json"
+            if not path.exists():
                 prompt = self.calibration.prompt(task, seed, length)
-                if prompt.scored == KL:
-                    return 1.0
-                shares.append(prompt.outcome(everything(prompt)).share)
+                share = None if prompt.scored == KL else prompt.outcome(everything(prompt)).share
+                path.write_text(json.dumps(share))
+            shares.append(json.loads(path.read_text()))
+            if shares[-1] is None:
+                return 1.0
         return float(np.mean(shares))
 
     def _compile(self, name: str, names: tuple[str, ...]) -> CompiledHeads:
         mixture = self._mixture(names, with_risk="without" not in name)
         return compile_heads(self.build, self.engine, self.calibration, mixture, self.work / "records",
                              name=name, version="1", budgets=self.settings.fit_budgets, say=self.say,
-                             max_heads=self.settings.max_heads)
+                             max_heads=self.settings.max_heads, folds=self.settings.folds)
 
     def _mixture(self, names: tuple[str, ...], with_risk: bool = False) -> Mixture:
-        return Mixture(names, self.settings.lengths, range(self.settings.calibration_prompts),
+        return Mixture(names, self.settings.fit_lengths, range(self.settings.calibration_prompts),
                        range(_RISK_SEED, _RISK_SEED + self.settings.risk_prompts * with_risk),
                        max(self.settings.budgets))
 
-    def _shuffled(self, table: bytes) -> Run:
-        """Another draw for every seed's prompt, so that no lucky one stands for all."""
-        draws = [head_methods.heads_run(self.engine, head_methods.shuffled(table, seed))
-                 for seed in range(8)]
-        return lambda prompt, budget: draws[int(prompt.prompt_id.rsplit("-", 1)[1]) % len(draws)](
-            prompt, budget)
+    def _seeds(self, length: int) -> range:
+        count = self.settings.prompts[self.settings.lengths.index(length)]
+        return range(_TEST_SEED, _TEST_SEED + count)
 
-    def _outcomes(self, column: str, task: str, able: bool, methods: dict[str, Run]) -> list[dict]:
-        count = self.settings.prompts if able else self.settings.failing_prompts
-        return [measure(self.work / "outcomes" / column, self.test, task, seed, length, methods,
-                        self.settings.budgets)
-                for length in self.settings.lengths for seed in range(_TEST_SEED, _TEST_SEED + count)]
+    def _outcomes(self, column: str, task: str, length: int, able: bool, methods: dict[str, Run]
+                  ) -> tuple[list[dict], int]:
+        """Of as many prompts as there is time for, and how many there should be."""
+        seeds = self._seeds(length)
+        if not able:
+            seeds = seeds[: self.settings.failing_prompts]
+        found = []
+        for seed in seeds:
+            with contextlib.suppress(OutOfTime):
+                found.append(measure(self.work / "outcomes" / column, self.test, task, seed, length,
+                                     methods, self.settings.budgets))
+        return found, len(seeds)
 
-    def _risk(self, column: str, task: str, table: bytes) -> list[dict]:
-        settings = self.settings
-        return [risk_of(self.work / "risk" / column, self.engine, self.test, table, task, seed, length,
-                        settings.budgets, settings.targets, max(settings.budgets))
-                for length in settings.lengths
-                for seed in range(_TEST_SEED, _TEST_SEED + settings.prompts)]
+    def _risk(self, column: str, task: str, length: int, table: bytes) -> list[dict]:
+        settings, found = self.settings, []
+        for seed in self._seeds(length):
+            with contextlib.suppress(OutOfTime):
+                found.append(risk_of(self.work / "risk" / column, self.engine, self.test, table, task,
+                                     seed, length, settings.budgets, settings.targets,
+                                     max(settings.budgets)))
+        return found
 
 
 def describe(found: CompiledHeads) -> dict:

@@ -9,8 +9,10 @@ interrupted run goes on there.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import platform
@@ -22,15 +24,15 @@ import numpy as np
 from keepset import table_file
 from keepset.calibrate import CalibrationError
 from keepset.calibrate.__main__ import Build
-from keepset.calibrate.head_prompts import MEAN_ROWS, ConstructedTasks
+from keepset.calibrate.head_prompts import MEAN_ROWS, ConstructedTasks, RememberedTasks
 from keepset.calibrate.observation_heads import Mixture, Say, compile_heads
 from keepset.calibrate.small_head_tasks import SmallModelTasks
 from keepset.eval import constructed, vocabulary
 from keepset.eval.small_model import SmallModel
 from keepset.evidence import head_baselines
 from keepset.evidence.head_measure import measure, summarize
-from keepset.evidence.head_methods import OURS, SHUFFLED, all_heads, engine_run, heads_run, shuffled
-from keepset.evidence.head_part import HeadPart, Settings, describe
+from keepset.evidence.head_methods import OURS, SHUFFLED, HeadsRun, all_heads, engine_run, shuffled
+from keepset.evidence.head_part import AGNOSTIC, HeadPart, Settings, describe
 from keepset.evidence.observation_heads_report import markdown
 from keepset.in_process import Engine
 
@@ -40,35 +42,61 @@ BUDGETS = (32, 64, 128, 256, 512)
 FIT_BUDGETS = (64, 128)
 LENGTHS = (512, 1024, 2048)
 _CONSTRUCTED_LEN = 2048
+_NEEDLES = ("number", "code", "quotation")
 
 
 def small_model_part(build: Build, engine: Engine, work: pathlib.Path, prompts: int, say: Say) -> dict:
     model = SmallModel.load()
-    tasks = {"inside": SmallModelTasks.INSIDE, "agnostic": SmallModelTasks.AGNOSTIC}
-    part = HeadPart(build, engine, work, SmallModelTasks(model, text=CALIBRATION_TEXT),
-                    SmallModelTasks(model, text=TEST_TEXT), SmallModelTasks.PROBE,
-                    Settings(tasks, LENGTHS, BUDGETS, FIT_BUDGETS, prompts, min(8, prompts)), say)
+    tasks = {"inside": SmallModelTasks.INSIDE, AGNOSTIC: SmallModelTasks.AGNOSTIC}
+    part = HeadPart(build, engine, work, RememberedTasks(SmallModelTasks(model, text=CALIBRATION_TEXT)),
+                    RememberedTasks(SmallModelTasks(model, text=TEST_TEXT)), SmallModelTasks.PROBE,
+                    Settings(tasks, LENGTHS, BUDGETS, FIT_BUDGETS, (prompts,) * len(LENGTHS),
+                             min(8, prompts), min(8, prompts), LENGTHS), say)
     return part.run() | {"calibration_text": CALIBRATION_TEXT, "test_text": TEST_TEXT,
                          "trained": list(SmallModelTasks.TRAINED)}
 
 
 def hf_part(build: Build, engine: Engine, options: argparse.Namespace, say: Say) -> dict:
     """The same for a model directory; needs the extra `hf`."""
+    import torch
+    import transformers
+
     from keepset.calibrate.hf_head_tasks import HfTasks
 
+    torch.set_num_threads(options.hf_threads)
     learned = HfTasks.load(options.hf_model, options.hf_text, options.hf_window, options.hf_device,
                            options.hf_dtype)
     tested = learned.on(options.hf_test_text)
-    inside = tuple(one for one in HfTasks.INSIDE if one in options.hf_tasks)
-    agnostic = tuple(one for one in HfTasks.AGNOSTIC if one in options.hf_tasks)
-    settings = Settings({"inside": inside, "agnostic": agnostic}, tuple(options.hf_lengths),
-                        tuple(options.hf_budgets), tuple(options.hf_fit_budgets), options.hf_prompts,
-                        min(2, options.hf_prompts), options.hf_calibration_prompts,
-                        options.hf_risk_prompts, options.hf_max_heads)
-    part = HeadPart(build, engine, options.work / f"hf-{learned.fingerprint.revision}", learned, tested,
-                    HfTasks.PROBE, settings, say)
-    return part.run() | {"calibration_text": learned.name, "test_text": tested.name,
-                         "name": options.hf_model.resolve().name}
+    columns = {"needles": _NEEDLES, "inside": tuple(one for one in HfTasks.INSIDE if one not in _NEEDLES),
+               AGNOSTIC: HfTasks.AGNOSTIC}
+    chosen = {column: tuple(one for one in tasks if one in options.hf_tasks)
+              for column, tasks in columns.items()}
+    lengths = tuple(options.hf_lengths)
+    counts = tuple(options.hf_prompts)
+    counts += counts[-1:] * (len(lengths) - len(counts))
+    settings = Settings({column: tasks for column, tasks in chosen.items() if tasks}, lengths,
+                        tuple(options.hf_budgets), tuple(options.hf_fit_budgets), counts[: len(lengths)],
+                        max(4, counts[0] // 2), options.hf_gate_prompts,
+                        tuple(options.hf_fit_lengths or lengths), options.hf_floor,
+                        options.hf_calibration_prompts, options.hf_risk_prompts, options.hf_max_heads,
+                        options.hf_folds)
+    until = time.monotonic() + 60 * options.hf_minutes
+    part = HeadPart(build, engine, options.work / f"hf-{learned.fingerprint.revision}",
+                    RememberedTasks(learned, until), RememberedTasks(tested, until), HfTasks.PROBE,
+                    settings, say)
+    model = learned.model.model
+    return part.run() | {
+        "calibration_text": learned.name, "test_text": tested.name,
+        "model": {"name": getattr(model.config, "_model_name_or_path", None) or model.config.model_type,
+                  "parameters": sum(one.numel() for one in model.parameters()),
+                  "dtype": str(model.dtype).removeprefix("torch."),
+                  "heads": [learned.fingerprint.num_layers, learned.fingerprint.num_qo_heads,
+                            learned.fingerprint.num_kv_heads, learned.fingerprint.head_dim],
+                  "files": {path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+                            for path in sorted(options.hf_model.iterdir())
+                            if path.suffix in (".safetensors", ".json", ".jinja")}},
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__,
+                     "threads": options.hf_threads}}
 
 
 def constructed_part(build: Build, engine: Engine, work: pathlib.Path, prompts: int, say: Say
@@ -90,10 +118,10 @@ def constructed_part(build: Build, engine: Engine, work: pathlib.Path, prompts: 
             engine, "compilerkv", None,
             table_file.uniform_table(tasks.fingerprint, name="uniform", version="1"),
             {"alpha_scope": "head"})
-        methods["all heads, mean"] = heads_run(engine, all_heads(tasks, (MEAN_ROWS,), "all-mean"))
+        methods["all heads, mean"] = HeadsRun(engine, all_heads(tasks, (MEAN_ROWS,), "all-mean"))
         methods["keydiff, per head"] = head_baselines.keydiff
-        methods[OURS] = heads_run(engine, found.table)
-        methods[SHUFFLED] = heads_run(engine, shuffled(found.table))
+        methods[OURS] = HeadsRun(engine, found.table)
+        methods[SHUFFLED] = HeadsRun(engine, shuffled(found.table))
         budget = 96 * model.num_layers
         outcomes = [measure(folder / "outcomes", tasks, "facts", seed, _CONSTRUCTED_LEN, methods,
                             (budget,)) for seed in range(1000, 1000 + prompts)]
@@ -127,14 +155,27 @@ def _options() -> argparse.Namespace:
     hf.add_argument("--hf-lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     hf.add_argument("--hf-budgets", type=int, nargs="+", default=[64, 128, 256, 512])
     hf.add_argument("--hf-fit-budgets", type=int, nargs="+", default=[128, 256])
-    hf.add_argument("--hf-prompts", type=int, default=8)
+    hf.add_argument("--hf-fit-lengths", type=int, nargs="+",
+                    help="of the calibration prompts, some of --hf-lengths; default: all")
+    hf.add_argument("--hf-prompts", type=int, nargs="+", default=[8],
+                    help="test prompts of every task: for each length, the last for the lengths after it")
+    hf.add_argument("--hf-gate-prompts", type=int, default=6,
+                    help="calibration prompts that tell whether the full cache answers a task")
+    hf.add_argument("--hf-floor", type=float, default=0.4,
+                    help="share of them that it must answer")
+    hf.add_argument("--hf-minutes", type=float, default=math.inf,
+                    help="start no prompt after so long; the report says what is missing and the same "
+                    "command goes on")
     hf.add_argument("--hf-calibration-prompts", type=int, default=4)
     hf.add_argument("--hf-risk-prompts", type=int, default=2)
     hf.add_argument("--hf-max-heads", type=int, default=16)
+    hf.add_argument("--hf-folds", type=int, default=2, help="of the validation; time grows with them")
     hf.add_argument("--hf-window", type=int, default=32, help="rows that window methods observe")
     hf.add_argument("--hf-device", default="cpu")
     hf.add_argument("--hf-dtype", default="auto", help="auto: the checkpoint's; CPUs without bf16 units "
                     "are much faster with float32")
+    hf.add_argument("--hf-threads", type=int, default=1, help="of torch; more than there are idle cores "
+                    "make it many times slower")
     return parser.parse_args()
 
 
@@ -195,11 +236,15 @@ def _command(options: argparse.Namespace) -> str:
     command = f"python -m keepset.evidence.observation_heads --prompts {options.prompts}"
     if options.hf_model is None:
         return command
-    lengths, budgets = (" ".join(map(str, one)) for one in (options.hf_lengths, options.hf_budgets))
-    return (f"{command} --hf-model DIRECTORY --hf-tasks {' '.join(options.hf_tasks)} --hf-lengths "
-            f"{lengths} --hf-budgets {budgets} --hf-prompts {options.hf_prompts} "
-            f"--hf-calibration-prompts {options.hf_calibration_prompts} --hf-risk-prompts "
-            f"{options.hf_risk_prompts} --hf-max-heads {options.hf_max_heads}")
+    told = {name: " ".join(map(str, getattr(options, name))) for name in (
+        "hf_tasks", "hf_lengths", "hf_budgets", "hf_fit_budgets", "hf_prompts")}
+    if options.hf_fit_lengths:
+        told["hf_fit_lengths"] = " ".join(map(str, options.hf_fit_lengths))
+    told |= {name: str(getattr(options, name)) for name in (
+        "hf_calibration_prompts", "hf_risk_prompts", "hf_gate_prompts", "hf_floor", "hf_max_heads", "hf_folds",
+        "hf_window", "hf_dtype", "hf_threads")}
+    return " ".join([command, "--hf-model DIRECTORY",
+                     *(f"--{name.replace('_', '-')} {value}" for name, value in told.items())])
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from keepset.evidence.head_methods import OTHERS, OURS, OWN, SHUFFLED
 
 _COLUMNS = {
+    "needles": "Needles, the question stands in the prompt",
     "inside": "The question stands in the prompt",
     "agnostic": "Query-agnostic: the question is asked after compression",
 }
@@ -87,31 +88,36 @@ def _short(parts: Sequence[tuple[str, dict]]) -> Iterator[str]:
     """Counts of cells; no judgement that the numbers do not make."""
     yield "## In short"
     yield ""
-    yield ("A cell is a task at a budget, over all lengths. The compiled table stands against the best "
+    yield ("A cell is a task at a budget, over all lengths. A compiled table stands against the best "
            "other method of that cell, picked in hindsight, and against some fixed ones; better and "
            "worse are cells whose paired 95 % interval excludes 0. Tasks that the full cache seldom "
            "answers and summaries are compared by KL divergence from the full cache, the others by exact "
-           "answers.")
+           "answers. Tables: compiled on all tasks of the column; on its other tasks, so that none is "
+           "both learned from and tested.")
     yield ""
-    yield "| model, column | scored by | against | cells | better | worse | no difference shown |"
-    yield "|---|---|---|---|---|---|---|"
+    yield ("| model, column | scored by | against | cells | all tasks: better | worse | no difference "
+           "shown | other tasks: better | worse | no difference shown |")
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     for title, part in parts:
         for column in part["columns"]:
             for value, name in (("exact", "exact answers"), ("kl", "KL divergence")):
                 cells = [one for one in _cells(part, column) if one[2]["value"] == value]
                 if not cells:
                     continue
-                rivals = ["best other", "snapkv", "keydiff, per head", SHUFFLED]
+                rivals = ["best other", "snapkv", "tova", "compilerkv uniform", "keydiff, per head",
+                          SHUFFLED]
                 if column == "agnostic":
-                    rivals.insert(2, "expected attention, per head")
+                    rivals.insert(4, "expected attention, per head")
                 for rival in rivals:
-                    count = Counter(
-                        _reading(rows, (_best_other(rows, budget)[1] if rival == "best other" else
-                                        rows["methods"][rival][budget])["ours_minus_this"])
-                        for _, budget, rows in cells
-                        if rival == "best other" or budget in rows["methods"].get(rival, {}))
-                    yield (f"| {title}, {column} | {name} | {rival} | {sum(count.values())} | "
-                           f"{count['better']} | {count['worse']} | {count['no difference shown']} |")
+                    against = [(rows, _best_other(rows, budget)[1] if rival == "best other" else
+                                rows["methods"][rival][budget]) for _, budget, rows in cells
+                               if rival == "best other" or budget in rows["methods"].get(rival, {})]
+                    counts = [Counter(_reading(rows, one[key]) for rows, one in against if one[key])
+                              for key in ("ours_minus_this", "other_tasks_minus_this")]
+                    told = (str(count[word]) if count else "-" for count in counts
+                            for word in ("better", "worse", "no difference shown"))
+                    yield (f"| {title}, {column} | {name} | {rival} | {len(against)} | "
+                           f"{' | '.join(told)} |")
     yield ""
 
 
@@ -119,17 +125,25 @@ def _part(title: str, part: dict, pictures: Sequence[str]) -> Iterator[str]:
     layers, heads = part["layers_and_heads"]
     yield f"## {title}"
     yield ""
-    lengths = ", ".join(f"{one:,}" for one in part["lengths"])
-    yield (f"`{part.get('name', part['revision'])}`, {layers} layers of {heads} query heads; prompts of "
-           f"about {lengths} tokens. Tables were compiled on {part['calibration_text']}, "
-           f"{part['calibration_prompts']} prompts per task and length at budgets "
-           f"{' and '.join(map(str, part['fit_budgets']))}, tests run on {part['test_text']} (seeds "
-           f"{part['test_seeds'][0]} to {part['test_seeds'][1] - 1} at every length). `{OURS}` is "
+    lengths, fitted = (", ".join(f"{one:,}" for one in part[key]) for key in ("lengths", "fit_lengths"))
+    counts = ", ".join(map(str, part["prompts"]))
+    yield (f"`{part['revision']}`, {layers} layers of {heads} query heads; prompts of "
+           f"about {lengths} tokens, {counts} of each task. Tables were compiled on "
+           f"{part['calibration_text']}, prompts of about {fitted} tokens, "
+           f"{part['calibration_prompts']} per task and length at budgets "
+           f"{' and '.join(map(str, part['fit_budgets']))}, tests run on {part['test_text']} (seeds from "
+           f"{part['test_seeds'][0]}). `{OURS}` is "
            f"compiled on all tasks of its column that the full cache answers; `{OTHERS}` without a "
            f"prompt of the tested task; `{SHUFFLED}` carries the same weights on heads drawn anew for "
            "each seed. The first 4 positions, the last window and the question stay for every method, "
-           "inside the budget. Per-head methods keep their own set in every KV head.")
+           "inside the budget. Per-head methods keep their own set in every KV head. The methods "
+           "called DuoAttention-like and RazorAttention-like give the bytes of the budget to chosen KV "
+           "heads in full; neither the former's trained gates nor the latter's compensation token are "
+           "reproduced.")
     yield ""
+    if "model" in part:
+        yield from _model(part)
+    yield from _missing(part)
     if "trained" in part:
         yield (f"The model was trained on prompts of {part['trained'][0]:,} to {part['trained'][1]:,} "
                "words; longer ones would measure the model, not the method, so 4k and 8k are left "
@@ -146,6 +160,30 @@ def _part(title: str, part: dict, pictures: Sequence[str]) -> Iterator[str]:
     yield from _risk(part, pictures)
 
 
+def _model(part: dict) -> Iterator[str]:
+    model, versions = part["model"], part["versions"]
+    layers, heads, kv_heads, head_dim = model["heads"]
+    yield (f"The model calls itself `{model['name']}` in its configuration: {model['parameters']:,} "
+           f"parameters in {model['dtype']}, {layers} layers of {heads} query and {kv_heads} KV heads, "
+           f"head dimension {head_dim}. Run with torch {versions['torch']}, transformers "
+           f"{versions['transformers']}, {versions['threads']} thread. Teacher-forced: an answer is exact "
+           "where every token of it is the most likely one, which is what greedy decoding writes. SHA-256 "
+           "of its files:")
+    yield ""
+    for name, digest in model["files"].items():
+        yield f"- `{name}` `{digest}`"
+    yield ""
+
+
+def _missing(part: dict) -> Iterator[str]:
+    if not part["missing"]:
+        return
+    yield ("**Not measured yet** (the run was given no more time; the same command goes on): "
+           + "; ".join(f"{one['column']} {one['task']} at {one['length']:,}: {one['prompts']} of "
+                       f"{one['wanted']} prompts" for one in part["missing"]) + ".")
+    yield ""
+
+
 def _full_cache(part: dict) -> Iterator[str]:
     lengths = [str(one) for one in part["lengths"]]
     yield "### What the full cache answers"
@@ -157,8 +195,8 @@ def _full_cache(part: dict) -> Iterator[str]:
     yield "|---|---|---|" + "---|" * (len(lengths) + 1)
     for column, rows_of in part["columns"].items():
         for task, rows in rows_of["tasks"].items():
-            shares = [f"{rows['full_by_length'][one]:.2f}" if rows["scored"] == "exact" else "-"
-                      for one in lengths]
+            shares = [f"{rows['full_by_length'][one]:.2f}" if rows["scored"] == "exact"
+                      and one in rows["full_by_length"] else "-" for one in lengths]
             by = "answers" if rows["value"] == "exact" else "KL"
             yield f"| {column} | {task} | {rows['prompts']} | {' | '.join(shares)} | {by} |"
     yield ""
@@ -167,20 +205,28 @@ def _full_cache(part: dict) -> Iterator[str]:
 def _column(part: dict, column: str) -> Iterator[str]:
     yield f"### {_COLUMNS[column]}"
     yield ""
-    yield ("The compiled table against the best other method of the same budget. By length: ours / that "
-           "method.")
+    yield ("The compiled tables, of all tasks of the column (ours) and of its other tasks, against the "
+           "best other method of the same budget. By length: ours / other tasks / that method.")
     yield ""
-    yield "| task | budget | ours | best other | ours minus it | reading | by length |"
-    yield "|---|---|---|---|---|---|---|"
+    yield ("| task | budget | ours | other tasks | best other | ours minus it | reading | other tasks "
+           "minus it | reading | by length |")
+    yield "|---|---|---|---|---|---|---|---|---|---|"
     for task, budget, rows in _cells(part, column):
         name, other = _best_other(rows, budget)
         ours = rows["methods"][OURS][budget]
         unit = "" if rows["value"] == "exact" else " KL"
-        by_length = ", ".join(f"{one}: {ours['by_length'][one]:.2f} / {value:.2f}"
-                              for one, value in other["by_length"].items())
-        yield (f"| {task} | {budget} | {ours['value']:.2f}{unit} | {name} {other['value']:.2f} | "
-               f"{_difference(other['ours_minus_this'])} | {_reading(rows, other['ours_minus_this'])} | "
-               f"{by_length} |")
+        disjoint = rows["methods"].get(OTHERS, {}).get(budget)
+        shown = [one for one in (ours, disjoint, other) if one]
+        by_length = ", ".join(
+            f"{length}: " + " / ".join(f"{one['by_length'][length]:.2f}" for one in shown)
+            for length in other["by_length"])
+        told = ["-", "-", "-"]
+        if disjoint:
+            told = [f"{disjoint['value']:.2f}", _difference(other["other_tasks_minus_this"]),
+                    _reading(rows, other["other_tasks_minus_this"])]
+        yield (f"| {task} | {budget} | {ours['value']:.2f}{unit} | {told[0]} | {name} "
+               f"{other['value']:.2f} | {_difference(other['ours_minus_this'])} | "
+               f"{_reading(rows, other['ours_minus_this'])} | {told[1]} | {told[2]} | {by_length} |")
     yield ""
     for task, rows in part["columns"][column]["tasks"].items():
         if rows["methods"]:

@@ -47,7 +47,8 @@ class CompactedLayer(DynamicLayer):
     """Rows of some positions of a prompt; grows by whole tokens as decoding goes on.
 
     keys, values: [batch, num_kv_heads, rows + appended, d]. rows: the largest count of a head; a head
-    with fewer has unused rows at its end, told by `used` [num_kv_heads, rows], None when all are used.
+    with fewer has unused rows at its end, told by `used` [1 or batch, 1 or num_kv_heads, rows], None when
+    all are used.
     """
 
     def __init__(self, keys: torch.Tensor, values: torch.Tensor, used: torch.Tensor | None,
@@ -133,13 +134,25 @@ class HfCache:
 
     def fork(self, batch: int = 1) -> Cache:
         """A transformers cache of `batch` equal sequences, to decode with and throw away."""
+        # Layers grow by concatenation, never in place: the tensors may be shared.
+        return Cache(layers=[_expanded(layer, batch) for layer in self.layers])
+
+    @staticmethod
+    def fork_of(caches: Sequence[HfCache], batch: int) -> Cache:
+        """One fork with `batch` sequences of each cache, one cache after the other.
+
+        The caches come of one prefill, end at the same position and have compacted what they may.
+        """
+        if len({one.next_position for one in caches}) != 1:
+            raise ValueError(f"{len(caches)} caches, want at least one and the same end")
         layers = []
-        for layer in self.layers:
-            # Layers grow by concatenation, never in place: the tensors may be shared.
-            own = copy.copy(layer)
-            own.keys, own.values = (one.expand(batch, -1, -1, -1)
-                                    for one in (layer.keys, layer.values))
-            layers.append(own)
+        for index, same in enumerate(zip(*(one.layers for one in caches))):
+            if all(isinstance(one, CompactedLayer) for one in same):
+                layers.append(_expanded(_stacked(same), batch))
+            elif any(held.positions[index] is not None for held in caches):
+                raise ValueError(f"layer {index}: not compacted in every cache")
+            else:
+                layers.append(_expanded(same[0], len(caches) * batch))
         return Cache(layers=layers)
 
     def num_tokens(self) -> list[list[int]]:
@@ -173,8 +186,10 @@ class CompactedAttention:
         visible = visible.tril(num_keys - num_new)
         if layer.used is not None:
             group = query.shape[1] // key.shape[1]
-            used = torch.nn.functional.pad(layer.used, (0, num_keys - layer.used.shape[1]), value=True)
-            visible = visible & used.repeat_interleave(group, 0)[None, :, None, :]
+            used = torch.nn.functional.pad(layer.used, (0, num_keys - layer.used.shape[2]), value=True)
+            if used.shape[1] > 1:
+                used = used.repeat_interleave(group, 1)
+            visible = visible & used[:, :, None, :]
         return mask_of(visible, query, self._own)
 
 
@@ -211,7 +226,34 @@ def _select(layer: CacheLayerMixin, rows: Sequence[Positions], next_position: in
     index = torch.as_tensor(padded, device=device)[None, :, :, None]
     keys, values = (one.gather(2, index.expand(1, -1, -1, one.shape[3]))
                     for one in (layer.keys, layer.values))
-    return CompactedLayer(keys, values, torch.as_tensor(used, device=device), next_position)
+    return CompactedLayer(keys, values, torch.as_tensor(used, device=device)[None], next_position)
+
+
+def _expanded(layer: CacheLayerMixin, batch: int) -> CacheLayerMixin:
+    """Every sequence of the layer `batch` times, in turn; shares memory where that is one sequence."""
+    own = copy.copy(layer)
+    if layer.keys.shape[0] == 1:
+        own.keys, own.values = (one.expand(batch, -1, -1, -1) for one in (layer.keys, layer.values))
+    elif batch > 1:
+        own.keys, own.values = (one.repeat_interleave(batch, 0) for one in (layer.keys, layer.values))
+        if isinstance(own, CompactedLayer) and own.used is not None:
+            own.used = own.used.repeat_interleave(batch, 0)
+    return own
+
+
+def _stacked(layers: Sequence[CompactedLayer]) -> CompactedLayer:
+    """One layer with the sequence of each of `layers`, shorter ones with unused rows at their end."""
+    rows = max(one.keys.shape[2] for one in layers)
+    first = layers[0]
+    shape = (len(layers), first.keys.shape[1], rows, first.keys.shape[3])
+    keys, values = first.keys.new_zeros(shape), first.values.new_zeros(shape)
+    heads = 1 if all(one.used is None for one in layers) else shape[1]
+    used = torch.zeros(len(layers), heads, rows, dtype=torch.bool, device=keys.device)
+    for index, one in enumerate(layers):
+        held = one.keys.shape[2]
+        keys[index, :, :held], values[index, :, :held] = one.keys[0], one.values[0]
+        used[index, :, :held] = True if one.used is None else one.used[0]
+    return CompactedLayer(keys, values, None if used.all() else used, first.next_position)
 
 
 def _cropped(index: int, layer: CacheLayerMixin, removed: int) -> CacheLayerMixin:

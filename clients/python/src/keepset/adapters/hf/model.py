@@ -24,6 +24,8 @@ from keepset.eval.small_model import LayerObservation
 
 # Continuations that are scored in one pass; each holds a copy of the cache.
 _BATCH = 8
+# Tokens of several caches in one pass: enough for matrix products at full speed.
+_BATCH_TOKENS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,14 +67,7 @@ class HfPrefill:
 
     def _observation(self, layer_index: int, q: torch.Tensor) -> LayerObservation:
         layer = self.cache.layers[layer_index]
-        q, k, v = (one.float() for one in (q, layer.keys[0], layer.values[0]))
-        rows = torch.as_tensor(self.row_positions, device=q.device)
-        future = torch.arange(k.shape[1], device=q.device) > rows[:, None]
-        group = len(q) // len(k)
-        lse = torch.stack([
-            (self.softmax_scale * (one @ k[head // group].T)).masked_fill(future, -torch.inf)
-            .logsumexp(-1) for head, one in enumerate(q)])
-        return LayerObservation(*(one.cpu().numpy() for one in (q, k, v, lse)))
+        return _observation(q, layer.keys[0], layer.values[0], self.row_positions, self.softmax_scale)
 
 
 class HfModel:
@@ -171,15 +166,70 @@ class HfModel:
                 out.append(self._forward(batch, fork, position, attention).cpu().numpy())
         return np.concatenate(out)
 
+    @torch.no_grad()
+    def score_caches(self, caches: Sequence[HfCache], input_ids: npt.ArrayLike, position: int,
+                     last: int) -> Iterator[FloatArray]:
+        """For each cache in turn what `score_many` returns for ids [num, n], its last `last` rows alone
+        [num, last, vocab_size].
+
+        The caches are of one prefill, compacted and cut (`HfCache.before`) alike; many go through the
+        model together.
+        """
+        ids = np.asarray(input_ids, np.int32)
+        if ids.ndim != 2 or not ids.size or not 1 <= last <= ids.shape[1]:
+            raise ValueError(f"input_ids {list(ids.shape)}, last={last}, want [num, n] with both >= 1 "
+                             "and last in 1..n")
+        at_once = max(1, _BATCH_TOKENS // ids.size)
+        for begin in range(0, len(caches), at_once):
+            part = caches[begin : begin + at_once]
+            self._check_position(part[0], position)
+            fork = HfCache.fork_of(part, len(ids))
+            attention = CompactedAttention(fork, self.model.config._attn_implementation)
+            with self._running(attention):
+                logits = self._forward(np.tile(ids, (len(part), 1)), fork, position, attention, last)
+            yield from logits.reshape(len(part), *ids.shape[:1], last, -1).cpu().numpy()
+
+    @torch.no_grad()
+    def observe_after(self, prefill: HfPrefill, input_ids: npt.ArrayLike, position: int
+                      ) -> tuple[LayerObservation, ...]:
+        """What a prefill of the prompt's tokens before `position` and ids [n] shows of the last n rows.
+
+        Only the ids are computed. The prefill holds every token; a sliding-window layer may have
+        dropped what is needed, which is refused.
+        """
+        ids = np.asarray(input_ids, np.int32).reshape(1, -1)
+        rows = torch.arange(ids.size, device=self.model.device)
+        with self._decoding(prefill.full_cache().before(position), position) as (fork, attention):
+            observer = _Observer(self.full_layers, rows, attention)
+            self._forward(ids, fork, position, observer, 1)
+        positions = np.arange(position, position + ids.size)
+        return tuple(
+            _observation(q, fork.layers[index].keys[0], fork.layers[index].values[0], positions,
+                         prefill.softmax_scale)
+            for index, q in zip(self.full_layers, observer.q_windows()))
+
+    @torch.no_grad()
+    def queries(self, input_ids: npt.ArrayLike) -> list[FloatArray]:
+        """Of every token of a prompt [T], per full-attention layer [num_qo_heads, T, head_dim], fp32."""
+        ids = np.asarray(input_ids, np.int32).reshape(1, -1)
+        observer = _Observer(self.full_layers, torch.arange(ids.size, device=self.model.device))
+        with self._running(observer):
+            self._forward(ids, DynamicCache(config=self.model.config), 0, observer, 1)
+        return [one.float().cpu().numpy() for one in observer.q_windows()]
+
     @contextlib.contextmanager
     def _decoding(self, cache: HfCache, position: int, batch: int = 1
                   ) -> Iterator[tuple[Cache, CompactedAttention]]:
-        if position != cache.next_position:
-            raise ValueError(f"position={position}, want {cache.next_position}: what follows the cache")
+        self._check_position(cache, position)
         fork = cache.fork(batch)
         attention = CompactedAttention(fork, self.model.config._attn_implementation)
         with self._running(attention):
             yield fork, attention
+
+    @staticmethod
+    def _check_position(cache: HfCache, position: int) -> None:
+        if position != cache.next_position:
+            raise ValueError(f"position={position}, want {cache.next_position}: what follows the cache")
 
     @contextlib.contextmanager
     def _running(self, interposer: Interposer) -> Iterator[None]:
@@ -199,11 +249,28 @@ class HfModel:
         return found.logits.float()
 
 
-class _Observer:
-    """Keeps the queries of some rows of a prefill, per full-attention layer; an Interposer."""
+def _observation(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row_positions: npt.NDArray[np.int64],
+                 scale: float) -> LayerObservation:
+    """Of rows q [H, n, d] over every position's k and v [Hkv, T, d]."""
+    q, k, v = (one.float() for one in (q, k, v))
+    rows = torch.as_tensor(row_positions, device=q.device)
+    future = torch.arange(k.shape[1], device=q.device) > rows[:, None]
+    group = len(q) // len(k)
+    lse = torch.stack([
+        (scale * (one @ k[head // group].T)).masked_fill(future, -torch.inf).logsumexp(-1)
+        for head, one in enumerate(q)])
+    return LayerObservation(*(one.cpu().numpy() for one in (q, k, v, lse)))
 
-    def __init__(self, layers: Sequence[int], rows: torch.Tensor):
+
+class _Observer:
+    """Keeps the queries of some rows of a pass, per full-attention layer; an Interposer.
+
+    masks: who says what the rows see, None for the model itself.
+    """
+
+    def __init__(self, layers: Sequence[int], rows: torch.Tensor, masks: Interposer | None = None):
         self._rows = rows
+        self._masks = masks
         self._found: dict[int, torch.Tensor | None] = dict.fromkeys(layers)
         self._scales: set[float] = set()
 
@@ -212,6 +279,8 @@ class _Observer:
         if layer_index in self._found:
             self._found[layer_index] = query[0].index_select(1, self._rows)
             self._scales.add(float(scaling))
+        if self._masks is not None:
+            return self._masks.attend(layer_index, query, key, mask, scaling)
         return mask
 
     def q_windows(self) -> tuple[torch.Tensor, ...]:
