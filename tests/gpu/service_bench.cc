@@ -1,5 +1,6 @@
 // What a server costs on a device: the time it adds to the same operation in process, and what an
-// engine beside it feels. JSON lines on stdout, the same as a table on stderr.
+// engine beside it feels; and what an operation of a few observing heads takes beside one of all.
+// JSON lines on stdout, the same as a table on stderr.
 //
 //   gpu_bench service --keepsetd FILE [--quick]
 //
@@ -20,6 +21,7 @@
 #include <fstream>
 #include <functional>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <thread>
 #include <utility>
@@ -53,6 +55,7 @@ constexpr int64_t kBudget = 512;
 constexpr int64_t kElement = 2;
 constexpr float kScale = 0.08838834764831845f;
 constexpr const char* kPolicy = "snapkv";
+constexpr int64_t kObservingHeads = 16;
 constexpr const char* kModel =
     R"({"architecture":"bench","num_layers":32,"num_qo_heads":32,"num_kv_heads":8,"head_dim":128})";
 
@@ -116,9 +119,12 @@ class Prompt {
   void* data_ = nullptr;
 };
 
+// Operations of one policy; `layers` are those that are sent. `table` may be null.
 class InProcess {
  public:
-  explicit InProcess(keepset_engine* engine) : engine_(engine) {}
+  InProcess(keepset_engine* engine, const char* policy, const keepset_table* table,
+            std::vector<int64_t> layers)
+      : engine_(engine), policy_(policy), table_(table), layers_(std::move(layers)) {}
 
   void Run(const Prompt& prompt) const {
     keepset_operation_spec spec = {};
@@ -128,13 +134,14 @@ class InProcess {
     spec.num_rows = kRows;
     spec.softmax_scale = kScale;
     spec.kv_dtype = KEEPSET_BF16;
-    spec.policy = kPolicy;
+    spec.policy = policy_;
+    spec.table = table_;
     spec.budget_kind = KEEPSET_BUDGET_TOKENS;
     spec.budget = kBudget;
     spec.ppl = __builtin_nan("");
     keepset_operation* operation = nullptr;
     Require(keepset_operation_begin(engine_, &spec, &operation));
-    for (int64_t layer = 0; layer < kLayers; ++layer) {
+    for (const int64_t layer : layers_) {
       keepset_layer_observation observation = {};
       observation.struct_size = sizeof(observation);
       observation.q_window.data = prompt.Queries(layer);
@@ -162,6 +169,9 @@ class InProcess {
 
  private:
   keepset_engine* const engine_;
+  const char* const policy_;
+  const keepset_table* const table_;
+  const std::vector<int64_t> layers_;
 };
 
 // A prompt registered with a server.
@@ -234,6 +244,50 @@ void MeasureAddedTime(const InProcess& engine, const std::string& address, int64
           {"service_us_p99", 1e3 * Quantile(remote, 0.99)},
           {"added_us_p50", 1e3 * (Quantile(remote, 0.5) - Quantile(local, 0.5))},
           {"added_us_p99", 1e3 * (Quantile(remote, 0.99) - Quantile(local, 0.99))}});
+}
+
+// The same prompt by snapkv, which reads every head, and by observation_heads, which reads one head
+// of each of kObservingHeads layers, in turns.
+void MeasureObservationHeads(keepset_engine* engine, const InProcess& all_heads,
+                             const std::string& directory, int64_t seq_len, int repeats) {
+  std::vector<keepset_head_observation> observations;
+  std::vector<int64_t> layers;
+  for (int64_t i = 0; i < kObservingHeads; ++i) {
+    layers.push_back(i * kLayers / kObservingHeads);
+    constexpr int32_t kMaxRows = 1;
+    observations.push_back(
+        {static_cast<int32_t>(layers.back()), static_cast<int32_t>(i % kQoHeads), kMaxRows, 1.0f});
+  }
+  const std::string path = absl::StrCat(directory, "/heads.keepset");
+  Require(keepset_table_write_heads(path.c_str(), "bench-heads", "1", kModel, observations.data(),
+                                    observations.size(), /*pool_kernel=*/5, /*dilate=*/12));
+  keepset_table* table = nullptr;
+  Require(keepset_table_load(path.c_str(), &table));
+  const InProcess few_heads(engine, "observation_heads", table, layers);
+  {
+    const Prompt prompt(seq_len);
+    std::vector<double> all;
+    std::vector<double> few;
+    constexpr int kWarmUps = 5;
+    for (int i = -kWarmUps; i < repeats; ++i) {
+      const double of_all = Milliseconds([&] { all_heads.Run(prompt); });
+      const double of_few = Milliseconds([&] { few_heads.Run(prompt); });
+      if (i < 0) continue;
+      all.push_back(of_all);
+      few.push_back(of_few);
+    }
+    Report({{"bench", "observation_heads"},
+            {"against", kPolicy},
+            {"heads", kObservingHeads},
+            {"seq_len", seq_len},
+            {"repeats", repeats},
+            {"us_p50", 1e3 * Quantile(few, 0.5)},
+            {"us_p99", 1e3 * Quantile(few, 0.99)},
+            {"against_us_p50", 1e3 * Quantile(all, 0.5)},
+            {"against_us_p99", 1e3 * Quantile(all, 0.99)},
+            {"share", Quantile(few, 0.5) / Quantile(all, 0.5)}});
+  }
+  keepset_table_destroy(table);
 }
 
 // Steps of the engine while `beside` runs again and again on another thread; empty: alone.
@@ -325,9 +379,13 @@ int RunServiceBench(absl::Span<const char* const> arguments) {
   const std::string address = absl::StrCat("unix:", directory, "/k.sock");
   {
     const auto server = StartServer(keepsetd, directory, address);
-    const InProcess in_process(engine);
+    std::vector<int64_t> every_layer(kLayers);
+    std::iota(every_layer.begin(), every_layer.end(), 0);
+    const InProcess in_process(engine, kPolicy, nullptr, every_layer);
     MeasureAddedTime(in_process, address, 1024, is_quick ? 20 : 500);
     MeasureAddedTime(in_process, address, is_quick ? 4096 : 32768, is_quick ? 20 : 200);
+    MeasureObservationHeads(engine, in_process, directory, is_quick ? 4096 : 32768,
+                            is_quick ? 20 : 200);
     const Prompt prompt(is_quick ? 4096 : 32768);
     InService service(address, prompt);
     DecodeLoop loop;

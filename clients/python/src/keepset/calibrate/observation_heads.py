@@ -191,8 +191,7 @@ def compile_heads(build: Build, engine: Engine, tasks: Tasks, mixture: Mixture, 
         table = _fit(build, records, work / f"{name}.{number}-{pool_kernel}-{dilate}.safetensors",
                      name=name, version=version, budgets=budgets, max_heads=max(number, max_heads),
                      num_heads=number, pool_kernel=pool_kernel, dilate=dilate,
-                     folds=2 if number else folds)
-        say(f"{name}: {number or 'any number'} at {pool_kernel}, {dilate} fitted")
+                     folds=2 if number else folds, say=say)
         return f"{len(table[1]['observations'])} at {pool_kernel}, {dilate}", table
 
     # By recall every way to pool and dilate finds its number of observations; by measured loss one of
@@ -220,7 +219,7 @@ def _best(losses: dict[str, float]) -> str:
 
 def _fit(build: Build, records: Sequence[pathlib.Path], table: pathlib.Path, *, name: str,
          version: str, budgets: Sequence[int], max_heads: int, num_heads: int, pool_kernel: int,
-         dilate: int, folds: int) -> tuple[bytes, dict]:
+         dilate: int, folds: int, say: Say) -> tuple[bytes, dict]:
     """num_heads: 0 for the validated number. What the same records and settings gave before stands."""
     command = [str(build.keepset), "tables", "compile", "--kind", "observation_heads",
                *map(str, records), "--name", name, "--version", version, "-o", str(table),
@@ -237,6 +236,7 @@ def _fit(build: Build, records: Sequence[pathlib.Path], table: pathlib.Path, *, 
         raise CalibrationError(f"keepset tables compile: {done.stderr.strip()}")
     report = json.loads(done.stdout.splitlines()[0])["report"]
     told.write_text(json.dumps({"asked": asked, "report": report}))
+    say(f"{name}: {num_heads or 'any number'} at {pool_kernel}, {dilate} fitted")
     return table.read_bytes(), report
 
 
