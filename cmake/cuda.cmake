@@ -38,10 +38,15 @@ if(KEEPSET_HAS_CUDA)
     endif()
   endforeach()
   list(JOIN KEEPSET_CUDA_CODES "," KEEPSET_CUDA_CODES)
-  set(KEEPSET_CUDA_PORTABLE_OPTIONS
-    $<$<COMPILE_LANGUAGE:CUDA>:--generate-code=arch=compute_80,code=[${KEEPSET_CUDA_CODES}]>
+  set(KEEPSET_CUDA_COMMON_OPTIONS
     $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>
     # A host function in a kernel would only warn, and compile to a trap.
     $<$<COMPILE_LANGUAGE:CUDA>:-Werror=cross-execution-space-call>)
+  set(KEEPSET_CUDA_PORTABLE_OPTIONS
+    $<$<COMPILE_LANGUAGE:CUDA>:--generate-code=arch=compute_80,code=[${KEEPSET_CUDA_CODES}]>
+    ${KEEPSET_CUDA_COMMON_OPTIONS})
+  set(KEEPSET_CUDA_HOPPER_OPTIONS
+    $<$<COMPILE_LANGUAGE:CUDA>:--generate-code=arch=compute_90a,code=sm_90a>
+    ${KEEPSET_CUDA_COMMON_OPTIONS})
 endif()
 message(STATUS "CUDA backend: ${KEEPSET_HAS_CUDA}")

@@ -8,10 +8,12 @@
 #define KEEPSET_HD __host__ __device__
 #define KEEPSET_KERNEL_BODY __device__
 #define KEEPSET_UNROLL _Pragma("unroll")
+#define KEEPSET_NO_UNROLL _Pragma("unroll 1")
 #else
 #define KEEPSET_HD
 #define KEEPSET_KERNEL_BODY
 #define KEEPSET_UNROLL
+#define KEEPSET_NO_UNROLL
 #endif
 
 #endif  // KEEPSET_KERNELS_CUDA_HOST_DEVICE_H_

@@ -1,5 +1,8 @@
 // The launches of kernels/cuda on the emulator: queued on an emulated stream like the real ones.
 #include "kernels/cuda/columns_kernel.h"
+#include "kernels/cuda/hopper_columns_kernel.h"
+#include "kernels/cuda/hopper_row_stats_kernel.h"
+#include "kernels/cuda/hopper_window.h"
 #include "kernels/cuda/key_novelty_kernel.h"
 #include "kernels/cuda/launch.h"
 #include "kernels/cuda/row_ops_kernel.h"
@@ -7,6 +10,7 @@
 #include "kernels/cuda/score_glue_kernel.h"
 #include "kernels/cuda/select_kernel.h"
 #include "tests/kernels/cuda/emulated_runtime.h"
+#include "tests/kernels/cuda/hopper_emulator.h"
 #include "tests/kernels/cuda/simt_emulator.h"
 
 namespace keepset::kernels::cuda {
@@ -17,7 +21,7 @@ cudaError_t Launch(const LaunchShape& shape, const typename Kernel::Params& para
   if (shape.grid_x == 0 || shape.grid_y == 0 || shape.grid_z == 0) return cudaSuccess;
   // What a device would refuse.
   if (shape.threads < 1 || shape.threads > Kernel::kMaxThreads || shape.grid_y > 65535 ||
-      shape.grid_z > 65535 || shape.shared_bytes > kEmulatedSharedBytes) {
+      shape.grid_z > 65535 || shape.shared_bytes > EmulatedSharedBytes()) {
     return cudaErrorInvalidConfiguration;
   }
   return QueueEmulated(stream, [shape, params] {
@@ -51,5 +55,36 @@ KEEPSET_LAUNCH(NoveltyMeans);
 KEEPSET_LAUNCH(NoveltyCosines);
 
 #undef KEEPSET_LAUNCH
+
+template <typename Kernel>
+cudaError_t LaunchHopper(const LaunchShape& shape, const typename Kernel::Params& params,
+                         cudaStream_t stream) {
+  if (shape.grid_x < 1 || shape.threads != Kernel::kThreads ||
+      shape.shared_bytes > EmulatedSharedBytes()) {
+    return cudaErrorInvalidConfiguration;
+  }
+  return QueueEmulated(stream, [shape, params] {
+    EmulateGrid(shape, [&params](const EmulatedThread& thread) {
+      Kernel::Run(EmulatedHopperThread(thread), params);
+    });
+  });
+}
+
+#define KEEPSET_LAUNCH_HOPPER(...)                                                        \
+  template cudaError_t LaunchHopper<__VA_ARGS__>(const LaunchShape&, const HopperParams&, \
+                                                 cudaStream_t)
+
+KEEPSET_LAUNCH_HOPPER(HopperColumns<DType::kBF16, 64>);
+KEEPSET_LAUNCH_HOPPER(HopperColumns<DType::kBF16, 128>);
+KEEPSET_LAUNCH_HOPPER(HopperColumns<DType::kBF16, 256>);
+KEEPSET_LAUNCH_HOPPER(HopperColumns<DType::kF16, 64>);
+KEEPSET_LAUNCH_HOPPER(HopperColumns<DType::kF16, 128>);
+KEEPSET_LAUNCH_HOPPER(HopperColumns<DType::kF16, 256>);
+KEEPSET_LAUNCH_HOPPER(HopperRowStats<DType::kBF16, 64>);
+KEEPSET_LAUNCH_HOPPER(HopperRowStats<DType::kBF16, 128>);
+KEEPSET_LAUNCH_HOPPER(HopperRowStats<DType::kF16, 64>);
+KEEPSET_LAUNCH_HOPPER(HopperRowStats<DType::kF16, 128>);
+
+#undef KEEPSET_LAUNCH_HOPPER
 
 }  // namespace keepset::kernels::cuda

@@ -13,6 +13,7 @@
 
 #include "base/check.h"
 #include "kernels/cuda/cuda_status.h"
+#include "tests/kernels/cuda/hopper_emulator.h"
 
 struct CUstream_st {
   std::deque<std::function<void()>> work;
@@ -31,6 +32,7 @@ struct Allocation {
 struct Device {
   std::mutex mutex;
   std::map<uintptr_t, Allocation> allocations;  // by address
+  EmulatedDevice kind = EmulatedDevice::kSm86;
   cudaError_t next_wait = cudaSuccess;
   cudaError_t sticky = cudaSuccess;
 };
@@ -66,12 +68,68 @@ void RunQueued(cudaStream_t stream) {
 
 cudaError_t State() { return TheDevice().sticky; }
 
+// As the driver's manual wants them, of 16-bit elements.
+CUresult EncodeEmulatedTensorMap(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank,
+                                 void* data, const cuuint64_t* dims,
+                                 const cuuint64_t* stride_bytes, const cuuint32_t* box,
+                                 const cuuint32_t* element_strides,
+                                 CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
+                                 CUtensorMapL2promotion /*promotion*/,
+                                 CUtensorMapFloatOOBfill fill) {
+  constexpr cuuint64_t kDimLimit = cuuint64_t{1} << 32;
+  constexpr cuuint64_t kStrideLimit = cuuint64_t{1} << 40;
+  EmulatedTensorMap made;
+  bool is_good = reinterpret_cast<uintptr_t>(map) % 64 == 0 && rank >= 3 && rank <= 4 &&
+                 (type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 ||
+                  type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16) &&
+                 reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
+                 interleave == CU_TENSOR_MAP_INTERLEAVE_NONE &&
+                 fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;
+  switch (swizzle) {
+    case CU_TENSOR_MAP_SWIZZLE_32B:
+      made.swizzle_bytes = 32;
+      break;
+    case CU_TENSOR_MAP_SWIZZLE_64B:
+      made.swizzle_bytes = 64;
+      break;
+    case CU_TENSOR_MAP_SWIZZLE_128B:
+      made.swizzle_bytes = 128;
+      break;
+    default:
+      is_good = false;
+  }
+  if (!is_good) return CUDA_ERROR_INVALID_VALUE;
+  made.rank = static_cast<uint16_t>(rank);
+  made.data = static_cast<const std::byte*>(data);
+  cuuint64_t before = 2;
+  for (cuuint32_t i = 0; i < rank; ++i) {
+    made.dims[i] = dims[i];
+    made.stride_bytes[i] = i == 0 ? 2 : stride_bytes[i - 1];
+    made.box[i] = static_cast<uint16_t>(box[i]);
+    is_good = is_good && dims[i] >= 1 && dims[i] <= kDimLimit && box[i] >= 1 && box[i] <= 256 &&
+              element_strides[i] == 1 && made.stride_bytes[i] % before == 0 &&
+              made.stride_bytes[i] < kStrideLimit && (i == 0 || made.stride_bytes[i] % 16 == 0);
+    before = made.stride_bytes[i];
+  }
+  is_good = is_good && box[0] * 2 <= made.swizzle_bytes && box[0] * 2 % 16 == 0 &&
+            made.stride_bytes[1] >= 2 * dims[0];
+  if (!is_good) return CUDA_ERROR_INVALID_VALUE;
+  std::memcpy(map, &made, sizeof(made));
+  return CUDA_SUCCESS;
+}
+
 }  // namespace
 
 cudaError_t QueueEmulated(cudaStream_t stream, std::function<void()> work) {
   if (State() != cudaSuccess) return State();
   stream->work.push_back(std::move(work));
   return cudaSuccess;
+}
+
+void SetEmulatedDevice(EmulatedDevice device) { TheDevice().kind = device; }
+
+int64_t EmulatedSharedBytes() {
+  return int64_t{TheDevice().kind == EmulatedDevice::kSm86 ? 99 : 227} << 10;
 }
 
 void FailNextWait(cudaError_t error) { TheDevice().next_wait = error; }
@@ -84,6 +142,7 @@ int64_t NumDeviceAllocations() {
 
 }  // namespace keepset::kernels::cuda
 
+using keepset::kernels::cuda::EmulatedDevice;
 using keepset::kernels::cuda::IsStickyError;
 using keepset::kernels::cuda::QueueEmulated;
 using keepset::kernels::cuda::State;
@@ -105,17 +164,21 @@ const char* cudaGetErrorString(cudaError_t /*error*/) { return "emulated error";
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*device*/) {
   switch (attribute) {
     case cudaDevAttrComputeCapabilityMajor:
-      *value = 8;
+      *value = TheDevice().kind == EmulatedDevice::kSm86 ? 8 : 9;
       return cudaSuccess;
     case cudaDevAttrComputeCapabilityMinor:
-      *value = 6;
+      *value = TheDevice().kind == EmulatedDevice::kSm86 ? 6 : 0;
       return cudaSuccess;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-      *value = static_cast<int>(keepset::kernels::cuda::kEmulatedSharedBytes);
+      *value = static_cast<int>(keepset::kernels::cuda::EmulatedSharedBytes());
       return cudaSuccess;
     case cudaDevAttrL2CacheSize:
       // Small, so that the KV heads of the tests are taken in several launches.
       *value = 64 << 10;
+      return cudaSuccess;
+    case cudaDevAttrMultiProcessorCount:
+      // Few, so that a block has several tiles.
+      *value = 3;
       return cudaSuccess;
     default:
       return cudaErrorInvalidValue;
@@ -129,6 +192,18 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int /*device*/) 
 }
 cudaError_t cudaDriverGetVersion(int* version) {
   *version = 13000;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function,
+                                             unsigned /*version*/, unsigned long long /*flags*/,
+                                             cudaDriverEntryPointQueryResult* found) {
+  const bool is_there = TheDevice().kind != EmulatedDevice::kSm90WithoutTensorMaps &&
+                        std::strcmp(symbol, "cuTensorMapEncodeTiled") == 0;
+  *function = is_there
+                  ? reinterpret_cast<void*>(&keepset::kernels::cuda::EncodeEmulatedTensorMap)
+                  : nullptr;
+  *found = is_there ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
 }
 

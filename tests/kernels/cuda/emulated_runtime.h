@@ -11,8 +11,15 @@
 
 namespace keepset::kernels::cuda {
 
-// Shared memory that a block of the emulated device may have, at most: that of an sm_86.
-constexpr int64_t kEmulatedSharedBytes = 99 << 10;
+// What the emulated device says it is, from now on; an sm_86 at first.
+enum class EmulatedDevice {
+  kSm86,
+  kSm90,
+  kSm90WithoutTensorMaps,  // with a driver that does not encode them
+};
+void SetEmulatedDevice(EmulatedDevice device);
+// Shared memory that a block of it may have, at most.
+int64_t EmulatedSharedBytes();
 
 cudaError_t QueueEmulated(cudaStream_t stream, std::function<void()> work);
 

@@ -25,6 +25,7 @@
 namespace keepset::kernels::cuda {
 
 class EmulatedBlock;
+class HopperUnits;
 
 class EmulatedThread {
  public:
@@ -94,10 +95,14 @@ class EmulatedThread {
   void MinShared(uint32_t* to, uint32_t value) const { *to = value < *to ? value : *to; }
   void MinGlobal(uint64_t* to, uint64_t value) const { *to = value < *to ? value : *to; }
 
+ protected:
+  HopperUnits& hopper() const;
+
  private:
   static constexpr size_t kSlotBytes = 32;
   enum Collective { kShuffle, kBallot, kMatch, kLoadMatrix, kMultiply };
   friend class EmulatedBlock;
+class HopperUnits;
 
   // Meets the other lanes; returns what each of them brought, kSlotBytes apart.
   const std::byte* Exchange(Collective collective, const void* data, size_t bytes) const;
