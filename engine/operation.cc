@@ -225,7 +225,7 @@ class OperationImpl final : public Operation {
     result_.relaxed = std::move(diagnostics.relaxed);
     result_.outside_mass = diagnostics.outside_mass;
     result_.predicted_miss_rate = diagnostics.predicted_miss_rate;
-    result_.backend = backend_.name();
+    result_.backend = backend_.NameFor(*plan_.op_context);
     const int64_t num_kv_heads = spec().model.num_kv_heads;
     const int64_t head_bytes = TokenBytes(spec()) / num_kv_heads;
     result_.bytes_before = num_layers() * num_kv_heads * seq_len() * head_bytes;

@@ -14,6 +14,9 @@ namespace keepset::kernels {
 
 struct BackendOptions {
   int num_threads = 0;  // CPU worker threads of one op; 0 = all cores this process may use
+  // Window scores of the GPU: "portable" (also when empty), or "hopper": TMA and wgmma, sm_90 only,
+  // refused elsewhere. Other backends want it empty.
+  std::string window_kernels = {};
 };
 
 // Names as listed in backends.def, in that order.

@@ -135,6 +135,9 @@ class ComputeBackend {
 
   // "cpu/avx512", "cpu/avx2", "cuda/sm_90" ...: what results report as the backend.
   virtual std::string name() const = 0;
+  // The same for what an operation has queued so far, with the variant that computed it where a
+  // backend has several: "cuda/sm_90/wgmma".
+  virtual std::string NameFor(const OpContext& /*context*/) const { return name(); }
 
   virtual DeviceInfo Device() const { return {}; }
 

@@ -123,6 +123,10 @@ absl::StatusOr<std::unique_ptr<ComputeBackend>> NewCpuBackend(const BackendOptio
     return absl::InvalidArgumentError(
         absl::StrCat("num_threads=", options.num_threads, ", want 0 (all cores) ..", kMostThreads));
   }
+  if (!options.window_kernels.empty()) {
+    return absl::InvalidArgumentError(absl::StrCat("window_kernels=\"", options.window_kernels,
+                                                   "\", want none with backend cpu"));
+  }
   return std::make_unique<CpuBackend>(options.num_threads == 0 ? cpu::NumUsableCores()
                                                                : options.num_threads);
 }

@@ -16,6 +16,7 @@
 #include "kernels/compute_backend.h"
 #include "kernels/cuda/cuda_context.h"
 #include "kernels/cuda/ops.h"
+#include "kernels/cuda/tensor_map.h"
 #include "kernels/op_checks.h"
 
 namespace keepset::kernels {
@@ -30,26 +31,37 @@ class CudaBackend : public ComputeBackend {
  public:
   CudaBackend() : pool_(0, health_, kMostKeptBytes), streams_(traits_, health_, pool_) {}
 
-  absl::Status Init() {
+  absl::Status Init(absl::string_view window_kernels) {
     KEEPSET_RETURN_IF_CUDA_ERROR(health_, cudaSetDevice(traits_.ordinal));
     int major = 0;
     int minor = 0;
     int shared_bytes = 0;
     int l2_bytes = 0;
+    int multiprocessors = 0;
     KEEPSET_RETURN_IF_ERROR(ReadAttribute(cudaDevAttrComputeCapabilityMajor, &major));
     KEEPSET_RETURN_IF_ERROR(ReadAttribute(cudaDevAttrComputeCapabilityMinor, &minor));
     KEEPSET_RETURN_IF_ERROR(ReadAttribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &shared_bytes));
     KEEPSET_RETURN_IF_ERROR(ReadAttribute(cudaDevAttrL2CacheSize, &l2_bytes));
+    KEEPSET_RETURN_IF_ERROR(ReadAttribute(cudaDevAttrMultiProcessorCount, &multiprocessors));
+    traits_.multiprocessors = multiprocessors;
     traits_.architecture = absl::StrCat("sm_", major, minor);
     traits_.max_shared_bytes = shared_bytes;
     traits_.l2_bytes = l2_bytes;
     KEEPSET_RETURN_IF_ERROR(ReadDevice());
-    if (major >= kLeastMajor) return absl::OkStatus();
-    return absl::FailedPreconditionError(absl::StrCat(
-        "cuda: device ", traits_.ordinal, " is ", traits_.architecture, ", want sm_80 or later"));
+    if (major < kLeastMajor) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          "cuda: device ", traits_.ordinal, " is ", traits_.architecture, ", want sm_80 or later"));
+    }
+    return ChooseWindowKernels(window_kernels);
   }
 
   std::string name() const override { return absl::StrCat("cuda/", traits_.architecture); }
+  std::string NameFor(const OpContext& context) const override {
+    const cuda::StreamState& state = static_cast<const cuda::CudaContext&>(context).state();
+    if (!state.HasUsed(cuda::WindowKernels::kHopper)) return name();
+    return absl::StrCat(
+        name(), state.HasUsed(cuda::WindowKernels::kPortable) ? "/wgmma+portable" : "/wgmma");
+  }
   DeviceInfo Device() const override { return device_; }
   absl::Status Health() const override { return health_.status(); }
 
@@ -183,6 +195,26 @@ class CudaBackend : public ComputeBackend {
   }
 
  private:
+  absl::Status ChooseWindowKernels(absl::string_view kernels) {
+    if (kernels.empty() || kernels == "portable") return absl::OkStatus();
+    if (kernels != "hopper") {
+      return absl::InvalidArgumentError(
+          absl::StrCat("cuda: window_kernels=\"", kernels, "\", want \"portable\" or \"hopper\""));
+    }
+    if (traits_.architecture != "sm_90") {
+      return absl::FailedPreconditionError(absl::StrCat("cuda: window_kernels=\"hopper\": device ",
+                                                        traits_.ordinal, " is ",
+                                                        traits_.architecture, ", want sm_90"));
+    }
+    absl::StatusOr<cuda::TensorMapEncoder> encoder = cuda::FindTensorMapEncoder();
+    if (!encoder.ok()) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("cuda: window_kernels=\"hopper\": ", encoder.status().message()));
+    }
+    traits_.tensor_maps = *encoder;
+    return absl::OkStatus();
+  }
+
   absl::Status ReadDevice() {
     cudaDeviceProp properties = {};
     int driver_version = 0;
@@ -220,7 +252,7 @@ class CudaBackend : public ComputeBackend {
 }  // namespace
 
 // Declared by backend_registry.cc through backends.def.
-absl::StatusOr<std::unique_ptr<ComputeBackend>> NewCudaBackend(const BackendOptions& /*options*/) {
+absl::StatusOr<std::unique_ptr<ComputeBackend>> NewCudaBackend(const BackendOptions& options) {
   int num_devices = 0;
   const cudaError_t error = cudaGetDeviceCount(&num_devices);
   if (error != cudaSuccess || num_devices == 0) {
@@ -229,7 +261,7 @@ absl::StatusOr<std::unique_ptr<ComputeBackend>> NewCudaBackend(const BackendOpti
                      error == cudaSuccess ? "the driver lists none" : cudaGetErrorString(error)));
   }
   auto backend = std::make_unique<CudaBackend>();
-  KEEPSET_RETURN_IF_ERROR(backend->Init());
+  KEEPSET_RETURN_IF_ERROR(backend->Init(options.window_kernels));
   return backend;
 }
 

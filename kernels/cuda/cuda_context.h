@@ -24,6 +24,7 @@
 #include "kernels/compute_backend.h"
 #include "kernels/cuda/cuda_status.h"
 #include "kernels/cuda/device_memory.h"
+#include "kernels/cuda/tensor_map.h"
 
 namespace keepset::kernels::cuda {
 
@@ -33,7 +34,13 @@ struct DeviceTraits {
   std::string architecture;  // "sm_90"
   int64_t max_shared_bytes = 0;
   int64_t l2_bytes = 0;
+  int multiprocessors = 0;
+  // Of the Hopper window kernels; null: the portable ones are used.
+  TensorMapEncoder tensor_maps = nullptr;
 };
+
+// Which kernels computed window scores.
+enum class WindowKernels { kPortable, kHopper };
 
 // Ops with faults between two waits.
 constexpr int64_t kMaxFaults = 256;
@@ -68,6 +75,14 @@ class StreamState {
   // Wait. Reserved before.
   uint64_t* NewFault(std::function<absl::Status(uint64_t code)> describe);
 
+  // Remembers, until Reset, that kernels of this kind were queued.
+  void NoteWindowKernels(WindowKernels kernels) {
+    (kernels == WindowKernels::kHopper ? used_hopper_ : used_portable_) = true;
+  }
+  bool HasUsed(WindowKernels kernels) const {
+    return kernels == WindowKernels::kHopper ? used_hopper_ : used_portable_;
+  }
+
   // Waits for the stream; returns the error of the oldest op that reported a fault.
   absl::Status Wait();
 
@@ -94,6 +109,8 @@ class StreamState {
   DeviceBlock faults_;
   PinnedBuffer faults_host_;
   std::vector<std::function<absl::Status(uint64_t)>> describe_;
+  bool used_portable_ = false;
+  bool used_hopper_ = false;
   absl::Status pending_;  // found before the next Wait was called
   std::shared_ptr<DeferredBlocks> deferred_ = std::make_shared<DeferredBlocks>();
 };
@@ -122,6 +139,7 @@ class CudaContext : public OpContext {
   ~CudaContext() override { streams_->Release(std::move(state_)); }
 
   StreamState& state() { return *state_; }
+  const StreamState& state() const { return *state_; }
 
  private:
   StreamPool* streams_;

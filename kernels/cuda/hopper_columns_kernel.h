@@ -140,8 +140,7 @@ class NormStream {
                                    int rows) const {
     const int left = v_.num_tokens - token;
     WarpRowNorms(simt, v_, segment_.at.unit.kv_head, token, left < rows ? left : rows,
-                 FirstPlace() + token, Norms(p) + token,
-                 p.layers[segment_.at.layer].value_fault);
+                 FirstPlace() + token, Norms(p) + token, p.layers[segment_.at.layer].value_fault);
   }
 
   DeviceRows v_;
@@ -197,8 +196,8 @@ class ColumnEpilogue {
   template <typename Simt>
   KEEPSET_KERNEL_BODY void Add(const Simt& simt, float scale2, int token, int num_tokens,
                                bool is_plain, int used_slots, const float* references,
-                               const int* limits, uint32_t ends,
-                               const float (&logits)[kSlots / 2], const ColumnTarget** target) {
+                               const int* limits, uint32_t ends, const float (&logits)[kSlots / 2],
+                               const ColumnTarget** target) {
     const int first_column = (simt.lane() & 3) * 2;
     references += first_column;
     limits += first_column;
@@ -370,8 +369,7 @@ KEEPSET_KERNEL_BODY void HopperColumns<kType, kSlots>::Run(const Simt& simt, con
     if (simt.warp() == 0) {
       LoadRange(simt, p, range, ring);
     } else {
-      NormRange(simt, p, range,
-                shared + layout.norms + (simt.warp() - 1) * kNormWarpBytes);
+      NormRange(simt, p, range, shared + layout.norms + (simt.warp() - 1) * kNormWarpBytes);
     }
     return;
   }

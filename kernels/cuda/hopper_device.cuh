@@ -40,14 +40,14 @@ class HopperThread : public DeviceThread {
   }
   // Arrives, and lets the phase wait for so many more bytes of loads.
   __device__ void ArriveAndExpect(uint64_t* barrier, int bytes) const {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(
-                     SharedAddress(barrier)),
-                 "r"(bytes)
-                 : "memory");
+    asm volatile(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;\n" ::"r"(SharedAddress(barrier)),
+        "r"(bytes)
+        : "memory");
   }
   // Until the phase of this parity is over; of a new barrier the phase before the first (parity 1)
-  // is. What it waits for is queued by this block alone, so that it ends soon: never to end would be
-  // a mistake of the kernel, which is a trap (an error of the launch) instead of a stuck device.
+  // is. What it waits for is queued by this block alone, so that it ends soon: never to end would
+  // be a mistake of the kernel, which is a trap (an error of the launch) instead of a stuck device.
   __device__ void WaitPhase(uint64_t* barrier, uint32_t parity) const {
     const uint32_t address = SharedAddress(barrier);
     constexpr uint32_t kMostTries = 1u << 26;

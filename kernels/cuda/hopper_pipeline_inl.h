@@ -195,8 +195,8 @@ KEEPSET_KERNEL_BODY inline void LoadQueries(const Simt& simt, int math_thread, i
 // 1024), mode 1 (bits 62-63).
 template <typename Simt>
 KEEPSET_KERNEL_BODY inline uint64_t OperandDescriptor(const Simt& simt, const std::byte* rows) {
-  constexpr uint64_t kMode = (uint64_t{1} << 62) | (uint64_t{kSwizzleBytes >> 4} << 32) |
-                             (uint64_t{1} << 16);
+  constexpr uint64_t kMode =
+      (uint64_t{1} << 62) | (uint64_t{kSwizzleBytes >> 4} << 32) | (uint64_t{1} << 16);
   return kMode | (simt.SharedAddress(rows) >> 4);
 }
 
@@ -215,8 +215,7 @@ KEEPSET_KERNEL_BODY inline void QueueProduct(const Simt& simt, const std::byte* 
     KEEPSET_UNROLL
     for (int step = 0; step < kSpanChannels / 16; ++step) {
       simt.template MmaAsync<kType, kColumns>(d, a_descriptor + step * kStepUnits,
-                                              b_descriptor + step * kStepUnits,
-                                              span + step > 0);
+                                              b_descriptor + step * kStepUnits, span + step > 0);
     }
     a_descriptor += a_rows * (kSpanBytes >> 4);
     b_descriptor += b_rows * (kSpanBytes >> 4);

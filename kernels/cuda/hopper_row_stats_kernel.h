@@ -52,14 +52,8 @@ KEEPSET_HD inline StatsTask FindStatsTask(const WindowParams& p, int part_rows, 
   const auto chunk = static_cast<int>(task % p.shape.num_chunks);
   const int begin = chunk * kChunkTokens;
   const int left = at.k.num_tokens - begin;
-  return {at,
-          first_row,
-          rows < 0           ? 0
-          : rows < part_rows ? rows
-                             : part_rows,
-          chunk,
-          begin,
-          begin + (left < kChunkTokens ? left : kChunkTokens)};
+  return {at,    first_row, rows < 0 ? 0 : rows < part_rows ? rows : part_rows,
+          chunk, begin,     begin + (left < kChunkTokens ? left : kChunkTokens)};
 }
 
 template <int kTokens, typename Simt>
@@ -91,8 +85,7 @@ KEEPSET_KERNEL_BODY void HopperRowStats<kType, kTokens>::Run(const Simt& simt, c
   const WindowParams& window = p.window;
   const HopperLayout layout(p.keys.num_spans, p.num_slots, kTokens, p.num_stages);
   std::byte* const shared = AlignedShared(simt);
-  const KeyRing ring =
-      MakeRing(simt, layout, shared, p.num_stages, kMathGroups * kGroupWarps);
+  const KeyRing ring = MakeRing(simt, layout, shared, p.num_stages, kMathGroups * kGroupWarps);
   const TaskRange range = RangeOfBlock(simt, p.num_tasks);
   const int group = simt.warp() / kGroupWarps - 1;
   StageCursor cursor;
@@ -151,8 +144,7 @@ KEEPSET_KERNEL_BODY void HopperRowStats<kType, kTokens>::Run(const Simt& simt, c
         }
         float d[kTokens / 2];
         QueueProduct<kType, kTokens>(simt, shared + product * kProductRows * kSpanBytes,
-                                     p.num_slots, ring.Stage(cursor), kTokens, p.keys.num_spans,
-                                     d);
+                                     p.num_slots, ring.Stage(cursor), kTokens, p.keys.num_spans, d);
         turns.Give(simt);
         simt.WaitMma(d);
         float logits[Tile::kRows][Tile::kColumns];
@@ -162,8 +154,9 @@ KEEPSET_KERNEL_BODY void HopperRowStats<kType, kTokens>::Run(const Simt& simt, c
           logits[1][c] = d[(c >> 1) * 4 + 2 + (c & 1)];
         }
         const auto limit = [&](int r) {
-          return UnitRowLimit(window, task.at.unit,
-                              task.first_row + product * kProductRows + Tile::Row(simt.thread(), r));
+          return UnitRowLimit(
+              window, task.at.unit,
+              task.first_row + product * kProductRows + Tile::Row(simt.thread(), r));
         };
         AddRowStats<Tile>(simt, window.shape.scale2, begin, is_masked, limit, logits, stats[j]);
       }

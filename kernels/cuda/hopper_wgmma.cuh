@@ -10,14 +10,14 @@
 namespace keepset::kernels::cuda {
 
 // Operands %0 to %127 in rows of 32.
-#define KEEPSET_WGMMA_D0                                                                        \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, "  \
+#define KEEPSET_WGMMA_D0                                                                       \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, " \
   "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define KEEPSET_WGMMA_D1                                                                         \
-  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, "   \
+#define KEEPSET_WGMMA_D1                                                                       \
+  "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
   "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define KEEPSET_WGMMA_D2                                                                         \
-  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, "   \
+#define KEEPSET_WGMMA_D2                                                                       \
+  "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, " \
   "%82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define KEEPSET_WGMMA_D3                                                                         \
   "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
@@ -25,29 +25,29 @@ namespace keepset::kernels::cuda {
   "%127"
 
 #define KEEPSET_WGMMA_4(d, i) "+f"(d[i]), "+f"(d[(i) + 1]), "+f"(d[(i) + 2]), "+f"(d[(i) + 3])
-#define KEEPSET_WGMMA_16(d, i)                                                            \
-  KEEPSET_WGMMA_4(d, i), KEEPSET_WGMMA_4(d, (i) + 4), KEEPSET_WGMMA_4(d, (i) + 8),        \
+#define KEEPSET_WGMMA_16(d, i)                                                     \
+  KEEPSET_WGMMA_4(d, i), KEEPSET_WGMMA_4(d, (i) + 4), KEEPSET_WGMMA_4(d, (i) + 8), \
       KEEPSET_WGMMA_4(d, (i) + 12)
 #define KEEPSET_WGMMA_32(d, i) KEEPSET_WGMMA_16(d, i), KEEPSET_WGMMA_16(d, (i) + 16)
 #define KEEPSET_WGMMA_64(d, i) KEEPSET_WGMMA_32(d, i), KEEPSET_WGMMA_32(d, (i) + 32)
 
 // The last operands: descriptors of a and b, whether d is added to, no negation, no transposition.
-#define KEEPSET_WGMMA_TEXT(shape, types, registers, a, b, adds)                            \
-  "{\n.reg .pred adds;\nsetp.ne.b32 adds, " adds ", 0;\nwgmma.mma_async.sync.aligned."     \
-  shape ".f32." types " {" registers "}, " a ", " b ", adds, 1, 1, 0, 0;\n}\n"
+#define KEEPSET_WGMMA_TEXT(shape, types, registers, a, b, adds)                              \
+  "{\n.reg .pred adds;\nsetp.ne.b32 adds, " adds ", 0;\nwgmma.mma_async.sync.aligned." shape \
+  ".f32." types " {" registers "}, " a ", " b ", adds, 1, 1, 0, 0;\n}\n"
 
-#define KEEPSET_WGMMA_OVERLOAD(count, shape, registers, operands, a_name, b_name, adds_name)       \
-  template <DType kType>                                                                           \
-  __device__ inline void Wgmma(float (&d)[count], uint64_t a, uint64_t b, int adds) {              \
-    if constexpr (kType == DType::kBF16) {                                                         \
-      asm volatile(KEEPSET_WGMMA_TEXT(shape, "bf16.bf16", registers, a_name, b_name, adds_name)    \
-                   : operands                                                                      \
-                   : "l"(a), "l"(b), "r"(adds));                                                   \
-    } else {                                                                                       \
-      asm volatile(KEEPSET_WGMMA_TEXT(shape, "f16.f16", registers, a_name, b_name, adds_name)      \
-                   : operands                                                                      \
-                   : "l"(a), "l"(b), "r"(adds));                                                   \
-    }                                                                                              \
+#define KEEPSET_WGMMA_OVERLOAD(count, shape, registers, operands, a_name, b_name, adds_name)    \
+  template <DType kType>                                                                        \
+  __device__ inline void Wgmma(float(&d)[count], uint64_t a, uint64_t b, int adds) {            \
+    if constexpr (kType == DType::kBF16) {                                                      \
+      asm volatile(KEEPSET_WGMMA_TEXT(shape, "bf16.bf16", registers, a_name, b_name, adds_name) \
+                   : operands                                                                   \
+                   : "l"(a), "l"(b), "r"(adds));                                                \
+    } else {                                                                                    \
+      asm volatile(KEEPSET_WGMMA_TEXT(shape, "f16.f16", registers, a_name, b_name, adds_name)   \
+                   : operands                                                                   \
+                   : "l"(a), "l"(b), "r"(adds));                                                \
+    }                                                                                           \
   }
 // A list of operands has commas of its own.
 #define KEEPSET_WGMMA_LIST(...) __VA_ARGS__

@@ -38,8 +38,8 @@ struct Dim {
 std::vector<Dim> KeyDims(const DeviceRows& k, int64_t num_blocks) {
   std::vector<Dim> dims;
   const bool is_paged = num_blocks > 0;
-  dims.push_back({KeyDim::kToken, is_paged ? int64_t{k.block_size.divisor()} : k.num_tokens,
-                  k.token_bytes});
+  dims.push_back(
+      {KeyDim::kToken, is_paged ? int64_t{k.block_size.divisor()} : k.num_tokens, k.token_bytes});
   dims.push_back({KeyDim::kHead, k.num_heads, k.head_bytes});
   if (is_paged) dims.push_back({KeyDim::kBlock, num_blocks, k.block_bytes});
   const auto key = [](const Dim& dim) {
@@ -60,8 +60,7 @@ bool IsPaged(const WindowParams& params) { return params.layers[0].k_table != nu
 
 // Bytes from the start of a block to the end of its last row.
 int64_t BlockExtent(const DeviceRows& k) {
-  return (k.num_heads - 1) * k.head_bytes +
-         (int64_t{k.block_size.divisor()} - 1) * k.token_bytes +
+  return (k.num_heads - 1) * k.head_bytes + (int64_t{k.block_size.divisor()} - 1) * k.token_bytes +
          int64_t{k.head_dim} * DTypeBytes(k.dtype);
 }
 
@@ -103,9 +102,9 @@ HopperKeys DescribeKeys(const WindowParams& params) {
   const DeviceRows& k = params.shape.k;
   HopperKeys keys;
   keys.num_spans = static_cast<int32_t>(CeilDiv(k.head_dim, kSpanChannels));
-  keys.box_tokens = IsPaged(params) ? std::gcd<int, int>(static_cast<int>(k.block_size.divisor()),
-                                                         kMostBoxTokens)
-                                    : kMostBoxTokens;
+  keys.box_tokens =
+      IsPaged(params) ? std::gcd<int, int>(static_cast<int>(k.block_size.divisor()), kMostBoxTokens)
+                      : kMostBoxTokens;
   const std::vector<Dim> dims = KeyDims(k, IsPaged(params) ? 2 : 0);
   for (size_t i = 0; i < dims.size(); ++i) {
     const auto place = static_cast<int32_t>(i + 1);
@@ -213,14 +212,14 @@ HopperPlan PlanHopper(const WindowParams& params, const WindowPlan& portable,
     if (plan.stats_stages >= kStatsLeastStages) break;
   }
   if (plan.columns_capacity == 0 || plan.stats_stages < kStatsLeastStages) {
-    plan.unsuited = absl::StrCat("head_dim=", k.head_dim, " leaves no room for ", kLeastStages,
-                                 " stages of keys in ", max_shared_bytes,
-                                 " bytes of shared memory");
+    plan.unsuited =
+        absl::StrCat("head_dim=", k.head_dim, " leaves no room for ", kLeastStages,
+                     " stages of keys in ", max_shared_bytes, " bytes of shared memory");
     return plan;
   }
   if (largest > plan.columns_capacity) {
-    plan.unsuited = absl::StrCat(largest, " rows of one head, want at most ",
-                                 plan.columns_capacity, " with head_dim=", k.head_dim);
+    plan.unsuited = absl::StrCat(largest, " rows of one head, want at most ", plan.columns_capacity,
+                                 " with head_dim=", k.head_dim);
     return plan;
   }
   MakeParts(units, outputs, plan.columns_capacity, &plan);
@@ -273,8 +272,7 @@ cudaError_t LaunchHopperWindowScores(HopperParams params, const HopperPlan& plan
   LaunchShape shape;
   shape.threads = kHopperThreads;
   const int64_t all_units = int64_t{window.num_layers} * window.num_units;
-  for (int64_t unit = 0; unit < all_units && error == cudaSuccess;
-       unit += portable.units_at_once) {
+  for (int64_t unit = 0; unit < all_units && error == cudaSuccess; unit += portable.units_at_once) {
     const int64_t count = std::min(portable.units_at_once, all_units - unit);
     window.first_unit = static_cast<int32_t>(unit);
     if (!window.shape.has_lse) {

@@ -5,7 +5,7 @@
 
 namespace keepset::kernels::cuda {
 
-#define KEEPSET_LAUNCH(...)                                                                    \
+#define KEEPSET_LAUNCH(...)                                                               \
   template cudaError_t LaunchHopper<__VA_ARGS__>(const LaunchShape&, const HopperParams&, \
                                                  cudaStream_t)
 

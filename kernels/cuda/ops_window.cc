@@ -9,9 +9,11 @@
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "kernels/cuda/fault_code.h"
+#include "kernels/cuda/hopper_window.h"
 #include "kernels/cuda/op_limits.h"
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/staging.h"
+#include "kernels/cuda/tensor_map.h"
 #include "kernels/cuda/window_scores.h"
 #include "kernels/op_checks.h"
 
@@ -135,6 +137,7 @@ bool WantTheSame(const WindowArgs& a, const WindowArgs& b) {
 struct StagedLayer {
   WindowShape shape;
   WindowLayer layer;
+  KeyMemory keys;
 };
 
 // Splits staged rows into what layers share and what is the layer's own.
@@ -193,6 +196,10 @@ absl::StatusOr<StagedLayer> StageLayer(StreamState& state, const WindowArgs& arg
   KEEPSET_ASSIGN_OR_RETURN(const DeviceRows k,
                            StageRows(state, args.k, absl::StrCat(args.what, ": k")));
   SplitRows(k, &staged.shape.k, &layer.k, &layer.k_table);
+  staged.keys.size_bytes = args.k.size_bytes;
+  if (layer.k_table != nullptr) {
+    staged.keys.last_block = args.k.block_table[(args.k.seq_len - 1) / args.k.block_size];
+  }
   layer.fault = state.NewFault([what = std::string(args.what), num_rows = args.q.num_rows,
                                 seq_len = args.k.seq_len](uint64_t code) {
     return DescribeWindowFault(code, what, num_rows, seq_len);
@@ -211,8 +218,27 @@ absl::StatusOr<StagedLayer> StageLayer(StreamState& state, const WindowArgs& arg
   return staged;
 }
 
-// Queues the layers of params, which share one list.
-absl::Status QueueLayers(StreamState& state, const WindowArgs& first, WindowParams* params) {
+// Hopper's kernels for the layers of params; plan.unsuited is empty.
+absl::Status QueueHopper(StreamState& state, const WindowParams& params, const HopperPlan& plan,
+                         const WindowPlan& portable, absl::Span<const KeyMemory> keys) {
+  HopperParams hopper;
+  hopper.window = params;
+  KEEPSET_ASSIGN_OR_RETURN(hopper.parts, UploadArray<HopperPart>(state, plan.parts));
+  for (int layer = 0; layer < params.num_layers; ++layer) {
+    KEEPSET_RETURN_IF_ERROR(EncodeTensorMap(state.traits().tensor_maps,
+                                            KeyMap(params, plan, layer, keys[layer]),
+                                            &hopper.key_maps[layer]));
+  }
+  state.NoteWindowKernels(WindowKernels::kHopper);
+  return state.health().Check(
+      LaunchHopperWindowScores(hopper, plan, portable, state.traits().multiprocessors,
+                               state.stream()),
+      "window scores");
+}
+
+// Queues the layers of params, which share one list. keys: of each layer.
+absl::Status QueueLayers(StreamState& state, const WindowArgs& first,
+                         absl::Span<const KeyMemory> keys, WindowParams* params) {
   const WindowList list = ListWanted(first);
   KEEPSET_ASSIGN_OR_RETURN(params->rows, UploadArray<WindowRow>(state, list.rows));
   KEEPSET_ASSIGN_OR_RETURN(params->units, UploadArray<WindowUnit>(state, list.units));
@@ -230,6 +256,12 @@ absl::Status QueueLayers(StreamState& state, const WindowArgs& first, WindowPara
                            state.Workspace(reference_bytes + partial_bytes));
   params->references = reinterpret_cast<float*>(workspace);
   params->partial = reinterpret_cast<RowStat*>(workspace + reference_bytes);
+  if (state.traits().tensor_maps != nullptr) {
+    const HopperPlan hopper =
+        PlanHopper(*params, plan, list.units, list.outputs, keys, state.traits().max_shared_bytes);
+    if (hopper.unsuited.empty()) return QueueHopper(state, *params, hopper, plan, keys);
+  }
+  state.NoteWindowKernels(WindowKernels::kPortable);
   return state.health().Check(LaunchWindowScores(*params, plan, state.stream()), "window scores");
 }
 
@@ -243,18 +275,21 @@ absl::Status QueueSomeLayers(StreamState& state, absl::Span<const WindowArgs> la
   }
   KEEPSET_RETURN_IF_ERROR(state.ReserveFaults(2 * static_cast<int64_t>(layers.size())));
   WindowParams params;
+  std::vector<KeyMemory> keys;
   size_t first = 0;
   for (size_t i = 0; i < layers.size(); ++i) {
     KEEPSET_ASSIGN_OR_RETURN(const StagedLayer staged, StageLayer(state, layers[i], *outs[i]));
     if (i > first && !(staged.shape == params.shape && WantTheSame(layers[i], layers[first]))) {
-      KEEPSET_RETURN_IF_ERROR(QueueLayers(state, layers[first], &params));
+      KEEPSET_RETURN_IF_ERROR(QueueLayers(state, layers[first], keys, &params));
       params = WindowParams();
+      keys.clear();
       first = i;
     }
     params.shape = staged.shape;
     params.layers[params.num_layers++] = staged.layer;
+    keys.push_back(staged.keys);
   }
-  return QueueLayers(state, layers[first], &params);
+  return QueueLayers(state, layers[first], keys, &params);
 }
 
 }  // namespace

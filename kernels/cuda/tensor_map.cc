@@ -12,8 +12,8 @@ absl::StatusOr<TensorMapEncoder> FindTensorMapEncoder() {
   constexpr unsigned kSince = 12000;  // the version of the interface
   void* function = nullptr;
   cudaDriverEntryPointQueryResult found = cudaDriverEntryPointSymbolNotFound;
-  const cudaError_t error = cudaGetDriverEntryPointByVersion(
-      "cuTensorMapEncodeTiled", &function, kSince, cudaEnableDefault, &found);
+  const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                             kSince, cudaEnableDefault, &found);
   if (error == cudaSuccess && found == cudaDriverEntryPointSuccess && function != nullptr) {
     return reinterpret_cast<TensorMapEncoder>(function);
   }
@@ -39,9 +39,9 @@ absl::Status EncodeTensorMap(TensorMapEncoder encoder, const TensorMapSpec& spec
               element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return absl::OkStatus();
-  return absl::InternalError(
-      absl::StrCat("cuTensorMapEncodeTiled: error ", static_cast<int>(result), " for a tensor of rank ",
-                   spec.rank, ", dims ", dims[0], " x ", dims[1], " x ", dims[2]));
+  return absl::InternalError(absl::StrCat(
+      "cuTensorMapEncodeTiled: error ", static_cast<int>(result), " for a tensor of rank ",
+      spec.rank, ", dims ", dims[0], " x ", dims[1], " x ", dims[2]));
 }
 
 }  // namespace keepset::kernels::cuda

@@ -22,9 +22,9 @@ struct TensorMapSpec {
   const std::byte* data = nullptr;
   DType dtype = DType::kBF16;
   int rank = 0;
-  uint64_t dims[kMaxTensorRank] = {};         // elements
+  uint64_t dims[kMaxTensorRank] = {};          // elements
   uint64_t stride_bytes[kMaxTensorRank] = {};  // of dimensions 1 to rank - 1
-  uint32_t box[kMaxTensorRank] = {};          // elements
+  uint32_t box[kMaxTensorRank] = {};           // elements
 };
 
 // cuTensorMapEncodeTiled.

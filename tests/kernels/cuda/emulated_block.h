@@ -67,7 +67,14 @@ class EmulatedBlock : public FiberBlock {
   EmulatedBlock(const LaunchShape& shape, int x, int y, int z,
                 const std::function<void(const EmulatedThread&)>& body, std::byte* stacks,
                 std::mt19937* rng)
-      : shape_(shape), x_(x), y_(y), z_(z), body_(body), shared_(shape.shared_bytes), rng_(*rng), hopper_(this) {
+      : shape_(shape),
+        x_(x),
+        y_(y),
+        z_(z),
+        body_(body),
+        shared_(shape.shared_bytes),
+        rng_(*rng),
+        hopper_(this) {
     KEEPSET_CHECK(shape.threads % kWarpLanes == 0);
     threads_.reserve(static_cast<size_t>(shape.threads));
     for (int i = 0; i < shape.threads; ++i) threads_.emplace_back(this, i);

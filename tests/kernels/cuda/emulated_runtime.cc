@@ -70,21 +70,19 @@ cudaError_t State() { return TheDevice().sticky; }
 
 // As the driver's manual wants them, of 16-bit elements.
 CUresult EncodeEmulatedTensorMap(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank,
-                                 void* data, const cuuint64_t* dims,
-                                 const cuuint64_t* stride_bytes, const cuuint32_t* box,
-                                 const cuuint32_t* element_strides,
+                                 void* data, const cuuint64_t* dims, const cuuint64_t* stride_bytes,
+                                 const cuuint32_t* box, const cuuint32_t* element_strides,
                                  CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
                                  CUtensorMapL2promotion /*promotion*/,
                                  CUtensorMapFloatOOBfill fill) {
   constexpr cuuint64_t kDimLimit = cuuint64_t{1} << 32;
   constexpr cuuint64_t kStrideLimit = cuuint64_t{1} << 40;
   EmulatedTensorMap made;
-  bool is_good = reinterpret_cast<uintptr_t>(map) % 64 == 0 && rank >= 3 && rank <= 4 &&
-                 (type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 ||
-                  type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16) &&
-                 reinterpret_cast<uintptr_t>(data) % 16 == 0 &&
-                 interleave == CU_TENSOR_MAP_INTERLEAVE_NONE &&
-                 fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;
+  bool is_good =
+      reinterpret_cast<uintptr_t>(map) % 64 == 0 && rank >= 3 && rank <= 4 &&
+      (type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16) &&
+      reinterpret_cast<uintptr_t>(data) % 16 == 0 && interleave == CU_TENSOR_MAP_INTERLEAVE_NONE &&
+      fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;
   switch (swizzle) {
     case CU_TENSOR_MAP_SWIZZLE_32B:
       made.swizzle_bytes = 32;
@@ -200,9 +198,8 @@ cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function
                                              cudaDriverEntryPointQueryResult* found) {
   const bool is_there = TheDevice().kind != EmulatedDevice::kSm90WithoutTensorMaps &&
                         std::strcmp(symbol, "cuTensorMapEncodeTiled") == 0;
-  *function = is_there
-                  ? reinterpret_cast<void*>(&keepset::kernels::cuda::EncodeEmulatedTensorMap)
-                  : nullptr;
+  *function = is_there ? reinterpret_cast<void*>(&keepset::kernels::cuda::EncodeEmulatedTensorMap)
+                       : nullptr;
   *found = is_there ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
 }

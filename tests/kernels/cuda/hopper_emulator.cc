@@ -36,8 +36,8 @@ float Poison() { return FloatOfBits(0x7fc0dead); }
 }  // namespace
 
 uint32_t OperandAddress(uint64_t descriptor, int row, int channel) {
-  constexpr uint64_t kReserved = (uint64_t{3} << 14) | (uint64_t{3} << 30) | (uint64_t{7} << 46) |
-                                 (uint64_t{0x3ff} << 52);
+  constexpr uint64_t kReserved =
+      (uint64_t{3} << 14) | (uint64_t{3} << 30) | (uint64_t{7} << 46) | (uint64_t{0x3ff} << 52);
   Require((descriptor & kReserved) == 0, "descriptor with reserved bits");
   const auto start = static_cast<uint32_t>((descriptor & 0x3fff) << 4);
   const auto leading = static_cast<uint32_t>(((descriptor >> 16) & 0x3fff) << 4);
@@ -132,7 +132,7 @@ void HopperUnits::LoadBox(std::byte* to, const CUtensorMap& map, const std::vect
                           uint64_t* barrier) {
   Load load = {to, {}, at, barrier};
   Require(reinterpret_cast<uintptr_t>(&map) % 64 == 0, "tensor map that is not aligned");
-  std::memcpy(&load.map, &map, sizeof(load.map));
+  std::memcpy(static_cast<void*>(&load.map), static_cast<const void*>(&map), sizeof(load.map));
   Require(load.map.magic == EmulatedTensorMap::kMagic, "tensor map that nobody encoded");
   Require(load.map.rank == at.size(), "coordinates of another rank");
   Find(barrier);
@@ -243,8 +243,7 @@ void HopperUnits::MmaAsync(int thread, float* d, uint64_t a, uint64_t b, int col
   const int lane = thread % kWarpLanes;
   const Product product = {a, b, columns, adds, type};
   static_assert(sizeof(product) <= kSlotBytes);
-  const std::byte* const slots =
-      block_.Exchange(thread, kQueueProduct, &product, sizeof(product));
+  const std::byte* const slots = block_.Exchange(thread, kQueueProduct, &product, sizeof(product));
   Product of_warp;
   std::memcpy(&of_warp, slots, sizeof(of_warp));
   Require(of_warp == product, "lanes with different products");

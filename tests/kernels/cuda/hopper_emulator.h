@@ -1,5 +1,5 @@
-// What Hopper's instructions do, emulated for a block of fibers: mbarriers, named barriers, loads by
-// tensor map and wgmma. Written from the PTX manual alone, and stricter than a device:
+// What Hopper's instructions do, emulated for a block of fibers: mbarriers, named barriers, loads
+// by tensor map and wgmma. Written from the PTX manual alone, and stricter than a device:
 //  - loads arrive box by box, late and in any order; until then their place may not be read;
 //  - products are formed when they are waited for; accumulators are NaN before, and whoever changes
 //    them, or overwrites an operand, ends the program;
@@ -62,8 +62,8 @@ class HopperUnits {
  public:
   explicit HopperUnits(FiberBlock* block);
 
-  // Of the scheduler: some loads arrive by chance; one arrives (false when there is none); the block
-  // has ended.
+  // Of the scheduler: some loads arrive by chance; one arrives (false when there is none); the
+  // block has ended.
   void Advance();
   bool DeliverOne();
   void CheckEnd() const;

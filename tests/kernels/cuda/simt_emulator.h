@@ -102,7 +102,6 @@ class EmulatedThread {
   static constexpr size_t kSlotBytes = 32;
   enum Collective { kShuffle, kBallot, kMatch, kLoadMatrix, kMultiply };
   friend class EmulatedBlock;
-class HopperUnits;
 
   // Meets the other lanes; returns what each of them brought, kSlotBytes apart.
   const std::byte* Exchange(Collective collective, const void* data, size_t bytes) const;
