@@ -72,6 +72,8 @@ typedef struct keepset_engine_options {
   size_t struct_size;
   const char* backend; /* NULL: "cpu" */
   int32_t num_threads; /* 0: all cores this process may use */
+  /* Of backend "cuda": NULL or "portable", or "hopper" (sm_90 only). struct_size may end before. */
+  const char* window_kernels;
 } keepset_engine_options;
 
 keepset_status keepset_engine_create(const keepset_engine_options* options, keepset_engine** out);

@@ -147,7 +147,8 @@ class ServerImpl final : public Server {
     if (backend_ == nullptr) {
       KEEPSET_ASSIGN_OR_RETURN(
           backend_, kernels::NewBackend(config_.backend(),
-                                        {.num_threads = static_cast<int>(config_.num_threads())}));
+                                        {.num_threads = static_cast<int>(config_.num_threads()),
+                                         .window_kernels = config_.window_kernels()}));
     }
     std::vector<std::unique_ptr<MemoryTransport>> transports =
         NewBuiltinTransports([this](absl::string_view kind) {

@@ -1,4 +1,5 @@
 // keepset.h: versions, errors, engines.
+#include <cstddef>
 #include <memory>
 #include <string>
 
@@ -55,14 +56,18 @@ keepset_status keepset_engine_create(const keepset_engine_options* options, keep
     std::string name = "cpu";
     keepset::kernels::BackendOptions backend_options;
     if (options != nullptr) {
-      KEEPSET_RETURN_IF_ERROR(
-          RequireStruct(options->struct_size, sizeof(*options), "keepset_engine_options"));
+      KEEPSET_RETURN_IF_ERROR(RequireStruct(options->struct_size,
+                                            offsetof(keepset_engine_options, window_kernels),
+                                            "keepset_engine_options"));
       if (options->backend != nullptr) name = options->backend;
       if (options->num_threads < 0) {
         return absl::InvalidArgumentError(
             absl::StrCat("num_threads=", options->num_threads, ", want 0 (all cores) or more"));
       }
       backend_options.num_threads = options->num_threads;
+      if (options->struct_size >= sizeof(*options) && options->window_kernels != nullptr) {
+        backend_options.window_kernels = options->window_kernels;
+      }
     }
     auto engine = std::make_unique<keepset_engine>();
     KEEPSET_ASSIGN_OR_RETURN(engine->backend, keepset::kernels::NewBackend(name, backend_options));

@@ -185,6 +185,15 @@ static void ReportsErrors(keepset_engine* engine) {
   options.struct_size = sizeof(options);
   options.backend = "abacus";
   EXPECT(keepset_engine_create(&options, &other) == KEEPSET_NOT_FOUND);
+  options.backend = NULL;
+  options.window_kernels = "hopper";
+  EXPECT(keepset_engine_create(&options, &other) == KEEPSET_INVALID_ARGUMENT);
+  EXPECT(strstr(keepset_last_error(), "window_kernels=\"hopper\"") != NULL);
+  /* A caller that was built before the field. */
+  options.struct_size = offsetof(keepset_engine_options, window_kernels);
+  options.num_threads = 1;
+  EXPECT(keepset_engine_create(&options, &other) == KEEPSET_OK);
+  keepset_engine_destroy(other);
   EXPECT(keepset_table_load("/no/such/file", &table) == KEEPSET_NOT_FOUND);
   EXPECT(strstr(keepset_last_error(), "/no/such/file") != NULL);
 }

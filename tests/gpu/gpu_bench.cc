@@ -107,8 +107,13 @@ double MedianMilliseconds(int repetitions, const std::function<void()>& work) {
 
 class Bench {
  public:
-  Bench(std::unique_ptr<kernels::ComputeBackend> backend, const Ceilings& ceilings, int repetitions)
-      : backend_(std::move(backend)), ceilings_(ceilings), repetitions_(repetitions) {
+  // window_bench: name of the lines of window scores.
+  Bench(std::unique_ptr<kernels::ComputeBackend> backend, const Ceilings& ceilings, int repetitions,
+        std::string window_bench = "window_scores")
+      : backend_(std::move(backend)),
+        ceilings_(ceilings),
+        repetitions_(repetitions),
+        window_bench_(std::move(window_bench)) {
     auto context = backend_->NewContext();
     Require(context.status());
     context_ = *std::move(context);
@@ -131,7 +136,7 @@ class Bench {
     const DeviceMemory q(kQoHeads * kRows * head_dim * kElement);
     const DeviceMemory given(kQoHeads * kRows * 4);
     if (k.data() == nullptr || v.data() == nullptr || q.data() == nullptr) {
-      Report({{"bench", "window_scores"}, {"seq_len", seq_len}, {"skipped", "device memory"}});
+      Report({{"bench", window_bench_}, {"seq_len", seq_len}, {"skipped", "device memory"}});
       return;
     }
     FillRandom(k.data(), distinct * layer_bytes, 1);
@@ -214,8 +219,9 @@ class Bench {
                                ? passes * 2.0 * logits * head_dim / (ceilings_.gemm_tflops * 1e9)
                                : 0.0;
     const double floor_ms = std::max({bytes_ms, exp_ms, gemm_ms});
-    Report({{"bench", "window_scores"},
+    Report({{"bench", window_bench_},
             {"seq_len", seq_len},
+            {"computed_by", backend_->NameFor(*context_)},
             {"head_dim", head_dim},
             {"window_lse", lse == Lse::kGiven},
             {"paged", pages == Pages::kPaged},
@@ -330,7 +336,27 @@ class Bench {
   std::unique_ptr<kernels::OpContext> context_;
   const Ceilings ceilings_;
   const int repetitions_;
+  const std::string window_bench_;
 };
+
+// Hopper's own kernels against the same floors, all layers in one call.
+void RunHopper(const Ceilings& ceilings, bool is_quick) {
+  constexpr char kName[] = "window_scores_hopper";
+  auto backend = kernels::NewBackend("cuda", {.window_kernels = "hopper"});
+  if (!backend.ok()) {
+    Bench::Report({{"bench", kName}, {"skipped", std::string(backend.status().message())}});
+    return;
+  }
+  Bench bench(*std::move(backend), ceilings, is_quick ? 3 : 31, kName);
+  for (const int64_t seq_len : {1024, 4096, 32768, 131072}) {
+    if (is_quick && seq_len > 4096) continue;
+    for (const auto lse : {Bench::Lse::kComputed, Bench::Lse::kGiven}) {
+      for (const auto pages : {Bench::Pages::kContiguous, Bench::Pages::kPaged}) {
+        bench.WindowScores(seq_len, lse, pages, Bench::Calls::kAllLayers, kHeadDim);
+      }
+    }
+  }
+}
 
 int Main(absl::Span<const char* const> arguments) {
   const auto has = [&](absl::string_view flag) {
@@ -383,6 +409,7 @@ int Main(absl::Span<const char* const> arguments) {
       bench.Logits(seq_len, head_dim);
     }
   }
+  RunHopper(ceilings, is_quick);
   bench.Select(32, 32768, 512);
   bench.Select(256, 32768, 512);
   bench.Select(1, 1 << 20, 8192);

@@ -381,6 +381,50 @@ TEST_F(HopperParity, BothKindsInOneOperationAreNamed) {
   ExpectNearOracle({.head_dim = 32}, "cuda/sm_90/wgmma+portable");
 }
 
+TEST_F(HopperParity, LargeShapes) {
+  if (kIsEmulated) GTEST_SKIP() << "takes minutes on the emulator";
+  for (const Reference reference : {Reference::kComputed, Reference::kGiven}) {
+    for (const Layout layout : {Layout::kNhd, Layout::kPaged}) {
+      ExpectNearOracle({.num_kv_heads = 2,
+                        .group = 4,
+                        .num_rows = 64,
+                        .seq_len = 4099,
+                        .head_dim = 128,
+                        .layout = layout,
+                        .reference = reference});
+    }
+  }
+}
+
+// Of the two paths, beyond what an oracle in plain loops has time for.
+TEST_F(HopperParity, LongRowsLieNearThePortableKernels) {
+  if (kIsEmulated) GTEST_SKIP() << "takes minutes on the emulator";
+  const Shape shape = {.num_kv_heads = 8,
+                       .group = 4,
+                       .num_rows = 64,
+                       .seq_len = 32768,
+                       .head_dim = 128,
+                       .layout = Layout::kPaged};
+  const Tensors tensors = Random(shape, 17);
+  const absl::StatusOr<std::vector<float>> by_hopper = Columns(shape, tensors);
+  ASSERT_TRUE(by_hopper.ok()) << by_hopper.status();
+  EXPECT_EQ(name_, kByHopper);
+  absl::StatusOr<std::unique_ptr<ComputeBackend>> portable = NewCudaBackend({});
+  ASSERT_TRUE(portable.ok()) << portable.status();
+  cuda_.context.reset();
+  cuda_.backend = *std::move(portable);
+  absl::StatusOr<std::unique_ptr<OpContext>> context = cuda_.backend->NewContext();
+  ASSERT_TRUE(context.ok()) << context.status();
+  cuda_.context = *std::move(context);
+  const absl::StatusOr<std::vector<float>> by_portable = Columns(shape, tensors);
+  ASSERT_TRUE(by_portable.ok()) << by_portable.status();
+  EXPECT_EQ(name_, kByPortable);
+  for (size_t i = 0; i < by_hopper->size(); ++i) {
+    const float want = (*by_portable)[i];
+    ASSERT_NEAR((*by_hopper)[i], want, kAbsoluteTolerance + kRelativeTolerance * want) << i;
+  }
+}
+
 #if defined(KEEPSET_EMULATED_DEVICE)
 
 TEST_F(HopperParity, OrderOfThreadsAndLoadsDoesNotShow) {
