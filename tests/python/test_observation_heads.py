@@ -255,8 +255,9 @@ def test_an_interrupted_measurement_goes_on(small, tmp_path):
     more = {"observation_heads": method, "other": method}
     measure(tmp_path, small, "number", 0, 256, more, (40,))
     assert asked == [40, 40]
-    measure(tmp_path, small, "number", 0, 256, more, (40, 50))
-    assert asked == [40, 40, 40, 50, 40, 50]
+    found = measure(tmp_path, small, "number", 0, 256, more, (40, 50))
+    assert asked == [40, 40, 50, 50]
+    assert measure(tmp_path, small, "number", 0, 256, more, (40, 50)) == found and len(asked) == 4
 
 
 def test_another_table_is_measured_again(engine, small, tmp_path):

@@ -25,38 +25,46 @@ def everything(prompt: HeadPrompt) -> list[np.ndarray]:
 
 def measure(folder: pathlib.Path, tasks: Tasks, task: str, seed: int, length: int,
             methods: Mapping[str, Run], budgets: Sequence[int]) -> dict:
-    """Raw outcomes of one prompt: {"length", "scored", "full", "methods": {name: {budget: ..}}}; written
-    once, read afterwards. A budget that the protected positions fill or the prompt does is left out."""
+    """Raw outcomes of one prompt: {"length", "scored", "full", "methods": {name: {budget: ..}}}; what was
+    written before is read, what is new among methods and budgets is measured. A budget that the protected
+    positions fill or the prompt does is left out. In the order of methods and budgets, not in that of the
+    runs that measured them."""
     path = folder / f"{task}-{length}-{seed}.json"
-    known = json.loads(path.read_text()) if path.exists() else {"methods": {}}
-    if known.get("budgets") != list(budgets):
-        known = {"methods": {}}
+    known = json.loads(path.read_text()) if path.exists() else {"methods": {}, "identities": {}}
     identities = {name: getattr(run, "identity", "") for name, run in methods.items()}
-    missing = [name for name, identity in identities.items() if name not in known["methods"]
-               or known["identities"].get(name, "") != identity]
-    if not missing:
-        return known
+    held = {name: known["methods"][name] if name in known["methods"]
+            and known["identities"].get(name, "") == identity else {}
+            for name, identity in identities.items()}
+    if "protected" in known and all(str(budget) in found for found in held.values()
+                                    for budget in _usable(budgets, known)):
+        return known | {"methods": _ordered(held, _usable(budgets, known))}
     prompt = tasks.prompt(task, seed, length)
     full = prompt.outcome(everything(prompt))
-    known |= {"length": length, "seed": seed, "tokens": prompt.seq_len, "scored": prompt.scored,
-              "budgets": list(budgets),
-              "identities": {name: one for name, one in identities.items() if one}, "full": {"share": full.share, "loss": round(full.loss, 4),
-                                                 "predicted": full.predicted}}
-    protected = prompt.protect_sink + prompt.protect_window
-    # In the order of the methods, not in that of the runs that measured them.
-    known["methods"] = {name: {} if name in missing else known["methods"][name] for name in methods}
-    asked = [(name, budget, methods[name](prompt, budget)) for name in missing for budget in budgets
-             if protected < budget < prompt.seq_len]
+    known = {"length": length, "seed": seed, "tokens": prompt.seq_len, "scored": prompt.scored,
+             "protected": prompt.protect_sink + prompt.protect_window,
+             "identities": {name: one for name, one in identities.items() if one},
+             "full": {"share": full.share, "loss": round(full.loss, 4), "predicted": full.predicted}}
+    asked = [(name, budget, methods[name](prompt, budget)) for name, found in held.items()
+             for budget in _usable(budgets, known) if str(budget) not in found]
     for (name, budget, sets), outcome in zip(asked, prompt.outcomes([one[2] for one in asked])):
         same = outcome.predicted == full.predicted
-        known["methods"][name][str(budget)] = {
+        held[name][str(budget)] = {
             "share": outcome.share, "loss": round(outcome.loss, 4), "kl": round(outcome.kl, 5),
             # None: as with the full cache.
             "predicted": None if same else outcome.predicted,
             "kept": mean_kept(sets)}
+    known["methods"] = held
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(known))
-    return known
+    table_file.write_atomically(path, json.dumps(known).encode())
+    return known | {"methods": _ordered(held, _usable(budgets, known))}
+
+
+def _usable(budgets: Sequence[int], known: dict) -> list[int]:
+    return [one for one in budgets if known["protected"] < one < known["tokens"]]
+
+
+def _ordered(held: dict[str, dict], budgets: Sequence[int]) -> dict[str, dict]:
+    return {name: {str(one): found[str(one)] for one in budgets} for name, found in held.items()}
 
 
 def mean_kept(sets: list) -> float:
@@ -113,7 +121,7 @@ def risk_of(folder: pathlib.Path, engine: Engine, tasks: Tasks, table: bytes, ta
     """What the reply predicted for one prompt, and what came: at fixed budgets, and with a target miss
     rate between the smallest budget and `most` tokens. Empty where the full cache gives no answer."""
     path = folder / f"{task}-{length}-{seed}.json"
-    identity = table_file.digest(undated(table))
+    identity = f"{table_file.digest(undated(table))} {[*budgets]} {[*targets]} {most}"
     if path.exists() and (known := json.loads(path.read_text()))["table"] == identity:
         return known
     prompt = tasks.prompt(task, seed, length)
