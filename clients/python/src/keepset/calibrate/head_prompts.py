@@ -80,7 +80,7 @@ class HeadPrompt:
         return self.needed()
 
     def outcomes(self, keeps: Sequence[list]) -> list[Outcome]:
-        """Of each keep set: per layer positions [n], or one [n_g] per KV head. Many at once are cheaper."""
+        """Of each keep set: per layer positions [n], or one [n_g] per KV head. Cheaper together."""
         return self.judge(keeps)
 
     def outcome(self, keep: list) -> Outcome:

@@ -96,8 +96,8 @@ class HfTasks:
                   self._builder.told_by_full_cache(whole, [], _SUMMARY_TOKENS))
         if not later:
             begin = len(context)
-            return Script(whole, (begin, begin + len(question)), (Continuation.of((begun, False), (answer, True)),),
-                          None, scored)
+            return Script(whole, (begin, begin + len(question)),
+                          (Continuation.of((begun, False), (answer, True)),), None, scored)
         probe = (*self.PROBE, self._ids("\n\n" + self.PROBE[1]))
         asking = np.concatenate([question, after, begun])
         return Script(context, (len(context) - self._window, len(context)),

@@ -1,7 +1,7 @@
 """Policies that the engine does not have, in numpy, for comparison alone: KeyDiff and Expected Attention
-(kvpress' definitions), budgets by retrieval head as HeadKV has them, and retrieval heads in full beside
-streaming ones as in DuoAttention (arXiv:2410.10819) and RazorAttention (arXiv:2407.15891), each with one set
-per KV head."""
+(kvpress' definitions), budgets by retrieval head as HeadKV (arXiv:2410.19258) has them, and retrieval heads
+in full beside streaming ones as in DuoAttention (arXiv:2410.10819) and RazorAttention (arXiv:2407.15891),
+each with one set per KV head."""
 
 from __future__ import annotations
 

@@ -241,8 +241,8 @@ def _command(options: argparse.Namespace) -> str:
     if options.hf_fit_lengths:
         told["hf_fit_lengths"] = " ".join(map(str, options.hf_fit_lengths))
     told |= {name: str(getattr(options, name)) for name in (
-        "hf_calibration_prompts", "hf_risk_prompts", "hf_gate_prompts", "hf_floor", "hf_max_heads", "hf_folds",
-        "hf_window", "hf_dtype", "hf_threads")}
+        "hf_calibration_prompts", "hf_risk_prompts", "hf_gate_prompts", "hf_floor", "hf_max_heads",
+        "hf_folds", "hf_window", "hf_dtype", "hf_threads")}
     return " ".join([command, "--hf-model DIRECTORY",
                      *(f"--{name.replace('_', '-')} {value}" for name, value in told.items())])
 

@@ -51,7 +51,8 @@ def markdown(found: dict, pictures: Sequence[str]) -> str:
 def _cost(run: dict) -> str:
     return (f"One run, {'resumed' if run['resumed'] else 'from scratch'}: {run['wall_seconds'] / 60:.1f} "
             f"minutes, in which it had {run['cpu_seconds'] / 60:.1f} minutes of processor time on "
-            f"{run['cores']} cores.")
+            f"{run['cores']} cores." + (" What earlier runs had measured was read from the work folder."
+                                        if run["resumed"] else ""))
 
 
 def _difference(one: dict) -> str:
