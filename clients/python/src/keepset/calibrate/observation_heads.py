@@ -188,10 +188,10 @@ def compile_heads(build: Build, engine: Engine, tasks: Tasks, mixture: Mixture, 
             say(f"{name}: record {done + 1} of {len(wanted)}")
         records.append(path)
     def fit(number: int, pool_kernel: int, dilate: int) -> tuple[str, tuple[bytes, dict]]:
-        table = _fit(build, records, work / f"{name}.{number}-{pool_kernel}-{dilate}.safetensors",
-                     name=name, version=version, budgets=budgets, max_heads=max(number, max_heads),
-                     num_heads=number, pool_kernel=pool_kernel, dilate=dilate,
-                     folds=2 if number else folds, say=say)
+        table = fit_heads(
+            build, records, work / f"{name}.{number}-{pool_kernel}-{dilate}.safetensors", name=name,
+            version=version, budgets=budgets, max_heads=max(number, max_heads), num_heads=number,
+            pool_kernel=pool_kernel, dilate=dilate, folds=2 if number else folds, say=say)
         return f"{len(table[1]['observations'])} at {pool_kernel}, {dilate}", table
 
     # By recall every way to pool and dilate finds its number of observations; by measured loss one of
@@ -217,10 +217,13 @@ def _best(losses: dict[str, float]) -> str:
     return min(losses, key=lambda one: (round(losses[one], 3), int(one.split()[0])))
 
 
-def _fit(build: Build, records: Sequence[pathlib.Path], table: pathlib.Path, *, name: str,
-         version: str, budgets: Sequence[int], max_heads: int, num_heads: int, pool_kernel: int,
-         dilate: int, folds: int, say: Say) -> tuple[bytes, dict]:
-    """num_heads: 0 for the validated number. What the same records and settings gave before stands."""
+def fit_heads(build: Build, records: Sequence[pathlib.Path], table: pathlib.Path, *, name: str,
+              version: str, budgets: Sequence[int], max_heads: int, num_heads: int, pool_kernel: int,
+              dilate: int, folds: int, say: Say) -> tuple[bytes, dict]:
+    """By recall alone: the bytes of a table, which go to `table`, and the compiler's report.
+
+    num_heads: 0 for the validated number. What the same records and settings gave before stands.
+    """
     command = [str(build.keepset), "tables", "compile", "--kind", "observation_heads",
                *map(str, records), "--name", name, "--version", version, "-o", str(table),
                "--max-heads", str(max_heads), "--num-heads", str(num_heads), "--json",

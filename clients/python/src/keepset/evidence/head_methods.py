@@ -24,8 +24,10 @@ from keepset.in_process import Engine
 
 PLAIN = ("streaming_llm", "random", "knorm", "tova", "snapkv")
 OURS, OTHERS, SHUFFLED = "observation_heads", "observation_heads, other tasks", "shuffled"
+# As many observations as asked for, chosen by recall alone.
+OTHERS_FIXED = "observation_heads, other tasks, fixed number"
 # Methods of ours: not what ours is compared with.
-OWN = (OURS, OTHERS, SHUFFLED)
+OWN = (OURS, OTHERS, OTHERS_FIXED, SHUFFLED)
 
 # One with an attribute `identity` is measured again when that changes.
 Run = Callable[[HeadPrompt, int], list]

@@ -19,6 +19,7 @@ from keepset.calibrate.observation_heads import (
     Mixture,
     Say,
     compile_heads,
+    fit_heads,
     with_curve,
 )
 from keepset.evidence import head_baselines, head_methods
@@ -30,7 +31,7 @@ from keepset.evidence.head_measure import (
     summarize,
     summarize_risk,
 )
-from keepset.evidence.head_methods import OTHERS, OURS, SHUFFLED, Run
+from keepset.evidence.head_methods import OTHERS, OTHERS_FIXED, OURS, SHUFFLED, Run
 from keepset.in_process import Engine
 
 AGNOSTIC = "agnostic"
@@ -44,7 +45,8 @@ class Settings:
     """tasks: by column, of which AGNOSTIC asks after compression. Prompts are per task; those of the
     tests by length, failing_prompts the most of tasks that the full cache seldom answers (less than
     `floor` of their prompts), which are scored by KL alone. fit_lengths: of the prompts of the
-    calibration text, some of `lengths`.
+    calibration text, some of `lengths`. fixed_heads: observations of a further table of the other tasks,
+    neither pooled nor chosen by loss, dilated by 12; 0: none.
     """
 
     tasks: dict[str, tuple[str, ...]]
@@ -60,6 +62,7 @@ class Settings:
     risk_prompts: int = 6
     max_heads: int = 16
     folds: int = 4
+    fixed_heads: int = 0
     targets: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
 
 
@@ -85,6 +88,7 @@ class HeadPart:
                      "revision": self.test.fingerprint.revision,
                      "layers_and_heads": [self.test.fingerprint.num_layers,
                                           self.test.fingerprint.num_qo_heads],
+                     "fixed_heads": settings.fixed_heads,
                      "calibration_prompts": settings.calibration_prompts,
                      "test_seeds": [_TEST_SEED, _TEST_SEED + max(settings.prompts)],
                      "prompts": list(settings.prompts), "columns": {}, "missing": []}
@@ -114,6 +118,9 @@ class HeadPart:
                 tables[f"without {task}"] = self._compile(f"{column}-without-{task}", others)
                 methods[task][OTHERS] = head_methods.HeadsRun(self.engine,
                                                               tables[f"without {task}"].table)
+                if self.settings.fixed_heads:
+                    methods[task][OTHERS_FIXED] = head_methods.HeadsRun(
+                        self.engine, self._fixed(f"{column}-without-{task}", others))
             methods[task][SHUFFLED] = head_methods.ShuffledRun(self.engine, every.table)
         outcomes: dict[str, list[dict]] = {task: [] for task in names}
         risk: list[dict] = []
@@ -136,10 +143,7 @@ class HeadPart:
         plain = head_methods.plain_methods(self.engine, self.calibration)
         if column == AGNOSTIC:
             plain |= head_methods.agnostic_methods(self.engine, self.calibration, self.probe)
-        retrieval = head_baselines.retrieval_scores(
-            [self.work / "records" / f"{task}-{length}-{seed}.safetensors" for task, seed, length in
-             self._mixture(learn).prompts(range(self.settings.calibration_prompts))],
-            self.test.fingerprint)
+        retrieval = head_baselines.retrieval_scores(self._records(learn), self.test.fingerprint)
         repeating = head_baselines.echo_and_induction(
             self.calibration.repetition(_REPEATED, _TIMES), _REPEATED)
         return plain | {
@@ -171,6 +175,17 @@ class HeadPart:
         return compile_heads(self.build, self.engine, self.calibration, mixture, self.work / "records",
                              name=name, version="1", budgets=self.settings.fit_budgets, say=self.say,
                              max_heads=self.settings.max_heads, folds=self.settings.folds)
+
+    def _fixed(self, name: str, names: tuple[str, ...]) -> bytes:
+        number, dilate = self.settings.fixed_heads, 12
+        return fit_heads(self.build, self._records(names),
+                         self.work / "records" / f"{name}.fixed.safetensors", name=name, version="1",
+                         budgets=self.settings.fit_budgets, max_heads=number, num_heads=number,
+                         pool_kernel=1, dilate=dilate, folds=2, say=self.say)[0]
+
+    def _records(self, names: tuple[str, ...]) -> list[pathlib.Path]:
+        return [self.work / "records" / f"{task}-{length}-{seed}.safetensors" for task, seed, length in
+                self._mixture(names).prompts(range(self.settings.calibration_prompts))]
 
     def _mixture(self, names: tuple[str, ...], with_risk: bool = False) -> Mixture:
         return Mixture(names, self.settings.fit_lengths, range(self.settings.calibration_prompts),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from keepset.evidence.head_methods import OTHERS, OURS, OWN, SHUFFLED
+from keepset.evidence.head_methods import OTHERS, OTHERS_FIXED, OURS, OWN, SHUFFLED
 
 _COLUMNS = {
     "needles": "Needles, the question stands in the prompt",
@@ -140,7 +140,9 @@ def _part(title: str, part: dict, pictures: Sequence[str]) -> Iterator[str]:
            "inside the budget. Per-head methods keep their own set in every KV head. The methods "
            "called DuoAttention-like and RazorAttention-like give the bytes of the budget to chosen KV "
            "heads in full; neither the former's trained gates nor the latter's compensation token are "
-           "reproduced.")
+           "reproduced."
+           + (f" `{OTHERS_FIXED}`: {part['fixed_heads']} observations by recall on the other tasks, not "
+              "pooled, dilated by 12, no choice by measured loss." if part["fixed_heads"] else ""))
     yield ""
     if "model" in part:
         yield from _model(part)
