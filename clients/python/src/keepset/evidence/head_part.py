@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -45,8 +45,8 @@ class Settings:
     """tasks: by column, of which AGNOSTIC asks after compression. Prompts are per task; those of the
     tests by length, failing_prompts the most of tasks that the full cache seldom answers (less than
     `floor` of their prompts), which are scored by KL alone. fit_lengths: of the prompts of the
-    calibration text, some of `lengths`. fixed_heads: observations of a further table of the other tasks,
-    neither pooled nor chosen by loss, dilated by 12; 0: none.
+    calibration text, some of `lengths`. fixed_heads: by column, how many observations a further table of
+    the other tasks has, neither pooled nor chosen by loss, dilated by 12.
     """
 
     tasks: dict[str, tuple[str, ...]]
@@ -62,7 +62,7 @@ class Settings:
     risk_prompts: int = 6
     max_heads: int = 16
     folds: int = 4
-    fixed_heads: int = 0
+    fixed_heads: Mapping[str, int] = dataclasses.field(default_factory=dict)
     targets: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
 
 
@@ -88,7 +88,7 @@ class HeadPart:
                      "revision": self.test.fingerprint.revision,
                      "layers_and_heads": [self.test.fingerprint.num_layers,
                                           self.test.fingerprint.num_qo_heads],
-                     "fixed_heads": settings.fixed_heads,
+                     "fixed_heads": dict(settings.fixed_heads),
                      "calibration_prompts": settings.calibration_prompts,
                      "test_seeds": [_TEST_SEED, _TEST_SEED + max(settings.prompts)],
                      "prompts": list(settings.prompts), "columns": {}, "missing": []}
@@ -118,9 +118,9 @@ class HeadPart:
                 tables[f"without {task}"] = self._compile(f"{column}-without-{task}", others)
                 methods[task][OTHERS] = head_methods.HeadsRun(self.engine,
                                                               tables[f"without {task}"].table)
-                if self.settings.fixed_heads:
+                if number := self.settings.fixed_heads.get(column):
                     methods[task][OTHERS_FIXED] = head_methods.HeadsRun(
-                        self.engine, self._fixed(f"{column}-without-{task}", others))
+                        self.engine, self._fixed(f"{column}-without-{task}", others, number))
             methods[task][SHUFFLED] = head_methods.ShuffledRun(self.engine, every.table)
         outcomes: dict[str, list[dict]] = {task: [] for task in names}
         risk: list[dict] = []
@@ -176,12 +176,11 @@ class HeadPart:
                              name=name, version="1", budgets=self.settings.fit_budgets, say=self.say,
                              max_heads=self.settings.max_heads, folds=self.settings.folds)
 
-    def _fixed(self, name: str, names: tuple[str, ...]) -> bytes:
-        number, dilate = self.settings.fixed_heads, 12
+    def _fixed(self, name: str, names: tuple[str, ...], number: int) -> bytes:
         return fit_heads(self.build, self._records(names),
                          self.work / "records" / f"{name}.fixed.safetensors", name=name, version="1",
                          budgets=self.settings.fit_budgets, max_heads=number, num_heads=number,
-                         pool_kernel=1, dilate=dilate, folds=2, say=self.say)[0]
+                         pool_kernel=1, dilate=12, folds=2, say=self.say)[0]
 
     def _records(self, names: tuple[str, ...]) -> list[pathlib.Path]:
         return [self.work / "records" / f"{task}-{length}-{seed}.safetensors" for task, seed, length in

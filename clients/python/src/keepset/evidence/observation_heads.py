@@ -79,7 +79,8 @@ def hf_part(build: Build, engine: Engine, options: argparse.Namespace, say: Say)
                         max(4, counts[0] // 2), options.hf_gate_prompts,
                         tuple(options.hf_fit_lengths or lengths), options.hf_floor,
                         options.hf_calibration_prompts, options.hf_risk_prompts, options.hf_max_heads,
-                        options.hf_folds, options.hf_fixed_heads)
+                        options.hf_folds,
+                        {"needles": options.hf_fixed_heads} if options.hf_fixed_heads else {})
     until = time.monotonic() + 60 * options.hf_minutes
     part = HeadPart(build, engine, options.work / f"hf-{learned.fingerprint.revision}",
                     RememberedTasks(learned, until), RememberedTasks(tested, until), HfTasks.PROBE,
@@ -170,7 +171,7 @@ def _options() -> argparse.Namespace:
     hf.add_argument("--hf-risk-prompts", type=int, default=2)
     hf.add_argument("--hf-max-heads", type=int, default=16)
     hf.add_argument("--hf-fixed-heads", type=int, default=16,
-                    help="observations of a further table of the other tasks; 0: none")
+                    help="observations of a further table of the other needles; 0: none")
     hf.add_argument("--hf-folds", type=int, default=2, help="of the validation; time grows with them")
     hf.add_argument("--hf-window", type=int, default=32, help="rows that window methods observe")
     hf.add_argument("--hf-device", default="cpu")

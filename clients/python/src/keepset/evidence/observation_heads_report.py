@@ -141,8 +141,9 @@ def _part(title: str, part: dict, pictures: Sequence[str]) -> Iterator[str]:
            "called DuoAttention-like and RazorAttention-like give the bytes of the budget to chosen KV "
            "heads in full; neither the former's trained gates nor the latter's compensation token are "
            "reproduced."
-           + (f" `{OTHERS_FIXED}`: {part['fixed_heads']} observations by recall on the other tasks, not "
-              "pooled, dilated by 12, no choice by measured loss." if part["fixed_heads"] else ""))
+           + "".join(f" `{OTHERS_FIXED}` ({column}): {number} observations by recall on the other tasks, "
+                     "not pooled, dilated by 12, no choice by measured loss."
+                     for column, number in part["fixed_heads"].items()))
     yield ""
     if "model" in part:
         yield from _model(part)
