@@ -250,6 +250,13 @@ keepset_status keepset_operation_finish(keepset_operation* operation, const keep
 keepset_status keepset_operation_gather(keepset_operation* operation, int64_t layer,
                                         const keepset_kv_view* k, const keepset_kv_view* v,
                                         const keepset_kv_view* out_k, const keepset_kv_view* out_v);
+/* The same within k and v: kept rows move to the front, rows behind them stay; nothing moves with
+ * outcome kept_full. k and v must not share bytes. KEEPSET_INVALID_ARGUMENT and
+ * KEEPSET_FAILED_PRECONDITION: nothing has moved; after any other error the layer's cache is lost.
+ */
+keepset_status keepset_operation_gather_in_place(keepset_operation* operation, int64_t layer,
+                                                 const keepset_kv_view* k,
+                                                 const keepset_kv_view* v);
 void keepset_operation_destroy(keepset_operation* operation);
 
 /* One JSON document that a call answers with. */

@@ -143,14 +143,26 @@ class OperationImpl final : public Operation {
   absl::Status Gather(int64_t layer, const kernels::KvView& k, const kernels::KvView& v,
                       const kernels::MutableKvView& out_k,
                       const kernels::MutableKvView& out_v) override {
-    KEEPSET_RETURN_IF_ERROR(CheckGatherLayer(layer));
-    if (spec().mode == Mode::kShadow) {
-      return absl::FailedPreconditionError(absl::StrCat(
-          "layer ", layer, ": a shadow operation is never applied, nothing to gather"));
-    }
+    KEEPSET_RETURN_IF_ERROR(CheckGatherMode(layer));
     const absl::Duration start = clock_.Monotonic();
     KEEPSET_RETURN_IF_ERROR(GatherOne(layer, "k", spec().model.head_dim, k, out_k));
     KEEPSET_RETURN_IF_ERROR(GatherOne(layer, "v", ValueHeadDim(spec()), v, out_v));
+    result_.times.gather += clock_.Monotonic() - start;
+    return absl::OkStatus();
+  }
+
+  absl::Status GatherInPlace(int64_t layer, const kernels::MutableKvView& k,
+                             const kernels::MutableKvView& v) override {
+    KEEPSET_RETURN_IF_ERROR(CheckGatherMode(layer));
+    const std::string where = absl::StrCat("layer ", layer, ": gather in place of ");
+    KEEPSET_RETURN_IF_ERROR(CheckInPlace(k, spec().model.head_dim, where + "k"));
+    KEEPSET_RETURN_IF_ERROR(CheckInPlace(v, ValueHeadDim(spec()), where + "v"));
+    // Whole already.
+    if (result_.outcome == Outcome::kKeptFull) return absl::OkStatus();
+    const absl::Duration start = clock_.Monotonic();
+    const std::vector<absl::Span<const int32_t>> sets = KeptSets(layer);
+    KEEPSET_RETURN_IF_ERROR(Named(backend_.CompactRows(*plan_.op_context, sets, k), where + "k"));
+    KEEPSET_RETURN_IF_ERROR(Named(backend_.CompactRows(*plan_.op_context, sets, v), where + "v"));
     result_.times.gather += clock_.Monotonic() - start;
     return absl::OkStatus();
   }
@@ -252,6 +264,33 @@ class OperationImpl final : public Operation {
     return absl::OkStatus();
   }
 
+  absl::Status CheckGatherMode(int64_t layer) const {
+    KEEPSET_RETURN_IF_ERROR(CheckGatherLayer(layer));
+    if (spec().mode == Mode::kDecide) return absl::OkStatus();
+    return absl::FailedPreconditionError(
+        absl::StrCat("layer ", layer, ": a shadow operation is never applied, nothing to gather"));
+  }
+
+  absl::Status CheckInPlace(const kernels::MutableKvView& view, int64_t head_dim,
+                            absl::string_view what) const {
+    if (!view.present()) return absl::InvalidArgumentError(absl::StrCat(what, ": missing"));
+    KEEPSET_RETURN_IF_ERROR(CheckKv(spec(), kernels::Readable(view), head_dim, what));
+    return kernels::ValidateView(view, what);
+  }
+
+  std::vector<absl::Span<const int32_t>> KeptSets(int64_t layer) const {
+    std::vector<absl::Span<const int32_t>> sets;
+    for (const std::vector<int32_t>& set : result_.layers[layer].keep_indices) {
+      sets.emplace_back(set);
+    }
+    return sets;
+  }
+
+  static absl::Status Named(const absl::Status& status, absl::string_view what) {
+    if (status.ok()) return status;
+    return absl::Status(status.code(), absl::StrCat(what, ": ", status.message()));
+  }
+
   absl::Status GatherOne(int64_t layer, absl::string_view name, int64_t head_dim,
                          const kernels::KvView& in, const kernels::MutableKvView& out) {
     const std::string what = absl::StrCat("layer ", layer, ": gather of ", name);
@@ -261,13 +300,7 @@ class OperationImpl final : public Operation {
     }
     KEEPSET_RETURN_IF_ERROR(CheckKv(spec(), in, head_dim, what));
     KEEPSET_RETURN_IF_ERROR(kernels::ValidateView(out, absl::StrCat(what, ": destination")));
-    std::vector<absl::Span<const int32_t>> sets;
-    for (const std::vector<int32_t>& set : result_.layers[layer].keep_indices) {
-      sets.emplace_back(set);
-    }
-    absl::Status status = backend_.GatherRows(*plan_.op_context, in, sets, out);
-    if (status.ok()) return status;
-    return absl::Status(status.code(), absl::StrCat(what, ": ", status.message()));
+    return Named(backend_.GatherRows(*plan_.op_context, in, KeptSets(layer), out), what);
   }
 
   const OperationPlan plan_;

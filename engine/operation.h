@@ -60,6 +60,12 @@ class Operation {
                               const kernels::MutableKvView& out_k,
                               const kernels::MutableKvView& out_v) = 0;
 
+  // The same within the worker's own tensors: kept rows move to the front, rows behind them stay.
+  // InvalidArgument and FailedPrecondition: nothing has moved. After any other error K and V of the
+  // layer may be half moved: the worker's cache is lost.
+  virtual absl::Status GatherInPlace(int64_t layer, const kernels::MutableKvView& k,
+                                     const kernels::MutableKvView& v) = 0;
+
   // After Finish, once: what spec.shadow_table is asked with. nullptr: there is none, or this
   // operation kept everything without deciding. An error: why that table could not be asked; it
   // never fails another call of this class.

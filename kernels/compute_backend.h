@@ -236,6 +236,13 @@ class ComputeBackend {
                                   absl::Span<const absl::Span<const int32_t>> keep_indices,
                                   const MutableKvView& out) = 0;
 
+  // x[g, i, :] = x[g, keep_indices[i], :] of before, bit for bit: GatherRows within one tensor.
+  // Sets are strictly ascending; rows at or behind a head's count are not written. InvalidArgument:
+  // nothing has moved; after any other error x may be half moved. Waits.
+  virtual absl::Status CompactRows(OpContext& context,
+                                   absl::Span<const absl::Span<const int32_t>> keep_indices,
+                                   const MutableKvView& x);
+
   // Copies rows x cols floats to host memory; waits.
   virtual absl::Status CopyToHost(OpContext& context, const ScoreBuffer& x,
                                   absl::Span<float> out) = 0;

@@ -72,6 +72,21 @@ bool Overlap(std::vector<ByteRange> a, std::vector<ByteRange> b) {
   return false;
 }
 
+absl::Status CheckSetCount(size_t num_sets, int64_t num_kv_heads) {
+  if (num_sets == 1 || static_cast<int64_t>(num_sets) == num_kv_heads) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("gather: ", num_sets, " keep sets, want 1 or ", num_kv_heads));
+}
+
+absl::Status CheckPositions(absl::Span<const int32_t> set, int64_t seq_len, size_t number) {
+  for (size_t i = 0; i < set.size(); ++i) {
+    if (set[i] >= 0 && set[i] < seq_len) continue;
+    return absl::InvalidArgumentError(absl::StrCat("gather: keep set ", number, ": entry ", i,
+                                                   " is ", set[i], ", want 0..", seq_len - 1));
+  }
+  return absl::OkStatus();
+}
+
 absl::Status CheckGatherShapes(const KvView& in, const MutableKvView& out, size_t num_sets) {
   KEEPSET_RETURN_IF_ERROR(ValidateView(in, "gather: source"));
   KEEPSET_RETURN_IF_ERROR(ValidateView(out, "gather: destination"));
@@ -85,11 +100,7 @@ absl::Status CheckGatherShapes(const KvView& in, const MutableKvView& out, size_
         "gather: destination: num_kv_heads=", out.num_kv_heads, " head_dim=", out.head_dim,
         ", want ", in.num_kv_heads, " and ", in.head_dim, " as the source has"));
   }
-  if (num_sets != 1 && static_cast<int64_t>(num_sets) != in.num_kv_heads) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("gather: ", num_sets, " keep sets, want 1 or ", in.num_kv_heads));
-  }
-  return absl::OkStatus();
+  return CheckSetCount(num_sets, in.num_kv_heads);
 }
 
 }  // namespace
@@ -370,15 +381,27 @@ absl::Status CheckGather(const KvView& in, absl::Span<const absl::Span<const int
       return absl::InvalidArgumentError(absl::StrCat("gather: destination: capacity ", out.seq_len,
                                                      ", want >= ", count, " kept positions"));
     }
-    for (int64_t i = 0; i < count; ++i) {
-      if (set[i] < 0 || set[i] >= in.seq_len) {
-        return absl::InvalidArgumentError(absl::StrCat(
-            "gather: keep set ", s, ": entry ", i, " is ", set[i], ", want 0..", in.seq_len - 1));
-      }
-    }
+    KEEPSET_RETURN_IF_ERROR(CheckPositions(set, in.seq_len, s));
   }
   if (Overlap(Footprint(in), Footprint(out))) {
     return absl::InvalidArgumentError("gather: source and destination overlap, want apart");
+  }
+  return absl::OkStatus();
+}
+
+absl::Status CheckCompact(absl::Span<const absl::Span<const int32_t>> keep_indices,
+                          const MutableKvView& x) {
+  KEEPSET_RETURN_IF_ERROR(ValidateView(x, "gather in place"));
+  KEEPSET_RETURN_IF_ERROR(CheckSetCount(keep_indices.size(), x.num_kv_heads));
+  for (size_t s = 0; s < keep_indices.size(); ++s) {
+    const absl::Span<const int32_t> set = keep_indices[s];
+    KEEPSET_RETURN_IF_ERROR(CheckPositions(set, x.seq_len, s));
+    for (size_t i = 1; i < set.size(); ++i) {
+      if (set[i] > set[i - 1]) continue;
+      return absl::InvalidArgumentError(
+          absl::StrCat("gather: keep set ", s, ": entry ", i, " is ", set[i], " after ", set[i - 1],
+                       ", want ascending positions to gather in place"));
+    }
   }
   return absl::OkStatus();
 }

@@ -63,6 +63,10 @@ absl::Status CheckCopySize(const ScoreBuffer& x, int64_t count);
 absl::Status CheckGather(const KvView& in, absl::Span<const absl::Span<const int32_t>> keep_indices,
                          const MutableKvView& out);
 
+// Shapes, keep sets that fit x and ascend.
+absl::Status CheckCompact(absl::Span<const absl::Span<const int32_t>> keep_indices,
+                          const MutableKvView& x);
+
 }  // namespace keepset::kernels
 
 #endif  // KEEPSET_KERNELS_OP_CHECKS_H_

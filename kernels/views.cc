@@ -151,6 +151,22 @@ absl::string_view DTypeName(DType dtype) {
   return "unknown";
 }
 
+KvView Readable(const MutableKvView& view) {
+  KvView readable;
+  readable.data = view.data;
+  readable.size_bytes = view.size_bytes;
+  readable.dtype = view.dtype;
+  readable.num_kv_heads = view.num_kv_heads;
+  readable.seq_len = view.seq_len;
+  readable.head_dim = view.head_dim;
+  readable.head_stride = view.head_stride;
+  readable.token_stride = view.token_stride;
+  readable.block_size = view.block_size;
+  readable.block_stride = view.block_stride;
+  readable.block_table = view.block_table;
+  return readable;
+}
+
 absl::Status ValidateView(const KvView& view, absl::string_view what) {
   return CheckKvCommon(view, what);
 }

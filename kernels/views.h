@@ -62,6 +62,9 @@ struct MutableKvView {
   bool present() const { return data != nullptr; }
 };
 
+// The same rows, for reading.
+KvView Readable(const MutableKvView& view);
+
 // Queries of the observed rows: [num_qo_heads, num_rows, head_dim], post-RoPE.
 struct QueryView {
   const std::byte* data = nullptr;

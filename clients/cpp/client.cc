@@ -144,9 +144,7 @@ class GrpcClient final : public Client {
     for (const LayerInput& layer : layers) {
       KEEPSET_RETURN_IF_ERROR(
           EncodeLayer(layer, Resolver(session), placement(), request.add_layers()));
-      if (layer.layer >= 0 && layer.layer < reply_context.num_layers) {
-        reply_context.destinations[layer.layer] = layer.destination;
-      }
+      NoteDestination(layer, reply_context);
     }
     KEEPSET_RETURN_IF_ERROR(CheckSize(request.ByteSizeLong()));
     grpc::ClientContext context;

@@ -73,9 +73,7 @@ class GrpcCompressStream final : public CompressStream {
         return failure;
       }
       if (end_.has_value()) return StreamEnd();
-      if (layer.layer >= 0 && layer.layer < found->second.context.num_layers) {
-        found->second.context.destinations[layer.layer] = layer.destination;
-      }
+      NoteDestination(layer, found->second.context);
       --credits_;
     }
     return stream_.Write(std::move(request), call_timeout_);

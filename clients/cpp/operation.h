@@ -27,6 +27,10 @@ enum class GatherMode {
   kNone,
   kInline,       // compacted K and V come back inside the reply
   kDestination,  // they are written into LayerInput::destination
+  // They move to the front of LayerInput::k and v themselves, in regions registered read-write.
+  // After absl::DataLossError, and after an operation that was sent whole and not answered, the
+  // cache of this prompt is lost.
+  kInPlace,
 };
 
 // "layer_elastic", "kept_full", "below_budget"; kNative is "".
@@ -98,6 +102,8 @@ struct OperationSpec {
   GatherMode gather = GatherMode::kNone;
   // Soft: past it the outcome is kept_full, reason deadline. 0: none.
   int64_t deadline_ms = 0;
+  // First positions whose blocks other sequences use too; kInPlace is refused with any.
+  int64_t shared_prefix_tokens = 0;
 };
 
 // [H, W, d] queries, [H, W, T] tile or [H, W] log-sum-exp. Strides in elements, 0 = contiguous.

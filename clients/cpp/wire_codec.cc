@@ -230,6 +230,7 @@ void EncodeSpec(const OperationSpec& spec, v1::OperationSpec* out) {
   out->set_mode(spec.mode == Mode::kShadow ? v1::MODE_SHADOW : v1::MODE_DECIDE);
   out->set_gather(static_cast<v1::GatherMode>(spec.gather));
   out->set_deadline_ms(spec.deadline_ms);
+  out->set_shared_prefix_tokens(spec.shared_prefix_tokens);
 }
 
 absl::Status EncodeLayer(const LayerInput& layer, const RegionResolver& resolve,
@@ -286,6 +287,14 @@ ReplyContext MakeReplyContext(const OperationSpec& spec) {
   context.gather = spec.gather;
   context.destinations.resize(spec.model.num_layers > 0 ? spec.model.num_layers : 0);
   return context;
+}
+
+void NoteDestination(const LayerInput& layer, ReplyContext& context) {
+  if (layer.layer < 0 || layer.layer >= context.num_layers) return;
+  context.destinations[layer.layer] = layer.destination;
+  if (context.gather == GatherMode::kInPlace) {
+    context.destinations[layer.layer] = Destination{layer.k, layer.v, context.seq_len};
+  }
 }
 
 absl::StatusOr<LayerResult> DecodeLayer(v1::LayerResult& layer, const ReplyContext& context) {
@@ -360,8 +369,10 @@ absl::StatusOr<OperationResult> DecodeResult(v1::OperationResult& result,
     if (encoded.layer() != l) return BadReply(encoded.layer(), absl::StrCat("want layer ", l));
     KEEPSET_ASSIGN_OR_RETURN(LayerResult layer, DecodeLayer(encoded, context));
     // Kept full means that nothing was moved: the caller's own cache is the answer.
-    const bool moved = context.gather == GatherMode::kDestination &&
-                       context.destinations[l].has_value() && out.outcome == Outcome::kCompressed;
+    const bool in_memory =
+        context.gather == GatherMode::kDestination || context.gather == GatherMode::kInPlace;
+    const bool moved =
+        in_memory && context.destinations[l].has_value() && out.outcome == Outcome::kCompressed;
     if (moved) {
       KEEPSET_RETURN_IF_ERROR(ViewDestination(*context.destinations[l], context, layer));
     }

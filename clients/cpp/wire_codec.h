@@ -37,9 +37,12 @@ struct ReplyContext {
   int64_t k_row_bytes = 0;
   int64_t v_row_bytes = 0;
   GatherMode gather = GatherMode::kNone;
-  std::vector<std::optional<Destination>> destinations;  // [num_layers]
+  // [num_layers]: where gathered rows are, the tensors themselves with GatherMode::kInPlace.
+  std::vector<std::optional<Destination>> destinations;
 };
 ReplyContext MakeReplyContext(const OperationSpec& spec);
+// Remembers where the rows of a layer that was sent will be.
+void NoteDestination(const LayerInput& layer, ReplyContext& context);
 
 // Internal: the reply contradicts itself or the request, naming layer and field. Takes gathered
 // bytes out of `layer`.

@@ -195,6 +195,22 @@ keepset_status keepset_operation_gather(keepset_operation* operation, int64_t la
   });
 }
 
+keepset_status keepset_operation_gather_in_place(keepset_operation* operation, int64_t layer,
+                                                 const keepset_kv_view* k,
+                                                 const keepset_kv_view* v) {
+  return Guard([&]() -> absl::Status {
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(operation, "operation"));
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(k, "k"));
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(v, "v"));
+    const std::string where = absl::StrCat("layer ", layer, ": ");
+    KEEPSET_ASSIGN_OR_RETURN(const auto in_k,
+                             keepset::engine::ToMutableKvView(*k, absl::StrCat(where, "k")));
+    KEEPSET_ASSIGN_OR_RETURN(const auto in_v,
+                             keepset::engine::ToMutableKvView(*v, absl::StrCat(where, "v")));
+    return operation->operation->GatherInPlace(layer, in_k, in_v);
+  });
+}
+
 void keepset_operation_destroy(keepset_operation* operation) { delete operation; }
 
 const char* keepset_result_outcome(const keepset_result* result) {

@@ -92,6 +92,11 @@ class CpuBackend : public ComputeBackend {
                           const MutableKvView& out) override {
     return cpu::GatherRows(Cpu(context), in, keep_indices, out);
   }
+  absl::Status CompactRows(OpContext& context,
+                           absl::Span<const absl::Span<const int32_t>> keep_indices,
+                           const MutableKvView& x) override {
+    return cpu::CompactRows(Cpu(context), keep_indices, x);
+  }
 
   absl::Status CopyToHost(OpContext& /*context*/, const ScoreBuffer& x,
                           absl::Span<float> out) override {

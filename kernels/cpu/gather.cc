@@ -38,4 +38,22 @@ absl::Status GatherRows(CpuContext& context, const KvView& in,
   return absl::OkStatus();
 }
 
+// A head's rows move forward in order, by one thread: kept rows lie at or behind the place they
+// move to, so a row is read before anything is written over it.
+absl::Status CompactRows(CpuContext& context,
+                         absl::Span<const absl::Span<const int32_t>> keep_indices,
+                         const MutableKvView& x) {
+  KEEPSET_RETURN_IF_ERROR(CheckCompact(keep_indices, x));
+  const auto row_bytes = static_cast<size_t>(x.head_dim * DTypeBytes(x.dtype));
+  context.ParallelFor(x.num_kv_heads, [&](int64_t head, int) {
+    const absl::Span<const int32_t> set = keep_indices[keep_indices.size() == 1 ? 0 : head];
+    for (int64_t i = 0; i < static_cast<int64_t>(set.size()); ++i) {
+      if (set[i] == i) continue;
+      std::memcpy(x.data + RowOffsetBytes(x, head, i), x.data + RowOffsetBytes(x, head, set[i]),
+                  row_bytes);
+    }
+  });
+  return absl::OkStatus();
+}
+
 }  // namespace keepset::kernels::cpu

@@ -33,6 +33,9 @@ absl::StatusOr<ComputeBackend::Mass> MassAndEntropy(CpuContext& context, const S
                                                     int64_t row);
 absl::StatusOr<std::vector<Selection>> Select(CpuContext& context, const ScoreBuffer& scores,
                                               absl::Span<const SelectArgs> args);
+absl::Status CompactRows(CpuContext& context,
+                         absl::Span<const absl::Span<const int32_t>> keep_indices,
+                         const MutableKvView& x);
 absl::Status GatherRows(CpuContext& context, const KvView& in,
                         absl::Span<const absl::Span<const int32_t>> keep_indices,
                         const MutableKvView& out);

@@ -72,9 +72,14 @@ void CloseGaps(const engine::LayerResult& result, int64_t rows, int64_t row_byte
   bytes->resize(end);
 }
 
-absl::Status CheckNoOverlap(absl::Span<const DecodedLayer> layers) {
+absl::Status CheckNoOverlap(absl::Span<const DecodedLayer> layers, v1::GatherMode mode) {
   std::vector<Extent> extents;
   for (size_t l = 0; l < layers.size(); ++l) {
+    if (mode == v1::GATHER_IN_PLACE) {
+      AddExtents(layers[l].out_k, Role::kDestination, "k", l, extents);
+      AddExtents(layers[l].out_v, Role::kDestination, "v", l, extents);
+      continue;
+    }
     AddExtents(layers[l].observation.k, Role::kSource, "k", l, extents);
     AddExtents(layers[l].observation.v, Role::kSource, "v", l, extents);
     AddExtents(layers[l].out_k, Role::kDestination, "destination.k", l, extents);

@@ -26,8 +26,9 @@ void CloseGaps(const engine::LayerResult& result, int64_t rows, int64_t row_byte
                std::string* bytes);
 
 // InvalidArgument when a destination shares bytes with a source or with another destination of the
-// operation, naming both. Paged tensors are compared block by block.
-absl::Status CheckNoOverlap(absl::Span<const DecodedLayer> layers);
+// operation, naming both. Paged tensors are compared block by block. GATHER_IN_PLACE: when any two
+// tensors do.
+absl::Status CheckNoOverlap(absl::Span<const DecodedLayer> layers, v1::GatherMode mode);
 
 }  // namespace keepset::service
 

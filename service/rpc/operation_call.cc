@@ -222,7 +222,7 @@ absl::Status OperationCall::FinishOperation(v1::OperationResult* out) {
   // A kept_full answer moves nothing: the caller's own cache is it, whatever the destination holds.
   if (keeps_messages() && result->outcome == engine::Outcome::kCompressed) {
     const absl::Status gathered = GatherLayers(*result, out);
-    if (!gathered.ok() && !context_.backend.Health().ok()) {
+    if (!gathered.ok() && !is_moving_ && !context_.backend.Health().ok()) {
       // Destinations hold nothing of use; the caller's own cache does.
       out->Clear();
       EncodeInto(operation_->FinishKeptFull(engine::Reason::kDeviceFault), out);
@@ -305,9 +305,14 @@ void OperationCall::EncodeInto(const engine::OperationResult& result, v1::Operat
 
 absl::Status OperationCall::GatherLayers(const engine::OperationResult& result,
                                          v1::OperationResult* out) {
+  if (wire_.gather() == v1::GATHER_IN_PLACE) {
+    KEEPSET_RETURN_IF_ERROR(GatherInPlace());
+    out->set_gathered(true);
+    return absl::OkStatus();
+  }
   const bool to_destination = wire_.gather() == v1::GATHER_DESTINATION;
   if (to_destination) {
-    KEEPSET_RETURN_IF_ERROR(CheckNoOverlap(layers_));
+    KEEPSET_RETURN_IF_ERROR(CheckNoOverlap(layers_, wire_.gather()));
     for (size_t l = 0; l < layers_.size(); ++l) {
       KEEPSET_ASSIGN_OR_RETURN(const int64_t rows, operation_->GatherRows(l));
       if (rows <= layers_[l].out_k.seq_len) continue;
@@ -326,6 +331,17 @@ absl::Status OperationCall::GatherLayers(const engine::OperationResult& result,
     }
   }
   out->set_gathered(true);
+  return absl::OkStatus();
+}
+
+// Everything that may be refused comes before the first row that moves.
+absl::Status OperationCall::GatherInPlace() {
+  KEEPSET_RETURN_IF_ERROR(CheckNoOverlap(layers_, wire_.gather()));
+  KEEPSET_RETURN_IF_ERROR(context_.backend.Health());
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    is_moving_ = true;
+    KEEPSET_RETURN_IF_ERROR(operation_->GatherInPlace(l, layers_[l].out_k, layers_[l].out_v));
+  }
   return absl::OkStatus();
 }
 
@@ -363,6 +379,12 @@ absl::Status OperationCall::End(const absl::Status& status) {
   ended_ = true;
   ReleaseResources();
   absl::Status seen = PublicStatus(status, correlation_id_);
+  if (!status.ok() && is_moving_) {
+    seen = absl::DataLossError(
+        absl::StrCat("K and V were being moved in place when the operation failed: compute them "
+                     "again; correlation id ",
+                     correlation_id_));
+  }
   if (!status.ok()) {
     sample_.outcome = absl::IsCancelled(status) ? "cancelled" : "error";
     sample_.reason = absl::StatusCodeToString(status.code());

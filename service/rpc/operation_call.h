@@ -90,6 +90,7 @@ class OperationCall {
   absl::Status CheckReplySize(const engine::OperationSpec& spec) const;
   absl::Status ResolveTable(engine::OperationSpec& spec);
   absl::Status GatherLayers(const engine::OperationResult& result, v1::OperationResult* out);
+  absl::Status GatherInPlace();
   absl::Status GatherInline(int64_t layer, const engine::LayerResult& result, v1::LayerResult* out);
   void EncodeInto(const engine::OperationResult& result, v1::OperationResult* out);
   void FinishShadow(v1::OperationResult* out);
@@ -119,6 +120,7 @@ class OperationCall {
   std::unique_ptr<engine::Operation> operation_;
   std::vector<DecodedLayer> layers_;  // kept for gathering, in layer order
   int64_t gathered_bytes_ = 0;
+  bool is_moving_ = false;  // rows of the worker's own K and V: a failure loses its cache
   bool ended_ = false;
 
   absl::Duration queue_time_;

@@ -129,6 +129,11 @@ absl::Status DecodeProtection(const v1::OperationSpec& wire, OperationSpec& out)
   return absl::OkStatus();
 }
 
+absl::Status MissingForGather(const v1::LayerInput& wire, absl::string_view where) {
+  return absl::InvalidArgumentError(
+      absl::StrCat(where, HasData(wire.k()) ? "v" : "k", " is missing, gathering needs it"));
+}
+
 absl::Status DecodeColumns(const v1::LayerInput& wire, const OperationSpec& spec,
                            absl::string_view where, RegionSource& regions,
                            engine::LayerObservation& observation) {
@@ -200,7 +205,12 @@ absl::StatusOr<OperationSpec> DecodeSpec(const v1::OperationSpec& wire, const Co
   }
   if (!v1::GatherMode_IsValid(wire.gather())) {
     return OutOfRange("gather", static_cast<uint64_t>(wire.gather()), v1::GATHER_NONE,
-                      v1::GATHER_DESTINATION);
+                      v1::GatherMode_MAX);
+  }
+  if (wire.gather() == v1::GATHER_IN_PLACE && wire.shared_prefix_tokens() > 0) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "shared_prefix_tokens=", wire.shared_prefix_tokens(),
+        ": other sequences use these blocks, want 0 with GATHER_IN_PLACE, or GATHER_DESTINATION"));
   }
   if (wire.gather() != v1::GATHER_NONE && spec.mode == engine::Mode::kShadow) {
     return absl::InvalidArgumentError("gather: a shadow operation moves nothing, want GATHER_NONE");
@@ -293,6 +303,20 @@ absl::StatusOr<DecodedLayer> DecodeLayer(const v1::LayerInput& wire, const Opera
   }
   const KvShape k_shape = {spec.model.num_kv_heads, spec.seq_len, spec.model.head_dim};
   const KvShape v_shape = {spec.model.num_kv_heads, spec.seq_len, value_dim};
+  if (gather == v1::GATHER_IN_PLACE) {
+    if (wire.has_destination()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(where, "destination is given, want none with GATHER_IN_PLACE"));
+    }
+    if (!HasData(wire.k()) || !HasData(wire.v())) return MissingForGather(wire, where);
+    KEEPSET_ASSIGN_OR_RETURN(layer.out_k,
+                             DecodeInPlace(wire.k(), k_shape, block_table, where + "k", regions));
+    KEEPSET_ASSIGN_OR_RETURN(layer.out_v,
+                             DecodeInPlace(wire.v(), v_shape, block_table, where + "v", regions));
+    observation.k = kernels::Readable(layer.out_k);
+    observation.v = kernels::Readable(layer.out_v);
+    return layer;
+  }
   if (HasData(wire.k())) {
     KEEPSET_ASSIGN_OR_RETURN(observation.k,
                              DecodeKv(wire.k(), k_shape, block_table, where + "k", regions));
@@ -304,8 +328,7 @@ absl::StatusOr<DecodedLayer> DecodeLayer(const v1::LayerInput& wire, const Opera
   if (gather == v1::GATHER_NONE) return layer;
 
   if (!observation.k.present() || !observation.v.present()) {
-    return absl::InvalidArgumentError(absl::StrCat(where, observation.k.present() ? "v" : "k",
-                                                   " is missing, gathering needs it"));
+    return MissingForGather(wire, where);
   }
   if (gather == v1::GATHER_DESTINATION) {
     const v1::LayerInput::Destination& destination = wire.destination();

@@ -56,7 +56,8 @@ absl::StatusOr<tables::TableQuery> DecodeTableQuery(const v1::OperationSpec& wir
 // One layer's views; `copies` owns what had to be converted.
 struct DecodedLayer {
   engine::LayerObservation observation;
-  kernels::MutableKvView out_k;  // GATHER_DESTINATION: seq_len is the capacity in tokens
+  // GATHER_DESTINATION: seq_len is the capacity in tokens. GATHER_IN_PLACE: K and V themselves.
+  kernels::MutableKvView out_k;
   kernels::MutableKvView out_v;
   std::vector<std::vector<float>> copies;
 };

@@ -140,6 +140,25 @@ float ReadElement(const std::byte* data, kernels::DType dtype, int64_t index) {
   return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
 }
 
+absl::Status FindWritable(const v1::TensorData& data, absl::string_view where,
+                          RegionSource& regions, kernels::MutableKvView& view) {
+  if (data.source_case() != v1::TensorData::kRegion) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(where, ": no region, want a slice of a read-write region"));
+  }
+  const MappedRegion* region = nullptr;
+  KEEPSET_ASSIGN_OR_RETURN(
+      const MutableBytes bytes,
+      FindSlice(data.region(), kernels::DTypeBytes(view.dtype), where, regions, &region));
+  if (region->access() != RegionAccess::kReadWrite) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(where, ": the region is registered read-only, want read-write"));
+  }
+  view.data = bytes.data;
+  view.size_bytes = bytes.size;
+  return absl::OkStatus();
+}
+
 }  // namespace
 
 absl::StatusOr<kernels::DType> DecodeDType(v1::DType wire, absl::string_view field) {
@@ -248,21 +267,22 @@ absl::StatusOr<kernels::MutableKvView> DecodeDestination(const v1::KvTensor& wir
                                                    ": dtype=", kernels::DTypeName(view.dtype),
                                                    ", want ", kernels::DTypeName(source_dtype)));
   }
-  if (wire.data().source_case() != v1::TensorData::kRegion) {
-    return absl::InvalidArgumentError(
-        absl::StrCat(where, ": no region, want a slice of a read-write region"));
-  }
-  const MappedRegion* region = nullptr;
-  KEEPSET_ASSIGN_OR_RETURN(
-      const MutableBytes bytes,
-      FindSlice(wire.data().region(), kernels::DTypeBytes(view.dtype), where, regions, &region));
-  if (region->access() != RegionAccess::kReadWrite) {
-    return absl::FailedPreconditionError(
-        absl::StrCat(where, ": the region is registered read-only, want read-write"));
-  }
-  view.data = bytes.data;
-  view.size_bytes = bytes.size;
+  KEEPSET_RETURN_IF_ERROR(FindWritable(wire.data(), where, regions, view));
   KEEPSET_RETURN_IF_ERROR(DecodeLayout(wire, shape, wire.block_table(), where, view));
+  KEEPSET_RETURN_IF_ERROR(kernels::ValidateView(view, where));
+  return view;
+}
+
+absl::StatusOr<kernels::MutableKvView> DecodeInPlace(const v1::KvTensor& wire, const KvShape& shape,
+                                                     absl::Span<const int32_t> block_table,
+                                                     absl::string_view where,
+                                                     RegionSource& regions) {
+  kernels::MutableKvView view;
+  KEEPSET_ASSIGN_OR_RETURN(view.dtype, DecodeDType(wire.dtype(), absl::StrCat(where, ": dtype")));
+  KEEPSET_RETURN_IF_ERROR(FindWritable(wire.data(), where, regions, view));
+  const absl::Span<const int32_t> own_table = wire.block_table();
+  KEEPSET_RETURN_IF_ERROR(
+      DecodeLayout(wire, shape, own_table.empty() ? block_table : own_table, where, view));
   KEEPSET_RETURN_IF_ERROR(kernels::ValidateView(view, where));
   return view;
 }

@@ -72,6 +72,12 @@ absl::StatusOr<kernels::MutableKvView> DecodeDestination(const v1::KvTensor& wir
                                                          absl::string_view where,
                                                          RegionSource& regions);
 
+// A source whose rows move within itself. Errors are those of DecodeKv and of DecodeDestination.
+absl::StatusOr<kernels::MutableKvView> DecodeInPlace(const v1::KvTensor& wire, const KvShape& shape,
+                                                     absl::Span<const int32_t> block_table,
+                                                     absl::string_view where,
+                                                     RegionSource& regions);
+
 }  // namespace keepset::service
 
 #endif  // KEEPSET_SERVICE_RPC_TENSOR_CODEC_H_

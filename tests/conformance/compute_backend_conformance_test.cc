@@ -270,6 +270,30 @@ TEST_P(ComputeBackendConformance, GatherRowsCopiesBitForBit) {
   EXPECT_EQ(results[0], results[1]);
 }
 
+TEST_P(ComputeBackendConformance, CompactRowsMovesBitForBit) {
+  const KvView source = prompt_.observation(0).k;
+  const std::vector<int32_t> first = {0, 3, 17, 64, 95};
+  const std::vector<int32_t> second = {1, 2};
+  const absl::Span<const int32_t> sets[] = {first, second};
+  std::vector<std::vector<std::byte>> results;
+  for (const Machine* on : {machine_.get(), twin_.get()}) {
+    std::vector<std::byte>& bytes =
+        results.emplace_back(source.data, source.data + source.size_bytes);
+    MutableKvView view;
+    view.data = bytes.data();
+    view.size_bytes = source.size_bytes;
+    view.dtype = source.dtype;
+    view.num_kv_heads = source.num_kv_heads;
+    view.seq_len = source.seq_len;
+    view.head_dim = source.head_dim;
+    view.token_stride = source.token_stride;
+    view.head_stride = source.head_stride;
+    const absl::Status compacted = on->backend().CompactRows(on->context(), sets, view);
+    ASSERT_TRUE(compacted.ok()) << compacted;
+  }
+  EXPECT_EQ(results[0], results[1]);
+}
+
 TEST_P(ComputeBackendConformance, AKeyThatIsNotFiniteIsNamedAndTheContextGoesOn) {
   prompt_.set_k(0, 1, 40, 3, std::nanf(""));
   const auto x = machine_->Empty(4, 96);

@@ -102,6 +102,10 @@ static void RunsAndGathers(keepset_engine* engine) {
   EXPECT(memcmp(out_k, k, sizeof(float) * BUDGET * HEAD_DIM) == 0);
   EXPECT(memcmp(out_v + BUDGET * HEAD_DIM, v + SEQ_LEN * HEAD_DIM,
                 sizeof(float) * BUDGET * HEAD_DIM) == 0);
+  EXPECT(keepset_operation_gather_in_place(operation, 1, &k_view, &v_view) == KEEPSET_OK);
+  EXPECT(memcmp(v, out_v, sizeof(float) * BUDGET * HEAD_DIM) == 0);
+  EXPECT(memcmp(v + SEQ_LEN * HEAD_DIM, out_v + BUDGET * HEAD_DIM,
+                sizeof(float) * BUDGET * HEAD_DIM) == 0);
   EXPECT(keepset_result_stage_seconds(result, "score") >= 0.0);
   EXPECT(isnan(keepset_result_stage_seconds(result, "no such stage")));
   EXPECT(keepset_result_keep_indices(result, 2, 0, &indices, &count) == KEEPSET_INVALID_ARGUMENT);

@@ -390,6 +390,61 @@ TEST_F(OperationTest, GatherMovesTheKeptRowsOfEachHead) {
   }
 }
 
+// [2, 96, 16], element i of it is i.
+kernels::MutableKvView Cache(std::vector<float>& data) {
+  const kernels::MutableKvView view = Destination(data, 2, 96, 16);
+  for (size_t i = 0; i < data.size(); ++i) data[i] = static_cast<float>(i);
+  return view;
+}
+
+TEST_F(OperationTest, GatherInPlaceMovesTheKeptRowsToTheFront) {
+  const auto operation = Observed(Spec("knorm", 10));
+  const auto result = operation->Finish();
+  ASSERT_TRUE(result.ok());
+  std::vector<float> k;
+  std::vector<float> v;
+  const auto in_k = Cache(k);
+  const auto in_v = Cache(v);
+  ASSERT_TRUE(operation->GatherInPlace(1, in_k, in_v).ok());
+  for (int64_t head = 0; head < 2; ++head) {
+    for (int64_t t = 0; t < 96; ++t) {
+      const int64_t from = t < 10 ? (*result)->layers[1].keep_indices[head][t] : t;
+      for (int64_t c = 0; c < 16; ++c) {
+        const int64_t at = (head * 96 + t) * 16 + c;
+        EXPECT_EQ(k[at], static_cast<float>((head * 96 + from) * 16 + c));
+        EXPECT_EQ(v[at], k[at]);
+      }
+    }
+  }
+}
+
+TEST_F(OperationTest, GatherInPlaceOfAKeptFullResultMovesNothing) {
+  const auto operation = Observed(Spec("knorm", 200));
+  ASSERT_EQ((*operation->Finish())->outcome, Outcome::kKeptFull);
+  std::vector<float> k;
+  std::vector<float> v;
+  const auto in_k = Cache(k);
+  const auto in_v = Cache(v);
+  const std::vector<float> before = k;
+  ASSERT_TRUE(operation->GatherInPlace(0, in_k, in_v).ok());
+  EXPECT_EQ(k, before);
+  EXPECT_EQ(v, before);
+}
+
+TEST_F(OperationTest, GatherInPlaceOfOtherShapesIsRefused) {
+  const auto operation = Observed(Spec("knorm", 10));
+  ASSERT_TRUE(operation->Finish().ok());
+  std::vector<float> k;
+  std::vector<float> v;
+  const auto in_k = Cache(k);
+  auto in_v = Cache(v);
+  in_v.seq_len = 95;
+  const std::vector<float> before = k;
+  const absl::Status status = operation->GatherInPlace(0, in_k, in_v);
+  EXPECT_EQ(status.message(), "layer 0: gather in place of v: seq_len=95, want 96");
+  EXPECT_EQ(k, before);
+}
+
 TEST_F(OperationTest, GatherBeforeFinishIsRefused) {
   const auto operation = Observed(Spec("knorm", 10));
   EXPECT_EQ(operation->GatherRows(0).status().code(), absl::StatusCode::kFailedPrecondition);

@@ -41,6 +41,16 @@ class Gate {
     absl::MutexLock lock(&mutex_);
     return health_;
   }
+  // Compaction `number` of a tensor, counted from 0, fails with `status`.
+  void FailCompaction(int number, absl::Status status) {
+    absl::MutexLock lock(&mutex_);
+    compactions_left_ = number;
+    compaction_failure_ = std::move(status);
+  }
+  absl::Status Compact() {
+    absl::MutexLock lock(&mutex_);
+    return compactions_left_-- == 0 ? compaction_failure_ : absl::OkStatus();
+  }
   // Every pass throws `what`() from now on, as a library might.
   void Throw(std::function<void()> what) {
     absl::MutexLock lock(&mutex_);
@@ -71,6 +81,8 @@ class Gate {
   absl::Status failure_ ABSL_GUARDED_BY(mutex_);
   absl::Status health_ ABSL_GUARDED_BY(mutex_);
   std::function<void()> throw_ ABSL_GUARDED_BY(mutex_);
+  int compactions_left_ ABSL_GUARDED_BY(mutex_) = -1;
+  absl::Status compaction_failure_ ABSL_GUARDED_BY(mutex_);
 };
 
 class GatedBackend : public kernels::ComputeBackend {
@@ -152,6 +164,12 @@ class GatedBackend : public kernels::ComputeBackend {
                           absl::Span<const absl::Span<const int32_t>> keep_indices,
                           const kernels::MutableKvView& out) override {
     return inner_->GatherRows(context, in, keep_indices, out);
+  }
+  absl::Status CompactRows(kernels::OpContext& context,
+                           absl::Span<const absl::Span<const int32_t>> keep_indices,
+                           const kernels::MutableKvView& x) override {
+    if (absl::Status status = gate_.Compact(); !status.ok()) return status;
+    return inner_->CompactRows(context, keep_indices, x);
   }
   absl::Status CopyToHost(kernels::OpContext& context, const kernels::ScoreBuffer& x,
                           absl::Span<float> out) override {

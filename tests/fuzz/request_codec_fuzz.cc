@@ -66,7 +66,7 @@ absl::Status RunRequest(Engine& engine, const v1::CompressRequest& request) {
   v1::OperationResult encoded;
   EncodeResult(**result, &encoded);
   KEEPSET_CHECK(encoded.layers_size() == (*operation)->spec().model.num_layers);
-  return CheckNoOverlap(layers);
+  return CheckNoOverlap(layers, request.spec().gather());
 }
 
 }  // namespace

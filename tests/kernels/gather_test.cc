@@ -2,6 +2,7 @@
 #include <cstring>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/types/span.h"
@@ -144,6 +145,100 @@ TEST(GatherRows, OtherTypeOrShapeIsRefused) {
   MutableKvView narrow = out.mutable_view();
   narrow.head_dim = kDim - 1;
   EXPECT_EQ(Gather(in.view(), {keep}, narrow).code(), absl::StatusCode::kInvalidArgument);
+}
+
+// What a gather into a fresh destination gives, and the rows behind it as they were.
+void ExpectCompacted(const KvTensor& before, const std::vector<std::vector<int32_t>>& keep,
+                     const KvTensor& after) {
+  const KvView shape = before.view();
+  for (int64_t g = 0; g < shape.num_kv_heads; ++g) {
+    const std::vector<int32_t>& set = keep[keep.size() == 1 ? 0 : g];
+    for (int64_t t = 0; t < shape.seq_len; ++t) {
+      const int64_t from = t < static_cast<int64_t>(set.size()) ? set[t] : t;
+      for (int64_t c = 0; c < shape.head_dim; ++c) {
+        ASSERT_EQ(after.At(g, t, c), before.At(g, from, c)) << "head " << g << " row " << t;
+      }
+    }
+  }
+}
+
+std::vector<Set> Spans(const std::vector<std::vector<int32_t>>& keep) {
+  return {keep.begin(), keep.end()};
+}
+
+TEST(CompactRows, MovesTheKeptRowsToTheFrontInEveryLayout) {
+  const std::vector<std::vector<int32_t>> shared = {{0, 3, 17, 50, 98, 99}};
+  const std::vector<std::vector<int32_t>> ragged = {{1}, {}, {0, 1, 2, 40, 41, 99}};
+  for (const auto& keep : {shared, ragged}) {
+    for (const Layout layout : {Layout::kNhd, Layout::kHnd, Layout::kPaged}) {
+      for (const DType dtype : {DType::kF32, DType::kBF16}) {
+        for (const int num_threads : {1, 4}) {
+          const KvTensor before = Source(layout, dtype);
+          KvTensor after = before;
+          BackendFixture fixture(num_threads);
+          ASSERT_TRUE(fixture.backend()
+                          .CompactRows(fixture.context(), Spans(keep), after.mutable_view())
+                          .ok());
+          ExpectCompacted(before, keep, after);
+        }
+      }
+    }
+  }
+}
+
+// The form of backends whose rows move in any order, here with more rows than fit its scratch.
+TEST(CompactRows, ThroughScratchMemoryGivesTheSameBytes) {
+  constexpr int64_t kLong = 9000;
+  constexpr int64_t kWide = 640;
+  std::mt19937 rng(7);
+  const KvTensor before(RandomValues(rng, kLong * kWide, DType::kF32), 1, kLong, kWide, DType::kF32,
+                        Layout::kPaged);
+  std::vector<std::vector<int32_t>> keep(1);
+  for (int32_t t = 0; t < kLong; ++t) {
+    if (t % 7 != 3) keep[0].push_back(t);
+  }
+  ASSERT_GT(keep[0].size() * kWide * sizeof(float), size_t{16} << 20);
+  BackendFixture fixture;
+  KvTensor forward = before;
+  KvTensor through_scratch = before;
+  ComputeBackend& backend = fixture.backend();
+  ASSERT_TRUE(backend.CompactRows(fixture.context(), Spans(keep), forward.mutable_view()).ok());
+  ASSERT_TRUE(backend
+                  .ComputeBackend::CompactRows(fixture.context(), Spans(keep),
+                                               through_scratch.mutable_view())
+                  .ok());
+  EXPECT_EQ(through_scratch.bytes(), forward.bytes());
+}
+
+TEST(CompactRows, BadSetIsRefusedBeforeAnythingMoves) {
+  const std::vector<std::pair<std::vector<int32_t>, std::string>> cases = {
+      {{5, 3}, "entry 1 is 3 after 5, want ascending"},
+      {{5, 5}, "entry 1 is 5 after 5, want ascending"},
+      {{5, 100}, "entry 1 is 100, want 0..99"},
+      {{-1, 5}, "entry 0 is -1, want 0..99"}};
+  for (const auto& [set, message] : cases) {
+    const KvTensor before = Source(Layout::kHnd);
+    KvTensor after = before;
+    BackendFixture fixture;
+    const absl::Status status =
+        fixture.backend().CompactRows(fixture.context(), {Set(set)}, after.mutable_view());
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+    EXPECT_THAT(std::string(status.message()), HasSubstr(message));
+    EXPECT_EQ(after.bytes(), before.bytes());
+  }
+}
+
+TEST(CompactRows, BlockThatIsTwiceInTheTableIsRefused) {
+  KvTensor pool = Source(Layout::kPaged);
+  std::vector<int32_t> blocks(pool.view().block_table.begin(), pool.view().block_table.end());
+  blocks[2] = blocks[0];
+  MutableKvView x = pool.mutable_view();
+  x.block_table = blocks;
+  const std::vector<int32_t> keep = {5};
+  BackendFixture fixture;
+  const absl::Status status = fixture.backend().CompactRows(fixture.context(), {Set(keep)}, x);
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("is in block_table twice"));
 }
 
 }  // namespace

@@ -104,6 +104,46 @@ def test_gathered_rows_equal_the_source_rows(client, policy, dtype):
     result.release()
 
 
+def in_region(region: keepset.SharedRegion, layers: list[keepset.Layer]) -> list[keepset.Layer]:
+    return [keepset.Layer(layer.q_window, region.place(layer.k), region.place(layer.v))
+            for layer in layers]
+
+
+@pytest.mark.parametrize("policy", ["tova", "snapkv"])
+def test_rows_gathered_in_place_are_the_front_of_the_callers_arrays(server, policy):
+    layers = random_layers()
+    with keepset.Client.connect(server.address, transport="memfd") as client:
+        region = client.shared_region(1 << 20, writable_by_server=True)
+        placed = in_region(region, layers)
+        result = client.compress(layers=placed, gather="in_place", **spec(policy=policy))
+        assert result.outcome == "compressed"
+        for layer, own, kept in zip(layers, placed, result.layers):
+            for head in range(MODEL.num_kv_heads):
+                indices = kept.sets[head % len(kept.sets)].indices
+                assert np.array_equal(kept.k[head], layer.k[head][indices])
+                assert np.array_equal(own.v[head, : len(indices)], layer.v[head][indices])
+                assert np.shares_memory(kept.k[head], own.k)
+
+
+def test_in_place_is_refused_where_rows_of_a_copy_would_move(server):
+    with keepset.Client.connect(server.address, transport="memfd") as client:
+        with pytest.raises(keepset.InvalidInput, match="layer 0: k lies in no registered region"):
+            client.compress(layers=random_layers(), gather="in_place", **spec())
+    with keepset.Client.connect(server.address, transport="inline") as client:
+        with pytest.raises(keepset.InvalidInput, match="over transport 'inline', want 'memfd'"):
+            client.compress(layers=random_layers(), gather="in_place", **spec())
+
+
+def test_in_place_is_refused_where_the_server_may_not_write(server):
+    with keepset.Client.connect(server.address, transport="memfd") as client:
+        layers = in_region(client.shared_region(1 << 20), random_layers())
+        with pytest.raises(keepset.Refused, match="registered read-only, want read-write"):
+            client.compress(layers=layers, gather="in_place", **spec())
+        writable = in_region(client.shared_region(1 << 20, writable_by_server=True), random_layers())
+        with pytest.raises(keepset.Refused, match="shared_prefix_tokens=4"):
+            client.compress(layers=writable, gather="in_place", shared_prefix_tokens=4, **spec())
+
+
 def test_kept_full_hands_back_the_callers_own_cache(client):
     layers = random_layers()
     result = client.compress(

@@ -205,5 +205,29 @@ TEST_F(RowOpsParity, GatherRefusesAnIndexPastTheEnd) {
             cpu_.backend->GatherRows(*cpu_.context, in.view(), sets, out.mutable_view()));
 }
 
+// Compacts device and host memory on the device, and a twin on the CPU; every byte is compared.
+TEST_F(RowOpsParity, CompactRowsOfEveryLayout) {
+  const Sets shared = {{0, 3, 15, 16, 17, 52}};
+  const Sets ragged = {{1}, {}, {0, 9, 10, 11, 12, 13, 50, 51, 52}};
+  for (const Sets& sets : {shared, ragged}) {
+    const std::vector<absl::Span<const int32_t>> spans(sets.begin(), sets.end());
+    for (const Layout layout : {Layout::kNhd, Layout::kHnd, Layout::kPaged}) {
+      for (const int64_t head_dim : {8, 33}) {
+        const KvTensor before = RandomKv(DType::kBF16, layout, head_dim, 3);
+        KvTensor twin = before;
+        ASSERT_TRUE(cpu_.backend->CompactRows(*cpu_.context, spans, twin.mutable_view()).ok());
+        const DeviceKv device(before);
+        const absl::Status status =
+            cuda_.backend->CompactRows(*cuda_.context, spans, device.mutable_view());
+        ASSERT_TRUE(status.ok()) << status;
+        EXPECT_EQ(device.Read(), twin.bytes());
+        KvTensor host = before;
+        ASSERT_TRUE(cuda_.backend->CompactRows(*cuda_.context, spans, host.mutable_view()).ok());
+        EXPECT_EQ(host.bytes(), twin.bytes());
+      }
+    }
+  }
+}
+
 }  // namespace
 }  // namespace keepset::kernels

@@ -35,7 +35,7 @@ TEST_F(CheckNoOverlapTest, DisjointTensorsPass) {
   layer.out_v = At<kernels::MutableKvView>(memory_.data() + 80, 2);
   std::vector<DecodedLayer> layers;
   layers.push_back(std::move(layer));
-  EXPECT_TRUE(CheckNoOverlap(layers).ok());
+  EXPECT_TRUE(CheckNoOverlap(layers, v1::GATHER_DESTINATION).ok());
 }
 
 TEST_F(CheckNoOverlapTest, DestinationInsideASourceIsNamed) {
@@ -46,7 +46,7 @@ TEST_F(CheckNoOverlapTest, DestinationInsideASourceIsNamed) {
   layer.out_v = At<kernels::MutableKvView>(memory_.data() + 64, 2);
   std::vector<DecodedLayer> layers;
   layers.push_back(std::move(layer));
-  const absl::Status status = CheckNoOverlap(layers);
+  const absl::Status status = CheckNoOverlap(layers, v1::GATHER_DESTINATION);
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_NE(status.message().find("destination.v"), std::string::npos) << status;
 }
@@ -59,7 +59,7 @@ TEST_F(CheckNoOverlapTest, SourcesMayShareBytes) {
   layer.out_v = At<kernels::MutableKvView>(memory_.data() + 80, 2);
   std::vector<DecodedLayer> layers;
   layers.push_back(std::move(layer));
-  EXPECT_TRUE(CheckNoOverlap(layers).ok());
+  EXPECT_TRUE(CheckNoOverlap(layers, v1::GATHER_DESTINATION).ok());
 }
 
 TEST_F(CheckNoOverlapTest, FreshBlocksOfThePoolOfTheSourcePass) {
@@ -80,9 +80,25 @@ TEST_F(CheckNoOverlapTest, FreshBlocksOfThePoolOfTheSourcePass) {
   layers.push_back(std::move(layer));
   // NHD blocks of one head: token stride 2, so that a block ends where the next begins.
   layers[0].observation.k.head_stride = layers[0].out_k.head_stride = 2;
-  EXPECT_TRUE(CheckNoOverlap(layers).ok());
+  EXPECT_TRUE(CheckNoOverlap(layers, v1::GATHER_DESTINATION).ok());
   layers[0].out_k.block_table = absl::MakeConstSpan(used).last(1);
-  EXPECT_FALSE(CheckNoOverlap(layers).ok());
+  EXPECT_FALSE(CheckNoOverlap(layers, v1::GATHER_DESTINATION).ok());
+}
+
+TEST_F(CheckNoOverlapTest, TensorsInPlaceLieApart) {
+  std::vector<DecodedLayer> layers(2);
+  for (size_t l = 0; l < 2; ++l) {
+    layers[l].out_k = At<kernels::MutableKvView>(memory_.data() + l * 256, 8);
+    layers[l].out_v = At<kernels::MutableKvView>(memory_.data() + l * 256 + 64, 8);
+    layers[l].observation.k = kernels::Readable(layers[l].out_k);
+    layers[l].observation.v = kernels::Readable(layers[l].out_v);
+  }
+  EXPECT_TRUE(CheckNoOverlap(layers, v1::GATHER_IN_PLACE).ok());
+  layers[1].out_v.data = layers[0].out_k.data + 32;
+  const absl::Status status = CheckNoOverlap(layers, v1::GATHER_IN_PLACE);
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_NE(status.message().find("layer 1: v shares bytes with layer 0: k"), std::string::npos)
+      << status;
 }
 
 TEST(CloseGaps, LeavesEachHeadsRowsOneAfterTheOther) {

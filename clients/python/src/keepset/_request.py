@@ -40,7 +40,8 @@ class Request:
         table: types.TablePin = types.TablePin(),  # noqa: B008 - frozen
         shadow_table: types.TablePin | None = None,
         shadow: bool = False,
-        gather: bool = False,
+        gather: bool | str = False,
+        shared_prefix_tokens: int = 0,
         deadline_ms: int = 0,
         request_id: str = "",
         request_generation: int = 0,
@@ -50,7 +51,10 @@ class Request:
         self._client = client
         self._model = model
         self._budget = budget
-        self._gather = gather and not shadow
+        if gather not in (False, True, "in_place"):
+            raise ValueError(f"gather {gather!r}, want False, True or 'in_place'")
+        self._gather = bool(gather) and not shadow
+        self._in_place = self._gather and gather == "in_place"
         self._kv_dtype = kv_dtype
         self._described = False
         self._regions: list[SharedRegion] = []
@@ -58,7 +62,14 @@ class Request:
         self._inputs: dict[int, types.Layer] = {}
         self._value_head_dim = value_head_dim or model.head_dim
         gather_mode = compression_pb2.GATHER_NONE
-        if self._gather:
+        if self._in_place:
+            if client.transport != "memfd":
+                raise InvalidInput(
+                    "INVALID_ARGUMENT",
+                    f"gather='in_place' over transport '{client.transport}', want 'memfd' and arrays "
+                    "in a region that the server may write")
+            gather_mode = compression_pb2.GATHER_IN_PLACE
+        elif self._gather:
             gather_mode = (
                 compression_pb2.GATHER_DESTINATION
                 if client.transport == "memfd"
@@ -90,6 +101,7 @@ class Request:
             mode=compression_pb2.MODE_SHADOW if shadow else compression_pb2.MODE_DECIDE,
             gather=gather_mode,
             deadline_ms=deadline_ms,
+            shared_prefix_tokens=shared_prefix_tokens,
         )
 
     @property
@@ -143,6 +155,11 @@ class Request:
         for field, kv in (("k", layer.k), ("v", layer.v)):
             if kv is not None:
                 data = _array_of(kv)
+                if self._in_place and self._client.slice_of(data) is None:
+                    raise InvalidInput(
+                        "INVALID_ARGUMENT",
+                        f"{where}: {field} lies in no registered region, gather='in_place' would move "
+                        "the rows of a copy")
                 tensor = _codec.kv_tensor(
                     self._data(data), kv, self._dtype(data, layer), f"{where}: {field}"
                 )
@@ -215,6 +232,10 @@ class Request:
             layer.k, layer.v = self._inputs[index].k, self._inputs[index].v
             return
         counts = [len(one.indices) for one in layer.sets]
+        if self._in_place:
+            for name in ("k", "v"):
+                setattr(layer, name, _front_rows(getattr(self._inputs[index], name), counts))
+            return
         for name in ("k", "v"):
             dim = self._model.head_dim if name == "k" else self._value_head_dim
             if index in self._outputs:
@@ -237,6 +258,14 @@ def _array_of(kv: np.ndarray | types.PagedKv | None) -> np.ndarray:
     if kv is None:
         raise InvalidInput("INVALID_ARGUMENT", "gather needs k and v")
     return kv.data if isinstance(kv, types.PagedKv) else kv
+
+
+def _front_rows(kv: np.ndarray | types.PagedKv, counts: Sequence[int]):
+    """The first rows of a cache: one array, one per KV head, or the blocks that hold them."""
+    if isinstance(kv, types.PagedKv):
+        blocks = -(-max(counts) // kv.data.shape[1])
+        return types.PagedKv(kv.data, kv.block_table[:blocks], kv.dtype)
+    return kv[:, : counts[0]] if len(counts) == 1 else [kv[g, :n] for g, n in enumerate(counts)]
 
 
 def raw_bytes(array: np.ndarray, num_bytes: int) -> np.ndarray:

@@ -221,7 +221,10 @@ class Client:
         protect_sink, protect_window, protect_spans: positions that stay, inside the budget.
         ppl or window_logprobs: the prompt signal a gated table needs. table: TablePin.
         shadow_table: TablePin of a table that is asked too and never applied, see `Result.shadow`.
-        shadow: decide and report only. gather: also return compacted K and V.
+        shadow: decide and report only. gather: also return compacted K and V; "in_place": the kept rows
+        move to the front of `k` and `v` themselves, arrays in a region that the server may write. After an
+        error of code DATA_LOSS, and when a whole operation was sent and not answered, they are lost.
+        shared_prefix_tokens: first positions whose blocks other sequences use; refused with "in_place".
         deadline_ms: past it the outcome is kept_full. request_id: for the log.
         """
         return Operation(Request(self, **spec))

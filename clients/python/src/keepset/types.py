@@ -168,7 +168,8 @@ class KeepSet:
 @dataclasses.dataclass
 class LayerKept:
     """One layer's answer. `k` and `v` only when gathered: [Hkv, n, d] of a shared set, or one [n, d] per
-    KV head; with outcome kept_full the caller's own arrays. They are views of shared memory where the
+    KV head; with outcome kept_full the caller's own arrays, and gathered in place their first rows, or the
+    blocks that hold these. They are views of shared memory where the
     transport allows; valid until the client is closed or `Result.release` was called."""
 
     sets: list[KeepSet]
