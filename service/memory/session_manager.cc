@@ -59,8 +59,7 @@ class SessionManagerImpl : public SessionManager {
   absl::StatusOr<SessionInfo> OpenSession(const OpenSessionArgs& args) override;
   absl::Status Beat(absl::string_view session_id) override;
   absl::Status CloseSession(absl::string_view session_id) override;
-  absl::StatusOr<std::string> RedeemToken(const SideSocketToken& token, int64_t peer_uid,
-                                          int64_t peer_pid) override;
+  absl::StatusOr<std::string> RedeemToken(const SideSocketToken& token) override;
   absl::StatusOr<uint64_t> DepositFd(absl::string_view session_id, UniqueFd fd) override;
   void OnHangUp(absl::string_view session_id) override;
   absl::StatusOr<RegionInfo> RegisterRegion(absl::string_view session_id, absl::string_view name,
@@ -189,8 +188,7 @@ absl::Status SessionManagerImpl::CloseSession(absl::string_view session_id) {
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::string> SessionManagerImpl::RedeemToken(const SideSocketToken& token,
-                                                            int64_t peer_uid, int64_t peer_pid) {
+absl::StatusOr<std::string> SessionManagerImpl::RedeemToken(const SideSocketToken& token) {
   std::string session_id;
   {
     absl::MutexLock lock(&mutex_);
@@ -207,7 +205,6 @@ absl::StatusOr<std::string> SessionManagerImpl::RedeemToken(const SideSocketToke
   if (session_id.empty()) {
     return absl::PermissionDeniedError("side-socket token: unknown or used");
   }
-  if (observer_ != nullptr) observer_->OnSideSocketBound(session_id, peer_uid, peer_pid);
   return session_id;
 }
 

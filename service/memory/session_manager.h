@@ -97,8 +97,6 @@ class SessionObserver {
  public:
   virtual ~SessionObserver() = default;
   virtual void OnSessionOpened(const OpenSessionArgs& /*args*/, const SessionInfo& /*info*/) {}
-  virtual void OnSideSocketBound(absl::string_view /*session_id*/, int64_t /*peer_uid*/,
-                                 int64_t /*peer_pid*/) {}
   virtual void OnSessionEnded(absl::string_view /*session_id*/, SessionEnd /*why*/,
                               int64_t /*regions*/) {}
   virtual void OnRegionRegistered(absl::string_view /*session_id*/, const RegionInfo& /*region*/) {}
@@ -121,8 +119,7 @@ class SessionManager {
   virtual absl::Status CloseSession(absl::string_view session_id) = 0;
 
   // Side socket: redeems a one-time token. PermissionDenied: unknown or used.
-  virtual absl::StatusOr<std::string> RedeemToken(const SideSocketToken& token, int64_t peer_uid,
-                                                  int64_t peer_pid) = 0;
+  virtual absl::StatusOr<std::string> RedeemToken(const SideSocketToken& token) = 0;
   // Stores a passed descriptor until RegisterRegion names its token. ResourceExhausted: too many
   // pending.
   virtual absl::StatusOr<uint64_t> DepositFd(absl::string_view session_id, UniqueFd fd) = 0;

@@ -40,8 +40,6 @@ struct Connection {
   absl::Duration hello_deadline;
   SideSocketPhase phase = SideSocketPhase::kAwaitingHello;
   std::string session_id;  // kBound
-  int64_t peer_uid = -1;
-  int64_t peer_pid = 0;
 };
 
 struct Received {
@@ -233,8 +231,6 @@ void SideSocketServerImpl::Admit(UniqueFd socket) {
     Reply(connection, absl::StatusCode::kResourceExhausted, 0);
     return;
   }
-  connection.peer_uid = peer.uid;
-  connection.peer_pid = peer.pid;
 #ifdef SYS_pidfd_open
   if (peer.pid > 0) {
     connection.process.Reset(static_cast<int>(::syscall(SYS_pidfd_open, peer.pid, 0)));
@@ -282,8 +278,7 @@ Fate SideSocketServerImpl::Handle(Connection& connection, Received received) {
   }
   switch (frame->type) {
     case wire::SideSocketFrameType::kHello: {
-      absl::StatusOr<std::string> session_id =
-          sessions_.RedeemToken(frame->token, connection.peer_uid, connection.peer_pid);
+      absl::StatusOr<std::string> session_id = sessions_.RedeemToken(frame->token);
       if (!session_id.ok()) {
         Reply(connection, session_id.status().code(), 0);
         return Fate::kClose;

@@ -114,18 +114,6 @@ class TableRegistryImpl final : public TableRegistry {
     return absl::InternalError(absl::StrCat(DescribeRef(ref), ": found, but not in the view"));
   }
 
-  bool AwaitView(const std::function<bool(const RegistryView&)>& done,
-                 absl::Time deadline) const override {
-    while (true) {
-      const std::shared_ptr<const RegistryView> seen = View();
-      if (done(*seen)) return true;
-      absl::MutexLock lock(&view_mutex_);
-      while (view_ == seen) {
-        if (view_changed_.WaitWithDeadline(&view_mutex_, deadline)) return false;
-      }
-    }
-  }
-
   std::shared_ptr<const RegistryView> Subscribe(
       uint64_t* id, std::function<void(std::shared_ptr<const RegistryView>)> listener) override {
     absl::MutexLock lock(&listener_mutex_);
@@ -334,7 +322,6 @@ class TableRegistryImpl final : public TableRegistry {
       absl::MutexLock view_lock(&view_mutex_);
       view_ = after;
       published_ = std::move(state);
-      view_changed_.SignalAll();
     }
     if (observer_ != nullptr) {
       observer_->OnChanged(before.get(), *after, *store_.Snapshot());
@@ -401,7 +388,6 @@ class TableRegistryImpl final : public TableRegistry {
   uint64_t last_listener_ ABSL_GUARDED_BY(listener_mutex_) = 0;
 
   mutable absl::Mutex view_mutex_;
-  mutable absl::CondVar view_changed_;
   std::shared_ptr<const RegistryView> view_ ABSL_GUARDED_BY(view_mutex_);
   std::shared_ptr<const RegistryState> published_ ABSL_GUARDED_BY(view_mutex_);
 };

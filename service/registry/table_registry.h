@@ -146,9 +146,6 @@ class TableRegistry {
   virtual std::shared_ptr<const RegistryView> View() const = 0;
   // NotFound, or FailedPrecondition when several loaded versions match.
   virtual absl::StatusOr<TableVersionInfo> Find(const TableRef& table) const = 0;
-  // True when `done` holds for a view before `deadline`.
-  virtual bool AwaitView(const std::function<bool(const RegistryView&)>& done,
-                         absl::Time deadline) const = 0;
   // `listener` is called with every later view, as RegistryObserver is, until Unsubscribe returns.
   // The view returned is the one before the first of them.
   virtual std::shared_ptr<const RegistryView> Subscribe(

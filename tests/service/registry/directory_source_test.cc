@@ -20,6 +20,7 @@
 #include "service/registry/table_loader.h"
 #include "service/registry/table_registry.h"
 #include "service/registry/table_source.h"
+#include "tests/fakes/await_view.h"
 #include "tests/fakes/fake_registry_observer.h"
 #include "tests/fakes/table_files.h"
 
@@ -241,9 +242,9 @@ TEST_F(DirectorySourceTest, OnlyLoadsANewVersionOnceAnOperatorHasChosen) {
   first.version = "1";
   ASSERT_TRUE(registry_->Activate(first, "", {}).ok());
   fakes::WriteInPlace(directory_ / "b.safetensors", fakes::TableBytes("same", "2"));
-  ASSERT_TRUE(registry_->AwaitView(
-      [](const RegistryView& view) { return view.lines.at("same")->versions.size() == 2; },
-      absl::Now() + absl::Seconds(30)));
+  ASSERT_TRUE(fakes::AwaitView(*registry_, [](const RegistryView& view) {
+    return view.lines.at("same")->versions.size() == 2;
+  }));
   EXPECT_EQ(store_.Snapshot()->tables.at(0)->identity().version, "1");
 }
 
@@ -256,9 +257,9 @@ TEST_F(DirectorySourceTest, KeepsAChosenVersionWhoseFileIsReplaced) {
   first.version = "1";
   ASSERT_TRUE(registry_->Activate(first, "", {}).ok());
   fakes::WriteAndRename(path, fakes::TableBytes("same", "2"));
-  ASSERT_TRUE(registry_->AwaitView(
-      [](const RegistryView& view) { return view.lines.at("same")->versions.size() == 2; },
-      absl::Now() + absl::Seconds(30)));
+  ASSERT_TRUE(fakes::AwaitView(*registry_, [](const RegistryView& view) {
+    return view.lines.at("same")->versions.size() == 2;
+  }));
   EXPECT_EQ(store_.Snapshot()->tables.at(0)->identity().version, "1");
 }
 

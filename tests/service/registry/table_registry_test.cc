@@ -397,16 +397,6 @@ TEST_F(TableRegistryTest, ListenersGetEveryLaterViewInOrder) {
   for (size_t i = 0; i < revisions.size(); ++i) EXPECT_EQ(revisions[i], first->revision + 1 + i);
 }
 
-TEST_F(TableRegistryTest, WaitsForAView) {
-  ASSERT_TRUE(Upload("1").ok());
-  std::thread writer([&] { EXPECT_TRUE(Activate("1").ok()); });
-  EXPECT_TRUE(registry_->AwaitView(
-      [](const RegistryView& view) { return view.lines.at("a")->assignment.active.has_value(); },
-      absl::Now() + absl::Seconds(30)));
-  writer.join();
-  EXPECT_FALSE(registry_->AwaitView([](const RegistryView&) { return false; }, absl::Now()));
-}
-
 TEST_F(TableRegistryTest, ReadersSeeWholeChangesWhileWritersWork) {
   ASSERT_TRUE(Upload("1").ok());
   ASSERT_TRUE(Upload("2").ok());

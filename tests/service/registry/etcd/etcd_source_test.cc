@@ -15,9 +15,9 @@
 #include "service/registry/source_registry.h"
 #include "service/registry/state_directory.h"
 #include "service/registry/table_registry.h"
+#include "tests/fakes/await_view.h"
 #include "tests/fakes/table_files.h"
 #include "tests/integration/etcd_server.h"
-#include "tests/integration/eventually.h"
 
 namespace keepset::service {
 namespace {
@@ -27,8 +27,6 @@ using fakes::TableBytes;
 using integration::EtcdServer;
 using testing::ElementsAre;
 using testing::HasSubstr;
-
-absl::Time Deadline() { return absl::Now() + integration::kTestDeadline; }
 
 // One server's registry with the etcd source, as keepsetd wires it.
 class Fleetmate {
@@ -59,7 +57,7 @@ class Fleetmate {
   RegistryAuthority& authority() { return *source_->authority(); }
 
   bool Await(const std::function<bool(const RegistryView&)>& done) {
-    return registry_->AwaitView(done, Deadline());
+    return fakes::AwaitView(*registry_, done);
   }
   bool AwaitActive(const std::string& name, const std::string& version) {
     return Await([&](const RegistryView& view) { return ActiveOf(view, name) == version; });
