@@ -73,6 +73,16 @@ struct TablePin {
   std::string alias;   // "stable", "canary" or the operator's own
 };
 
+// How layers attend, by their index in the decoder. Groups of another kind than kFull are left out,
+// or the operation is refused.
+struct LayerGroup {
+  enum class Attention { kFull = 1, kSlidingWindow = 2, kMla = 3, kLinear = 4 };
+  std::vector<int64_t> layers;
+  Attention attention = Attention::kFull;
+  int64_t window = 0;  // positions that a row sees, kSlidingWindow only
+  bool left_out = false;
+};
+
 struct OperationSpec {
   std::string request_id;
   uint64_t request_generation = 0;
@@ -104,6 +114,9 @@ struct OperationSpec {
   int64_t deadline_ms = 0;
   // First positions whose blocks other sequences use too; kInPlace is refused with any.
   int64_t shared_prefix_tokens = 0;
+  // Empty: all layers attend fully. Else every layer of the decoder is in one group, and those not
+  // left out are layers 0..num_layers-1 of the operation.
+  std::vector<LayerGroup> layer_groups;
 };
 
 // [H, W, d] queries, [H, W, T] tile or [H, W] log-sum-exp. Strides in elements, 0 = contiguous.
@@ -233,7 +246,8 @@ struct OperationResult {
   int64_t bytes_before = 0;
   int64_t bytes_after = 0;
   StageSeconds stages;
-  std::optional<ShadowResult> shadow;  // when the request named a shadow_table
+  std::optional<ShadowResult> shadow;    // when the request named a shadow_table
+  std::vector<int64_t> layers_left_out;  // of OperationSpec::layer_groups, ascending
 };
 
 // What a worker has to send for an operation.

@@ -231,6 +231,13 @@ void EncodeSpec(const OperationSpec& spec, v1::OperationSpec* out) {
   out->set_gather(static_cast<v1::GatherMode>(spec.gather));
   out->set_deadline_ms(spec.deadline_ms);
   out->set_shared_prefix_tokens(spec.shared_prefix_tokens);
+  for (const LayerGroup& group : spec.layer_groups) {
+    v1::LayerGroup* added = out->add_layer_groups();
+    added->mutable_layers()->Add(group.layers.begin(), group.layers.end());
+    added->set_attention(static_cast<v1::AttentionKind>(group.attention));
+    added->set_window(group.window);
+    added->set_left_out(group.left_out);
+  }
 }
 
 absl::Status EncodeLayer(const LayerInput& layer, const RegionResolver& resolve,
@@ -389,6 +396,7 @@ absl::StatusOr<OperationResult> DecodeResult(v1::OperationResult& result,
   if (result.has_shadow()) {
     KEEPSET_ASSIGN_OR_RETURN(out.shadow, DecodeShadow(result.shadow()));
   }
+  out.layers_left_out.assign(result.layers_left_out().begin(), result.layers_left_out().end());
   return out;
 }
 

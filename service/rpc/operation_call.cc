@@ -10,6 +10,7 @@
 #include "absl/strings/str_format.h"
 #include "base/status_macros.h"
 #include "service/rpc/gather_codec.h"
+#include "service/rpc/layer_groups.h"
 #include "service/rpc/result_codec.h"
 #include "service/rpc/wire_status.h"
 
@@ -287,6 +288,9 @@ void OperationCall::EncodeInto(const engine::OperationResult& result, v1::Operat
   transport_ = leases_.Transport();
   EncodeResult(result, out);
   if (out->has_table()) out->mutable_table()->MergeFrom(selection_);
+  if (const auto left_out = LayersLeftOut(wire_); left_out.ok()) {
+    out->mutable_layers_left_out()->Add(left_out->begin(), left_out->end());
+  }
   out->set_transport(transport_);
   out->mutable_stages()->set_queue(absl::ToDoubleSeconds(queue_time_));
   out->mutable_stages()->set_lease(absl::ToDoubleSeconds(LeaseTime()));

@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
+#include "service/rpc/layer_groups.h"
 #include "service/rpc/tensor_codec.h"
 
 namespace keepset::service {
@@ -163,6 +164,7 @@ absl::Status DecodeColumns(const v1::LayerInput& wire, const OperationSpec& spec
 absl::StatusOr<OperationSpec> DecodeSpec(const v1::OperationSpec& wire, const CodecLimits& limits) {
   OperationSpec spec;
   KEEPSET_RETURN_IF_ERROR(DecodeModel(wire.model(), limits, spec.model));
+  KEEPSET_RETURN_IF_ERROR(LayersLeftOut(wire).status());
   KEEPSET_ASSIGN_OR_RETURN(spec.seq_len, Bounded("seq_len", wire.seq_len(), 1, limits.max_seq_len));
   KEEPSET_ASSIGN_OR_RETURN(spec.num_rows, Bounded("num_rows", wire.num_rows(), 0,
                                                   std::min(limits.max_seq_len, kMaxRows)));
@@ -229,6 +231,7 @@ absl::StatusOr<OperationSpec> DecodeQuestion(const v1::OperationSpec& wire,
                                              const CodecLimits& limits) {
   OperationSpec spec;
   KEEPSET_RETURN_IF_ERROR(DecodeModel(wire.model(), limits, spec.model));
+  KEEPSET_RETURN_IF_ERROR(LayersLeftOut(wire).status());
   spec.policy = wire.policy();
   for (const auto& [name, value] : wire.parameters()) spec.parameters.emplace(name, value);
   return spec;

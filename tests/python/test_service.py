@@ -104,6 +104,23 @@ def test_gathered_rows_equal_the_source_rows(client, policy, dtype):
     result.release()
 
 
+def test_layers_that_slide_are_left_out_by_the_workers_word(client):
+    full = keepset.LayerGroup((0, 2, 4))
+    sliding = keepset.LayerGroup((1, 3), "sliding_window", 32)
+    with pytest.raises(keepset.Refused, match="layer 1 is of ATTENTION_KIND_SLIDING_WINDOW, want it left_out"):
+        client.compress(layers=random_layers(), layer_groups=[full, sliding], **spec())
+    left_out = keepset.LayerGroup((1, 3), "sliding_window", 32, left_out=True)
+    result = client.compress(layers=random_layers(), layer_groups=[full, left_out], **spec())
+    assert result.layers_left_out == (1, 3) and len(result.layers) == 3
+    assert sets_of(result) == sets_of(client.compress(layers=random_layers(), **spec()))
+    with pytest.raises(keepset.InvalidInput, match="4 layers take part, want model.num_layers=3"):
+        client.compress(layers=random_layers(), **spec(),
+                        layer_groups=[keepset.LayerGroup((0, 1, 2, 3)), keepset.LayerGroup((4,), "mla",
+                                                                                           left_out=True)])
+    with pytest.raises(ValueError, match="attention 'local', want one of full, sliding_window"):
+        client.compress(layers=random_layers(), layer_groups=[keepset.LayerGroup((0,), "local")], **spec())
+
+
 def in_region(region: keepset.SharedRegion, layers: list[keepset.Layer]) -> list[keepset.Layer]:
     return [keepset.Layer(layer.q_window, region.place(layer.k), region.place(layer.v))
             for layer in layers]

@@ -21,6 +21,7 @@ from families import (
 from transformers.cache_utils import DynamicCache
 
 from keepset.adapters.hf import HfModel
+from keepset.types import LayerGroup
 
 SEQ_LEN = 60
 OBSERVED = 8
@@ -265,6 +266,9 @@ def test_sliding_window_layers_are_left_alone(family, implementation):
     model = model_of(family, implementation)
     assert model.full_layers == MIXED[family][1]
     assert model.fingerprint()["num_layers"] == 2
+    left_out = tuple(layer for layer in range(4) if layer not in model.full_layers)
+    assert model.layer_groups == (
+        LayerGroup(model.full_layers), LayerGroup(left_out, "sliding_window", WINDOW, left_out=True))
     prefill = model.prefill(prompt(), OBSERVED)
     compacted = prefill.compact([np.arange(9)] * 2)
     for index in range(SHAPE["num_hidden_layers"]):
@@ -274,6 +278,10 @@ def test_sliding_window_layers_are_left_alone(family, implementation):
         else:
             assert after is before
             assert compacted.fork().layers[index].keys.shape[2] == WINDOW - 1
+
+
+def test_a_model_that_attends_fully_states_no_groups():
+    assert model_of("llama", "sdpa").layer_groups == ()
 
 
 def test_a_model_without_full_attention_is_refused():

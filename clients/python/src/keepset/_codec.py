@@ -22,6 +22,12 @@ _COLUMN_REDUCTIONS = {
     "mean": compression_pb2.COLUMN_REDUCTION_MEAN,
     "sum": compression_pb2.COLUMN_REDUCTION_SUM,
 }
+_ATTENTION = {
+    "full": compression_pb2.ATTENTION_KIND_FULL,
+    "sliding_window": compression_pb2.ATTENTION_KIND_SLIDING_WINDOW,
+    "mla": compression_pb2.ATTENTION_KIND_MLA,
+    "linear": compression_pb2.ATTENTION_KIND_LINEAR,
+}
 _SCOPE_NAMES = {value: name for name, value in _SCOPES.items() if name}
 
 
@@ -126,6 +132,15 @@ def fingerprint_message(model: types.ModelFingerprint) -> common_pb2.ModelFinger
     )
 
 
+def group_message(group: types.LayerGroup) -> compression_pb2.LayerGroup:
+    if group.attention not in _ATTENTION:
+        raise ValueError(f"attention {group.attention!r}, want one of {', '.join(_ATTENTION)}")
+    return compression_pb2.LayerGroup(
+        layers=list(group.layers), attention=_ATTENTION[group.attention], window=group.window,
+        left_out=group.left_out,
+    )
+
+
 def pin_message(pin: types.TablePin) -> common_pb2.TablePin:
     return common_pb2.TablePin(
         name=pin.name, version=pin.version, digest=pin.digest, alias=pin.alias
@@ -182,6 +197,7 @@ def result_of(message: compression_pb2.OperationResult) -> types.Result:
         outside_mass=_optional(message, "outside_mass"),
         predicted_miss_rate=_optional(message, "predicted_miss_rate"),
         shadow=_shadow(message.shadow) if message.HasField("shadow") else None,
+        layers_left_out=tuple(message.layers_left_out),
         has_candidates=message.has_candidates,
         defaulted_inputs=list(message.defaulted_inputs),
         relaxed=list(message.relaxed),

@@ -42,6 +42,7 @@ class Request:
         shadow: bool = False,
         gather: bool | str = False,
         shared_prefix_tokens: int = 0,
+        layer_groups: Sequence[types.LayerGroup] = (),
         deadline_ms: int = 0,
         request_id: str = "",
         request_generation: int = 0,
@@ -102,6 +103,7 @@ class Request:
             gather=gather_mode,
             deadline_ms=deadline_ms,
             shared_prefix_tokens=shared_prefix_tokens,
+            layer_groups=[_codec.group_message(group) for group in layer_groups],
         )
 
     @property

@@ -225,6 +225,7 @@ class Client:
         move to the front of `k` and `v` themselves, arrays in a region that the server may write. After an
         error of code DATA_LOSS, and when a whole operation was sent and not answered, they are lost.
         shared_prefix_tokens: first positions whose blocks other sequences use; refused with "in_place".
+        layer_groups: how the decoder's layers attend; those not left out are the operation's layers.
         deadline_ms: past it the outcome is kept_full. request_id: for the log.
         """
         return Operation(Request(self, **spec))

@@ -92,6 +92,20 @@ class Span:
 
 
 @dataclasses.dataclass(frozen=True)
+class LayerGroup:
+    """How layers attend, by their index in the decoder.
+
+    attention: "full", "sliding_window" (with the `window` that a row sees), "mla" or "linear". Only full
+    attention is compressed: groups of another kind say left_out, or the operation is refused.
+    """
+
+    layers: tuple[int, ...]
+    attention: str = "full"
+    window: int = 0
+    left_out: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
 class TablePin:
     """Picks a table; every field that is set must match. A name alone: the active version, or the canary.
 
@@ -245,6 +259,7 @@ class Result:
     outside_mass: float | None = None
     predicted_miss_rate: float | None = None
     shadow: ShadowResult | None = None  # when the request named a shadow_table
+    layers_left_out: tuple[int, ...] = ()  # of the request's layer_groups, by index in the decoder
     _release: object = None
 
     @property

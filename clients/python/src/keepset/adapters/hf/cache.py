@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer
 
 from keepset.adapters.hf.attention import mask_of
+from keepset.types import LayerGroup
 
 Positions = npt.NDArray[np.int64]
 # One keep set for all KV heads [n], or one per KV head, each [n_g].
@@ -32,6 +33,19 @@ def full_attention_layers(config: PretrainedConfig) -> tuple[int, ...]:
     if not found:
         raise ValueError("every layer has a sliding window: there is nothing to compact")
     return found
+
+
+def layer_groups(config: PretrainedConfig) -> tuple[LayerGroup, ...]:
+    """What a request states of the model's layers: the sliding-window ones are left out.
+
+    Empty for a model without any, whose layers all attend fully.
+    """
+    full = full_attention_layers(config)
+    config = config.get_text_config(decoder=True)
+    sliding = tuple(layer for layer in range(config.num_hidden_layers) if layer not in full)
+    if not sliding:
+        return ()
+    return (LayerGroup(full), LayerGroup(sliding, "sliding_window", config.sliding_window, left_out=True))
 
 
 def _may_be_compacted(index: int, layer: CacheLayerMixin) -> bool:

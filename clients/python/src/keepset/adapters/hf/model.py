@@ -18,7 +18,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 
 from keepset.adapters.hf.attention import KEYWORD, Interposer, interposed
-from keepset.adapters.hf.cache import CompactedAttention, HfCache, KeepSet, full_attention_layers
+from keepset.adapters.hf.cache import (
+    CompactedAttention,
+    HfCache,
+    KeepSet,
+    full_attention_layers,
+    layer_groups,
+)
 from keepset.eval.kv_cache import FloatArray
 from keepset.eval.small_model import LayerObservation
 
@@ -83,6 +89,7 @@ class HfModel:
         self.model = model
         self.revision = revision
         self.full_layers = full_attention_layers(model.config)
+        self.layer_groups = layer_groups(model.config)  # for requests: which layers are left out
 
     @classmethod
     def load(cls, directory: str | pathlib.Path, *, dtype: torch.dtype | str = "auto",
