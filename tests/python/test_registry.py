@@ -12,6 +12,7 @@ import keepset
 from keepset import table_file
 from keepset.registry import table_ref
 from keepset.server_process import ServerProcess
+from keepset.v1 import table_pb2
 
 
 def table_bytes(version: str, gate: float = 0.8) -> bytes:
@@ -72,6 +73,61 @@ def test_rollback_is_one_call(running):
     registry.activate("tiny@2")
     registry.rollback("tiny")
     assert decided_by(server) == "1"
+
+
+def await_version(registry: keepset.TableRegistry, version: str) -> None:
+    assert any(
+        known.version == version
+        for change in registry.watch("tiny", timeout_seconds=10)
+        for line in change.lines
+        for known in line.versions
+    )
+
+
+def test_a_line_that_follows_the_newest_is_what_its_directory_says(running):
+    server, registry = running
+    registry.activate("tiny@2")
+    publish(server, "3", gate=0.9)
+    await_version(registry, "3")
+    assert active_version(registry) == "2"
+    answer = registry.follow_newest("tiny")
+    assert answer.previous_version == "2"
+    assert decided_by(server) == "3"
+    publish(server, "4", gate=0.95)
+    registry.wait_until_active("tiny@4", timeout_seconds=10)
+
+
+def test_following_the_newest_of_an_unknown_line_is_not_found(running):
+    _, registry = running
+    with pytest.raises(keepset.NotFound, match="nobody"):
+        registry.follow_newest("nobody")
+
+
+def test_unloaded_version_cannot_be_pinned_any_more(running):
+    server, registry = running
+    registry.unload("tiny@2")
+    states = {one.version: one.state for line in registry.list("tiny").lines for one in line.versions}
+    assert states == {"1": table_pb2.TABLE_STATE_ACTIVE, "2": table_pb2.TABLE_STATE_RETIRED}
+    with pytest.raises(keepset.NotFound):
+        decided_by(server, table=keepset.TablePin(name="tiny", version="2"))
+    assert decided_by(server) == "1"
+
+
+def test_active_version_is_not_unloaded(running):
+    server, registry = running
+    with pytest.raises(keepset.Refused, match="active"):
+        registry.unload("tiny@1")
+    assert decided_by(server) == "1"
+
+
+@pytest.mark.parametrize("write", ["follow_newest", "unload"])
+def test_write_at_a_stale_revision_is_refused(running, write):
+    _, registry = running
+    stale = registry.list("tiny").revision - 1
+    with pytest.raises(keepset.Refused, match="revision"):
+        getattr(registry, write)("tiny" if write == "follow_newest" else "tiny@2",
+                                 expected_revision=stale)
+    assert active_version(registry) == "1"
 
 
 def test_request_pins_a_loaded_version(running):

@@ -104,6 +104,35 @@ def test_gathered_rows_equal_the_source_rows(client, policy, dtype):
     result.release()
 
 
+def test_layer_local_policy_answers_a_layer_before_the_end(client):
+    layers = random_layers()
+    operation = client.begin(**spec(policy="snapkv"))
+    for layer in layers:
+        operation.observe(layer)
+    early = [poll(lambda index=index: operation.early_result(index)) for index in range(len(layers))]
+    result = operation.finish()
+    for one, final in zip(early, result.layers):
+        assert [kept.indices.tolist() for kept in one.sets] == [
+            kept.indices.tolist() for kept in final.sets]
+
+
+def test_global_policy_answers_no_layer_before_the_end(client):
+    operation = client.begin(**spec(policy="compilerkv"))
+    for layer in random_layers():
+        operation.observe(layer)
+    result = operation.finish()
+    assert result.outcome == "compressed"
+    assert all(operation.early_result(index) is None for index in range(len(result.layers)))
+
+
+def test_a_layer_that_was_not_sent_has_no_early_result(client):
+    operation = client.begin(**spec(policy="snapkv"))
+    operation.observe(random_layers()[0])
+    assert poll(lambda: operation.early_result(0)) is not None
+    assert operation.early_result(1) is None
+    operation.cancel()
+
+
 def test_layers_that_slide_are_left_out_by_the_workers_word(client):
     full = keepset.LayerGroup((0, 2, 4))
     sliding = keepset.LayerGroup((1, 3), "sliding_window", 32)
