@@ -6,20 +6,17 @@
 #include <utility>
 #include <vector>
 
-#include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "service/rpc/compress_reactor.h"
+#include "service/rpc/open_operations.h"
 #include "service/rpc/stream_operation.h"
 #include "service/rpc/stream_outbox.h"
-#include "service/rpc/tombstones.h"
 #include "service/rpc/wire_status.h"
 
 namespace keepset::service {
 namespace {
 
-// Ended operations remembered per stream, so that what was under way to them is dropped silently.
-constexpr size_t kMaxTombstones = 4096;
 class CompressStreamReactor final
     : public grpc::ServerBidiReactor<v1::StreamRequest, v1::StreamResponse>,
       public std::enable_shared_from_this<CompressStreamReactor> {
@@ -140,10 +137,9 @@ class CompressStreamReactor final
     bool room = false;
     {
       absl::MutexLock lock(&mutex_);
-      room = static_cast<int64_t>(operations_.size()) < context_.max_open_per_stream;
+      room = operations_.size() < context_.max_open_per_stream;
       if (room) {
-        tombstones_.Remove(id);
-        operations_[id] = operation;
+        operations_.Open(operation);
         operation->scheduled = true;
         operation->pending.push_back(nullptr);  // stands for Begin
       }
@@ -174,7 +170,7 @@ class CompressStreamReactor final
   void RefuseBegin(const OperationPtr& operation, const absl::Status& status) {
     {
       absl::MutexLock lock(&mutex_);
-      tombstones_.Add(operation->id);
+      operations_.MarkEnded(operation->id);
     }
     SendError(operation->id, operation->call.End(status));
   }
@@ -212,10 +208,9 @@ class CompressStreamReactor final
   OperationPtr FindOrAnswer(uint64_t id) {
     {
       absl::MutexLock lock(&mutex_);
-      const auto it = operations_.find(id);
-      if (it != operations_.end()) return it->second;
-      if (tombstones_.Contains(id)) return nullptr;
-      tombstones_.Add(id);
+      if (OperationPtr operation = operations_.Find(id); operation != nullptr) return operation;
+      if (operations_.HasEnded(id)) return nullptr;
+      operations_.MarkEnded(id);
     }
     SendError(id, absl::NotFoundError(
                       absl::StrCat("operation_id=", id, " is not open, want a begin first")));
@@ -227,9 +222,7 @@ class CompressStreamReactor final
     {
       absl::MutexLock lock(&mutex_);
       reads_closed_ = true;
-      for (const auto& [id, operation] : operations_) {
-        if (!operation->end_received) unfinished.push_back(id);
-      }
+      unfinished = operations_.WithoutEnd();
     }
     for (const uint64_t id : unfinished) {
       Fail(id, absl::CancelledError("the stream was half-closed before the operation's end"));
@@ -322,10 +315,7 @@ class CompressStreamReactor final
   // Answers an operation and forgets it; false when it was dropped meanwhile and nobody waits.
   bool Conclude(StreamOperation& operation, ResponsePtr response) {
     absl::MutexLock lock(&mutex_);
-    if (!operation.dropped.ok()) return false;
-    operation.dropped = absl::CancelledError("answered");
-    operations_.erase(operation.id);
-    tombstones_.Add(operation.id);
+    if (!operations_.Conclude(operation)) return false;
     outbox_.Push(std::move(response));
     Advance();
     return true;
@@ -334,18 +324,7 @@ class CompressStreamReactor final
   // Removes an open operation; its strand stops at its next step. nullptr when it is not open.
   OperationPtr Take(uint64_t id, const absl::Status& why) {
     absl::MutexLock lock(&mutex_);
-    return TakeLocked(id, why);
-  }
-
-  OperationPtr TakeLocked(uint64_t id, const absl::Status& why)
-      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    const auto it = operations_.find(id);
-    if (it == operations_.end()) return nullptr;
-    OperationPtr operation = std::move(it->second);
-    operations_.erase(it);
-    operation->dropped = why;
-    tombstones_.Add(id);
-    return operation;
+    return operations_.Take(id, why);
   }
 
   // Ends an open operation with an error; false when it is not open.
@@ -353,7 +332,7 @@ class CompressStreamReactor final
     OperationPtr operation;
     {
       absl::MutexLock lock(&mutex_);
-      operation = TakeLocked(id, status);
+      operation = operations_.Take(id, status);
       if (operation == nullptr) return false;
       ++answers_due_;
     }
@@ -381,11 +360,7 @@ class CompressStreamReactor final
     std::vector<OperationPtr> operations;
     {
       absl::MutexLock lock(&mutex_);
-      for (auto& [id, operation] : operations_) {
-        operation->dropped = why;
-        operations.push_back(operation);
-      }
-      operations_.clear();
+      operations = operations_.TakeAll(why);
     }
     for (const OperationPtr& operation : operations) EndIfIdle(operation);
     absl::MutexLock lock(&mutex_);
@@ -451,8 +426,7 @@ class CompressStreamReactor final
 
   absl::Mutex mutex_;
   std::shared_ptr<CompressStreamReactor> self_;  // gRPC's reference; dropped in OnDone
-  absl::flat_hash_map<uint64_t, OperationPtr> operations_ ABSL_GUARDED_BY(mutex_);
-  Tombstones tombstones_ ABSL_GUARDED_BY(mutex_) = Tombstones(kMaxTombstones);
+  OpenOperations operations_ ABSL_GUARDED_BY(mutex_);
   StreamOutbox outbox_ ABSL_GUARDED_BY(mutex_);
   ResponsePtr writing_ ABSL_GUARDED_BY(mutex_);
   RequestPtr incoming_ ABSL_GUARDED_BY(mutex_);
