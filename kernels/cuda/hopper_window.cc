@@ -12,11 +12,14 @@
 namespace keepset::kernels::cuda {
 namespace {
 
+constexpr int64_t kMaxUnitsOfLaunch = 65535;        // a grid dimension of MergeRowStats
 constexpr int64_t kStrideLimit = int64_t{1} << 40;  // of a tensor map
 constexpr int kMostBoxTokens = 64;
 constexpr int kRowWarps = 8;  // warps of the kernels that take one row per warp
 // Fewer do not hide the way of the keys behind the products.
 constexpr int kLeastStages = 4;
+// Of each block of RowStats in a launch, where the call has so many.
+constexpr int64_t kLeastChunks = 8;
 constexpr int kStatsLeastStages = 2;  // of 128 tokens, or of rows of more than 256 bytes
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -169,7 +172,8 @@ cudaError_t LaunchRowStats(const LaunchShape& shape, const HopperParams& params,
 
 HopperPlan PlanHopper(const WindowParams& params, const WindowPlan& portable,
                       absl::Span<const WindowUnit> units, absl::Span<const WindowOutput> outputs,
-                      absl::Span<const KeyMemory> keys, int64_t max_shared_bytes) {
+                      absl::Span<const KeyMemory> keys, const HopperDevice& device) {
+  const int64_t max_shared_bytes = device.max_shared_bytes;
   HopperPlan plan;
   const DeviceRows& k = params.shape.k;
   if (portable.tile != TileKind::kMma) {
@@ -223,6 +227,10 @@ HopperPlan PlanHopper(const WindowParams& params, const WindowPlan& portable,
     return plan;
   }
   MakeParts(units, outputs, plan.columns_capacity, &plan);
+  plan.units_at_once =
+      std::min({std::max(portable.units_at_once,
+                         CeilDiv(kLeastChunks * device.multiprocessors, params.shape.num_chunks)),
+                int64_t{params.num_layers} * params.num_units, kMaxUnitsOfLaunch});
   return plan;
 }
 
@@ -246,8 +254,7 @@ TensorMapSpec KeyMap(const WindowParams& params, const HopperPlan& plan, int lay
 }
 
 cudaError_t LaunchHopperWindowScores(HopperParams params, const HopperPlan& plan,
-                                     const WindowPlan& portable, int multiprocessors,
-                                     cudaStream_t stream) {
+                                     int multiprocessors, cudaStream_t stream) {
   WindowParams& window = params.window;
   params.keys = plan.keys;
   params.num_parts = static_cast<int32_t>(plan.parts.size());
@@ -272,8 +279,8 @@ cudaError_t LaunchHopperWindowScores(HopperParams params, const HopperPlan& plan
   LaunchShape shape;
   shape.threads = kHopperThreads;
   const int64_t all_units = int64_t{window.num_layers} * window.num_units;
-  for (int64_t unit = 0; unit < all_units && error == cudaSuccess; unit += portable.units_at_once) {
-    const int64_t count = std::min(portable.units_at_once, all_units - unit);
+  for (int64_t unit = 0; unit < all_units && error == cudaSuccess; unit += plan.units_at_once) {
+    const int64_t count = std::min(plan.units_at_once, all_units - unit);
     window.first_unit = static_cast<int32_t>(unit);
     if (!window.shape.has_lse) {
       params.num_stages = plan.stats_stages;

@@ -104,6 +104,11 @@ struct KeyMemory {
   int32_t last_block = 0;  // entry of the block table that holds the last token; 0 when contiguous
 };
 
+struct HopperDevice {
+  int64_t max_shared_bytes = 0;
+  int multiprocessors = 0;
+};
+
 struct HopperPlan {
   std::string unsuited;  // why these rows take the portable kernels; empty when they need not
   HopperKeys keys;
@@ -115,23 +120,24 @@ struct HopperPlan {
   int32_t stats_tokens = 0;  // of a stage: 64 or 128
   int32_t stats_rows = 0;    // query rows in shared memory, at most kStatsRows
   int32_t stats_stages = 0;
+  // As in WindowPlan, but enough of them to keep every multiprocessor busy for a while: what the
+  // second-level cache does not hold is read twice, which costs less than the start of a launch.
+  int64_t units_at_once = 1;
 };
 
 // Decides for all layers of a launch alike. portable: the plan for the same params. units, outputs:
-// the lists of params, on the host. keys: of each layer.
+// the lists of params, on the host. keys: of each layer. device: of the card.
 HopperPlan PlanHopper(const WindowParams& params, const WindowPlan& portable,
                       absl::Span<const WindowUnit> units, absl::Span<const WindowOutput> outputs,
-                      absl::Span<const KeyMemory> keys, int64_t max_shared_bytes);
+                      absl::Span<const KeyMemory> keys, const HopperDevice& device);
 
 // The map of one layer's keys; plan.unsuited is empty.
 TensorMapSpec KeyMap(const WindowParams& params, const HopperPlan& plan, int layer,
                      const KeyMemory& memory);
 
 // Queues the whole call as LaunchWindowScores does, params.window, .parts and .key_maps being set.
-// portable: the plan for the same params, whose units_at_once it takes.
 cudaError_t LaunchHopperWindowScores(HopperParams params, const HopperPlan& plan,
-                                     const WindowPlan& portable, int multiprocessors,
-                                     cudaStream_t stream);
+                                     int multiprocessors, cudaStream_t stream);
 
 }  // namespace keepset::kernels::cuda
 

@@ -2,6 +2,7 @@
 // its layers.
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -220,7 +221,7 @@ absl::StatusOr<StagedLayer> StageLayer(StreamState& state, const WindowArgs& arg
 
 // Hopper's kernels for the layers of params; plan.unsuited is empty.
 absl::Status QueueHopper(StreamState& state, const WindowParams& params, const HopperPlan& plan,
-                         const WindowPlan& portable, absl::Span<const KeyMemory> keys) {
+                         absl::Span<const KeyMemory> keys) {
   HopperParams hopper;
   hopper.window = params;
   KEEPSET_ASSIGN_OR_RETURN(hopper.parts, UploadArray<HopperPart>(state, plan.parts));
@@ -231,8 +232,7 @@ absl::Status QueueHopper(StreamState& state, const WindowParams& params, const H
   }
   state.NoteWindowKernels(WindowKernels::kHopper);
   return state.health().Check(
-      LaunchHopperWindowScores(hopper, plan, portable, state.traits().multiprocessors,
-                               state.stream()),
+      LaunchHopperWindowScores(hopper, plan, state.traits().multiprocessors, state.stream()),
       "window scores");
 }
 
@@ -248,19 +248,22 @@ absl::Status QueueLayers(StreamState& state, const WindowArgs& first,
   for (const WindowUnit& unit : list.units) {
     params->max_unit_rows = std::max(params->max_unit_rows, unit.num_rows);
   }
-  const WindowPlan plan =
-      PlanWindow(*params, state.traits().max_shared_bytes, state.traits().l2_bytes);
+  const DeviceTraits& traits = state.traits();
+  WindowPlan plan = PlanWindow(*params, traits.max_shared_bytes, traits.l2_bytes);
+  std::optional<HopperPlan> hopper;
+  if (traits.tensor_maps != nullptr) {
+    hopper = PlanHopper(*params, plan, list.units, list.outputs, keys,
+                        {traits.max_shared_bytes, traits.multiprocessors});
+    if (!hopper->unsuited.empty()) hopper.reset();
+  }
+  if (hopper.has_value()) plan.units_at_once = hopper->units_at_once;
   const int64_t reference_bytes = ReferenceBytes(*params);
   const int64_t partial_bytes = params->shape.has_lse ? 0 : PartialBytes(*params, plan);
   KEEPSET_ASSIGN_OR_RETURN(std::byte* const workspace,
                            state.Workspace(reference_bytes + partial_bytes));
   params->references = reinterpret_cast<float*>(workspace);
   params->partial = reinterpret_cast<RowStat*>(workspace + reference_bytes);
-  if (state.traits().tensor_maps != nullptr) {
-    const HopperPlan hopper =
-        PlanHopper(*params, plan, list.units, list.outputs, keys, state.traits().max_shared_bytes);
-    if (hopper.unsuited.empty()) return QueueHopper(state, *params, hopper, plan, keys);
-  }
+  if (hopper.has_value()) return QueueHopper(state, *params, *hopper, keys);
   state.NoteWindowKernels(WindowKernels::kPortable);
   return state.health().Check(LaunchWindowScores(*params, plan, state.stream()), "window scores");
 }

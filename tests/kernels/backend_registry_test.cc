@@ -39,5 +39,11 @@ TEST(FmaPeak, RatesArePositive) {
   EXPECT_GT(MeasureLogitsGflops(1, 10, 48), 0.0);
 }
 
+TEST(BackendRegistry, WindowKernelsAreOfAGpu) {
+  const absl::Status status = NewBackend("cpu", {.window_kernels = "hopper"}).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(status.message(), "window_kernels=\"hopper\", want none with backend cpu");
+}
+
 }  // namespace
 }  // namespace keepset::kernels

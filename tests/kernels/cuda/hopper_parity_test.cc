@@ -222,6 +222,11 @@ TEST_F(HopperParity, SeveralChunks) {
   ExpectNearOracle({.num_kv_heads = 1, .group = 1, .num_rows = 3, .seq_len = 1100});
 }
 
+TEST_F(HopperParity, StagesAreFilledAgain) {
+  // 13 tiles and 8 stages of Columns in a block of the emulator, 8 and 4 of RowStats.
+  ExpectNearOracle({.num_rows = 3, .seq_len = 1200, .head_dim = 128});
+}
+
 TEST_F(HopperParity, RowsOfTwoProducts) {
   // 4 x 64 slots of Columns in one product, 256 rows of RowStats in four.
   ExpectNearOracle({.num_kv_heads = 1, .group = 4, .num_rows = 64, .seq_len = 130});
@@ -293,7 +298,9 @@ TEST_F(HopperParity, ValueNormsComeAlong) {
 }
 
 TEST_F(HopperParity, LayersTogetherHaveTheBitsOfLayersAlone) {
-  const Shape shape = {.num_rows = 7, .seq_len = 90, .layout = Layout::kPaged};
+  // On the emulator 24 of the 32 units share a launch, with three layers or a part of them.
+  const Shape shape = {
+      .num_kv_heads = 8, .group = 1, .num_rows = 7, .seq_len = 90, .layout = Layout::kPaged};
   std::vector<Tensors> tensors;
   for (uint32_t layer = 0; layer < 4; ++layer) tensors.push_back(Random(shape, 30 + layer));
   std::vector<std::unique_ptr<DeviceDense>> queries;
@@ -304,7 +311,7 @@ TEST_F(HopperParity, LayersTogetherHaveTheBitsOfLayersAlone) {
   for (const Tensors& layer : tensors) {
     queries.push_back(std::make_unique<DeviceDense>(layer.q));
     keys.push_back(std::make_unique<DeviceKv>(layer.k));
-    buffers.push_back(cuda_.Buffer(4, shape.seq_len));
+    buffers.push_back(cuda_.Buffer(8, shape.seq_len));
     outs.push_back(buffers.back().get());
     WindowArgs args;
     args.q = queries.back()->queries();
@@ -318,7 +325,7 @@ TEST_F(HopperParity, LayersTogetherHaveTheBitsOfLayersAlone) {
   ASSERT_TRUE(status.ok()) << status;
   for (size_t layer = 0; layer < layers.size(); ++layer) {
     const std::vector<float> together = cuda_.Values(*outs[layer]);
-    const std::unique_ptr<ScoreBuffer> alone = cuda_.Buffer(4, shape.seq_len);
+    const std::unique_ptr<ScoreBuffer> alone = cuda_.Buffer(8, shape.seq_len);
     ASSERT_TRUE(cuda_.backend->WindowColumns(*cuda_.context, layers[layer], *alone).ok());
     EXPECT_EQ(together, cuda_.Values(*alone)) << "layer " << layer;
   }

@@ -36,6 +36,7 @@ struct Call {
     params.num_layers = 1;
     params.num_units = kHeads;
     params.max_unit_rows = group * num_rows;
+    params.shape.num_chunks = 2;
     for (int u = 0; u < kHeads; ++u) {
       WindowUnit unit;
       unit.kv_head = u;
@@ -64,7 +65,7 @@ struct Call {
   HopperPlan Plan(TileKind tile = TileKind::kMma) const {
     WindowPlan portable;
     portable.tile = tile;
-    return PlanHopper(params, portable, units, outputs, keys, kShared);
+    return PlanHopper(params, portable, units, outputs, keys, {kShared, 132});
   }
 };
 
@@ -93,6 +94,17 @@ TEST(HopperPlan, OutputsThatDoNotFitMakeSeveralParts) {
   EXPECT_EQ(plan.parts[3].num_slots, 64);
   EXPECT_EQ(plan.parts[3].is_first, 0);
   EXPECT_THAT(plan.unit_part, ElementsAre(0, 2, 4, 6, 8, 10, 12, 14, 16));
+}
+
+TEST(HopperPlan, LaunchesKeepTheDeviceBusy) {
+  Call call;
+  // All 8 units of the layer are too few.
+  EXPECT_EQ(call.Plan().units_at_once, 8);
+  // 8 chunks for each of 132 multiprocessors, 256 of each unit.
+  call.params.num_layers = 32;
+  call.keys.resize(32);
+  call.params.shape.num_chunks = 256;
+  EXPECT_EQ(call.Plan().units_at_once, 5);
 }
 
 TEST(HopperPlan, FewRowsTakeNarrowProducts) {
