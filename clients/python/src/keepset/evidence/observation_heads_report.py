@@ -12,6 +12,8 @@ _COLUMNS = {
     "inside": "The question stands in the prompt",
     "agnostic": "Query-agnostic: the question is asked after compression",
 }
+# Fewer prompts have no interval to speak of.
+_FEWEST = 4
 _SMALL_TASKS = {
     "number": "two numbers of a fact", "multi": "two facts asked",
     "code": "a fact of two words instead of numbers",
@@ -70,6 +72,8 @@ def _best_other(rows: dict, budget: str) -> tuple[str, dict]:
 
 def _reading(rows: dict, difference: dict) -> str:
     """Where the interval excludes 0; a divergence is better below it."""
+    if rows["counted"] < _FEWEST:
+        return "too few prompts"
     low, high = difference["low"], difference["high"]
     if rows["value"] != "exact":
         low, high = -high, -low
@@ -94,7 +98,7 @@ def _short(parts: Sequence[tuple[str, dict]]) -> Iterator[str]:
            "worse are cells whose paired 95 % interval excludes 0. Tasks that the full cache seldom "
            "answers and summaries are compared by KL divergence from the full cache, the others by exact "
            "answers. Tables: compiled on all tasks of the column; on its other tasks, so that none is "
-           "both learned from and tested.")
+           f"both learned from and tested. Cells of fewer than {_FEWEST} prompts are left out here.")
     yield ""
     yield ("| model, column | scored by | against | cells | all tasks: better | worse | no difference "
            "shown | other tasks: better | worse | no difference shown |")
@@ -102,7 +106,8 @@ def _short(parts: Sequence[tuple[str, dict]]) -> Iterator[str]:
     for title, part in parts:
         for column in part["columns"]:
             for value, name in (("exact", "exact answers"), ("kl", "KL divergence")):
-                cells = [one for one in _cells(part, column) if one[2]["value"] == value]
+                cells = [one for one in _cells(part, column)
+                         if one[2]["value"] == value and one[2]["counted"] >= _FEWEST]
                 if not cells:
                     continue
                 rivals = ["best other", "snapkv", "tova", "compilerkv uniform", "keydiff, per head",
