@@ -1,6 +1,7 @@
 #include "clients/cpp/wire_codec.h"
 
 #include <cmath>
+#include <cstddef>
 #include <string>
 #include <vector>
 
@@ -109,6 +110,25 @@ TEST(DecodeResult, ViewsRaggedInlineRowsHeadByHead) {
   EXPECT_EQ(heads[1].k - heads[0].k, kRowBytes);
 }
 
+TEST(DecodeResult, RowsGatheredInPlaceAreTheFrontOfTheTensors) {
+  OperationSpec spec = SmallSpec();
+  spec.gather = GatherMode::kInPlace;
+  const float cache[2 * 2 * kSeqLen * 4] = {};
+  LayerInput layer;
+  layer.k.data = cache;
+  layer.v.data = cache + 2 * kSeqLen * 4;
+  ReplyContext context = MakeReplyContext(spec);
+  NoteDestination(layer, context);
+  v1::OperationResult reply = Reply({1, 4, 7});
+  const auto result = DecodeResult(reply, context);
+  ASSERT_TRUE(result.ok()) << result.status();
+  const std::vector<GatheredHead>& heads = result->layers[0].gathered;
+  ASSERT_EQ(heads.size(), 2);
+  EXPECT_EQ(heads[1].num_tokens, 3);
+  EXPECT_EQ(heads[1].k, reinterpret_cast<const std::byte*>(cache + kSeqLen * 4));
+  EXPECT_EQ(heads[0].v, static_cast<const std::byte*>(layer.v.data));
+}
+
 TEST(DecodeResult, RefusesInlineRowsOfAnotherSize) {
   v1::OperationResult reply = Reply({0, 1});
   reply.mutable_layers(0)->set_k("short");
@@ -157,6 +177,20 @@ TEST(EncodeSpec, SendsAShadowTableOnlyWhenAsked) {
   EncodeSpec(spec, &shadowed);
   EXPECT_EQ(shadowed.shadow_table().alias(), "canary");
   EXPECT_FALSE(shadowed.has_table());
+}
+
+TEST(EncodeSpec, StatesHowLayersAttend) {
+  OperationSpec spec = SmallSpec();
+  spec.layer_groups.push_back({{0, 2}});
+  spec.layer_groups.push_back({{1}, LayerGroup::Attention::kSlidingWindow, 512, true});
+  v1::OperationSpec out;
+  EncodeSpec(spec, &out);
+  ASSERT_EQ(out.layer_groups_size(), 2);
+  EXPECT_EQ(out.layer_groups(0).attention(), v1::ATTENTION_KIND_FULL);
+  EXPECT_THAT(out.layer_groups(0).layers(), ElementsAre(0, 2));
+  EXPECT_EQ(out.layer_groups(1).attention(), v1::ATTENTION_KIND_SLIDING_WINDOW);
+  EXPECT_EQ(out.layer_groups(1).window(), 512);
+  EXPECT_TRUE(out.layer_groups(1).left_out());
 }
 
 TEST(EncodeLayer, RefusesKOutsideRegionsWhenOnlyRegionsAreAllowed) {
