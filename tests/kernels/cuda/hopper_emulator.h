@@ -18,7 +18,6 @@
 #include <map>
 #include <random>
 #include <set>
-#include <string>
 #include <vector>
 
 #include "kernels/views.h"
@@ -78,7 +77,6 @@ class HopperUnits {
   void LoadBox(std::byte* to, const CUtensorMap& map, const std::vector<int>& at,
                uint64_t* barrier);
   void FenceAsyncProxy(int thread);
-  // True when the thread waits for the others.
   enum class Named { kSync, kArrive };
   void MeetNamed(int thread, int id, int threads, Named kind);
   void SetRegisters(int thread, int registers);

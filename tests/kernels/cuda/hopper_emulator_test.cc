@@ -247,7 +247,6 @@ TEST(HopperStrictness, StageOverwrittenBeforeItsProductIsWaitedFor) {
 }
 
 TEST(HopperStrictness, CopiedRowsWithoutAFence) {
-  const std::vector<std::byte> row(64);
   EXPECT_DEATH(RunGroup([&](const Thread& simt, std::byte* shared) {
                  SetUpBarrier(simt, shared);
                  simt.CopyAsync16(shared + simt.thread() * 16, shared, false);
