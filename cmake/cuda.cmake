@@ -45,6 +45,13 @@ if(KEEPSET_HAS_CUDA)
   set(KEEPSET_CUDA_PORTABLE_OPTIONS
     $<$<COMPILE_LANGUAGE:CUDA>:--generate-code=arch=compute_80,code=[${KEEPSET_CUDA_CODES}]>
     ${KEEPSET_CUDA_COMMON_OPTIONS})
+  # No kernel spills registers with the assembler that they were written for; another one only warns.
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13.0 AND CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 13.1)
+    list(APPEND KEEPSET_CUDA_PORTABLE_OPTIONS
+      $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=--warn-on-spills,--warning-as-error>)
+  else()
+    list(APPEND KEEPSET_CUDA_PORTABLE_OPTIONS $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=--warn-on-spills>)
+  endif()
   set(KEEPSET_CUDA_HOPPER_OPTIONS
     $<$<COMPILE_LANGUAGE:CUDA>:--generate-code=arch=compute_90a,code=sm_90a>
     ${KEEPSET_CUDA_COMMON_OPTIONS})

@@ -60,6 +60,8 @@ struct MmaTile {
       KEEPSET_UNROLL
       for (int c = 0; c < kColumns; ++c) logits[r][c] = 0.0f;
     }
+    // Unrolled, a thread needs more registers than two blocks of 256 threads leave it.
+    KEEPSET_NO_UNROLL
     for (int step_bytes = 0; step_bytes < padded_dim * 2; step_bytes += 32) {
       uint32_t a[2][4];
       simt.LoadMatrix4(a[0], a_lane + step_bytes);

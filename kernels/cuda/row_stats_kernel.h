@@ -69,9 +69,10 @@ KEEPSET_KERNEL_BODY inline void StoreRowStats(const Simt& simt, const WindowPara
                              simt.ShuffleXor(stats[r].sum, mask)};
       stats[r] = MergeStats(simt, stats[r], other);
     }
-    const int row = first_row + Tile::Row(simt.thread(), r);
-    if ((simt.lane() & (Tile::kLanesPerRow - 1)) == 0 && row < at.unit.num_rows) {
-      const int64_t place = static_cast<int64_t>(at.index) * p.max_unit_rows + row;
+    const int row = Tile::Row(simt.thread(), r);
+    if ((simt.lane() & (Tile::kLanesPerRow - 1)) == 0 && row < at.unit.num_rows - first_row) {
+      const int64_t place =
+          static_cast<int64_t>(simt.block_z()) * p.max_unit_rows + first_row + row;
       p.partial[place * p.shape.num_chunks + simt.block_x()] = stats[r];
     }
   }
@@ -100,6 +101,8 @@ KEEPSET_KERNEL_BODY void PrepareRows::Run(const Simt& simt, const Params& p) {
   p.references[static_cast<int64_t>(layer_index) * p.num_rows + list_row] = reference;
 }
 
+static_assert(kChunkTokens % (2 * kTileColumns) == 0);
+
 template <DType kType>
 template <typename Simt>
 KEEPSET_KERNEL_BODY void MmaRowStats<kType>::Run(const Simt& simt, const Params& p) {
@@ -120,28 +123,35 @@ KEEPSET_KERNEL_BODY void MmaRowStats<kType>::Run(const Simt& simt, const Params&
   });
   simt.CommitCopies();
 
+  // Registers are scarce here: what can be had from `begin` or the parameters is not kept.
   const int chunk_begin = simt.block_x() * kChunkTokens;
-  const int chunk_end =
-      chunk_begin + kChunkTokens < at.k.num_tokens ? chunk_begin + kChunkTokens : at.k.num_tokens;
   const auto load_keys = [&](int begin, int stage) {
-    copier.Copy(simt, kTileColumns, k_rows + stage * kTileColumns * pitch, pitch, at.k.data,
+    copier.Copy(simt, kTileColumns, k_rows + stage * kTileColumns * pitch, pitch, at.keys,
                 [&](int i) -> const std::byte* {
-                  return begin + i < chunk_end ? at.keys + at.k.TokenOffset(begin + i) : nullptr;
+                  return begin + i < at.k.num_tokens ? at.keys + at.k.TokenOffset(begin + i)
+                                                     : nullptr;
                 });
     simt.CommitCopies();
   };
   load_keys(chunk_begin, 0);
 
+  const int rows_left = at.unit.num_rows - first_row;
+  const int first_list_row = at.unit.first_row + first_row;
   const auto limit = [&](int r) {
-    return UnitRowLimit(p, at.unit, first_row + Tile::Row(simt.thread(), r));
+    const int row = Tile::Row(simt.thread(), r);
+    return row < rows_left ? p.rows[first_list_row + row].limit : -1;
   };
   RowStat stats[Tile::kRows];
   KEEPSET_UNROLL
   for (int r = 0; r < Tile::kRows; ++r) stats[r] = {MinusInfinity(), 0.0f};
-  int stage = 0;
-  for (int begin = chunk_begin; begin < chunk_end; begin += kTileColumns) {
-    if (begin + kTileColumns < chunk_end) {
-      load_keys(begin + kTileColumns, stage ^ 1);
+  bool has_next = true;
+  for (int begin = chunk_begin; has_next; begin += kTileColumns) {
+    // Chunks begin with stage 0.
+    const int stage = begin / kTileColumns % 2;
+    const int next = begin + kTileColumns;
+    has_next = next % kChunkTokens != 0 && next < at.k.num_tokens;
+    if (has_next) {
+      load_keys(next, stage ^ 1);
       simt.template WaitCopies<1>();
     } else {
       simt.template WaitCopies<0>();
@@ -155,7 +165,6 @@ KEEPSET_KERNEL_BODY void MmaRowStats<kType>::Run(const Simt& simt, const Params&
     AddRowStats<Tile>(simt, p.shape.scale2, begin, is_masked, limit, logits, stats);
     // The other stage is filled again in the next round.
     simt.SyncBlock();
-    stage ^= 1;
   }
   StoreRowStats<Tile>(simt, p, at, first_row, stats);
 }
