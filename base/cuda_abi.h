@@ -32,13 +32,16 @@ inline constexpr Result kNotSupported = 801;
 struct Uuid {
   unsigned char bytes[16];
 };
-// As the vendor's tools print it: "GPU-xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx".
+// As the vendor's tools print it: "GPU-xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx". Each MIG instance has
+// its own.
 std::string UuidText(const Uuid& uuid);
 
 struct IpcHandle {
   unsigned char reserved[64];
 };
 inline constexpr unsigned int kIpcLazyEnablePeerAccess = 1;
+
+inline constexpr int kDeviceAttributeMpsEnabled = 133;
 
 inline constexpr int kHandleTypePosixFd = 1;
 inline constexpr int kLocationTypeDevice = 1;
@@ -66,7 +69,7 @@ inline constexpr unsigned int kMemoryTypeDevice = 2;
   KEEPSET_CUDA_ENTRY(init, "cuInit", (unsigned int flags))                                    \
   KEEPSET_CUDA_ENTRY(error_name, "cuGetErrorName", (Result error, const char** name))         \
   KEEPSET_CUDA_ENTRY(device_get, "cuDeviceGet", (Device * device, int ordinal))               \
-  KEEPSET_CUDA_ENTRY(device_get_uuid, "cuDeviceGetUuid", (Uuid * uuid, Device device))        \
+  KEEPSET_CUDA_ENTRY(device_get_uuid, "cuDeviceGetUuid_v2", (Uuid * uuid, Device device))     \
   KEEPSET_CUDA_ENTRY(primary_retain, "cuDevicePrimaryCtxRetain", (Context * context, Device)) \
   KEEPSET_CUDA_ENTRY(primary_release, "cuDevicePrimaryCtxRelease_v2", (Device device))        \
   KEEPSET_CUDA_ENTRY(context_push, "cuCtxPushCurrent_v2", (Context context))                  \
@@ -80,6 +83,8 @@ inline constexpr unsigned int kMemoryTypeDevice = 2;
   KEEPSET_CUDA_SHARED_ENTRIES(KEEPSET_CUDA_ENTRY)                                                  \
   KEEPSET_CUDA_ENTRY(device_get_count, "cuDeviceGetCount", (int* count))                           \
   KEEPSET_CUDA_ENTRY(device_get_name, "cuDeviceGetName", (char* name, int length, Device device))  \
+  KEEPSET_CUDA_ENTRY(device_attribute, "cuDeviceGetAttribute",                                     \
+                     (int* value, int attribute, Device device))                                   \
   KEEPSET_CUDA_ENTRY(ipc_open, "cuIpcOpenMemHandle_v2",                                            \
                      (DevicePointer * pointer, IpcHandle handle, unsigned int flags))              \
   KEEPSET_CUDA_ENTRY(ipc_close, "cuIpcCloseMemHandle", (DevicePointer pointer))                    \

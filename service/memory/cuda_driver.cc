@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/cleanup/cleanup.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "base/cuda_abi.h"
 #include "base/status_macros.h"
@@ -44,7 +45,7 @@ class Libcuda final : public CudaDriver {
       cuda_abi::Context context = nullptr;
       KEEPSET_RETURN_IF_ERROR(
           Check(api_.primary_retain(&context, device), "cuDevicePrimaryCtxRetain"));
-      devices_.push_back({device, cuda_abi::UuidText(uuid), name});
+      devices_.push_back({device, cuda_abi::UuidText(uuid), name, SharingNote(device, name)});
       contexts_.push_back(context);
     }
     return absl::OkStatus();
@@ -135,6 +136,25 @@ class Libcuda final : public CudaDriver {
   }
 
  private:
+  std::string SharingNote(cuda_abi::Device device, absl::string_view name) const {
+    // The driver names instances "NVIDIA H100 80GB HBM3 MIG 1g.10gb".
+    if (absl::StrContains(name, " MIG ")) {
+      return absl::StrCat("device \"", name,
+                          "\" is a MIG instance, whose memory cannot be shared "
+                          "with other GPU instances: worker and keepsetd need the same one");
+    }
+    // Older drivers do not know the attribute.
+    int has_mps = 0;
+    if (api_.device_attribute(&has_mps, cuda_abi::kDeviceAttributeMpsEnabled, device) ==
+            cuda_abi::kSuccess &&
+        has_mps != 0) {
+      return absl::StrCat("device \"", name,
+                          "\" is used through MPS: worker and keepsetd need the "
+                          "same MPS server and user id");
+    }
+    return "";
+  }
+
   // Runs `work` with the device's primary context current on this thread.
   template <typename Value, typename Work>
   absl::StatusOr<Value> In(int device, Work work) {
@@ -145,7 +165,12 @@ class Libcuda final : public CudaDriver {
         cuda_abi::Context ignored = nullptr;
         static_cast<void>(api_.context_pop(&ignored));
       };
-      return work();
+      absl::StatusOr<Value> result = work();
+      const bool concerns_sharing =
+          absl::IsInvalidArgument(result.status()) || absl::IsFailedPrecondition(result.status());
+      if (!concerns_sharing || devices_[i].sharing_note.empty()) return result;
+      return absl::Status(result.status().code(),
+                          absl::StrCat(result.status().message(), "; ", devices_[i].sharing_note));
     }
     return absl::InternalError(absl::StrCat("device ordinal ", device, " is not the driver's"));
   }

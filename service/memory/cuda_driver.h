@@ -25,6 +25,7 @@ struct CudaDevice {
   int ordinal = 0;   // as this process sees it
   std::string uuid;  // "GPU-xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx"
   std::string name;
+  std::string sharing_note;  // what is special about sharing its memory (MIG, MPS); mostly empty
 };
 
 // A mapped range of device memory.

@@ -66,9 +66,12 @@ absl::StatusOr<int> FindDevice(const CudaDriver& driver, const RegionDescriptor&
   for (const CudaDevice& device : driver.devices()) {
     if (device.uuid == descriptor.device_uuid) return device.ordinal;
   }
-  return absl::NotFoundError(
-      absl::StrCat("device_uuid \"", descriptor.device_uuid,
-                   "\" is no device of this server, want one of: ", known()));
+  std::string message = absl::StrCat("device_uuid \"", descriptor.device_uuid,
+                                     "\" is no device of this server, want one of: ", known());
+  for (const CudaDevice& device : driver.devices()) {
+    if (!device.sharing_note.empty()) absl::StrAppend(&message, "; ", device.sharing_note);
+  }
+  return absl::NotFoundError(message);
 }
 
 std::unique_ptr<MappedRegion> NewDeviceRegion(absl::string_view kind, const DeviceRange& range,

@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -113,10 +114,17 @@ Result cuDeviceGet(Device* device, int ordinal) {
   return ordinal == 0 ? kSuccess : kInvalidValue;
 }
 Result cuDeviceGetName(char* name, int length, Device) {
-  std::snprintf(name, static_cast<size_t>(length), "fake device");
+  const char* const wanted = std::getenv("KEEPSET_FAKE_DEVICE_NAME");
+  std::snprintf(name, static_cast<size_t>(length), "%s",
+                wanted == nullptr ? "fake device" : wanted);
   return kSuccess;
 }
-Result cuDeviceGetUuid(Uuid* uuid, Device) {
+Result cuDeviceGetAttribute(int* value, int attribute, Device) {
+  if (attribute != kDeviceAttributeMpsEnabled) return kInvalidValue;
+  *value = std::getenv("KEEPSET_FAKE_MPS") != nullptr ? 1 : 0;
+  return kSuccess;
+}
+Result cuDeviceGetUuid_v2(Uuid* uuid, Device) {
   for (int i = 0; i < 16; ++i) uuid->bytes[i] = static_cast<unsigned char>(i * 17);
   return kSuccess;
 }

@@ -4,7 +4,9 @@
 #include <gtest/gtest.h>
 #include <unistd.h>
 
+#include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <limits>
 #include <memory>
 #include <string>
@@ -217,6 +219,48 @@ TEST(CudaDriverTest, DevicesHaveTheirUuidAsToolsPrintIt) {
   EXPECT_EQ((*driver)->devices()[0].uuid, fakes::kFakeDeviceUuid);
 }
 
+// A driver that calls its device so, or has it shared by MPS.
+class SharedDevice : public ::testing::Test {
+ protected:
+  ~SharedDevice() override {
+    ::unsetenv("KEEPSET_FAKE_DEVICE_NAME");
+    ::unsetenv("KEEPSET_FAKE_MPS");
+  }
+  // What a handle of freed memory is refused with, and a device that is not there.
+  static std::vector<absl::Status> Refusals() {
+    const auto transport = NewCudaIpcTransport(LoadOnce(KEEPSET_FAKE_LIBCUDA));
+    DeviceExporter exporter(KEEPSET_FAKE_LIBCUDA, DeviceMemory::kPlain, kBytes);
+    RegionDescriptor elsewhere = IpcRegion(exporter, 0, 64);
+    elsewhere.device_uuid = "GPU-ffffffff-0000-0000-0000-000000000000";
+    exporter.FreeMemory();
+    return {transport->Open(IpcRegion(exporter, 0, 64)).status(),
+            transport->Open(std::move(elsewhere)).status()};
+  }
+};
+
+TEST_F(SharedDevice, RefusalOnAMigInstanceSaysThatItIsOne) {
+  ::setenv("KEEPSET_FAKE_DEVICE_NAME", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", 1);
+  for (const absl::Status& status : Refusals()) {
+    EXPECT_FALSE(status.ok());
+    EXPECT_THAT(status.message(), HasSubstr("MIG 1g.10gb\" is a MIG instance"));
+    EXPECT_THAT(status.message(), HasSubstr("other GPU instances"));
+  }
+}
+
+TEST_F(SharedDevice, RefusalUnderMpsSaysThatItIsUsed) {
+  ::setenv("KEEPSET_FAKE_MPS", "1", 1);
+  for (const absl::Status& status : Refusals()) {
+    EXPECT_THAT(status.message(), HasSubstr("used through MPS"));
+  }
+}
+
+TEST_F(SharedDevice, RefusalOfAWholeDeviceSaysNeither) {
+  for (const absl::Status& status : Refusals()) {
+    EXPECT_THAT(status.message(), ::testing::Not(HasSubstr("MIG")));
+    EXPECT_THAT(status.message(), ::testing::Not(HasSubstr("MPS")));
+  }
+}
+
 class CudaVmmTransportTest : public ::testing::Test {
  protected:
   RegionDescriptor Region(uint64_t allocation_bytes = kBytes) const {
@@ -279,6 +323,66 @@ TEST(DeviceRegions, EndOfTheSessionGivesTheMappingBackAfterTheLastLease) {
     EXPECT_EQ(DriverMappings(), 1);
   }
   EXPECT_EQ(DriverMappings(), 0);
+}
+
+// Every way to get a region of device memory wrong, one after the other in one session, which works
+// as before afterwards.
+TEST(DeviceRegions, RefusedOnesLeaveTheSessionAsItWas) {
+  constexpr uint64_t kHuge = std::numeric_limits<uint64_t>::max();
+  const DeviceExporter exporter(KEEPSET_FAKE_LIBCUDA, DeviceMemory::kPlain, kBytes);
+  DeviceExporter freed(KEEPSET_FAKE_LIBCUDA, DeviceMemory::kPlain, kBytes);
+  std::vector<std::unique_ptr<MemoryTransport>> transports;
+  transports.push_back(NewCudaIpcTransport(LoadOnce(KEEPSET_FAKE_LIBCUDA)));
+  const auto sessions = SessionManager::New({}, std::move(transports), SystemClock(), nullptr);
+  OpenSessionArgs opening;
+  opening.client_uuid = std::string(16, 'u');
+  const auto session = sessions->OpenSession(opening);
+  ASSERT_TRUE(session.ok()) << session.status();
+  const auto register_region = [&](const std::string& name, RegionDescriptor descriptor) {
+    return sessions->RegisterRegion(session->session_id, name, 0, std::move(descriptor));
+  };
+  RegionDescriptor later = IpcRegion(exporter, 0, 64);
+  later.generation = 7;
+  const auto first = register_region("first", std::move(later));
+  ASSERT_TRUE(first.ok()) << first.status();
+
+  using Spoil = void (*)(RegionDescriptor&);
+  const std::pair<Spoil, absl::StatusCode> cases[] = {
+      {[](RegionDescriptor& d) { d.device_uuid = "GPU-00000000-0000-0000-0000-000000000000"; },
+       absl::StatusCode::kNotFound},
+      {[](RegionDescriptor& d) {
+         const int64_t own = ::getpid();
+         std::memcpy(d.ipc_handle.data(), &own, sizeof(own));
+       },
+       absl::StatusCode::kFailedPrecondition},
+      {[](RegionDescriptor& d) { d.allocation_bytes = kBytes / 2; },
+       absl::StatusCode::kInvalidArgument},
+      {[](RegionDescriptor& d) { d.offset = kBytes; }, absl::StatusCode::kInvalidArgument},
+      {[](RegionDescriptor& d) { d.offset = kHuge - 15; }, absl::StatusCode::kInvalidArgument},
+      {[](RegionDescriptor& d) { d.offset = 4; }, absl::StatusCode::kInvalidArgument},
+      {[](RegionDescriptor& d) { d.kind = "cuda_fabric"; }, absl::StatusCode::kNotFound},
+      {[](RegionDescriptor& d) { d.ipc_handle.clear(); }, absl::StatusCode::kInvalidArgument},
+      {[](RegionDescriptor& d) { d.generation = 3; }, absl::StatusCode::kFailedPrecondition},
+  };
+  for (size_t i = 0; i < std::size(cases); ++i) {
+    RegionDescriptor descriptor = IpcRegion(exporter, 0, 64);
+    descriptor.generation = 7;
+    cases[i].first(descriptor);
+    EXPECT_EQ(register_region("bad", std::move(descriptor)).status().code(), cases[i].second)
+        << "case " << i;
+  }
+  RegionDescriptor of_freed = IpcRegion(freed, 0, 64);
+  freed.FreeMemory();
+  EXPECT_EQ(register_region("bad", std::move(of_freed)).status().code(),
+            absl::StatusCode::kInvalidArgument);
+
+  RegionDescriptor good = IpcRegion(exporter, 4096, 64);
+  good.generation = 7;
+  const auto second = register_region("second", std::move(good));
+  ASSERT_TRUE(second.ok()) << second.status();
+  const auto lease = sessions->Lease(session->session_id, second->region_id);
+  ASSERT_TRUE(lease.ok()) << lease.status();
+  EXPECT_EQ(DriverMappings(), 1);
 }
 
 }  // namespace

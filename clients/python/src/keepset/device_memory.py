@@ -91,7 +91,7 @@ class DeviceRegion:
         ordinal = self._attribute(driver, _DEVICE_ORDINAL, ctypes.c_int) or 0
         with _current_device(driver, ordinal) as device:
             uuid = (ctypes.c_ubyte * 16)()
-            _check(driver.cuDeviceGetUuid(ctypes.byref(uuid), device), "cuDeviceGetUuid")
+            _check(driver.cuDeviceGetUuid_v2(ctypes.byref(uuid), device), "cuDeviceGetUuid")
             digits = bytes(uuid).hex()
             self.device_uuid = "GPU-" + "-".join(
                 (digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:])
