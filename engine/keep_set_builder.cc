@@ -1,6 +1,7 @@
 #include "engine/keep_set_builder.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <limits>
 #include <utility>
 
@@ -37,51 +38,86 @@ absl::Status KeepSetBuilder::Begin() {
   return absl::OkStatus();
 }
 
-absl::Status KeepSetBuilder::Score(int64_t layer, const LayerObservation& observation) {
+absl::Status KeepSetBuilder::Score(absl::Span<const ObservedLayer> layers) {
   const absl::Duration start = clock_.Monotonic();
-  if (is_shared()) {
-    KEEPSET_RETURN_IF_ERROR(ScoreShared(layer, observation));
-    times_.score += clock_.Monotonic() - start;
-    return absl::OkStatus();
-  }
-  // Scores that are cut or merged at once pass through one buffer.
-  const bool keep_scores =
-      policy().locality() == Locality::kGlobal || (!cutter_->CutsLayersApart() && !is_sequence());
-  std::unique_ptr<kernels::ScoreBuffer> fresh = keep_scores ? nullptr : std::move(spare_scores_);
-  if (fresh == nullptr) {
-    KEEPSET_ASSIGN_OR_RETURN(fresh, backend_.NewBuffer(policy().score_rows(context_), seq_len()));
-  }
-  KEEPSET_RETURN_IF_ERROR(policy().Score(context_, layer, observation, *fresh));
-  // The views end with this call, and a refused layer must not leave traces below.
-  KEEPSET_RETURN_IF_ERROR(backend_.Wait(*plan_.op_context));
-  if (keep_scores) {
-    layer_scores_[layer] = std::move(fresh);
-  } else {
-    KEEPSET_RETURN_IF_ERROR(CutOrMerge(layer, *fresh));
-    spare_scores_ = std::move(fresh);
-  }
+  KEEPSET_RETURN_IF_ERROR(is_shared() ? ScoreShared(layers) : ScoreApart(layers));
   times_.score += clock_.Monotonic() - start;
   return absl::OkStatus();
 }
 
-absl::Status KeepSetBuilder::ScoreShared(int64_t layer, const LayerObservation& observation) {
-  std::unique_ptr<kernels::ScoreBuffer>& scores = layer_scores_[policy().LayerGroup(layer)];
-  if (scores == nullptr) {
-    KEEPSET_ASSIGN_OR_RETURN(scores, backend_.NewBuffer(1, seq_len()));
-  }
-  return policy().Score(context_, layer, observation, *scores);
+absl::Status KeepSetBuilder::ScoreAndWait(absl::Span<const ObservedLayer> layers,
+                                          absl::Span<kernels::ScoreBuffer* const> scores) {
+  KEEPSET_RETURN_IF_ERROR(policy().Score(context_, layers, scores));
+  // The views end with the call, and refused layers must not leave traces.
+  KEEPSET_RETURN_IF_ERROR(backend_.Wait(*plan_.op_context));
+  return policy().Commit(context_, layers, scores);
 }
 
-// One layer whose scores are final: into the scores of the sequence, or to its keep set.
-absl::Status KeepSetBuilder::CutOrMerge(int64_t layer, kernels::ScoreBuffer& scores) {
+absl::Status KeepSetBuilder::ScoreShared(absl::Span<const ObservedLayer> layers) {
+  std::vector<kernels::ScoreBuffer*> outs;
+  for (const ObservedLayer& layer : layers) {
+    std::unique_ptr<kernels::ScoreBuffer>& scores = layer_scores_[policy().LayerGroup(layer.layer)];
+    if (scores == nullptr) {
+      KEEPSET_ASSIGN_OR_RETURN(scores, backend_.NewBuffer(1, seq_len()));
+    }
+    outs.push_back(scores.get());
+  }
+  return ScoreAndWait(layers, outs);
+}
+
+absl::Status KeepSetBuilder::ScoreApart(absl::Span<const ObservedLayer> layers) {
+  // Scores that are cut or merged at once pass through the same buffers.
+  const bool keep_scores =
+      policy().locality() == Locality::kGlobal || (!cutter_->CutsLayersApart() && !is_sequence());
+  Buffers fresh = keep_scores ? Buffers() : std::move(spare_scores_);
+  while (fresh.size() < layers.size()) {
+    KEEPSET_ASSIGN_OR_RETURN(std::unique_ptr<kernels::ScoreBuffer> buffer,
+                             backend_.NewBuffer(policy().score_rows(context_), seq_len()));
+    fresh.push_back(std::move(buffer));
+  }
+  std::vector<kernels::ScoreBuffer*> outs;
+  for (size_t i = 0; i < layers.size(); ++i) outs.push_back(fresh[i].get());
+  KEEPSET_RETURN_IF_ERROR(ScoreAndWait(layers, outs));
+  if (keep_scores) {
+    for (size_t i = 0; i < layers.size(); ++i) layer_scores_[layers[i].layer] = std::move(fresh[i]);
+    return absl::OkStatus();
+  }
+  if (is_sequence()) {
+    for (kernels::ScoreBuffer* const scores : outs) {
+      KEEPSET_RETURN_IF_ERROR(MergeIntoSequence(*scores));
+    }
+  } else {
+    KEEPSET_RETURN_IF_ERROR(CutNow(layers, fresh));
+  }
+  spare_scores_ = std::move(fresh);
+  return absl::OkStatus();
+}
+
+// One layer whose scores are final.
+absl::Status KeepSetBuilder::MergeIntoSequence(kernels::ScoreBuffer& scores) {
+  if (merged_scores_.empty()) merged_scores_.resize(1);
   KEEPSET_ASSIGN_OR_RETURN(kernels::ScoreBuffer* const merged,
-                           cutter_->MergeHeads(scores, merged_scores_));
-  if (is_sequence()) return cutter_->MergeLayer(*merged, sequence_scores_);
+                           cutter_->MergeHeads(scores, merged_scores_.front()));
+  return cutter_->MergeLayer(*merged, sequence_scores_);
+}
+
+// Layers whose scores are final, to their keep sets. `scores` begins with theirs.
+absl::Status KeepSetBuilder::CutNow(absl::Span<const ObservedLayer> layers, const Buffers& scores) {
   const absl::Duration start = clock_.Monotonic();
-  KEEPSET_ASSIGN_OR_RETURN(LayerResult result,
-                           cutter_->CutLayer(*merged, policy().Verdict(layer).tau));
-  Annotate(layer, result);
-  layer_results_[layer] = std::move(result);
+  if (merged_scores_.size() < layers.size()) merged_scores_.resize(layers.size());
+  std::vector<kernels::ScoreBuffer*> merged;
+  std::vector<float> taus;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    KEEPSET_ASSIGN_OR_RETURN(kernels::ScoreBuffer* const one,
+                             cutter_->MergeHeads(*scores[i], merged_scores_[i]));
+    merged.push_back(one);
+    taus.push_back(policy().Verdict(layers[i].layer).tau);
+  }
+  KEEPSET_ASSIGN_OR_RETURN(std::vector<LayerResult> results, cutter_->CutLayers(merged, taus));
+  for (size_t i = 0; i < layers.size(); ++i) {
+    Annotate(layers[i].layer, results[i]);
+    layer_results_[layers[i].layer] = std::move(results[i]);
+  }
   const absl::Duration elapsed = clock_.Monotonic() - start;
   times_.select += elapsed;
   times_.score -= elapsed;
@@ -100,7 +136,7 @@ absl::Status KeepSetBuilder::Finish() {
     if (!is_sequence()) return CutTogether();
     const absl::Duration before_merge = clock_.Monotonic();
     for (int64_t layer = 0; layer < num_layers(); ++layer) {
-      KEEPSET_RETURN_IF_ERROR(CutOrMerge(layer, *layer_scores_[layer]));
+      KEEPSET_RETURN_IF_ERROR(MergeIntoSequence(*layer_scores_[layer]));
       layer_scores_[layer].reset();
     }
     times_.select += clock_.Monotonic() - before_merge;
@@ -192,8 +228,8 @@ std::vector<LayerResult> KeepSetBuilder::TakeLayerResults() {
 void KeepSetBuilder::Clear() {
   layer_results_.clear();
   layer_scores_.clear();
-  spare_scores_.reset();
-  merged_scores_.reset();
+  spare_scores_.clear();
+  merged_scores_.clear();
   sequence_scores_.reset();
 }
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/types/span.h"
 #include "base/clock.h"
 #include "engine/cut.h"
 #include "engine/operation_plan.h"
@@ -28,8 +29,8 @@ class KeepSetBuilder {
   // Begins the policy. Once, before everything else.
   absl::Status Begin();
 
-  // Layers come in ascending order. A refused layer leaves the builder as it was.
-  absl::Status Score(int64_t layer, const LayerObservation& observation);
+  // Layers come in ascending order, some in each call. A refused call leaves the builder as it was.
+  absl::Status Score(absl::Span<const ObservedLayer> layers);
 
   // Completes what needs every layer. Works in place: after an error it cannot be repeated.
   absl::Status Finish();
@@ -55,8 +56,14 @@ class KeepSetBuilder {
   bool is_sequence() const { return plan_.scope == Scope::kSequence; }
   bool is_shared() const { return policy().locality() == Locality::kShared; }
 
-  absl::Status ScoreShared(int64_t layer, const LayerObservation& observation);
-  absl::Status CutOrMerge(int64_t layer, kernels::ScoreBuffer& scores);
+  using Buffers = std::vector<std::unique_ptr<kernels::ScoreBuffer>>;
+
+  absl::Status ScoreAndWait(absl::Span<const ObservedLayer> layers,
+                            absl::Span<kernels::ScoreBuffer* const> scores);
+  absl::Status ScoreShared(absl::Span<const ObservedLayer> layers);
+  absl::Status ScoreApart(absl::Span<const ObservedLayer> layers);
+  absl::Status MergeIntoSequence(kernels::ScoreBuffer& scores);
+  absl::Status CutNow(absl::Span<const ObservedLayer> layers, const Buffers& scores);
   absl::Status CutShared();
   absl::Status CutSequence();
   absl::Status CutTogether();
@@ -69,9 +76,9 @@ class KeepSetBuilder {
   std::optional<Cutter> cutter_;
   std::vector<std::optional<LayerResult>> layer_results_;  // [L]
   // [L], null when not kept; one per group of layers when the policy shares scores.
-  std::vector<std::unique_ptr<kernels::ScoreBuffer>> layer_scores_;
-  std::unique_ptr<kernels::ScoreBuffer> spare_scores_;     // [score_rows, T]
-  std::unique_ptr<kernels::ScoreBuffer> merged_scores_;    // [1, T]
+  Buffers layer_scores_;
+  Buffers spare_scores_;   // [score_rows, T] each
+  Buffers merged_scores_;  // [1, T] each, null before their first use
   std::unique_ptr<kernels::ScoreBuffer> sequence_scores_;  // [1, T]
   StageTimes times_;
 };

@@ -1,6 +1,7 @@
 /* libkeepset: KV-cache retention in process, as a C ABI.
  *
- *   keepset_engine -> keepset_operation_begin -> observe(0..L-1) -> finish -> result, gather
+ *   keepset_engine -> keepset_operation_begin -> observe(0..L-1) or observe_layers -> finish ->
+ * result, gather
  *
  * Conventions
  *  - Functions return a keepset_status; 0 is success. keepset_last_error() gives this thread's
@@ -244,6 +245,12 @@ keepset_status keepset_operation_begin(keepset_engine* engine, const keepset_ope
                                        keepset_operation** out);
 keepset_status keepset_operation_observe(keepset_operation* operation, int64_t layer,
                                          const keepset_layer_observation* observation);
+/* Observe of layers[i] with observations[i], for every i in order: the same keep sets and errors.
+ * On a GPU layers share launches and waits, so hand over all that are at hand. When a layer is
+ * refused those before it are observed. */
+keepset_status keepset_operation_observe_layers(
+    keepset_operation* operation, const int64_t* layers,
+    const keepset_layer_observation* const* observations, size_t num_layers);
 /* The result belongs to the operation. */
 keepset_status keepset_operation_finish(keepset_operation* operation, const keepset_result** out);
 /* Moves the kept rows of one layer, bit for bit. */
@@ -257,6 +264,19 @@ keepset_status keepset_operation_gather(keepset_operation* operation, int64_t la
 keepset_status keepset_operation_gather_in_place(keepset_operation* operation, int64_t layer,
                                                  const keepset_kv_view* k,
                                                  const keepset_kv_view* v);
+/* The same of several layers, together on a GPU. No destination overlaps a source or another
+ * destination. */
+typedef struct keepset_layer_gather {
+  size_t struct_size;
+  int64_t layer;
+  const keepset_kv_view* k;
+  const keepset_kv_view* v;
+  const keepset_kv_view* out_k;
+  const keepset_kv_view* out_v;
+} keepset_layer_gather;
+keepset_status keepset_operation_gather_layers(keepset_operation* operation,
+                                               const keepset_layer_gather* const* layers,
+                                               size_t num_layers);
 void keepset_operation_destroy(keepset_operation* operation);
 
 /* One JSON document that a call answers with. */

@@ -14,9 +14,14 @@
 #include "engine/keep_set_builder.h"
 #include "engine/operation_plan.h"
 #include "engine/spec_check.h"
+#include "kernels/op_checks.h"
 
 namespace keepset::engine {
 namespace {
+
+// Columns [H, T] of the layers that are observed together: 128 MiB of scores, all layers of 32
+// query heads and 32k tokens. More layers than that wait for their turn.
+constexpr int64_t kMostColumnsAtOnce = int64_t{1} << 25;
 
 class OperationImpl final : public Operation {
  public:
@@ -36,29 +41,35 @@ class OperationImpl final : public Operation {
   const OperationSpec& spec() const override { return plan_.spec; }
 
   absl::Status Observe(int64_t layer, const LayerObservation& observation) override {
-    if (finished_) {
-      return absl::FailedPreconditionError(
-          absl::StrCat("layer ", layer, ": the operation is finished"));
-    }
-    if (next_layer_ == num_layers()) {
-      return absl::InvalidArgumentError(absl::StrCat("layer ", layer, ": all ", num_layers(),
-                                                     " layers were observed, want Finish"));
-    }
-    if (layer < next_layer_ || layer > NextNeededLayer()) {
-      return absl::InvalidArgumentError(
-          absl::StrCat("layer ", layer, ": out of order, want layer ", NextNeededLayer()));
-    }
-    const bool needed = policy().NeedsLayer(layer);
-    KEEPSET_RETURN_IF_ERROR(CheckObservation(
-        spec(), needed ? policy().layer_requirements(layer) : Requirements(), layer, observation));
-    if (needed && !keeps_all_ && !DeadlinePassed() && DeviceWorks()) {
-      absl::Status status = builder_.Score(layer, observation);
+    KEEPSET_RETURN_IF_ERROR(CheckLayer(next_layer_, layer, observation));
+    if (policy().NeedsLayer(layer) && !keeps_all_ && !DeadlinePassed() && DeviceWorks()) {
+      const ObservedLayer observed = {layer, observation};
+      absl::Status status = builder_.Score(absl::MakeConstSpan(&observed, 1));
       // A layer that a broken device could not score is no fault of the caller.
       if (!status.ok() && DeviceWorks()) return status;
       if (status.ok()) ObserveShadow(layer, observation);
     }
     next_layer_ = layer + 1;
     return absl::OkStatus();
+  }
+
+  absl::Status ObserveLayers(absl::Span<const ObservedLayer> layers) override {
+    const auto most = static_cast<size_t>(layers_at_once());
+    for (size_t begin = 0; begin < layers.size(); begin += most) {
+      const absl::Span<const ObservedLayer> some = layers.subspan(begin, most);
+      if (some.size() > 1 && ObserveTogether(some)) continue;
+      for (const ObservedLayer& one : some) {
+        KEEPSET_RETURN_IF_ERROR(Observe(one.layer, one.observation));
+      }
+    }
+    return absl::OkStatus();
+  }
+
+  int64_t layers_at_once() const override {
+    // A shadow scores from what was worked out of one layer.
+    if (shadow_ != nullptr || keeps_all_) return 1;
+    const int64_t columns = spec().model.num_qo_heads * seq_len();
+    return std::clamp<int64_t>(kMostColumnsAtOnce / columns, 1, backend_.layers_at_once());
   }
 
   const LayerResult* EarlyResult(int64_t layer) const override {
@@ -69,7 +80,7 @@ class OperationImpl final : public Operation {
 
   absl::StatusOr<const OperationResult*> Finish() override {
     if (finished_) return &result_;
-    if (const int64_t next = NextNeededLayer(); next < num_layers()) {
+    if (const int64_t next = NeededLayerFrom(next_layer_); next < num_layers()) {
       return absl::FailedPreconditionError(absl::StrCat("layer ", next,
                                                         ": not observed, want layers ", next, "..",
                                                         num_layers() - 1, " before Finish"));
@@ -143,10 +154,26 @@ class OperationImpl final : public Operation {
   absl::Status Gather(int64_t layer, const kernels::KvView& k, const kernels::KvView& v,
                       const kernels::MutableKvView& out_k,
                       const kernels::MutableKvView& out_v) override {
-    KEEPSET_RETURN_IF_ERROR(CheckGatherMode(layer));
+    const LayerGather one = {layer, k, v, out_k, out_v};
+    return GatherLayers(absl::MakeConstSpan(&one, 1));
+  }
+
+  absl::Status GatherLayers(absl::Span<const LayerGather> layers) override {
     const absl::Duration start = clock_.Monotonic();
-    KEEPSET_RETURN_IF_ERROR(GatherOne(layer, "k", spec().model.head_dim, k, out_k));
-    KEEPSET_RETURN_IF_ERROR(GatherOne(layer, "v", ValueHeadDim(spec()), v, out_v));
+    std::vector<GatherSource> sources;
+    sources.reserve(2 * layers.size());
+    for (const LayerGather& one : layers) {
+      KEEPSET_RETURN_IF_ERROR(CheckGatherMode(one.layer));
+      KEEPSET_RETURN_IF_ERROR(
+          AddGather(one.layer, "k", spec().model.head_dim, one.k, one.out_k, sources));
+      KEEPSET_RETURN_IF_ERROR(
+          AddGather(one.layer, "v", ValueHeadDim(spec()), one.v, one.out_v, sources));
+    }
+    std::vector<kernels::GatherTask> tasks;
+    for (const GatherSource& source : sources) {
+      tasks.push_back({source.in, source.sets, source.out, source.what});
+    }
+    KEEPSET_RETURN_IF_ERROR(backend_.GatherRowsOfEach(*plan_.op_context, tasks));
     result_.times.gather += clock_.Monotonic() - start;
     return absl::OkStatus();
   }
@@ -161,8 +188,10 @@ class OperationImpl final : public Operation {
     if (result_.outcome == Outcome::kKeptFull) return absl::OkStatus();
     const absl::Duration start = clock_.Monotonic();
     const std::vector<absl::Span<const int32_t>> sets = KeptSets(layer);
-    KEEPSET_RETURN_IF_ERROR(Named(backend_.CompactRows(*plan_.op_context, sets, k), where + "k"));
-    KEEPSET_RETURN_IF_ERROR(Named(backend_.CompactRows(*plan_.op_context, sets, v), where + "v"));
+    KEEPSET_RETURN_IF_ERROR(
+        kernels::NamedBy(where + "k", backend_.CompactRows(*plan_.op_context, sets, k)));
+    KEEPSET_RETURN_IF_ERROR(
+        kernels::NamedBy(where + "v", backend_.CompactRows(*plan_.op_context, sets, v)));
     result_.times.gather += clock_.Monotonic() - start;
     return absl::OkStatus();
   }
@@ -172,9 +201,43 @@ class OperationImpl final : public Operation {
   int64_t num_layers() const { return plan_.spec.model.num_layers; }
   int64_t seq_len() const { return plan_.spec.seq_len; }
 
-  // The first layer from the next on that cannot be left out.
-  int64_t NextNeededLayer() const {
-    int64_t layer = next_layer_;
+  // Whether `layer` may be the next one after `next` layers.
+  absl::Status CheckLayer(int64_t next, int64_t layer, const LayerObservation& observation) const {
+    if (finished_) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("layer ", layer, ": the operation is finished"));
+    }
+    if (next == num_layers()) {
+      return absl::InvalidArgumentError(absl::StrCat("layer ", layer, ": all ", num_layers(),
+                                                     " layers were observed, want Finish"));
+    }
+    if (layer < next || layer > NeededLayerFrom(next)) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("layer ", layer, ": out of order, want layer ", NeededLayerFrom(next)));
+    }
+    const bool needed = policy().NeedsLayer(layer);
+    return CheckObservation(spec(), needed ? policy().layer_requirements(layer) : Requirements(),
+                            layer, observation);
+  }
+
+  // False when anything is wrong with any of them: nothing is observed then, and one by one they
+  // tell which it is.
+  bool ObserveTogether(absl::Span<const ObservedLayer> layers) {
+    std::vector<ObservedLayer> needed;
+    int64_t next = next_layer_;
+    for (const ObservedLayer& one : layers) {
+      if (!CheckLayer(next, one.layer, one.observation).ok()) return false;
+      if (policy().NeedsLayer(one.layer)) needed.push_back(one);
+      next = one.layer + 1;
+    }
+    if (DeadlinePassed() || !DeviceWorks()) return false;
+    if (!needed.empty() && !builder_.Score(needed).ok()) return false;
+    next_layer_ = next;
+    return true;
+  }
+
+  // The first layer from `layer` on that cannot be left out.
+  int64_t NeededLayerFrom(int64_t layer) const {
     while (layer < num_layers() && !policy().NeedsLayer(layer)) ++layer;
     return layer;
   }
@@ -286,21 +349,27 @@ class OperationImpl final : public Operation {
     return sets;
   }
 
-  static absl::Status Named(const absl::Status& status, absl::string_view what) {
-    if (status.ok()) return status;
-    return absl::Status(status.code(), absl::StrCat(what, ": ", status.message()));
-  }
+  // A tensor to gather, with what its task only borrows.
+  struct GatherSource {
+    kernels::KvView in;
+    kernels::MutableKvView out;
+    std::string what;
+    std::vector<absl::Span<const int32_t>> sets;
+  };
 
-  absl::Status GatherOne(int64_t layer, absl::string_view name, int64_t head_dim,
-                         const kernels::KvView& in, const kernels::MutableKvView& out) {
-    const std::string what = absl::StrCat("layer ", layer, ": gather of ", name);
+  absl::Status AddGather(int64_t layer, absl::string_view name, int64_t head_dim,
+                         const kernels::KvView& in, const kernels::MutableKvView& out,
+                         std::vector<GatherSource>& sources) const {
+    GatherSource source = {in, out, absl::StrCat("layer ", layer, ": gather of ", name), {}};
     if (!in.present() || !out.present()) {
       return absl::InvalidArgumentError(
-          absl::StrCat(what, ": missing ", in.present() ? "destination" : "source"));
+          absl::StrCat(source.what, ": missing ", in.present() ? "destination" : "source"));
     }
-    KEEPSET_RETURN_IF_ERROR(CheckKv(spec(), in, head_dim, what));
-    KEEPSET_RETURN_IF_ERROR(kernels::ValidateView(out, absl::StrCat(what, ": destination")));
-    return Named(backend_.GatherRows(*plan_.op_context, in, KeptSets(layer), out), what);
+    KEEPSET_RETURN_IF_ERROR(CheckKv(spec(), in, head_dim, source.what));
+    KEEPSET_RETURN_IF_ERROR(kernels::ValidateView(out, absl::StrCat(source.what, ": destination")));
+    source.sets = KeptSets(layer);
+    sources.push_back(std::move(source));
+    return absl::OkStatus();
   }
 
   const OperationPlan plan_;

@@ -2,6 +2,8 @@
 //
 //   Begin(spec) -> Observe(0) ... Observe(L-1) -> Finish -> Gather(layer) ...
 //
+// or ObserveLayers, where the caller has more than one layer at hand.
+//
 // An operation is used by one thread at a time; many operations run side by side on one backend.
 // It holds scores (at most L x Hkv x T floats), never K or V: views are read during the call only.
 #ifndef KEEPSET_ENGINE_OPERATION_H_
@@ -12,6 +14,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "base/clock.h"
 #include "engine/operation_types.h"
 #include "engine/policies/policy_registry.h"
@@ -40,6 +43,14 @@ class Operation {
   // may repeat it.
   virtual absl::Status Observe(int64_t layer, const LayerObservation& observation) = 0;
 
+  // Observe of each in order, several together where the backend gains by it: same keep sets, same
+  // errors. When a layer is refused those before it are observed, and it may be repeated.
+  virtual absl::Status ObserveLayers(absl::Span<const ObservedLayer> layers) = 0;
+
+  // How many layers ObserveLayers takes together. A caller that has all of them, and others waiting
+  // for its thread, hands over as many at a time: their work is bounded.
+  virtual int64_t layers_at_once() const = 0;
+
   // The keep set of an observed layer when it is final before Finish (layer-local policies), else
   // nullptr. Valid until Finish. An operation that ends kept_full after all (deadline,
   // FinishKeptFull) supersedes what it handed out: only the operation's result is to be applied.
@@ -65,6 +76,10 @@ class Operation {
   // layer may be half moved: the worker's cache is lost.
   virtual absl::Status GatherInPlace(int64_t layer, const kernels::MutableKvView& k,
                                      const kernels::MutableKvView& v) = 0;
+
+  // Gather of several layers: the same rows and errors, together where the backend gains by it. No
+  // destination overlaps a source or another destination.
+  virtual absl::Status GatherLayers(absl::Span<const LayerGather> layers) = 0;
 
   // After Finish, once: what spec.shadow_table is asked with. nullptr: there is none, or this
   // operation kept everything without deciding. An error: why that table could not be asked; it

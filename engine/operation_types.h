@@ -108,6 +108,21 @@ struct LayerObservation {
   kernels::KvView v;  // [Hkv, T, dv]
 };
 
+// An observation and the layer that it is of.
+struct ObservedLayer {
+  int64_t layer = 0;
+  LayerObservation observation;
+};
+
+// Where the kept rows of a layer are and where they go.
+struct LayerGather {
+  int64_t layer = 0;
+  kernels::KvView k;
+  kernels::KvView v;
+  kernels::MutableKvView out_k;
+  kernels::MutableKvView out_v;
+};
+
 // What a worker has to send for one operation.
 struct LayerInputNeeds {
   int64_t layer = 0;

@@ -42,6 +42,16 @@ absl::Status ComputeBackend::WindowColumnsOfLayers(OpContext& context,
   return absl::OkStatus();
 }
 
+absl::StatusOr<std::vector<ComputeBackend::Mass>> ComputeBackend::MassAndEntropyOfEach(
+    OpContext& context, absl::Span<const ScoreBuffer* const> buffers) {
+  std::vector<Mass> masses;
+  for (const ScoreBuffer* const buffer : buffers) {
+    KEEPSET_ASSIGN_OR_RETURN(const Mass mass, MassAndEntropy(context, *buffer, /*row=*/0));
+    masses.push_back(mass);
+  }
+  return masses;
+}
+
 absl::StatusOr<std::vector<std::vector<Selection>>> ComputeBackend::SelectEach(
     OpContext& context, absl::Span<const SelectTask> tasks) {
   std::vector<std::vector<Selection>> selections;
@@ -92,6 +102,15 @@ absl::Status ComputeBackend::CompactRows(OpContext& context,
     KEEPSET_RETURN_IF_ERROR(GatherRows(context, Readable(x), from, packed));
     KEEPSET_RETURN_IF_ERROR(
         GatherRows(context, Readable(packed), to, SubView(x, begin, begin + packed.seq_len)));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ComputeBackend::GatherRowsOfEach(OpContext& context,
+                                              absl::Span<const GatherTask> tasks) {
+  for (const GatherTask& task : tasks) {
+    KEEPSET_RETURN_IF_ERROR(
+        NamedBy(task.what, GatherRows(context, task.in, task.keep_indices, task.out)));
   }
   return absl::OkStatus();
 }

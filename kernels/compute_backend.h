@@ -122,11 +122,20 @@ struct Selection {
   int64_t filled = 0;                 // kept although below the threshold and not protected
 };
 
+// Rows of one tensor that are copied together.
+struct GatherTask {
+  KvView in;
+  absl::Span<const absl::Span<const int32_t>> keep_indices;
+  MutableKvView out;
+  absl::string_view what;  // Prefix of error messages, for example "layer 3: gather of k".
+};
+
 // The device that a backend computes on; all empty for host memory.
 struct DeviceInfo {
   std::string uuid;  // "GPU-..." as the driver's tools print it
   std::string name;
   std::string driver_version;  // CUDA version that the driver supports
+  std::string note;            // what an operator should know of it; mostly empty
 };
 
 class ComputeBackend {
@@ -145,6 +154,9 @@ class ComputeBackend {
   virtual absl::Status Health() const { return absl::OkStatus(); }
 
   virtual absl::StatusOr<std::unique_ptr<OpContext>> NewContext() = 0;
+  // How many layers of an operation gain by being queued before one Wait; 1: none does.
+  virtual int64_t layers_at_once() const { return 1; }
+
   // Zero-filled.
   virtual absl::StatusOr<std::unique_ptr<ScoreBuffer>> NewBuffer(int64_t rows, int64_t cols) = 0;
 
@@ -216,6 +228,9 @@ class ComputeBackend {
   };
   virtual absl::StatusOr<Mass> MassAndEntropy(OpContext& context, const ScoreBuffer& x,
                                               int64_t row) = 0;
+  // The same of row 0 of each: one wait on a device.
+  virtual absl::StatusOr<std::vector<Mass>> MassAndEntropyOfEach(
+      OpContext& context, absl::Span<const ScoreBuffer* const> buffers);
 
   // One Selection per row of scores: protected positions first, then the highest scores among the
   // candidates (score >= threshold), ties to the lower position, until `budget`. Waits.
@@ -242,6 +257,11 @@ class ComputeBackend {
   virtual absl::Status CompactRows(OpContext& context,
                                    absl::Span<const absl::Span<const int32_t>> keep_indices,
                                    const MutableKvView& x);
+
+  // GatherRows of every task: one launch and one wait on a device, where sources and destinations
+  // are in its memory. No destination overlaps a source or another destination. Nothing is moved
+  // when a device refuses a task.
+  virtual absl::Status GatherRowsOfEach(OpContext& context, absl::Span<const GatherTask> tasks);
 
   // Copies rows x cols floats to host memory; waits.
   virtual absl::Status CopyToHost(OpContext& context, const ScoreBuffer& x,

@@ -105,6 +105,11 @@ absl::Status CheckGatherShapes(const KvView& in, const MutableKvView& out, size_
 
 }  // namespace
 
+absl::Status NamedBy(absl::string_view what, const absl::Status& status) {
+  if (status.ok()) return status;
+  return absl::Status(status.code(), absl::StrCat(what, ": ", status.message()));
+}
+
 absl::Status CheckShape(const ScoreBuffer& x, int64_t rows, int64_t cols, absl::string_view name) {
   if (x.rows() == rows && x.cols() == cols) return absl::OkStatus();
   return absl::InvalidArgumentError(absl::StrCat(name, ": shape [", x.rows(), ", ", x.cols(),

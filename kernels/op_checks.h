@@ -15,6 +15,9 @@
 
 namespace keepset::kernels {
 
+// The status with `what` before its message; OK stays OK.
+absl::Status NamedBy(absl::string_view what, const absl::Status& status);
+
 // `x` is [rows, cols].
 absl::Status CheckShape(const ScoreBuffer& x, int64_t rows, int64_t cols, absl::string_view name);
 

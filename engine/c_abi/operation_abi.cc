@@ -4,6 +4,7 @@
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/time/time.h"
 #include "base/status_macros.h"
@@ -98,10 +99,38 @@ absl::StatusOr<OperationSpec> ToSpec(const keepset_operation_spec& from) {
   return spec;
 }
 
+absl::StatusOr<LayerObservation> ReadObservation(const keepset_layer_observation* observation,
+                                                 int64_t layer) {
+  KEEPSET_RETURN_IF_ERROR(RequirePointer(observation, "observation"));
+  KEEPSET_RETURN_IF_ERROR(RequireStruct(observation->struct_size,
+                                        offsetof(keepset_layer_observation, column_stats),
+                                        "keepset_layer_observation"));
+  return ToObservation(*observation, layer);
+}
+
+absl::StatusOr<LayerGather> ReadGather(int64_t layer, const keepset_kv_view* k,
+                                       const keepset_kv_view* v, const keepset_kv_view* out_k,
+                                       const keepset_kv_view* out_v) {
+  KEEPSET_RETURN_IF_ERROR(RequirePointer(k, "k"));
+  KEEPSET_RETURN_IF_ERROR(RequirePointer(v, "v"));
+  KEEPSET_RETURN_IF_ERROR(RequirePointer(out_k, "out_k"));
+  KEEPSET_RETURN_IF_ERROR(RequirePointer(out_v, "out_v"));
+  const std::string where = absl::StrCat("layer ", layer, ": ");
+  LayerGather gather;
+  gather.layer = layer;
+  KEEPSET_ASSIGN_OR_RETURN(gather.k, ToKvView(*k, absl::StrCat(where, "k")));
+  KEEPSET_ASSIGN_OR_RETURN(gather.v, ToKvView(*v, absl::StrCat(where, "v")));
+  KEEPSET_ASSIGN_OR_RETURN(gather.out_k, ToMutableKvView(*out_k, absl::StrCat(where, "out_k")));
+  KEEPSET_ASSIGN_OR_RETURN(gather.out_v, ToMutableKvView(*out_v, absl::StrCat(where, "out_v")));
+  return gather;
+}
+
 }  // namespace
 }  // namespace keepset::engine
 
 using ::keepset::engine::Guard;
+using ::keepset::engine::ReadGather;
+using ::keepset::engine::ReadObservation;
 using ::keepset::engine::RequirePointer;
 using ::keepset::engine::RequireStruct;
 
@@ -149,13 +178,30 @@ keepset_status keepset_operation_observe(keepset_operation* operation, int64_t l
                                          const keepset_layer_observation* observation) {
   return Guard([&]() -> absl::Status {
     KEEPSET_RETURN_IF_ERROR(RequirePointer(operation, "operation"));
-    KEEPSET_RETURN_IF_ERROR(RequirePointer(observation, "observation"));
-    KEEPSET_RETURN_IF_ERROR(RequireStruct(observation->struct_size,
-                                          offsetof(keepset_layer_observation, column_stats),
-                                          "keepset_layer_observation"));
     KEEPSET_ASSIGN_OR_RETURN(const keepset::engine::LayerObservation converted,
-                             keepset::engine::ToObservation(*observation, layer));
+                             ReadObservation(observation, layer));
     return operation->operation->Observe(layer, converted);
+  });
+}
+
+keepset_status keepset_operation_observe_layers(
+    keepset_operation* operation, const int64_t* layers,
+    const keepset_layer_observation* const* observations, size_t num_layers) {
+  return Guard([&]() -> absl::Status {
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(operation, "operation"));
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(layers, "layers"));
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(observations, "observations"));
+    std::vector<keepset::engine::ObservedLayer> observed;
+    absl::Status unread;
+    for (size_t i = 0; i < num_layers && unread.ok(); ++i) {
+      absl::StatusOr<keepset::engine::LayerObservation> converted =
+          ReadObservation(observations[i], layers[i]);
+      unread = converted.status();
+      if (unread.ok()) observed.push_back({layers[i], *converted});
+    }
+    // What is wrong with the layers before comes first.
+    KEEPSET_RETURN_IF_ERROR(operation->operation->ObserveLayers(observed));
+    return unread;
   });
 }
 
@@ -178,20 +224,27 @@ keepset_status keepset_operation_gather(keepset_operation* operation, int64_t la
                                         const keepset_kv_view* out_v) {
   return Guard([&]() -> absl::Status {
     KEEPSET_RETURN_IF_ERROR(RequirePointer(operation, "operation"));
-    KEEPSET_RETURN_IF_ERROR(RequirePointer(k, "k"));
-    KEEPSET_RETURN_IF_ERROR(RequirePointer(v, "v"));
-    KEEPSET_RETURN_IF_ERROR(RequirePointer(out_k, "out_k"));
-    KEEPSET_RETURN_IF_ERROR(RequirePointer(out_v, "out_v"));
-    const std::string where = absl::StrCat("layer ", layer, ": ");
-    KEEPSET_ASSIGN_OR_RETURN(const auto from_k,
-                             keepset::engine::ToKvView(*k, absl::StrCat(where, "k")));
-    KEEPSET_ASSIGN_OR_RETURN(const auto from_v,
-                             keepset::engine::ToKvView(*v, absl::StrCat(where, "v")));
-    KEEPSET_ASSIGN_OR_RETURN(
-        const auto to_k, keepset::engine::ToMutableKvView(*out_k, absl::StrCat(where, "out_k")));
-    KEEPSET_ASSIGN_OR_RETURN(
-        const auto to_v, keepset::engine::ToMutableKvView(*out_v, absl::StrCat(where, "out_v")));
-    return operation->operation->Gather(layer, from_k, from_v, to_k, to_v);
+    KEEPSET_ASSIGN_OR_RETURN(const keepset::engine::LayerGather gather,
+                             ReadGather(layer, k, v, out_k, out_v));
+    return operation->operation->GatherLayers(absl::MakeConstSpan(&gather, 1));
+  });
+}
+
+keepset_status keepset_operation_gather_layers(keepset_operation* operation,
+                                               const keepset_layer_gather* const* layers,
+                                               size_t num_layers) {
+  return Guard([&]() -> absl::Status {
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(operation, "operation"));
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(layers, "layers"));
+    std::vector<keepset::engine::LayerGather> gathers;
+    for (size_t i = 0; i < num_layers; ++i) {
+      KEEPSET_RETURN_IF_ERROR(RequirePointer(layers[i], "layer"));
+      const keepset_layer_gather& one = *layers[i];
+      KEEPSET_RETURN_IF_ERROR(RequireStruct(one.struct_size, sizeof(one), "keepset_layer_gather"));
+      KEEPSET_ASSIGN_OR_RETURN(gathers.emplace_back(),
+                               ReadGather(one.layer, one.k, one.v, one.out_k, one.out_v));
+    }
+    return operation->operation->GatherLayers(gathers);
   });
 }
 

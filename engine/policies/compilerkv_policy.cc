@@ -6,6 +6,7 @@
 // layer is buffered until alpha is complete (methods.md 1.6 a).
 #include <algorithm>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <memory>
@@ -115,35 +116,35 @@ class CompilerKvPolicy final : public RetentionPolicy {
     return Sharing::kShared;
   }
 
-  absl::Status Score(PolicyContext& context, int64_t layer, const LayerObservation& observation,
-                     kernels::ScoreBuffer& scores) override {
+  absl::Status Score(PolicyContext& context, absl::Span<const ObservedLayer> layers,
+                     absl::Span<kernels::ScoreBuffer* const> scores) override {
     kernels::ComputeBackend& backend = context.backend;
     kernels::OpContext& op = context.op_context;
-    if (is_decider_) KEEPSET_RETURN_IF_ERROR(ObserveLayer(context, layer, observation));
-    KEEPSET_RETURN_IF_ERROR(backend.MergeRows(op, *stages_->rho, kernels::Merge::kMax,
-                                              GroupWeights(context, layer), scores));
-    if (settings_.alpha_scope == AlphaScope::kGlobal) {
-      if (!is_decider_) return absl::OkStatus();
-      // A layer that is refused must not have been added: what is queued is checked first.
-      KEEPSET_RETURN_IF_ERROR(backend.Wait(op));
-      return backend.Accumulate(op, *stages_->layer_mean, kernels::Merge::kMean,
-                                1.0f / static_cast<float>(context.spec.model.num_layers),
-                                *stages_->global_mean);
+    if (is_decider_) KEEPSET_RETURN_IF_ERROR(ObserveLayers(context, layers));
+    for (size_t i = 0; i < layers.size(); ++i) {
+      KEEPSET_RETURN_IF_ERROR(backend.MergeRows(op, stages_->rho(i), kernels::Merge::kMax,
+                                                GroupWeights(context, layers[i].layer),
+                                                *scores[i]));
     }
-    if (settings_.alpha_scope == AlphaScope::kLayer) {
-      KEEPSET_RETURN_IF_ERROR(backend.Multiply(op, *stages_->layer_mean, SeqLen(context), scores));
+    if (settings_.alpha_scope == AlphaScope::kGlobal) return absl::OkStatus();
+    for (size_t i = 0; i < layers.size(); ++i) {
+      if (settings_.alpha_scope == AlphaScope::kLayer) {
+        KEEPSET_RETURN_IF_ERROR(
+            backend.Multiply(op, *stages_->layer_means[i], SeqLen(context), *scores[i]));
+      }
+      KEEPSET_RETURN_IF_ERROR(PoolScores(context, *scores[i]));
     }
-    KEEPSET_RETURN_IF_ERROR(PoolScores(context, scores));
-    const absl::StatusOr<kernels::ComputeBackend::Mass> mass =
-        backend.MassAndEntropy(op, *stages_->layer_mean, 0);
-    if (!mass.ok()) {
-      return absl::Status(
-          mass.status().code(),
-          absl::StrCat("layer ", layer, ": attention mass: ", mass.status().message()));
+    return absl::OkStatus();
+  }
+
+  absl::Status Commit(PolicyContext& context, absl::Span<const ObservedLayer> layers,
+                      absl::Span<kernels::ScoreBuffer* const> /*scores*/) override {
+    if (settings_.alpha_scope != AlphaScope::kGlobal) return GateLayers(context, layers);
+    for (size_t i = 0; is_decider_ && i < layers.size(); ++i) {
+      KEEPSET_RETURN_IF_ERROR(context.backend.Accumulate(
+          context.op_context, *stages_->layer_means[i], kernels::Merge::kMean,
+          1.0f / static_cast<float>(context.spec.model.num_layers), *stages_->global_mean));
     }
-    Gate(layer, mass->entropy);
-    verdicts_[layer].entropy = mass->entropy;
-    verdicts_[layer].entropy_bin = tables::BinOf(table_->entropy_edges(), mass->entropy);
     return absl::OkStatus();
   }
 
@@ -170,49 +171,75 @@ class CompilerKvPolicy final : public RetentionPolicy {
   PolicyDiagnostics diagnostics() const override { return diagnostics_; }
 
  private:
-  // Of one layer, but for global_mean; written by the deciding policy, read by both.
+  // Of the layers of one call, but for global_mean; written by the deciding policy, read by both.
   struct Stages {
-    std::unique_ptr<kernels::ScoreBuffer> columns;      // [H, T]
-    std::unique_ptr<kernels::ScoreBuffer> layer_mean;   // [1, T]
-    std::unique_ptr<kernels::ScoreBuffer> global_mean;  // [1, T], alpha_scope global
-    std::unique_ptr<kernels::ScoreBuffer> head_means;   // [Hkv, T], alpha_scope head
-    std::unique_ptr<kernels::ScoreBuffer> rho;          // [Hkv, T]
+    WindowStage window;
+    std::vector<std::unique_ptr<kernels::ScoreBuffer>> layer_means;  // [1, T]
+    std::unique_ptr<kernels::ScoreBuffer> global_mean;               // [1, T], alpha_scope global
+    std::unique_ptr<kernels::ScoreBuffer> head_means;                // [Hkv, T], alpha_scope head
+
+    // [Hkv, T], in the place of the value norms.
+    kernels::ScoreBuffer& rho(size_t i) const { return window.value_norms(i); }
   };
 
   absl::Status NewStages(const PolicyContext& context) {
-    const OperationSpec& spec = context.spec;
-    const int64_t num_kv_heads = spec.model.num_kv_heads;
     const auto new_buffer = [&](int64_t rows) {
-      return context.backend.NewBuffer(rows, spec.seq_len);
+      return context.backend.NewBuffer(rows, context.spec.seq_len);
     };
     auto stages = std::make_shared<Stages>();
-    KEEPSET_ASSIGN_OR_RETURN(stages->columns, new_buffer(spec.model.num_qo_heads));
-    KEEPSET_ASSIGN_OR_RETURN(stages->layer_mean, new_buffer(1));
-    KEEPSET_ASSIGN_OR_RETURN(stages->rho, new_buffer(num_kv_heads));
+    KEEPSET_RETURN_IF_ERROR(
+        stages->window.Begin(context, num_rows_, WindowStage::ValueNorms::kWanted));
+    KEEPSET_ASSIGN_OR_RETURN(stages->layer_means.emplace_back(), new_buffer(1));
     if (settings_.alpha_scope == AlphaScope::kGlobal) {
       KEEPSET_ASSIGN_OR_RETURN(stages->global_mean, new_buffer(1));
     }
     if (settings_.alpha_scope == AlphaScope::kHead) {
-      KEEPSET_ASSIGN_OR_RETURN(stages->head_means, new_buffer(num_kv_heads));
+      KEEPSET_ASSIGN_OR_RETURN(stages->head_means, new_buffer(context.spec.model.num_kv_heads));
     }
     stages_ = std::move(stages);
     return absl::OkStatus();
   }
 
-  absl::Status ObserveLayer(PolicyContext& context, int64_t layer,
-                            const LayerObservation& observation) {
+  absl::Status ObserveLayers(PolicyContext& context, absl::Span<const ObservedLayer> layers) {
     kernels::ComputeBackend& backend = context.backend;
     kernels::OpContext& op = context.op_context;
-    KEEPSET_RETURN_IF_ERROR(WindowColumnMeans(context, layer, observation, num_rows_,
-                                              *stages_->columns, stages_->rho.get()));
-    KEEPSET_RETURN_IF_ERROR(
-        backend.MergeRows(op, *stages_->columns, kernels::Merge::kMean, {}, *stages_->layer_mean));
-    KEEPSET_RETURN_IF_ERROR(backend.DivideByRowMean(op, kEpsilon, *stages_->rho));
-    if (settings_.alpha_scope == AlphaScope::kHead) {
-      KEEPSET_RETURN_IF_ERROR(backend.MergeRows(op, *stages_->columns, kernels::Merge::kMean, {},
-                                                *stages_->head_means));
+    while (stages_->layer_means.size() < layers.size()) {
+      KEEPSET_ASSIGN_OR_RETURN(std::unique_ptr<kernels::ScoreBuffer> mean,
+                               backend.NewBuffer(1, context.spec.seq_len));
+      stages_->layer_means.push_back(std::move(mean));
+    }
+    KEEPSET_RETURN_IF_ERROR(stages_->window.Run(context, layers));
+    for (size_t i = 0; i < layers.size(); ++i) {
+      const kernels::ScoreBuffer& columns = stages_->window.columns(i);
+      kernels::ScoreBuffer& rho = stages_->rho(i);
       KEEPSET_RETURN_IF_ERROR(
-          backend.Multiply(op, *stages_->head_means, SeqLen(context), *stages_->rho));
+          backend.MergeRows(op, columns, kernels::Merge::kMean, {}, *stages_->layer_means[i]));
+      KEEPSET_RETURN_IF_ERROR(backend.DivideByRowMean(op, kEpsilon, rho));
+      if (settings_.alpha_scope != AlphaScope::kHead) continue;
+      KEEPSET_RETURN_IF_ERROR(
+          backend.MergeRows(op, columns, kernels::Merge::kMean, {}, *stages_->head_means));
+      KEEPSET_RETURN_IF_ERROR(backend.Multiply(op, *stages_->head_means, SeqLen(context), rho));
+    }
+    return absl::OkStatus();
+  }
+
+  // alpha_scope layer and head: every layer's own attention gates it.
+  absl::Status GateLayers(PolicyContext& context, absl::Span<const ObservedLayer> layers) {
+    std::vector<const kernels::ScoreBuffer*> means;
+    for (size_t i = 0; i < layers.size(); ++i) means.push_back(stages_->layer_means[i].get());
+    const absl::StatusOr<std::vector<kernels::ComputeBackend::Mass>> masses =
+        context.backend.MassAndEntropyOfEach(context.op_context, means);
+    if (!masses.ok()) {
+      return absl::Status(masses.status().code(),
+                          absl::StrCat("layer ", layers.front().layer,
+                                       ": attention mass: ", masses.status().message()));
+    }
+    for (size_t i = 0; i < layers.size(); ++i) {
+      const int64_t layer = layers[i].layer;
+      const double entropy = (*masses)[i].entropy;
+      Gate(layer, entropy);
+      verdicts_[layer].entropy = entropy;
+      verdicts_[layer].entropy_bin = tables::BinOf(table_->entropy_edges(), entropy);
     }
     return absl::OkStatus();
   }

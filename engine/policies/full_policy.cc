@@ -6,16 +6,16 @@
 namespace keepset::engine {
 namespace {
 
-class FullPolicy final : public RetentionPolicy {
+class FullPolicy final : public LayerwisePolicy {
  public:
   Requirements requirements() const override { return {}; }
   bool keeps_everything() const override { return true; }
   int64_t score_rows(const PolicyContext& /*context*/) const override { return 1; }
   absl::Status Begin(PolicyContext& /*context*/) override { return absl::OkStatus(); }
 
-  absl::Status Score(PolicyContext& /*context*/, int64_t /*layer*/,
-                     const LayerObservation& /*observation*/,
-                     kernels::ScoreBuffer& /*scores*/) override {
+  absl::Status ScoreLayer(PolicyContext& /*context*/, int64_t /*layer*/,
+                          const LayerObservation& /*observation*/,
+                          kernels::ScoreBuffer& /*scores*/) override {
     return absl::OkStatus();
   }
 };

@@ -10,7 +10,7 @@
 namespace keepset::engine {
 namespace {
 
-class KnormPolicy final : public RetentionPolicy {
+class KnormPolicy final : public LayerwisePolicy {
  public:
   Requirements requirements() const override { return {.keys = true}; }
 
@@ -25,8 +25,9 @@ class KnormPolicy final : public RetentionPolicy {
     return absl::OkStatus();
   }
 
-  absl::Status Score(PolicyContext& context, int64_t layer, const LayerObservation& observation,
-                     kernels::ScoreBuffer& scores) override {
+  absl::Status ScoreLayer(PolicyContext& context, int64_t layer,
+                          const LayerObservation& observation,
+                          kernels::ScoreBuffer& scores) override {
     KEEPSET_RETURN_IF_ERROR(context.backend.RowNorms(
         context.op_context, observation.k, absl::StrCat("layer ", layer, ": k"), *norms_));
     return context.backend.MergeRows(context.op_context, *norms_, kernels::Merge::kSum, negative_,

@@ -3,6 +3,7 @@
 // pooling -> normalisation outside protected positions -> weight; merged over observations, then
 // dilated. Layers the table does not name are not looked at.
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <memory>
@@ -120,8 +121,10 @@ class ObservationHeadsPolicy final : public RetentionPolicy {
 
   absl::StatusOr<InputNeeds> Needs(const OperationSpec& spec) const override;
   absl::Status Begin(PolicyContext& context) override;
-  absl::Status Score(PolicyContext& context, int64_t layer, const LayerObservation& observation,
-                     kernels::ScoreBuffer& scores) override;
+  absl::Status Score(PolicyContext& context, absl::Span<const ObservedLayer> layers,
+                     absl::Span<kernels::ScoreBuffer* const> scores) override;
+  absl::Status Commit(PolicyContext& context, absl::Span<const ObservedLayer> layers,
+                      absl::Span<kernels::ScoreBuffer* const> scores) override;
   absl::Status FinishScores(PolicyContext& context,
                             absl::Span<kernels::ScoreBuffer* const> scores) override;
 
@@ -137,10 +140,20 @@ class ObservationHeadsPolicy final : public RetentionPolicy {
   absl::Status FindRows(const PolicyContext& context);
   absl::Status CheckProbe() const;
   absl::StatusOr<RowRange> RowsOf(const HeadObservation& one) const;
-  absl::Status ScoreAttention(PolicyContext& context, int64_t layer, const LayerPlan& plan,
-                              const LayerObservation& observation, kernels::ScoreBuffer& columns);
-  absl::Status ScoreNovelty(PolicyContext& context, int64_t layer, const LayerPlan& plan,
-                            const LayerObservation& observation, kernels::ScoreBuffer& columns);
+  // Scores of one layer's observations, one row each; null where the table names none.
+  struct LayerColumns {
+    std::unique_ptr<kernels::ScoreBuffer> attention;
+    std::unique_ptr<kernels::ScoreBuffer> novelty;
+  };
+  absl::StatusOr<LayerColumns> NewColumns(const PolicyContext& context,
+                                          const LayerPlan& plan) const;
+  absl::Status ObserveAttention(PolicyContext& context, absl::Span<const ObservedLayer> layers,
+                                absl::Span<const LayerColumns> columns) const;
+  absl::Status FinishAttention(PolicyContext& context, kernels::ScoreBuffer& columns) const;
+  absl::Status ScoreNovelty(PolicyContext& context, const ObservedLayer& layer,
+                            kernels::ScoreBuffer& columns) const;
+  absl::Status AddLayer(PolicyContext& context, int64_t layer, const LayerColumns& columns,
+                        kernels::ScoreBuffer& scores);
   kernels::Merge merge() const {
     return table_->settings().merge == tables::ObservationMerge::kMax ? kernels::Merge::kMax
                                                                       : kernels::Merge::kSum;
@@ -160,6 +173,7 @@ class ObservationHeadsPolicy final : public RetentionPolicy {
   RowRange probe_rows_;         // rows behind the prompt
   std::vector<bool> is_begun_;  // [groups]: whether a layer was added to the group's scores
   std::unique_ptr<kernels::ScoreBuffer> merged_;  // [1, T]
+  std::vector<LayerColumns> columns_;             // of the layers between Score and Commit
   RiskOutcome risk_;
 };
 
@@ -303,29 +317,60 @@ absl::StatusOr<RowRange> ObservationHeadsPolicy::RowsOf(const HeadObservation& o
       absl::StrCat(where, ", want at least one observed row of the prompt (num_rows)"));
 }
 
-absl::Status ObservationHeadsPolicy::ScoreAttention(PolicyContext& context, int64_t layer,
-                                                    const LayerPlan& plan,
-                                                    const LayerObservation& observation,
-                                                    kernels::ScoreBuffer& columns) {
-  const std::string what = absl::StrCat("layer ", layer);
-  if (observation.attn_tile.present()) {
-    kernels::TileArgs args;
-    args.tile = observation.attn_tile;
-    args.row_positions = context.row_positions;
-    args.what = what;
-    args.heads = plan.head_rows;
-    KEEPSET_RETURN_IF_ERROR(context.backend.TileColumns(context.op_context, args, columns));
-  } else {
-    kernels::WindowArgs args;
+absl::StatusOr<ObservationHeadsPolicy::LayerColumns> ObservationHeadsPolicy::NewColumns(
+    const PolicyContext& context, const LayerPlan& plan) const {
+  const auto new_columns = [&](const std::vector<HeadObservation>& observations) {
+    return context.backend.NewBuffer(static_cast<int64_t>(observations.size()),
+                                     context.spec.seq_len);
+  };
+  LayerColumns columns;
+  if (!plan.attention.empty()) {
+    KEEPSET_ASSIGN_OR_RETURN(columns.attention, new_columns(plan.attention));
+  }
+  if (!plan.novelty.empty()) {
+    KEEPSET_ASSIGN_OR_RETURN(columns.novelty, new_columns(plan.novelty));
+  }
+  return columns;
+}
+
+// Attention of the chosen rows: layers that bring queries go to the backend together.
+absl::Status ObservationHeadsPolicy::ObserveAttention(
+    PolicyContext& context, absl::Span<const ObservedLayer> layers,
+    absl::Span<const LayerColumns> columns) const {
+  std::vector<std::string> names(layers.size());
+  std::vector<kernels::WindowArgs> windows;
+  std::vector<kernels::ScoreBuffer*> outs;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    if (columns[i].attention == nullptr) continue;
+    const LayerObservation& observation = layers[i].observation;
+    const LayerPlan& plan = plans_[layers[i].layer];
+    names[i] = absl::StrCat("layer ", layers[i].layer);
+    if (observation.attn_tile.present()) {
+      kernels::TileArgs args;
+      args.tile = observation.attn_tile;
+      args.row_positions = context.row_positions;
+      args.what = names[i];
+      args.heads = plan.head_rows;
+      KEEPSET_RETURN_IF_ERROR(
+          context.backend.TileColumns(context.op_context, args, *columns[i].attention));
+      continue;
+    }
+    kernels::WindowArgs& args = windows.emplace_back();
     args.q = observation.q_window;
     args.k = observation.k;
     args.row_positions = context.row_positions;
     args.window_lse = observation.window_lse;
     args.softmax_scale = context.spec.softmax_scale;
-    args.what = what;
+    args.what = names[i];
     args.heads = plan.head_rows;
-    KEEPSET_RETURN_IF_ERROR(context.backend.WindowColumns(context.op_context, args, columns));
+    outs.push_back(columns[i].attention.get());
   }
+  if (windows.empty()) return absl::OkStatus();
+  return context.backend.WindowColumnsOfLayers(context.op_context, windows, outs);
+}
+
+absl::Status ObservationHeadsPolicy::FinishAttention(PolicyContext& context,
+                                                     kernels::ScoreBuffer& columns) const {
   KEEPSET_RETURN_IF_ERROR(PoolColumns(context, columns));
   const bool is_sum = table_->settings().normalization == tables::ObservationNormalization::kSum;
   return context.backend.NormalizeRows(
@@ -334,53 +379,66 @@ absl::Status ObservationHeadsPolicy::ScoreAttention(PolicyContext& context, int6
 }
 
 // Novelty is standardised before it is pooled: padding then counts as average.
-absl::Status ObservationHeadsPolicy::ScoreNovelty(PolicyContext& context, int64_t layer,
-                                                  const LayerPlan& plan,
-                                                  const LayerObservation& observation,
-                                                  kernels::ScoreBuffer& columns) {
-  KEEPSET_RETURN_IF_ERROR(
-      context.backend.KeyNovelty(context.op_context, observation.k, plan.kv_heads,
-                                 absl::StrCat("layer ", layer, ": k"), columns));
+absl::Status ObservationHeadsPolicy::ScoreNovelty(PolicyContext& context,
+                                                  const ObservedLayer& layer,
+                                                  kernels::ScoreBuffer& columns) const {
+  KEEPSET_RETURN_IF_ERROR(context.backend.KeyNovelty(
+      context.op_context, layer.observation.k, plans_[layer.layer].kv_heads,
+      absl::StrCat("layer ", layer.layer, ": k"), columns));
   KEEPSET_RETURN_IF_ERROR(context.backend.NormalizeRows(
       context.op_context, kernels::Normalization::kStandardize, context.protected_ranges, columns));
   return PoolColumns(context, columns);
 }
 
-absl::Status ObservationHeadsPolicy::Score(PolicyContext& context, int64_t layer,
-                                           const LayerObservation& observation,
-                                           kernels::ScoreBuffer& scores) {
+absl::Status ObservationHeadsPolicy::AddLayer(PolicyContext& context, int64_t layer,
+                                              const LayerColumns& columns,
+                                              kernels::ScoreBuffer& scores) {
   kernels::ComputeBackend& backend = context.backend;
-  const LayerPlan& plan = plans_[layer];
-  const auto new_columns = [&](const std::vector<HeadObservation>& observations) {
-    return backend.NewBuffer(static_cast<int64_t>(observations.size()), context.spec.seq_len);
-  };
-  std::unique_ptr<kernels::ScoreBuffer> attention;
-  std::unique_ptr<kernels::ScoreBuffer> novelty;
-  if (!plan.attention.empty()) {
-    KEEPSET_ASSIGN_OR_RETURN(attention, new_columns(plan.attention));
-    KEEPSET_RETURN_IF_ERROR(ScoreAttention(context, layer, plan, observation, *attention));
-  }
-  if (!plan.novelty.empty()) {
-    KEEPSET_ASSIGN_OR_RETURN(novelty, new_columns(plan.novelty));
-    KEEPSET_RETURN_IF_ERROR(ScoreNovelty(context, layer, plan, observation, *novelty));
-  }
-  // A layer that is refused must not have been added: what is queued is checked first.
-  KEEPSET_RETURN_IF_ERROR(backend.Wait(context.op_context));
   const int64_t group = LayerGroup(layer);
   if (!is_begun_[group] && merge() == kernels::Merge::kMax) {
     KEEPSET_RETURN_IF_ERROR(backend.Fill(context.op_context, 0, context.spec.seq_len,
                                          std::numeric_limits<float>::lowest(), scores));
   }
   is_begun_[group] = true;
-  const auto add = [&](const kernels::ScoreBuffer& columns,
+  const auto add = [&](const std::unique_ptr<kernels::ScoreBuffer>& rows,
                        const std::vector<HeadObservation>& observations) -> absl::Status {
+    if (rows == nullptr) return absl::OkStatus();
     KEEPSET_RETURN_IF_ERROR(
-        backend.MergeRows(context.op_context, columns, merge(), Weights(observations), *merged_));
+        backend.MergeRows(context.op_context, *rows, merge(), Weights(observations), *merged_));
     return backend.Accumulate(context.op_context, *merged_, merge(), 1.0f, scores);
   };
-  if (attention != nullptr) KEEPSET_RETURN_IF_ERROR(add(*attention, plan.attention));
-  if (novelty != nullptr) KEEPSET_RETURN_IF_ERROR(add(*novelty, plan.novelty));
-  return backend.Wait(context.op_context);
+  KEEPSET_RETURN_IF_ERROR(add(columns.attention, plans_[layer].attention));
+  return add(columns.novelty, plans_[layer].novelty);
+}
+
+absl::Status ObservationHeadsPolicy::Score(PolicyContext& context,
+                                           absl::Span<const ObservedLayer> layers,
+                                           absl::Span<kernels::ScoreBuffer* const> /*scores*/) {
+  columns_.clear();
+  for (const ObservedLayer& layer : layers) {
+    KEEPSET_ASSIGN_OR_RETURN(LayerColumns fresh, NewColumns(context, plans_[layer.layer]));
+    columns_.push_back(std::move(fresh));
+  }
+  KEEPSET_RETURN_IF_ERROR(ObserveAttention(context, layers, columns_));
+  for (size_t i = 0; i < layers.size(); ++i) {
+    if (columns_[i].attention != nullptr) {
+      KEEPSET_RETURN_IF_ERROR(FinishAttention(context, *columns_[i].attention));
+    }
+    if (columns_[i].novelty != nullptr) {
+      KEEPSET_RETURN_IF_ERROR(ScoreNovelty(context, layers[i], *columns_[i].novelty));
+    }
+  }
+  return absl::OkStatus();
+}
+
+absl::Status ObservationHeadsPolicy::Commit(PolicyContext& context,
+                                            absl::Span<const ObservedLayer> layers,
+                                            absl::Span<kernels::ScoreBuffer* const> scores) {
+  for (size_t i = 0; i < layers.size(); ++i) {
+    KEEPSET_RETURN_IF_ERROR(AddLayer(context, layers[i].layer, columns_[i], *scores[i]));
+  }
+  columns_.clear();
+  return absl::OkStatus();
 }
 
 absl::Status ObservationHeadsPolicy::FinishScores(PolicyContext& context,

@@ -24,7 +24,7 @@ float Draw(uint64_t seed, uint64_t layer, uint64_t position) {
   return static_cast<float>(bits >> 40) * 0x1p-24f;
 }
 
-class RandomPolicy final : public RetentionPolicy {
+class RandomPolicy final : public LayerwisePolicy {
  public:
   explicit RandomPolicy(int64_t seed) : seed_(static_cast<uint64_t>(seed)) {}
 
@@ -36,8 +36,9 @@ class RandomPolicy final : public RetentionPolicy {
     return absl::OkStatus();
   }
 
-  absl::Status Score(PolicyContext& context, int64_t layer, const LayerObservation& /*observation*/,
-                     kernels::ScoreBuffer& scores) override {
+  absl::Status ScoreLayer(PolicyContext& context, int64_t layer,
+                          const LayerObservation& /*observation*/,
+                          kernels::ScoreBuffer& scores) override {
     for (size_t t = 0; t < draws_.size(); ++t) {
       draws_[t] = Draw(seed_, static_cast<uint64_t>(layer), t);
     }

@@ -2,11 +2,12 @@
 //
 // A policy turns observations into scores; everything else is inherited from the operation: the
 // loop over layers, merging heads and layers for the asked scope, dilation, protected ranges, the
-// cut, equal counts, ascending order. A policy that only ranks tokens overrides Score. Not
-// thread-safe: an operation calls its policy from one thread at a time.
+// cut, equal counts, ascending order. A policy that only ranks tokens, layer by layer, is a
+// LayerwisePolicy. Not thread-safe: an operation calls its policy from one thread at a time.
 #ifndef KEEPSET_ENGINE_POLICIES_RETENTION_POLICY_H_
 #define KEEPSET_ENGINE_POLICIES_RETENTION_POLICY_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <memory>
@@ -120,11 +121,22 @@ class RetentionPolicy {
   // Called once before the first layer: checks table and signals, sizes buffers.
   virtual absl::Status Begin(PolicyContext& context) = 0;
 
-  // Writes the scores of one layer: [score_rows, T], higher is better. Layers come in ascending
-  // order. kShared: `scores` [1, T] are the group's, zero at first; the layer is added to them,
-  // after everything that can fail.
-  virtual absl::Status Score(PolicyContext& context, int64_t layer,
-                             const LayerObservation& observation, kernels::ScoreBuffer& scores) = 0;
+  // Writes the scores of layers[i] to scores[i]: [score_rows, T], higher is better. Layers come in
+  // ascending order, several in one call where the backend gains by it; their scores are those of
+  // one call per layer. Layers that are refused here, or by the wait that follows, leave no trace
+  // and may come again. kShared: scores[i] [1, T] are those of the layer's group; Commit adds to
+  // them.
+  virtual absl::Status Score(PolicyContext& context, absl::Span<const ObservedLayer> layers,
+                             absl::Span<kernels::ScoreBuffer* const> scores) = 0;
+
+  // Once for the layers of every Score that was waited for without an error: what they add to other
+  // layers' scores, and what only the host can work out. The observations' tensors are not read.
+  // kShared: the group's scores are zero at first.
+  virtual absl::Status Commit(PolicyContext& /*context*/,
+                              absl::Span<const ObservedLayer> /*layers*/,
+                              absl::Span<kernels::ScoreBuffer* const> /*scores*/) {
+    return absl::OkStatus();
+  }
 
   // kGlobal: completes every layer's scores in place after the last layer. kShared: every group's.
   virtual absl::Status FinishScores(PolicyContext& /*context*/,
@@ -144,6 +156,25 @@ class RetentionPolicy {
   virtual int64_t min_kept() const { return 1; }
 
   virtual PolicyDiagnostics diagnostics() const { return {}; }
+};
+
+// A policy that scores one layer after the other.
+class LayerwisePolicy : public RetentionPolicy {
+ public:
+  absl::Status Score(PolicyContext& context, absl::Span<const ObservedLayer> layers,
+                     absl::Span<kernels::ScoreBuffer* const> scores) final {
+    for (size_t i = 0; i < layers.size(); ++i) {
+      absl::Status status = ScoreLayer(context, layers[i].layer, layers[i].observation, *scores[i]);
+      if (!status.ok()) return status;
+    }
+    return absl::OkStatus();
+  }
+
+ protected:
+  // Score of one layer.
+  virtual absl::Status ScoreLayer(PolicyContext& context, int64_t layer,
+                                  const LayerObservation& observation,
+                                  kernels::ScoreBuffer& scores) = 0;
 };
 
 }  // namespace keepset::engine

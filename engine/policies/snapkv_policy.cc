@@ -1,5 +1,6 @@
 // snapkv: mean attention of the observed rows, average-pooled along the prompt, mean over the
 // query heads of a KV head; the observed positions themselves stay (methods.md 4.1).
+#include <cstddef>
 #include <cstdint>
 #include <limits>
 #include <memory>
@@ -25,26 +26,17 @@ class SnapKvPolicy final : public RetentionPolicy {
   }
 
   absl::Status Begin(PolicyContext& context) override {
-    KEEPSET_ASSIGN_OR_RETURN(
-        columns_, context.backend.NewBuffer(context.spec.model.num_qo_heads, context.spec.seq_len));
-    return absl::OkStatus();
+    return window_.Begin(context, static_cast<int64_t>(context.row_positions.size()),
+                         WindowStage::ValueNorms::kNone);
   }
 
-  absl::Status Score(PolicyContext& context, int64_t layer, const LayerObservation& observation,
-                     kernels::ScoreBuffer& scores) override {
-    KEEPSET_RETURN_IF_ERROR(WindowColumnMeans(context, layer, observation,
-                                              static_cast<int64_t>(context.row_positions.size()),
-                                              *columns_));
-    // Zeroed columns under a zero-padded average pool give the values of the recipe, which drops
-    // them: both add zeros and divide by the kernel.
-    for (const kernels::SelectArgs::Range& range : ForcedRanges(context)) {
-      KEEPSET_RETURN_IF_ERROR(
-          context.backend.Fill(context.op_context, range.begin, range.end, 0.0f, *columns_));
+  absl::Status Score(PolicyContext& context, absl::Span<const ObservedLayer> layers,
+                     absl::Span<kernels::ScoreBuffer* const> scores) override {
+    KEEPSET_RETURN_IF_ERROR(window_.Run(context, layers));
+    for (size_t i = 0; i < layers.size(); ++i) {
+      KEEPSET_RETURN_IF_ERROR(PoolAndMerge(context, window_.columns(i), *scores[i]));
     }
-    KEEPSET_RETURN_IF_ERROR(context.backend.Pool(context.op_context, kernels::PoolKind::kAverage,
-                                                 kernel_size_, context.spec.seq_len, *columns_));
-    return context.backend.MergeRows(context.op_context, *columns_, kernels::Merge::kMean, {},
-                                     scores);
+    return absl::OkStatus();
   }
 
   // The observed positions, as runs.
@@ -62,8 +54,22 @@ class SnapKvPolicy final : public RetentionPolicy {
   }
 
  private:
+  absl::Status PoolAndMerge(PolicyContext& context, kernels::ScoreBuffer& columns,
+                            kernels::ScoreBuffer& scores) const {
+    // Zeroed columns under a zero-padded average pool give the values of the recipe, which drops
+    // them: both add zeros and divide by the kernel.
+    for (const kernels::SelectArgs::Range& range : ForcedRanges(context)) {
+      KEEPSET_RETURN_IF_ERROR(
+          context.backend.Fill(context.op_context, range.begin, range.end, 0.0f, columns));
+    }
+    KEEPSET_RETURN_IF_ERROR(context.backend.Pool(context.op_context, kernels::PoolKind::kAverage,
+                                                 kernel_size_, context.spec.seq_len, columns));
+    return context.backend.MergeRows(context.op_context, columns, kernels::Merge::kMean, {},
+                                     scores);
+  }
+
   const int64_t kernel_size_;
-  std::unique_ptr<kernels::ScoreBuffer> columns_;  // [H, T]
+  WindowStage window_;
 };
 
 }  // namespace

@@ -10,7 +10,7 @@
 namespace keepset::engine {
 namespace {
 
-class StreamingLlmPolicy final : public RetentionPolicy {
+class StreamingLlmPolicy final : public LayerwisePolicy {
  public:
   explicit StreamingLlmPolicy(int64_t n_sink) : n_sink_(n_sink) {}
 
@@ -29,9 +29,9 @@ class StreamingLlmPolicy final : public RetentionPolicy {
     return absl::OkStatus();
   }
 
-  absl::Status Score(PolicyContext& context, int64_t /*layer*/,
-                     const LayerObservation& /*observation*/,
-                     kernels::ScoreBuffer& scores) override {
+  absl::Status ScoreLayer(PolicyContext& context, int64_t /*layer*/,
+                          const LayerObservation& /*observation*/,
+                          kernels::ScoreBuffer& scores) override {
     return context.backend.CopyFromHost(context.op_context, ranks_, scores);
   }
 

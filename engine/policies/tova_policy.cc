@@ -1,4 +1,5 @@
 // tova: attention of the last observed row, mean over all query heads (methods.md 4.7).
+#include <cstddef>
 #include <memory>
 #include <vector>
 
@@ -17,17 +18,17 @@ class TovaPolicy final : public RetentionPolicy {
   int64_t score_rows(const PolicyContext& /*context*/) const override { return 1; }
 
   absl::Status Begin(PolicyContext& context) override {
-    KEEPSET_ASSIGN_OR_RETURN(
-        columns_, context.backend.NewBuffer(context.spec.model.num_qo_heads, context.spec.seq_len));
-    return absl::OkStatus();
+    return window_.Begin(context, /*num_rows=*/1, WindowStage::ValueNorms::kNone);
   }
 
-  absl::Status Score(PolicyContext& context, int64_t layer, const LayerObservation& observation,
-                     kernels::ScoreBuffer& scores) override {
-    KEEPSET_RETURN_IF_ERROR(
-        WindowColumnMeans(context, layer, observation, /*num_rows=*/1, *columns_));
-    return context.backend.MergeRows(context.op_context, *columns_, kernels::Merge::kMean, {},
-                                     scores);
+  absl::Status Score(PolicyContext& context, absl::Span<const ObservedLayer> layers,
+                     absl::Span<kernels::ScoreBuffer* const> scores) override {
+    KEEPSET_RETURN_IF_ERROR(window_.Run(context, layers));
+    for (size_t i = 0; i < layers.size(); ++i) {
+      KEEPSET_RETURN_IF_ERROR(context.backend.MergeRows(context.op_context, window_.columns(i),
+                                                        kernels::Merge::kMean, {}, *scores[i]));
+    }
+    return absl::OkStatus();
   }
 
   std::vector<kernels::SelectArgs::Range> ForcedRanges(
@@ -36,7 +37,7 @@ class TovaPolicy final : public RetentionPolicy {
   }
 
  private:
-  std::unique_ptr<kernels::ScoreBuffer> columns_;  // [H, T]
+  WindowStage window_;
 };
 
 }  // namespace

@@ -1,8 +1,10 @@
 #include "engine/policies/window_columns.h"
 
 #include <string>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
 
 namespace keepset::engine {
 namespace {
@@ -38,38 +40,76 @@ kernels::TileArgs StatisticsArgs(const kernels::ColumnsView& columns, ColumnRedu
 
 }  // namespace
 
-absl::Status WindowColumnMeans(PolicyContext& context, int64_t layer,
-                               const LayerObservation& observation, int64_t num_rows,
-                               kernels::ScoreBuffer& columns, kernels::ScoreBuffer* value_norms) {
-  const int64_t skipped = static_cast<int64_t>(context.row_positions.size()) - num_rows;
-  const absl::Span<const int64_t> row_positions = context.row_positions.subspan(skipped);
-  const std::string what = absl::StrCat("layer ", layer);
-  if (observation.attn_tile.present() || observation.column_stats.present()) {
-    kernels::TileArgs args;
-    if (observation.column_stats.present()) {
-      args = StatisticsArgs(observation.column_stats, observation.column_reduction, row_positions);
-    } else {
-      args.tile = SkipRows(observation.attn_tile, skipped, observation.attn_tile.row_stride);
-      args.row_positions = row_positions;
+absl::Status WindowStage::Begin(const PolicyContext& context, int64_t num_rows,
+                                ValueNorms value_norms) {
+  num_rows_ = num_rows;
+  wanted_ = value_norms;
+  return Reserve(context, 1);
+}
+
+absl::Status WindowStage::Reserve(const PolicyContext& context, size_t num_layers) {
+  const OperationSpec& spec = context.spec;
+  while (buffers_.size() < num_layers) {
+    Buffers fresh;
+    KEEPSET_ASSIGN_OR_RETURN(fresh.columns,
+                             context.backend.NewBuffer(spec.model.num_qo_heads, spec.seq_len));
+    if (wanted_ == ValueNorms::kWanted) {
+      KEEPSET_ASSIGN_OR_RETURN(fresh.value_norms,
+                               context.backend.NewBuffer(spec.model.num_kv_heads, spec.seq_len));
     }
-    args.what = what;
-    absl::Status status = context.backend.TileColumns(context.op_context, args, columns);
-    if (!status.ok() || value_norms == nullptr) return status;
-    return context.backend.RowNorms(context.op_context, observation.v, absl::StrCat(what, ": v"),
-                                    *value_norms);
+    buffers_.push_back(std::move(fresh));
   }
-  kernels::WindowArgs args;
-  args.q = SkipRows(observation.q_window, skipped, observation.q_window.row_stride);
-  args.k = observation.k;
-  args.row_positions = row_positions;
-  if (observation.window_lse.present()) {
-    args.window_lse = SkipRows(observation.window_lse, skipped, 1);
+  return absl::OkStatus();
+}
+
+absl::Status WindowStage::RunTile(PolicyContext& context, const ObservedLayer& layer,
+                                  const Buffers& buffers) {
+  const LayerObservation& observation = layer.observation;
+  const int64_t skipped = static_cast<int64_t>(context.row_positions.size()) - num_rows_;
+  const std::string what = absl::StrCat("layer ", layer.layer);
+  const absl::Span<const int64_t> row_positions = context.row_positions.subspan(skipped);
+  kernels::TileArgs args;
+  if (observation.column_stats.present()) {
+    args = StatisticsArgs(observation.column_stats, observation.column_reduction, row_positions);
+  } else {
+    args.tile = SkipRows(observation.attn_tile, skipped, observation.attn_tile.row_stride);
+    args.row_positions = row_positions;
   }
-  args.softmax_scale = context.spec.softmax_scale;
   args.what = what;
-  args.v = observation.v;
-  args.value_norms = value_norms;
-  return context.backend.WindowColumns(context.op_context, args, columns);
+  KEEPSET_RETURN_IF_ERROR(context.backend.TileColumns(context.op_context, args, *buffers.columns));
+  if (buffers.value_norms == nullptr) return absl::OkStatus();
+  return context.backend.RowNorms(context.op_context, observation.v, absl::StrCat(what, ": v"),
+                                  *buffers.value_norms);
+}
+
+absl::Status WindowStage::Run(PolicyContext& context, absl::Span<const ObservedLayer> layers) {
+  KEEPSET_RETURN_IF_ERROR(Reserve(context, layers.size()));
+  const int64_t skipped = static_cast<int64_t>(context.row_positions.size()) - num_rows_;
+  std::vector<std::string> names(layers.size());
+  std::vector<kernels::WindowArgs> windows;
+  std::vector<kernels::ScoreBuffer*> outs;
+  for (size_t i = 0; i < layers.size(); ++i) {
+    const LayerObservation& observation = layers[i].observation;
+    if (observation.attn_tile.present() || observation.column_stats.present()) {
+      KEEPSET_RETURN_IF_ERROR(RunTile(context, layers[i], buffers_[i]));
+      continue;
+    }
+    names[i] = absl::StrCat("layer ", layers[i].layer);
+    kernels::WindowArgs& args = windows.emplace_back();
+    args.q = SkipRows(observation.q_window, skipped, observation.q_window.row_stride);
+    args.k = observation.k;
+    args.row_positions = context.row_positions.subspan(skipped);
+    if (observation.window_lse.present()) {
+      args.window_lse = SkipRows(observation.window_lse, skipped, 1);
+    }
+    args.softmax_scale = context.spec.softmax_scale;
+    args.what = names[i];
+    args.v = observation.v;
+    args.value_norms = buffers_[i].value_norms.get();
+    outs.push_back(buffers_[i].columns.get());
+  }
+  if (windows.empty()) return absl::OkStatus();
+  return context.backend.WindowColumnsOfLayers(context.op_context, windows, outs);
 }
 
 }  // namespace keepset::engine

@@ -10,13 +10,16 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/escaping.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "base/status_macros.h"
 #include "kernels/backend_registry.h"
 #include "kernels/compute_backend.h"
 #include "kernels/cuda/cuda_context.h"
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/tensor_map.h"
+#include "kernels/cuda/window_scores.h"
 #include "kernels/op_checks.h"
 
 namespace keepset::kernels {
@@ -71,6 +74,8 @@ class CudaBackend : public ComputeBackend {
     KEEPSET_ASSIGN_OR_RETURN(std::unique_ptr<cuda::StreamState> state, streams_.Acquire());
     return std::make_unique<cuda::CudaContext>(&streams_, std::move(state));
   }
+
+  int64_t layers_at_once() const override { return cuda::kMaxWindowLayers; }
 
   absl::StatusOr<std::unique_ptr<ScoreBuffer>> NewBuffer(int64_t rows, int64_t cols) override {
     int64_t bytes = 0;
@@ -151,6 +156,11 @@ class CudaBackend : public ComputeBackend {
     KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
     return cuda::MassAndEntropy(*state, x, row);
   }
+  absl::StatusOr<std::vector<Mass>> MassAndEntropyOfEach(
+      OpContext& context, absl::Span<const ScoreBuffer* const> buffers) override {
+    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    return cuda::MassAndEntropyOfEach(*state, buffers);
+  }
   absl::StatusOr<std::vector<Selection>> Select(OpContext& context, const ScoreBuffer& scores,
                                                 absl::Span<const SelectArgs> args) override {
     KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
@@ -166,6 +176,10 @@ class CudaBackend : public ComputeBackend {
                           const MutableKvView& out) override {
     KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
     return cuda::GatherRows(*state, in, keep_indices, out);
+  }
+  absl::Status GatherRowsOfEach(OpContext& context, absl::Span<const GatherTask> tasks) override {
+    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    return cuda::GatherRowsOfEach(*state, tasks);
   }
 
   absl::Status CopyToHost(OpContext& context, const ScoreBuffer& x,
@@ -225,7 +239,36 @@ class CudaBackend : public ComputeBackend {
     device_.uuid = absl::StrCat("GPU-", hex.substr(0, 8), "-", hex.substr(8, 4), "-",
                                 hex.substr(12, 4), "-", hex.substr(16, 4), "-", hex.substr(20));
     device_.name = properties.name;
-    device_.driver_version = absl::StrCat(driver_version / 1000, ".", driver_version % 1000 / 10);
+    device_.driver_version = VersionText(driver_version);
+    return NoteWhatIsSpecial(driver_version);
+  }
+
+  static std::string VersionText(int version) {
+    return absl::StrCat(version / 1000, ".", version % 1000 / 10);
+  }
+
+  // What changes how the device behaves although everything works.
+  absl::Status NoteWhatIsSpecial(int driver_version) {
+    int runtime_version = 0;
+    KEEPSET_RETURN_IF_CUDA_ERROR(health_, cudaRuntimeGetVersion(&runtime_version));
+    std::vector<std::string> notes;
+    if (driver_version < runtime_version) {
+      notes.push_back(absl::StrCat("the driver supports CUDA ", VersionText(driver_version),
+                                   ", keepsetd was built with ", VersionText(runtime_version),
+                                   ": update the driver"));
+    }
+    // The driver names instances "NVIDIA H100 80GB HBM3 MIG 1g.10gb".
+    if (absl::StrContains(device_.name, " MIG ")) {
+      notes.push_back("a MIG instance: memory is not shared with other GPU instances");
+    }
+    // Older drivers do not know the attribute.
+    int has_mps = 0;
+    if (cudaDeviceGetAttribute(&has_mps, cudaDevAttrMpsEnabled, traits_.ordinal) != cudaSuccess) {
+      cudaGetLastError();
+    } else if (has_mps != 0) {
+      notes.push_back("used through MPS: a fatal fault of one process ends all of them");
+    }
+    device_.note = absl::StrJoin(notes, "; ");
     return absl::OkStatus();
   }
 

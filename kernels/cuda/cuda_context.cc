@@ -60,6 +60,7 @@ absl::StatusOr<std::byte*> StreamState::Temporary(int64_t bytes) {
   KEEPSET_ASSIGN_OR_RETURN(DeviceBlock block, pool_.Acquire(std::max<int64_t>(bytes, 1)));
   std::byte* const data = block.data();
   deferred_->Add(std::move(block));
+  temporary_bytes_ += bytes;
   return data;
 }
 
@@ -98,7 +99,8 @@ absl::StatusOr<std::byte*> StreamState::Results(int64_t bytes) {
 
 absl::Status StreamState::ReserveFaults(int64_t count) {
   KEEPSET_CHECK(count <= kMaxFaults);
-  if (static_cast<int64_t>(describe_.size()) + count <= kMaxFaults) return absl::OkStatus();
+  const bool has_room = static_cast<int64_t>(describe_.size()) + count <= kMaxFaults;
+  if (has_room && !has_many_temporaries()) return absl::OkStatus();
   absl::Status status = Wait();
   if (pending_.ok()) pending_ = std::move(status);
   return health_.status();
@@ -123,6 +125,7 @@ void StreamState::ForgetQueued() {
   deferred_->Flush();
   old_rings_.clear();
   ring_used_ = 0;
+  temporary_bytes_ = 0;
 }
 
 absl::Status StreamState::Wait() {

@@ -45,6 +45,9 @@ enum class WindowKernels { kPortable, kHopper };
 // Ops with faults between two waits.
 constexpr int64_t kMaxFaults = 256;
 
+// Copies of tensors in host memory between two waits: a further op waits first.
+constexpr int64_t kMaxTemporaryBytes = int64_t{256} << 20;
+
 // What one stream needs; kept between operations.
 class StreamState {
  public:
@@ -68,9 +71,11 @@ class StreamState {
   absl::StatusOr<const std::byte*> Upload(const void* data, int64_t bytes);
   // Page-locked memory for results; the next call hands out the same again.
   absl::StatusOr<std::byte*> Results(int64_t bytes);
-  // Room for `count` faults, at most kMaxFaults, by an early wait when need be: before an op stages
-  // or uploads anything.
+  // Room for `count` faults, at most kMaxFaults, and for temporary memory, by an early wait when
+  // need be: before an op stages or uploads anything.
   absl::Status ReserveFaults(int64_t count);
+  // Whether temporary memory is to be freed by a wait before more is asked for.
+  bool has_many_temporaries() const { return temporary_bytes_ > kMaxTemporaryBytes; }
   // Where a kernel reports the smallest fault code; `describe` turns it into the error of the next
   // Wait. Reserved before.
   uint64_t* NewFault(std::function<absl::Status(uint64_t code)> describe);
@@ -105,6 +110,7 @@ class StreamState {
   std::unique_ptr<PinnedBuffer> ring_host_;
   std::vector<std::unique_ptr<PinnedBuffer>> old_rings_;  // queued copies may still read them
   int64_t ring_used_ = 0;
+  int64_t temporary_bytes_ = 0;  // since the last wait
   PinnedBuffer results_;
   DeviceBlock faults_;
   PinnedBuffer faults_host_;

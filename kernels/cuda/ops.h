@@ -41,6 +41,8 @@ absl::Status DilateForward(StreamState& state, int64_t dilate, ScoreBuffer& x);
 absl::Status Fill(StreamState& state, int64_t begin, int64_t end, float value, ScoreBuffer& x);
 absl::StatusOr<ComputeBackend::Mass> MassAndEntropy(StreamState& state, const ScoreBuffer& x,
                                                     int64_t row);
+absl::StatusOr<std::vector<ComputeBackend::Mass>> MassAndEntropyOfEach(
+    StreamState& state, absl::Span<const ScoreBuffer* const> buffers);
 
 absl::StatusOr<std::vector<Selection>> Select(StreamState& state, const ScoreBuffer& scores,
                                               absl::Span<const SelectArgs> args);
@@ -49,6 +51,7 @@ absl::StatusOr<std::vector<std::vector<Selection>>> SelectEach(StreamState& stat
 absl::Status GatherRows(StreamState& state, const KvView& in,
                         absl::Span<const absl::Span<const int32_t>> keep_indices,
                         const MutableKvView& out);
+absl::Status GatherRowsOfEach(StreamState& state, absl::Span<const GatherTask> tasks);
 
 // The fault of norms of rows [heads, seq_len].
 absl::Status DescribeNormFault(uint64_t code, const std::string& what, int64_t seq_len);

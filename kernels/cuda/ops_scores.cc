@@ -259,34 +259,73 @@ absl::Status Fill(StreamState& state, int64_t begin, int64_t end, float value, S
   return Queue(state, params);
 }
 
-absl::StatusOr<ComputeBackend::Mass> MassAndEntropy(StreamState& state, const ScoreBuffer& x,
-                                                    int64_t row) {
+namespace {
+
+// The sums and the terms of the entropy of one row, in parts: [2, sum blocks].
+absl::Status QueueMass(StreamState& state, const ScoreBuffer& x, int64_t row, double* parts) {
   KEEPSET_RETURN_IF_ERROR(CheckMassRow(row, x));
   KEEPSET_ASSIGN_OR_RETURN(const float* const data, Readable(state, x));
-  const int64_t blocks = NumSumBlocks(x.cols());
-  const int64_t bytes = 2 * blocks * int64_t{sizeof(double)};
-  KEEPSET_ASSIGN_OR_RETURN(std::byte* const workspace, state.Workspace(bytes));
-  KEEPSET_ASSIGN_OR_RETURN(std::byte* const results, state.Results(bytes));
   SumParams params;
   params.in = data + row * x.cols();
   params.rows = 1;
   params.cols = x.cols();
-  params.parts = reinterpret_cast<double*>(workspace);
+  params.parts = parts;
   KEEPSET_RETURN_IF_ERROR(state.health().Check(LaunchSum(params, state.stream()), "row sums"));
   params.kind = SumKind::kEntropy;
   params.totals = params.parts;
-  params.parts += blocks;
-  KEEPSET_RETURN_IF_ERROR(state.health().Check(LaunchSum(params, state.stream()), "entropy"));
-  KEEPSET_RETURN_IF_CUDA_ERROR(state.health(),
-                               cudaMemcpyAsync(results, workspace, static_cast<size_t>(bytes),
-                                               cudaMemcpyDeviceToHost, state.stream()));
-  KEEPSET_RETURN_IF_ERROR(state.Wait());
-  const auto* parts = reinterpret_cast<const double*>(results);
+  params.parts += NumSumBlocks(x.cols());
+  return state.health().Check(LaunchSum(params, state.stream()), "entropy");
+}
+
+absl::StatusOr<ComputeBackend::Mass> ReadMass(const double* parts, int64_t blocks) {
   ComputeBackend::Mass mass;
   for (int64_t block = 0; block < blocks; ++block) mass.sum += parts[block];
   KEEPSET_RETURN_IF_ERROR(CheckMass(mass.sum));
   for (int64_t block = 0; block < blocks; ++block) mass.entropy += parts[blocks + block];
   return mass;
+}
+
+// `row` of every buffer.
+absl::StatusOr<std::vector<ComputeBackend::Mass>> MassesOfRow(
+    StreamState& state, absl::Span<const ScoreBuffer* const> buffers, int64_t row) {
+  int64_t values = 0;
+  for (const ScoreBuffer* const buffer : buffers) values += 2 * NumSumBlocks(buffer->cols());
+  const int64_t bytes = values * int64_t{sizeof(double)};
+  KEEPSET_ASSIGN_OR_RETURN(std::byte* const workspace, state.Workspace(bytes));
+  KEEPSET_ASSIGN_OR_RETURN(std::byte* const results, state.Results(bytes));
+  auto* parts = reinterpret_cast<double*>(workspace);
+  for (const ScoreBuffer* const buffer : buffers) {
+    KEEPSET_RETURN_IF_ERROR(QueueMass(state, *buffer, row, parts));
+    parts += 2 * NumSumBlocks(buffer->cols());
+  }
+  KEEPSET_RETURN_IF_CUDA_ERROR(state.health(),
+                               cudaMemcpyAsync(results, workspace, static_cast<size_t>(bytes),
+                                               cudaMemcpyDeviceToHost, state.stream()));
+  KEEPSET_RETURN_IF_ERROR(state.Wait());
+  const auto* found = reinterpret_cast<const double*>(results);
+  std::vector<ComputeBackend::Mass> masses;
+  for (const ScoreBuffer* const buffer : buffers) {
+    const int64_t blocks = NumSumBlocks(buffer->cols());
+    KEEPSET_ASSIGN_OR_RETURN(const ComputeBackend::Mass mass, ReadMass(found, blocks));
+    masses.push_back(mass);
+    found += 2 * blocks;
+  }
+  return masses;
+}
+
+}  // namespace
+
+absl::StatusOr<ComputeBackend::Mass> MassAndEntropy(StreamState& state, const ScoreBuffer& x,
+                                                    int64_t row) {
+  const ScoreBuffer* const buffers[] = {&x};
+  KEEPSET_ASSIGN_OR_RETURN(const std::vector<ComputeBackend::Mass> masses,
+                           MassesOfRow(state, buffers, row));
+  return masses.front();
+}
+
+absl::StatusOr<std::vector<ComputeBackend::Mass>> MassAndEntropyOfEach(
+    StreamState& state, absl::Span<const ScoreBuffer* const> buffers) {
+  return MassesOfRow(state, buffers, /*row=*/0);
 }
 
 }  // namespace keepset::kernels::cuda

@@ -142,48 +142,143 @@ absl::StatusOr<std::vector<Selection>> Select(StreamState& state, const ScoreBuf
   return std::move(selections.front());
 }
 
+namespace {
+
+// Tensors of one launch, more than any operation has; a grid dimension of 16 bits holds them.
+constexpr size_t kMaxGatherTensors = 4096;
+
+absl::Status CheckGatherTask(const GatherTask& task) {
+  KEEPSET_RETURN_IF_ERROR(CheckGather(task.in, task.keep_indices, task.out));
+  if (task.in.seq_len > kMaxPositions || task.out.seq_len > kMaxPositions) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("gather: seq_len=", std::max(task.in.seq_len, task.out.seq_len),
+                     ", want at most ", kMaxPositions, " on a GPU"));
+  }
+  size_t kept = 0;
+  for (const absl::Span<const int32_t> set : task.keep_indices) kept += set.size();
+  if (kept > static_cast<size_t>(std::numeric_limits<int32_t>::max())) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("gather: ", kept, " kept positions, want at most 2147483647"));
+  }
+  return absl::OkStatus();
+}
+
+bool HaveTheSameSets(const GatherTask& a, const GatherTask& b) {
+  return std::equal(a.keep_indices.begin(), a.keep_indices.end(), b.keep_indices.begin(),
+                    b.keep_indices.end(),
+                    [](absl::Span<const int32_t> one, absl::Span<const int32_t> other) {
+                      return one.data() == other.data() && one.size() == other.size();
+                    });
+}
+
+// A tensor on its way through the kernel.
+struct StagedGather {
+  GatherTensor tensor;
+  StagedDestination destination;
+  std::vector<int64_t> counts;  // rows of each set
+};
+
+absl::Status UploadSets(StreamState& state, const GatherTask& task, GatherTensor* tensor) {
+  std::vector<int32_t> indices;
+  std::vector<int32_t> offsets = {0};
+  for (const absl::Span<const int32_t> set : task.keep_indices) {
+    indices.insert(indices.end(), set.begin(), set.end());
+    offsets.push_back(static_cast<int32_t>(indices.size()));
+  }
+  KEEPSET_ASSIGN_OR_RETURN(tensor->indices, UploadArray<int32_t>(state, indices));
+  KEEPSET_ASSIGN_OR_RETURN(tensor->offsets, UploadArray<int32_t>(state, offsets));
+  tensor->num_sets = static_cast<int32_t>(task.keep_indices.size());
+  return absl::OkStatus();
+}
+
+// `before` was staged last since the last wait, from `task_before`; null: none was.
+absl::StatusOr<StagedGather> StageGather(StreamState& state, const GatherTask& task,
+                                         const StagedGather* before,
+                                         const GatherTask* task_before) {
+  StagedGather staged;
+  for (const absl::Span<const int32_t> set : task.keep_indices) {
+    staged.counts.push_back(static_cast<int64_t>(set.size()));
+  }
+  const int64_t longest = *std::max_element(staged.counts.begin(), staged.counts.end());
+  GatherTensor& tensor = staged.tensor;
+  KEEPSET_ASSIGN_OR_RETURN(tensor.in, StageRows(state, task.in, "gather: source"));
+  KEEPSET_ASSIGN_OR_RETURN(
+      staged.destination,
+      StageDestination(state, task.out, std::max<int64_t>(longest, 1), "gather: destination"));
+  tensor.out = staged.destination.rows;
+  tensor.row_bytes = static_cast<int32_t>(task.in.head_dim * DTypeBytes(task.in.dtype));
+  tensor.unit_bytes = GatherUnitBytes(tensor.in, tensor.out, tensor.row_bytes);
+  if (before == nullptr || !HaveTheSameSets(task, *task_before)) {
+    KEEPSET_RETURN_IF_ERROR(UploadSets(state, task, &tensor));
+    return staged;
+  }
+  // K and V of a layer.
+  tensor.indices = before->tensor.indices;
+  tensor.offsets = before->tensor.offsets;
+  tensor.num_sets = before->tensor.num_sets;
+  return staged;
+}
+
+// Launches what is staged, waits, and moves what goes to host memory there.
+absl::Status RunGathers(StreamState& state, absl::Span<const GatherTask> tasks,
+                        absl::Span<const StagedGather> staged) {
+  std::vector<GatherTensor> tensors;
+  GatherParams params;
+  for (const StagedGather& one : staged) {
+    tensors.push_back(one.tensor);
+    params.most_heads = std::max(params.most_heads, one.tensor.in.num_heads);
+    for (const int64_t count : one.counts) {
+      params.longest = std::max(params.longest, static_cast<int32_t>(count));
+    }
+  }
+  params.num_tensors = static_cast<int32_t>(tensors.size());
+  KEEPSET_ASSIGN_OR_RETURN(params.tensors, UploadArray<GatherTensor>(state, tensors));
+  KEEPSET_RETURN_IF_ERROR(state.health().Check(LaunchGather(params, state.stream()), "gather"));
+  std::vector<PackedRows> packed;
+  for (const StagedGather& one : staged) {
+    KEEPSET_ASSIGN_OR_RETURN(PackedRows rows, QueueCopyBack(state, one.destination));
+    packed.push_back(std::move(rows));
+  }
+  KEEPSET_RETURN_IF_ERROR(state.Wait());
+  for (size_t i = 0; i < staged.size(); ++i) {
+    UnpackRows(staged[i].destination, packed[i], staged[i].counts, tasks[i].out);
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+absl::Status GatherRowsOfEach(StreamState& state, absl::Span<const GatherTask> tasks) {
+  for (const GatherTask& task : tasks) {
+    KEEPSET_RETURN_IF_ERROR(NamedBy(task.what, CheckGatherTask(task)));
+  }
+  std::vector<StagedGather> staged;
+  size_t first = 0;
+  for (size_t i = 0; i < tasks.size(); ++i) {
+    if (i > first && (state.has_many_temporaries() || staged.size() == kMaxGatherTensors)) {
+      KEEPSET_RETURN_IF_ERROR(RunGathers(state, tasks.subspan(first, i - first), staged));
+      staged.clear();
+      first = i;
+    }
+    absl::StatusOr<StagedGather> one = StageGather(
+        state, tasks[i], i > first ? &staged.back() : nullptr, i > first ? &tasks[i - 1] : nullptr);
+    if (!one.ok()) return NamedBy(tasks[i].what, one.status());
+    staged.push_back(*std::move(one));
+  }
+  if (staged.empty()) return state.Wait();
+  return RunGathers(state, tasks.subspan(first), staged);
+}
+
 absl::Status GatherRows(StreamState& state, const KvView& in,
                         absl::Span<const absl::Span<const int32_t>> keep_indices,
                         const MutableKvView& out) {
-  KEEPSET_RETURN_IF_ERROR(CheckGather(in, keep_indices, out));
-  if (in.seq_len > kMaxPositions || out.seq_len > kMaxPositions) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("gather: seq_len=", std::max(in.seq_len, out.seq_len), ", want at most ",
-                     kMaxPositions, " on a GPU"));
-  }
-  std::vector<int32_t> indices;
-  std::vector<int32_t> offsets = {0};
-  std::vector<int64_t> counts;
-  for (const absl::Span<const int32_t> set : keep_indices) {
-    indices.insert(indices.end(), set.begin(), set.end());
-    offsets.push_back(static_cast<int32_t>(indices.size()));
-    counts.push_back(static_cast<int64_t>(set.size()));
-  }
-  const int64_t longest = *std::max_element(counts.begin(), counts.end());
-  if (longest == 0) return state.Wait();
-  if (indices.size() > static_cast<size_t>(std::numeric_limits<int32_t>::max())) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("gather: ", indices.size(), " kept positions, want at most 2147483647"));
-  }
-  GatherParams params;
-  KEEPSET_ASSIGN_OR_RETURN(params.in, StageRows(state, in, "gather: source"));
-  KEEPSET_ASSIGN_OR_RETURN(const StagedDestination destination,
-                           StageDestination(state, out, longest, "gather: destination"));
-  params.out = destination.rows;
-  params.num_sets = static_cast<int32_t>(keep_indices.size());
-  params.row_bytes = static_cast<int32_t>(in.head_dim * DTypeBytes(in.dtype));
-  params.unit_bytes = GatherUnitBytes(params.in, params.out, params.row_bytes);
-  KEEPSET_ASSIGN_OR_RETURN(
-      const std::byte* const uploaded_indices,
-      state.Upload(indices.data(), static_cast<int64_t>(indices.size() * sizeof(int32_t))));
-  params.indices = reinterpret_cast<const int32_t*>(uploaded_indices);
-  KEEPSET_ASSIGN_OR_RETURN(
-      const std::byte* const uploaded_offsets,
-      state.Upload(offsets.data(), static_cast<int64_t>(offsets.size() * sizeof(int32_t))));
-  params.offsets = reinterpret_cast<const int32_t*>(uploaded_offsets);
-  KEEPSET_RETURN_IF_ERROR(
-      state.health().Check(LaunchGather(params, longest, state.stream()), "gather"));
-  return UnstageRows(state, destination, counts, out);
+  GatherTask task;
+  task.in = in;
+  task.keep_indices = keep_indices;
+  task.out = out;
+  KEEPSET_RETURN_IF_ERROR(CheckGatherTask(task));
+  KEEPSET_ASSIGN_OR_RETURN(const StagedGather staged, StageGather(state, task, nullptr, nullptr));
+  return RunGathers(state, absl::MakeConstSpan(&task, 1), absl::MakeConstSpan(&staged, 1));
 }
 
 }  // namespace keepset::kernels::cuda

@@ -85,7 +85,11 @@ void AddHead(const WindowArgs& args, absl::Span<const HeadRows> wanted, int64_t 
   }
   const auto head = static_cast<int32_t>(wanted.front().head);
   const auto kv_head = static_cast<int32_t>(head / (args.q.num_qo_heads / args.k.num_kv_heads));
-  const auto smallest_limit = static_cast<int32_t>(args.row_positions[begin]);
+  // Rows behind the prompt see all of it, and not the zeros that fill its last tile.
+  const auto limit_of = [&](int64_t row) {
+    return static_cast<int32_t>(std::min(args.row_positions[row], args.k.seq_len - 1));
+  };
+  const int32_t smallest_limit = limit_of(begin);
   const auto first_row = static_cast<int32_t>(list->rows.size());
   if (list->units.empty() || list->units.back().kv_head != kv_head) {
     WindowUnit unit;
@@ -96,8 +100,7 @@ void AddHead(const WindowArgs& args, absl::Span<const HeadRows> wanted, int64_t 
     list->units.push_back(unit);
   }
   for (int64_t i = begin; i < end; ++i) {
-    list->rows.push_back(
-        {head, static_cast<int32_t>(i), static_cast<int32_t>(args.row_positions[i])});
+    list->rows.push_back({head, static_cast<int32_t>(i), limit_of(i)});
   }
   for (size_t j = 0; j < wanted.size(); ++j) {
     WindowOutput output;
@@ -276,11 +279,19 @@ absl::Status QueueSomeLayers(StreamState& state, absl::Span<const WindowArgs> la
     KEEPSET_RETURN_IF_ERROR(
         RowNorms(state, args.v, absl::StrCat(args.what, ": v"), *args.value_norms));
   }
-  KEEPSET_RETURN_IF_ERROR(state.ReserveFaults(2 * static_cast<int64_t>(layers.size())));
+  const auto num_layers = static_cast<int64_t>(layers.size());
+  KEEPSET_RETURN_IF_ERROR(state.ReserveFaults(2 * num_layers));
   WindowParams params;
   std::vector<KeyMemory> keys;
   size_t first = 0;
   for (size_t i = 0; i < layers.size(); ++i) {
+    if (i > first && state.has_many_temporaries()) {
+      KEEPSET_RETURN_IF_ERROR(QueueLayers(state, layers[first], keys, &params));
+      KEEPSET_RETURN_IF_ERROR(state.ReserveFaults(2 * num_layers));
+      params = WindowParams();
+      keys.clear();
+      first = i;
+    }
     KEEPSET_ASSIGN_OR_RETURN(const StagedLayer staged, StageLayer(state, layers[i], *outs[i]));
     if (i > first && !(staged.shape == params.shape && WantTheSame(layers[i], layers[first]))) {
       KEEPSET_RETURN_IF_ERROR(QueueLayers(state, layers[first], keys, &params));

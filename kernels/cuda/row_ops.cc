@@ -39,12 +39,13 @@ cudaError_t LaunchTileColumns(const TileColumnsParams& params, cudaStream_t stre
   return Launch<TileColumnsKernel>(shape, params, stream);
 }
 
-cudaError_t LaunchGather(const GatherParams& params, int64_t longest, cudaStream_t stream) {
+cudaError_t LaunchGather(const GatherParams& params, cudaStream_t stream) {
   constexpr int64_t kRowsPerBlock = 64;
   LaunchShape shape;
   shape.threads = GatherKernel::kMaxThreads;
-  shape.grid_x = CeilDiv(longest, kRowsPerBlock);
-  shape.grid_y = params.in.num_heads;
+  shape.grid_x = CeilDiv(params.longest, kRowsPerBlock);
+  shape.grid_y = params.most_heads;
+  shape.grid_z = params.num_tensors;
   return Launch<GatherKernel>(shape, params, stream);
 }
 

@@ -61,7 +61,7 @@ struct TileColumnsKernel {
 };
 
 // Copies rows of `row_bytes` in units of `unit_bytes` (16, 8, 4 or 2).
-struct GatherParams {
+struct GatherTensor {
   DeviceRows in;
   MutableDeviceRows out;
   const int32_t* indices = nullptr;  // device memory: the sets one after the other
@@ -71,7 +71,14 @@ struct GatherParams {
   int32_t unit_bytes = 16;
 };
 
-// 8 warps share the rows of one head.
+struct GatherParams {
+  const GatherTensor* tensors = nullptr;  // [num_tensors], device memory
+  int32_t num_tensors = 0;
+  int32_t most_heads = 0;  // of any tensor
+  int32_t longest = 0;     // rows of the largest set
+};
+
+// 8 warps share the rows of one head of one tensor.
 struct GatherKernel {
   using Params = GatherParams;
   static constexpr int kMaxThreads = 256;
@@ -85,8 +92,7 @@ int GatherUnitBytes(const DeviceRows& in, const MutableDeviceRows& out, int64_t 
 
 cudaError_t LaunchRowNorms(const RowNormsParams& params, cudaStream_t stream);
 cudaError_t LaunchTileColumns(const TileColumnsParams& params, cudaStream_t stream);
-// longest: rows of the largest set.
-cudaError_t LaunchGather(const GatherParams& params, int64_t longest, cudaStream_t stream);
+cudaError_t LaunchGather(const GatherParams& params, cudaStream_t stream);
 
 }  // namespace keepset::kernels::cuda
 

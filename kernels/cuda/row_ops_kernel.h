@@ -66,8 +66,10 @@ struct alignas(8) HalfPiece {
 };
 
 template <typename Simt>
-KEEPSET_KERNEL_BODY void GatherKernel::Run(const Simt& simt, const Params& p) {
+KEEPSET_KERNEL_BODY void GatherKernel::Run(const Simt& simt, const Params& params) {
+  const GatherTensor& p = params.tensors[simt.block_z()];
   const int head = simt.block_y();
+  if (head >= p.in.num_heads) return;
   const int set = p.num_sets == 1 ? 0 : head;
   const int first = p.offsets[set];
   const int count = p.offsets[set + 1] - first;

@@ -154,15 +154,20 @@ absl::StatusOr<StagedDestination> StageDestination(StreamState& state, const Mut
   return staged;
 }
 
-absl::Status UnstageRows(StreamState& state, const StagedDestination& staged,
-                         absl::Span<const int64_t> counts, const MutableKvView& view) {
-  if (staged.place == MemoryPlace::kDevice) return state.Wait();
-  const MutableDeviceRows& rows = staged.rows;
-  std::vector<std::byte> packed(static_cast<size_t>(rows.num_heads * rows.head_bytes));
+absl::StatusOr<PackedRows> QueueCopyBack(StreamState& state, const StagedDestination& staged) {
+  PackedRows packed;
+  if (staged.place == MemoryPlace::kDevice) return packed;
+  packed.resize(static_cast<size_t>(staged.rows.num_heads * staged.rows.head_bytes));
   KEEPSET_RETURN_IF_CUDA_ERROR(state.health(),
-                               cudaMemcpyAsync(packed.data(), rows.data, packed.size(),
+                               cudaMemcpyAsync(packed.data(), staged.rows.data, packed.size(),
                                                cudaMemcpyDeviceToHost, state.stream()));
-  KEEPSET_RETURN_IF_ERROR(state.Wait());
+  return packed;
+}
+
+void UnpackRows(const StagedDestination& staged, const PackedRows& packed,
+                absl::Span<const int64_t> counts, const MutableKvView& view) {
+  if (staged.place == MemoryPlace::kDevice) return;
+  const MutableDeviceRows& rows = staged.rows;
   for (int64_t head = 0; head < rows.num_heads; ++head) {
     const int64_t count = counts[counts.size() == 1 ? 0 : static_cast<size_t>(head)];
     for (int64_t token = 0; token < count; ++token) {
@@ -171,7 +176,6 @@ absl::Status UnstageRows(StreamState& state, const StagedDestination& staged,
                   static_cast<size_t>(rows.token_bytes));
     }
   }
-  return absl::OkStatus();
 }
 
 }  // namespace keepset::kernels::cuda

@@ -11,6 +11,7 @@
 #include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "absl/types/span.h"
 #include "kernels/cuda/cuda_context.h"
 #include "kernels/cuda/device_rows.h"
 #include "kernels/views.h"
@@ -45,8 +46,8 @@ struct HostMatrix {
 absl::StatusOr<StagedMatrix> StageMatrix(StreamState& state, const HostMatrix& matrix,
                                          absl::string_view what);
 
-// A destination: the device memory itself, or a temporary [heads, tokens, d] that UnstageRows
-// copies into host memory after the op.
+// A destination: the device memory itself, or a temporary [heads, tokens, d] that is copied into
+// host memory after the op: QueueCopyBack, Wait, UnpackRows.
 struct StagedDestination {
   MutableDeviceRows rows;
   MemoryPlace place = MemoryPlace::kDevice;
@@ -54,9 +55,13 @@ struct StagedDestination {
 // tokens: rows of each head that are written, at most.
 absl::StatusOr<StagedDestination> StageDestination(StreamState& state, const MutableKvView& view,
                                                    int64_t tokens, absl::string_view what);
-// counts: rows of each head, one for all or one per head. Waits.
-absl::Status UnstageRows(StreamState& state, const StagedDestination& staged,
-                         absl::Span<const int64_t> counts, const MutableKvView& view);
+// Receives the temporary at the next Wait, until which it stays where it is; empty for device
+// memory.
+using PackedRows = std::vector<std::byte>;
+absl::StatusOr<PackedRows> QueueCopyBack(StreamState& state, const StagedDestination& staged);
+// counts: rows of each head, one for all or one per head.
+void UnpackRows(const StagedDestination& staged, const PackedRows& packed,
+                absl::Span<const int64_t> counts, const MutableKvView& view);
 
 }  // namespace keepset::kernels::cuda
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <string>
 #include <tuple>
@@ -97,6 +98,54 @@ TEST_P(RetentionPolicyConformance, IsTheSameForAnyThreadCount) {
 
 TEST_P(RetentionPolicyConformance, IsTheSameFromRunToRun) {
   EXPECT_EQ(Sets(Decide(Spec(kBudget))), Sets(Decide(Spec(kBudget))));
+}
+
+// 5 layers by 2, and all at once.
+TEST_P(RetentionPolicyConformance, LayersTogetherAreDecidedAsOneByOne) {
+  prompt_ = fakes::SyntheticPrompt({.num_layers = 5});
+  const OperationResult alone = Decide(Spec(kBudget));
+  for (const int64_t layers_at_once : {2, 8}) {
+    fakes::Gate gate;
+    Bench bench(NewCpuBackendOfManyLayers(gate, layers_at_once));
+    const absl::StatusOr<OperationResult> together = bench.RunTogether(Spec(kBudget), prompt_);
+    ASSERT_TRUE(together.ok()) << together.status();
+    EXPECT_EQ(Sets(*together), Sets(alone));
+    EXPECT_EQ(together->entropy, alone.entropy);
+    EXPECT_EQ(together->outside_mass, alone.outside_mass);
+    for (size_t layer = 0; layer < alone.layers.size(); ++layer) {
+      EXPECT_EQ(together->layers[layer].tau, alone.layers[layer].tau);
+      EXPECT_EQ(together->layers[layer].candidates, alone.layers[layer].candidates);
+      EXPECT_EQ(together->layers[layer].filled, alone.layers[layer].filled);
+    }
+  }
+}
+
+// Layer 2 of 5 is bad: what is said, and that it may be repeated.
+TEST_P(RetentionPolicyConformance, LayersTogetherAreRefusedAsOneByOne) {
+  prompt_ = fakes::SyntheticPrompt({.num_layers = 5});
+  fakes::SyntheticPrompt bad = prompt_;
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  for (int64_t layer = 2; layer < 4; ++layer) {
+    bad.set_k(layer, 1, 7, 0, nan);
+    bad.set_v(layer, 1, 7, 0, nan);
+  }
+  const absl::Status alone = Bench().Run(Spec(kBudget), bad).status();
+  fakes::Gate gate;
+  Bench bench(NewCpuBackendOfManyLayers(gate, 4));
+  EXPECT_EQ(bench.RunTogether(Spec(kBudget), bad).status(), alone);
+  if (alone.ok()) return;
+  EXPECT_EQ(alone.message().substr(0, 9), "layer 2: ");
+  auto operation = bench.Begin(Spec(kBudget));
+  ASSERT_TRUE(operation.ok());
+  std::vector<ObservedLayer> layers;
+  for (int64_t layer = 0; layer < 5; ++layer) layers.push_back({layer, bad.observation(layer)});
+  EXPECT_EQ((*operation)->ObserveLayers(layers), alone);
+  for (int64_t layer = 2; layer < 5; ++layer)
+    layers[layer].observation = prompt_.observation(layer);
+  ASSERT_TRUE((*operation)->ObserveLayers(absl::MakeConstSpan(layers).subspan(2)).ok());
+  const auto result = (*operation)->Finish();
+  ASSERT_TRUE(result.ok());
+  EXPECT_EQ(Sets(**result), Sets(Decide(Spec(kBudget))));
 }
 
 TEST_P(RetentionPolicyConformance, KeepsEverythingWhenTheBudgetCoversThePrompt) {

@@ -123,6 +123,63 @@ TEST_F(CaptureAbiTest, FillsTheSpecFromTheFile) {
   EXPECT_EQ(spec.budget, 10);
 }
 
+TEST_F(CaptureAbiTest, LayersAndGathersTogetherAreThoseOneByOne) {
+  keepset_operation* const alone = Observed(Spec("snapkv"));
+  keepset_operation* together = nullptr;
+  const keepset_operation_spec spec = Spec("snapkv");
+  ASSERT_EQ(keepset_operation_begin(engine_, &spec, &together), KEEPSET_OK);
+  const std::vector<int64_t> layers = {0, 1, 2};
+  std::vector<keepset_layer_observation> observations;
+  for (const int64_t layer : layers) observations.push_back(Layer(layer));
+  std::vector<const keepset_layer_observation*> pointers;
+  for (const keepset_layer_observation& one : observations) pointers.push_back(&one);
+  ASSERT_EQ(keepset_operation_observe_layers(together, layers.data(), pointers.data(), 3),
+            KEEPSET_OK)
+      << keepset_last_error();
+  std::vector<std::vector<float>> rows[2];
+  for (keepset_operation* const operation : {alone, together}) {
+    const keepset_result* result = nullptr;
+    ASSERT_EQ(keepset_operation_finish(operation, &result), KEEPSET_OK);
+    // [layers][K, V]: 2 KV heads of 10 rows of 16 values.
+    std::vector<std::vector<float>>& out = rows[operation == together ? 1 : 0];
+    out.assign(2 * layers.size(), std::vector<float>(2 * 10 * 16));
+    std::vector<keepset_kv_view> views(out.size());
+    std::vector<keepset_layer_gather> gathers(layers.size());
+    std::vector<const keepset_layer_gather*> gather_pointers;
+    for (size_t i = 0; i < out.size(); ++i) {
+      views[i].data = reinterpret_cast<unsigned char*>(out[i].data());
+      views[i].size_bytes = static_cast<int64_t>(out[i].size() * sizeof(float));
+      views[i].dtype = KEEPSET_F32;
+      views[i].num_kv_heads = 2;
+      views[i].seq_len = 10;
+      views[i].head_dim = 16;
+      views[i].head_stride = 160;
+      views[i].token_stride = 16;
+    }
+    for (size_t i = 0; i < layers.size(); ++i) {
+      gathers[i].struct_size = sizeof(keepset_layer_gather);
+      gathers[i].layer = layers[i];
+      gathers[i].k = &observations[i].k;
+      gathers[i].v = &observations[i].v;
+      gathers[i].out_k = &views[2 * i];
+      gathers[i].out_v = &views[2 * i + 1];
+      gather_pointers.push_back(&gathers[i]);
+      if (operation == together) continue;
+      EXPECT_EQ(keepset_operation_gather(operation, layers[i], gathers[i].k, gathers[i].v,
+                                         gathers[i].out_k, gathers[i].out_v),
+                KEEPSET_OK)
+          << keepset_last_error();
+    }
+    if (operation == together) {
+      EXPECT_EQ(keepset_operation_gather_layers(operation, gather_pointers.data(), 3), KEEPSET_OK)
+          << keepset_last_error();
+    }
+  }
+  EXPECT_EQ(rows[1], rows[0]);
+  keepset_operation_destroy(alone);
+  keepset_operation_destroy(together);
+}
+
 TEST_F(CaptureAbiTest, DecidesLikeTheEngineOnTheSameTensors) {
   OperationSpec spec = prompt_.spec();
   spec.policy = "snapkv";

@@ -87,8 +87,10 @@ TEST(CompilerKvPolicy, ReproducesTheScoresOfGoldenVectorOneBitForBit) {
                         rows,          std::nullopt};
   ASSERT_TRUE((*policy)->Begin(context).ok());
   auto scores = bench.backend().NewBuffer(1, 3);
-  ASSERT_TRUE((*policy)->Score(context, 0, golden.observation(), **scores).ok());
+  const ObservedLayer layer = {0, golden.observation()};
   kernels::ScoreBuffer* const all[] = {scores->get()};
+  ASSERT_TRUE((*policy)->Score(context, absl::MakeConstSpan(&layer, 1), all).ok());
+  ASSERT_TRUE((*policy)->Commit(context, absl::MakeConstSpan(&layer, 1), all).ok());
   ASSERT_TRUE((*policy)->FinishScores(context, all).ok());
   std::vector<float> host(3);
   ASSERT_TRUE(bench.backend().CopyToHost(**op_context, **scores, absl::MakeSpan(host)).ok());

@@ -137,6 +137,32 @@ TEST_F(OperationTest, FailedScoreLeavesTheOperationUsable) {
   EXPECT_TRUE((*operation)->Finish().ok());
 }
 
+// So that others pass between two pieces: 4 query heads of 2^22 positions are half of what is taken
+// at once.
+TEST_F(OperationTest, LayersOfLongPromptsAreTakenInSmallPieces) {
+  fakes::Gate gate;
+  Bench bench(NewCpuBackendOfManyLayers(gate, 8));
+  const auto pieces = [&](int64_t seq_len) {
+    const auto operation = bench.Begin(TensorlessSpec("random", 8, seq_len, 10));
+    EXPECT_TRUE(operation.ok()) << operation.status();
+    return (*operation)->layers_at_once();
+  };
+  EXPECT_EQ(pieces(96), 8);
+  EXPECT_EQ(pieces(int64_t{1} << 22), 2);
+  EXPECT_EQ(pieces(int64_t{1} << 23), 1);
+}
+
+TEST_F(OperationTest, LayersTogetherStopAtThePassedDeadline) {
+  fakes::Gate gate;
+  Bench bench(NewCpuBackendOfManyLayers(gate, 8));
+  OperationSpec spec = Spec("snapkv", 10);
+  spec.deadline = absl::Seconds(1);
+  bench.clock().Advance(absl::Seconds(2));
+  const auto result = bench.RunTogether(spec, prompt_);
+  ASSERT_TRUE(result.ok()) << result.status();
+  EXPECT_EQ(result->reason, Reason::kDeadline);
+}
+
 TEST_F(OperationTest, FinishIsIdempotent) {
   const auto operation = Observed(Spec("snapkv", 10));
   const auto first = operation->Finish();

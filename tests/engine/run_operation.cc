@@ -25,6 +25,9 @@ Bench::Bench(int num_threads)
 Bench::Bench(std::unique_ptr<PolicyRegistry> policies)
     : backend_(NewCpu(1)), policies_(std::move(policies)) {}
 
+Bench::Bench(std::unique_ptr<kernels::ComputeBackend> backend)
+    : backend_(std::move(backend)), policies_(NewBuiltinPolicyRegistry()) {}
+
 absl::StatusOr<std::unique_ptr<Operation>> Bench::Begin(const OperationSpec& spec) {
   return Operation::Begin(spec, *policies_, *backend_, clock_);
 }
@@ -39,6 +42,18 @@ absl::StatusOr<OperationResult> Bench::Run(const OperationSpec& spec,
   return *result;
 }
 
+absl::StatusOr<OperationResult> Bench::RunTogether(const OperationSpec& spec,
+                                                   const fakes::SyntheticPrompt& prompt) {
+  KEEPSET_ASSIGN_OR_RETURN(const std::unique_ptr<Operation> operation, Begin(spec));
+  std::vector<ObservedLayer> layers;
+  for (int64_t layer = 0; layer < spec.model.num_layers; ++layer) {
+    layers.push_back({layer, prompt.observation(layer)});
+  }
+  KEEPSET_RETURN_IF_ERROR(operation->ObserveLayers(layers));
+  KEEPSET_ASSIGN_OR_RETURN(const OperationResult* const result, operation->Finish());
+  return *result;
+}
+
 absl::StatusOr<OperationResult> Bench::Run(const OperationSpec& spec) {
   KEEPSET_ASSIGN_OR_RETURN(const std::unique_ptr<Operation> operation, Begin(spec));
   for (int64_t layer = 0; layer < spec.model.num_layers; ++layer) {
@@ -46,6 +61,11 @@ absl::StatusOr<OperationResult> Bench::Run(const OperationSpec& spec) {
   }
   KEEPSET_ASSIGN_OR_RETURN(const OperationResult* const result, operation->Finish());
   return *result;
+}
+
+std::unique_ptr<kernels::ComputeBackend> NewCpuBackendOfManyLayers(fakes::Gate& gate,
+                                                                   int64_t layers_at_once) {
+  return std::make_unique<fakes::GatedBackend>(NewCpu(1), gate, layers_at_once);
 }
 
 OperationSpec TensorlessSpec(const std::string& policy, int64_t num_layers, int64_t seq_len,

@@ -1,4 +1,4 @@
-// Whole operations in one call, on the CPU backend.
+// Whole operations in one call, on the CPU backend unless the test brings another.
 #ifndef KEEPSET_TESTS_ENGINE_RUN_OPERATION_H_
 #define KEEPSET_TESTS_ENGINE_RUN_OPERATION_H_
 
@@ -10,6 +10,7 @@
 #include "engine/operation.h"
 #include "kernels/backend_registry.h"
 #include "tests/fakes/fake_clock.h"
+#include "tests/fakes/gated_backend.h"
 #include "tests/fakes/synthetic_prompt.h"
 
 namespace keepset::engine {
@@ -18,8 +19,9 @@ namespace keepset::engine {
 class Bench {
  public:
   explicit Bench(int num_threads = 1);
-  // The same with a registry of the test's own.
+  // The same with a registry or backend of the test's own.
   explicit Bench(std::unique_ptr<PolicyRegistry> policies);
+  explicit Bench(std::unique_ptr<kernels::ComputeBackend> backend);
 
   kernels::ComputeBackend& backend() { return *backend_; }
   const PolicyRegistry& policies() const { return *policies_; }
@@ -29,7 +31,10 @@ class Bench {
   // Begin, every layer of `prompt`, Finish.
   absl::StatusOr<OperationResult> Run(const OperationSpec& spec,
                                       const fakes::SyntheticPrompt& prompt);
-  // The same without observations.
+  // The same with all layers handed over at once.
+  absl::StatusOr<OperationResult> RunTogether(const OperationSpec& spec,
+                                              const fakes::SyntheticPrompt& prompt);
+  // Run without observations.
   absl::StatusOr<OperationResult> Run(const OperationSpec& spec);
 
  private:
@@ -37,6 +42,10 @@ class Bench {
   std::unique_ptr<PolicyRegistry> policies_;
   fakes::FakeClock clock_;
 };
+
+// The CPU backend, which takes so many layers together.
+std::unique_ptr<kernels::ComputeBackend> NewCpuBackendOfManyLayers(fakes::Gate& gate,
+                                                                   int64_t layers_at_once);
 
 // A spec of `policy` with a budget in tokens, for a model without tensors.
 OperationSpec TensorlessSpec(const std::string& policy, int64_t num_layers, int64_t seq_len,

@@ -84,7 +84,9 @@ TEST(SnapKvPolicy, ReproducesTheTinyGoldenScores) {
   PolicyContext context{spec, bench.backend(), **op_context, Scope::kKvHead, 5, rows, std::nullopt};
   ASSERT_TRUE((*policy)->Begin(context).ok());
   auto scores = bench.backend().NewBuffer(2, 8);
-  ASSERT_TRUE((*policy)->Score(context, 0, prompt.observation(0), **scores).ok());
+  const ObservedLayer layer = {0, prompt.observation(0)};
+  kernels::ScoreBuffer* const all[] = {scores->get()};
+  ASSERT_TRUE((*policy)->Score(context, absl::MakeConstSpan(&layer, 1), all).ok());
   std::vector<float> host(16);
   ASSERT_TRUE(bench.backend().CopyToHost(**op_context, **scores, absl::MakeSpan(host)).ok());
   const float expected[] = {0.094484f, 0.136301f, 0.144231f, 0.133509f, 0.140316f, 0.090039f,

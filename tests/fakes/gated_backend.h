@@ -87,14 +87,16 @@ class Gate {
 
 class GatedBackend : public kernels::ComputeBackend {
  public:
-  GatedBackend(std::unique_ptr<kernels::ComputeBackend> inner, Gate& gate)
-      : inner_(std::move(inner)), gate_(gate) {}
+  GatedBackend(std::unique_ptr<kernels::ComputeBackend> inner, Gate& gate,
+               int64_t layers_at_once = 1)
+      : inner_(std::move(inner)), gate_(gate), layers_at_once_(layers_at_once) {}
 
   std::string name() const override { return inner_->name(); }
   absl::Status Health() const override { return gate_.health(); }
   absl::StatusOr<std::unique_ptr<kernels::OpContext>> NewContext() override {
     return inner_->NewContext();
   }
+  int64_t layers_at_once() const override { return layers_at_once_; }
   absl::StatusOr<std::unique_ptr<kernels::ScoreBuffer>> NewBuffer(int64_t rows,
                                                                   int64_t cols) override {
     return inner_->NewBuffer(rows, cols);
@@ -184,6 +186,7 @@ class GatedBackend : public kernels::ComputeBackend {
  private:
   const std::unique_ptr<kernels::ComputeBackend> inner_;
   Gate& gate_;
+  const int64_t layers_at_once_;
 };
 
 }  // namespace keepset::fakes

@@ -8,7 +8,7 @@
 namespace keepset::fakes {
 namespace {
 
-class ScriptedPolicy final : public engine::RetentionPolicy {
+class ScriptedPolicy final : public engine::LayerwisePolicy {
  public:
   explicit ScriptedPolicy(Script script) : script_(std::move(script)) {}
 
@@ -20,9 +20,9 @@ class ScriptedPolicy final : public engine::RetentionPolicy {
   }
   absl::Status Begin(engine::PolicyContext& /*context*/) override { return absl::OkStatus(); }
 
-  absl::Status Score(engine::PolicyContext& context, int64_t layer,
-                     const engine::LayerObservation& /*observation*/,
-                     kernels::ScoreBuffer& scores) override {
+  absl::Status ScoreLayer(engine::PolicyContext& context, int64_t layer,
+                          const engine::LayerObservation& /*observation*/,
+                          kernels::ScoreBuffer& scores) override {
     if (layer == script_.failing_layer) {
       script_.failing_layer = -1;
       return absl::InvalidArgumentError(absl::StrCat("layer ", layer, ": scripted failure"));

@@ -5,6 +5,7 @@
 #include <limits>
 #include <memory>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "gtest/gtest.h"
@@ -96,6 +97,20 @@ TEST_F(EmulatedBackend, ManyOpsBetweenTwoWaitsReportTheFirstFault) {
   EXPECT_EQ(cuda_.backend->Wait(*cuda_.context).message(),
             "first: head 1 position 3 is not finite");
   EXPECT_TRUE(cuda_.backend->Wait(*cuda_.context).ok());
+}
+
+TEST(EmulatedDevice, OrdinaryDeviceNeedsNoNote) {
+  EXPECT_EQ((*NewCudaBackend({}))->Device().note, "");
+}
+
+TEST(EmulatedDevice, WhatIsSpecialIsNoted) {
+  cuda::DescribeEmulatedDevice("NVIDIA H100 80GB HBM3 MIG 1g.10gb", cuda::Mps::kOn, 12040);
+  const std::string note = (*NewCudaBackend({}))->Device().note;
+  cuda::DescribeEmulatedDevice("emulated", cuda::Mps::kOff, 13000);
+  EXPECT_NE(note.find("supports CUDA 12.4, keepsetd was built with 13.0"), std::string::npos)
+      << note;
+  EXPECT_NE(note.find("a MIG instance"), std::string::npos) << note;
+  EXPECT_NE(note.find("used through MPS"), std::string::npos) << note;
 }
 
 // In a process of its own: the emulated device stays faulted as a real one does.

@@ -24,6 +24,7 @@ cudaError_t Launch(const LaunchShape& shape, const typename Kernel::Params& para
       shape.grid_z > 65535 || shape.shared_bytes > EmulatedSharedBytes()) {
     return cudaErrorInvalidConfiguration;
   }
+  CountLaunch();
   return QueueEmulated(stream, [shape, params] {
     EmulateGrid(shape, [&params](const EmulatedThread& thread) { Kernel::Run(thread, params); });
   });
@@ -63,6 +64,7 @@ cudaError_t LaunchHopper(const LaunchShape& shape, const typename Kernel::Params
       shape.shared_bytes > EmulatedSharedBytes()) {
     return cudaErrorInvalidConfiguration;
   }
+  CountLaunch();
   return QueueEmulated(stream, [shape, params] {
     EmulateGrid(shape, [&params](const EmulatedThread& thread) {
       Kernel::Run(EmulatedHopperThread(thread), params);

@@ -3,12 +3,14 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cstddef>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <map>
 #include <mutex>
+#include <string>
 #include <utility>
 
 #include "base/check.h"
@@ -35,6 +37,11 @@ struct Device {
   EmulatedDevice kind = EmulatedDevice::kSm86;
   cudaError_t next_wait = cudaSuccess;
   cudaError_t sticky = cudaSuccess;
+  std::string name = "emulated";
+  bool has_mps = false;
+  int driver_version = 13000;
+  std::atomic<int64_t> launches = 0;
+  std::atomic<int64_t> waits = 0;
 };
 
 Device& TheDevice() {
@@ -130,6 +137,17 @@ int64_t EmulatedSharedBytes() {
   return int64_t{TheDevice().kind == EmulatedDevice::kSm86 ? 99 : 227} << 10;
 }
 
+EmulatedCounts CountsSoFar() { return {TheDevice().launches, TheDevice().waits}; }
+
+void DescribeEmulatedDevice(const std::string& name, Mps mps, int driver_version) {
+  Device& device = TheDevice();
+  device.name = name;
+  device.has_mps = mps == Mps::kOn;
+  device.driver_version = driver_version;
+}
+
+void CountLaunch() { ++TheDevice().launches; }
+
 void FailNextWait(cudaError_t error) { TheDevice().next_wait = error; }
 
 int64_t NumDeviceAllocations() {
@@ -178,6 +196,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*d
       // Few, so that a block has several tiles.
       *value = 3;
       return cudaSuccess;
+    case cudaDevAttrMpsEnabled:
+      *value = TheDevice().has_mps ? 1 : 0;
+      return cudaSuccess;
     default:
       return cudaErrorInvalidValue;
   }
@@ -185,11 +206,15 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*d
 
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int /*device*/) {
   std::memset(properties, 0, sizeof(*properties));
-  std::strcpy(properties->name, "emulated");
+  std::strcpy(properties->name, TheDevice().name.c_str());
+  return cudaSuccess;
+}
+cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = 13000;
   return cudaSuccess;
 }
 cudaError_t cudaDriverGetVersion(int* version) {
-  *version = 13000;
+  *version = TheDevice().driver_version;
   return cudaSuccess;
 }
 
@@ -221,6 +246,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   auto& device = TheDevice();
+  ++device.waits;
   if (State() != cudaSuccess) return State();
   keepset::kernels::cuda::RunQueued(stream);
   const cudaError_t error = std::exchange(device.next_wait, cudaSuccess);

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <string>
 
 namespace keepset::kernels::cuda {
 
@@ -27,6 +28,18 @@ cudaError_t QueueEmulated(cudaStream_t stream, std::function<void()> work);
 void FailNextWait(cudaError_t error);
 // Blocks of device memory that are allocated now.
 int64_t NumDeviceAllocations();
+
+// What the host did since the process began.
+struct EmulatedCounts {
+  int64_t launches = 0;  // of kernels
+  int64_t waits = 0;     // for a stream
+};
+EmulatedCounts CountsSoFar();
+void CountLaunch();
+
+// What backends that are made from now on find. Versions as the runtime counts: 13000 is 13.0.
+enum class Mps { kOff, kOn };
+void DescribeEmulatedDevice(const std::string& name, Mps mps, int driver_version);
 
 }  // namespace keepset::kernels::cuda
 
