@@ -288,7 +288,7 @@ class ServerImpl final : public Server {
       listed->set_uuid(device.uuid);
       listed->set_name(device.name);
       listed->set_driver_version(device.driver_version);
-      info.set_device_status("ok");
+      info.set_device_status(device.note.empty() ? "ok" : absl::StrCat("ok: ", device.note));
     } else {
       info.set_device_status(
           absl::StrCat("no device: backend ", backend_->name(), " works in host memory"));
@@ -416,6 +416,9 @@ class ServerImpl final : public Server {
   }
 
   void LogReady() {
+    if (const std::string note = backend_->Device().note; !note.empty()) {
+      log_.Warning("device", {{"note", note}});
+    }
     log_.Info("ready", {{"version", std::string(ServerVersion())},
                         {"listen", absl::StrJoin(addresses_, ",")},
                         {"side_socket", config_.side_socket()},
