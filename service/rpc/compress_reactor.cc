@@ -5,6 +5,7 @@
 #include <iterator>
 #include <memory>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
@@ -86,14 +87,17 @@ class CompressReactor final : public grpc::ServerUnaryReactor {
     }
   }
 
-  // Smaller operations that wait pass between two layers; ours is the next of its flow.
+  // Smaller operations that wait pass between two layers, or between as many as the backend takes
+  // together; ours is the next of its flow.
   void RunLayers() {
     while (next_layer_ < request_.layers_size()) {
       if (cancelled_.load(std::memory_order_relaxed)) return Answer(CancelStatus());
-      if (absl::Status seen = operation_.Observe(request_.layers(next_layer_)); !seen.ok()) {
-        return Answer(seen);
+      std::vector<const v1::LayerInput*> some;
+      for (int64_t i = operation_.layers_at_once(); i > 0 && next_layer_ < request_.layers_size();
+           --i) {
+        some.push_back(&request_.layers(next_layer_++));
       }
-      ++next_layer_;
+      if (absl::Status seen = operation_.Observe(some); !seen.ok()) return Answer(seen);
       if (flow_.size_class > 0 && context_.queue.Waits(flow_.size_class - 1)) {
         return context_.queue.Resume(flow_, [this] { RunLayers(); });
       }

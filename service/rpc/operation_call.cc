@@ -196,12 +196,31 @@ absl::Status OperationCall::BeginOperation() {
   return absl::OkStatus();
 }
 
-absl::Status OperationCall::ObserveLayer(const v1::LayerInput& wire) {
-  if (keeps_messages() && wire.layer() > layers_.size()) return MissingForGather(layers_.size());
-  KEEPSET_ASSIGN_OR_RETURN(DecodedLayer layer, DecodeLayer(wire, operation_->spec(), wire_.gather(),
-                                                           wire_.block_table(), leases_));
-  KEEPSET_RETURN_IF_ERROR(operation_->Observe(wire.layer(), layer.observation));
-  if (keeps_messages()) layers_.push_back(std::move(layer));
+absl::StatusOr<DecodedLayer> OperationCall::DecodeNext(const v1::LayerInput& wire,
+                                                       size_t num_before) {
+  if (keeps_messages() && wire.layer() > num_before) return MissingForGather(num_before);
+  return DecodeLayer(wire, operation_->spec(), wire_.gather(), wire_.block_table(), leases_);
+}
+
+absl::Status OperationCall::ObserveLayers(absl::Span<const v1::LayerInput* const> layers) {
+  std::vector<DecodedLayer> decoded;
+  std::vector<engine::ObservedLayer> observed;
+  absl::Status undecoded;
+  for (const v1::LayerInput* const wire : layers) {
+    absl::StatusOr<DecodedLayer> layer = DecodeNext(*wire, layers_.size() + decoded.size());
+    if (!layer.ok()) {
+      // What is wrong with the layers before comes first.
+      undecoded = std::move(layer).status();
+      break;
+    }
+    observed.push_back({wire->layer(), layer->observation});
+    decoded.push_back(*std::move(layer));
+  }
+  KEEPSET_RETURN_IF_ERROR(operation_->ObserveLayers(observed));
+  KEEPSET_RETURN_IF_ERROR(undecoded);
+  if (keeps_messages()) {
+    std::move(decoded.begin(), decoded.end(), std::back_inserter(layers_));
+  }
   return absl::OkStatus();
 }
 
@@ -325,13 +344,22 @@ absl::Status OperationCall::GatherLayers(const engine::OperationResult& result,
                        ", want ", rows));
     }
   }
+  std::vector<engine::LayerGather> gathers;
   for (size_t l = 0; l < layers_.size(); ++l) {
-    const engine::LayerObservation& source = layers_[l].observation;
-    if (to_destination) {
+    const DecodedLayer& layer = layers_[l];
+    engine::LayerGather& gather = gathers.emplace_back();
+    gather.layer = static_cast<int64_t>(l);
+    gather.k = layer.observation.k;
+    gather.v = layer.observation.v;
+    gather.out_k = layer.out_k;
+    gather.out_v = layer.out_v;
+    if (!to_destination) KEEPSET_RETURN_IF_ERROR(MakeRoomInline(gather, out->mutable_layers(l)));
+  }
+  KEEPSET_RETURN_IF_ERROR(operation_->GatherLayers(gathers));
+  if (!to_destination) {
+    for (const engine::LayerGather& gather : gathers) {
       KEEPSET_RETURN_IF_ERROR(
-          operation_->Gather(l, source.k, source.v, layers_[l].out_k, layers_[l].out_v));
-    } else {
-      KEEPSET_RETURN_IF_ERROR(GatherInline(l, result.layers[l], out->mutable_layers(l)));
+          CloseInlineGaps(gather, result.layers[gather.layer], out->mutable_layers(gather.layer)));
     }
   }
   out->set_gathered(true);
@@ -349,26 +377,29 @@ absl::Status OperationCall::GatherInPlace() {
   return absl::OkStatus();
 }
 
-absl::Status OperationCall::GatherInline(int64_t layer, const engine::LayerResult& result,
-                                         v1::LayerResult* out) {
-  const engine::LayerObservation& source = layers_[layer].observation;
-  KEEPSET_ASSIGN_OR_RETURN(const int64_t rows, operation_->GatherRows(layer));
-  gathered_bytes_ += InlineGatherBytes(source.k, rows) + InlineGatherBytes(source.v, rows);
+absl::Status OperationCall::MakeRoomInline(engine::LayerGather& gather, v1::LayerResult* out) {
+  KEEPSET_ASSIGN_OR_RETURN(const int64_t rows, operation_->GatherRows(gather.layer));
+  gathered_bytes_ += InlineGatherBytes(gather.k, rows) + InlineGatherBytes(gather.v, rows);
   if (gathered_bytes_ > context_.codec.max_inline_bytes) {
     MarkReject(Reject::kInlineTooLarge);
     return absl::ResourceExhaustedError(absl::StrCat(
-        "layer ", layer, ": ", gathered_bytes_, " gathered bytes inline, want at most ",
+        "layer ", gather.layer, ": ", gathered_bytes_, " gathered bytes inline, want at most ",
         context_.codec.max_inline_bytes, "; larger results belong into a registered destination"));
   }
-  const kernels::MutableKvView out_k = InlineDestination(source.k, rows, out->mutable_k());
-  const kernels::MutableKvView out_v = InlineDestination(source.v, rows, out->mutable_v());
-  KEEPSET_RETURN_IF_ERROR(operation_->Gather(layer, source.k, source.v, out_k, out_v));
-  if (result.keep_indices.size() > 1) {
-    CloseGaps(result, rows, source.k.head_dim * kernels::DTypeBytes(source.k.dtype),
-              out->mutable_k());
-    CloseGaps(result, rows, source.v.head_dim * kernels::DTypeBytes(source.v.dtype),
-              out->mutable_v());
-  }
+  gather.out_k = InlineDestination(gather.k, rows, out->mutable_k());
+  gather.out_v = InlineDestination(gather.v, rows, out->mutable_v());
+  return absl::OkStatus();
+}
+
+absl::Status OperationCall::CloseInlineGaps(const engine::LayerGather& gather,
+                                            const engine::LayerResult& result,
+                                            v1::LayerResult* out) const {
+  if (result.keep_indices.size() <= 1) return absl::OkStatus();
+  KEEPSET_ASSIGN_OR_RETURN(const int64_t rows, operation_->GatherRows(gather.layer));
+  CloseGaps(result, rows, gather.k.head_dim * kernels::DTypeBytes(gather.k.dtype),
+            out->mutable_k());
+  CloseGaps(result, rows, gather.v.head_dim * kernels::DTypeBytes(gather.v.dtype),
+            out->mutable_v());
   return absl::OkStatus();
 }
 

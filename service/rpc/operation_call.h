@@ -8,6 +8,7 @@
 #ifndef KEEPSET_SERVICE_RPC_OPERATION_CALL_H_
 #define KEEPSET_SERVICE_RPC_OPERATION_CALL_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -20,6 +21,7 @@
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "absl/types/span.h"
 #include "engine/operation.h"
 #include "keepset/v1/compression.pb.h"
 #include "service/rpc/lease_set.h"
@@ -61,8 +63,15 @@ class OperationCall {
     return Guarded([this] { return BeginOperation(); });
   }
   absl::Status Observe(const v1::LayerInput& layer) {
-    return Guarded([this, &layer] { return ObserveLayer(layer); });
+    const v1::LayerInput* const one[] = {&layer};
+    return Observe(one);
   }
+  // Several layers in order, with the errors of one after the other.
+  absl::Status Observe(absl::Span<const v1::LayerInput* const> layers) {
+    return Guarded([this, layers] { return ObserveLayers(layers); });
+  }
+  // How many layers a caller that has them all hands over before it lets others pass. After Begin.
+  int64_t layers_at_once() const { return operation_->layers_at_once(); }
   // The layer's keep set when it is final already.
   bool EarlyResult(int64_t layer, v1::LayerResult* out) const;
   // Result, gathering, encoding; drops the leases.
@@ -84,14 +93,18 @@ class OperationCall {
  private:
   static absl::Status Guarded(absl::FunctionRef<absl::Status()> work);
   absl::Status BeginOperation();
-  absl::Status ObserveLayer(const v1::LayerInput& layer);
+  absl::Status ObserveLayers(absl::Span<const v1::LayerInput* const> layers);
+  absl::StatusOr<DecodedLayer> DecodeNext(const v1::LayerInput& wire, size_t num_before);
   absl::Status FinishOperation(v1::OperationResult* out);
   absl::Status ShedOperation(v1::OperationResult* out);
   absl::Status CheckReplySize(const engine::OperationSpec& spec) const;
   absl::Status ResolveTable(engine::OperationSpec& spec);
   absl::Status GatherLayers(const engine::OperationResult& result, v1::OperationResult* out);
   absl::Status GatherInPlace();
-  absl::Status GatherInline(int64_t layer, const engine::LayerResult& result, v1::LayerResult* out);
+  // Counts the bytes and views what the reply will hold of a layer as its destination.
+  absl::Status MakeRoomInline(engine::LayerGather& gather, v1::LayerResult* out);
+  absl::Status CloseInlineGaps(const engine::LayerGather& gather, const engine::LayerResult& result,
+                               v1::LayerResult* out) const;
   void EncodeInto(const engine::OperationResult& result, v1::OperationResult* out);
   void FinishShadow(v1::OperationResult* out);
   void ReleaseResources();

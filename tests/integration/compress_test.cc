@@ -67,6 +67,47 @@ TEST(Compress, InlineGivesTheAnswerOfTheLibrary) {
   ExpectSameSets(result, InProcess(prompt, "snapkv"));
 }
 
+TEST(Compress, LayersTakenTogetherGiveTheAnswerOfOneByOne) {
+  TestServer one_by_one;
+  const fakes::SyntheticPrompt prompt({.num_layers = 7});
+  for (const int64_t layers_at_once : {3, 40}) {
+    TestServer together("", layers_at_once);
+    for (const char* policy : {"snapkv", "tova", "knorm", "streaming_llm"}) {
+      v1::CompressRequest request = WireRequest(prompt, policy, kBudget);
+      request.mutable_spec()->set_gather(v1::GATHER_INLINE);
+      v1::OperationResult want;
+      v1::OperationResult got;
+      ASSERT_TRUE(Compress(one_by_one, request, &want).ok());
+      const grpc::Status status = Compress(together, request, &got);
+      ASSERT_TRUE(status.ok()) << status.error_message();
+      ASSERT_EQ(got.layers_size(), 7);
+      for (int l = 0; l < got.layers_size(); ++l) {
+        EXPECT_EQ(got.layers(l).SerializeAsString(), want.layers(l).SerializeAsString())
+            << policy << " layer " << l;
+      }
+    }
+  }
+}
+
+TEST(Compress, OfLayersTakenTogetherTheFirstThatIsWrongIsNamed) {
+  TestServer one_by_one;
+  TestServer together("", 40);
+  const fakes::SyntheticPrompt prompt({.num_layers = 7});
+  // Not a number in layer 2, and a shape in layer 5 that cannot be decoded.
+  v1::CompressRequest request = WireRequest(prompt, "snapkv", kBudget);
+  std::string& k = *request.mutable_layers(2)->mutable_k()->mutable_data()->mutable_inline_();
+  const float nan = std::nanf("");
+  std::memcpy(k.data() + 5 * sizeof(float), &nan, sizeof(nan));
+  request.mutable_layers(5)->mutable_k()->mutable_data()->mutable_inline_()->resize(8);
+  for (const char* want : {"layer 2", "layer 5"}) {
+    const grpc::Status alone = Compress(one_by_one, request, nullptr);
+    EXPECT_EQ(alone.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+    EXPECT_THAT(alone.error_message(), HasSubstr(want));
+    EXPECT_EQ(Compress(together, request, nullptr).error_message(), alone.error_message());
+    *request.mutable_layers(2) = WireLayer(prompt, 2);
+  }
+}
+
 TEST(Compress, MemfdGivesTheAnswerOfInline) {
   TestServer server;
   const fakes::SyntheticPrompt prompt({});

@@ -59,7 +59,7 @@ bool CapturedLog::AwaitLine(const std::vector<std::string>& parts) const {
   });
 }
 
-TestServer::TestServer(const std::string& config) {
+TestServer::TestServer(const std::string& config, int64_t layers_at_once) {
   absl::StatusOr<v1::ServerConfig> parsed = service::ParseServerConfig(config, "test");
   EXPECT_TRUE(parsed.ok()) << parsed.status();
   parsed->add_listen(address());
@@ -69,11 +69,12 @@ TestServer::TestServer(const std::string& config) {
       kernels::NewBackend("cpu", {.num_threads = 1});
   EXPECT_TRUE(backend.ok()) << backend.status();
   absl::StatusOr<std::unique_ptr<service::Server>> server = service::Server::Start(
-      *parsed, {.clock = SystemClock(),
-                .log = log_.logger(),
-                .random_seed = 1,
-                .backend = std::make_unique<fakes::GatedBackend>(*std::move(backend), gate_),
-                .on_device_fault = [this] { ++device_faults_; }});
+      *parsed,
+      {.clock = SystemClock(),
+       .log = log_.logger(),
+       .random_seed = 1,
+       .backend = std::make_unique<fakes::GatedBackend>(*std::move(backend), gate_, layers_at_once),
+       .on_device_fault = [this] { ++device_faults_; }});
   EXPECT_TRUE(server.ok()) << server.status();
   if (server.ok()) server_ = *std::move(server);
 }

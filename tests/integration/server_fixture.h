@@ -5,6 +5,7 @@
 #include <grpcpp/channel.h>
 
 #include <atomic>
+#include <cstdint>
 #include <memory>
 #include <sstream>
 #include <streambuf>
@@ -56,7 +57,8 @@ int HealthAt(const std::string& address, const std::string& service);
 class TestServer {
  public:
   // `config`: textproto over what the fixture sets (socket, metrics on a free port).
-  explicit TestServer(const std::string& config = "");
+  // `layers_at_once`: how many layers the backend takes together.
+  explicit TestServer(const std::string& config = "", int64_t layers_at_once = 1);
   ~TestServer();
 
   service::Server& server() { return *server_; }
