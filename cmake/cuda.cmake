@@ -42,6 +42,10 @@ if(KEEPSET_HAS_CUDA)
     $<$<COMPILE_LANGUAGE:CUDA>:--expt-relaxed-constexpr>
     # A host function in a kernel would only warn, and compile to a trap.
     $<$<COMPILE_LANGUAGE:CUDA>:-Werror=cross-execution-space-call>)
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 12.8)
+    # Device code of six architectures, at a fifth of its bytes.
+    list(APPEND KEEPSET_CUDA_COMMON_OPTIONS $<$<COMPILE_LANGUAGE:CUDA>:--compress-mode=size>)
+  endif()
   set(KEEPSET_CUDA_PORTABLE_OPTIONS
     $<$<COMPILE_LANGUAGE:CUDA>:--generate-code=arch=compute_80,code=[${KEEPSET_CUDA_CODES}]>
     ${KEEPSET_CUDA_COMMON_OPTIONS})
