@@ -170,6 +170,7 @@ class OperationImpl final : public Operation {
           AddGather(one.layer, "v", ValueHeadDim(spec()), one.v, one.out_v, sources));
     }
     std::vector<kernels::GatherTask> tasks;
+    tasks.reserve(sources.size());
     for (const GatherSource& source : sources) {
       tasks.push_back({source.in, source.sets, source.out, source.what});
     }
