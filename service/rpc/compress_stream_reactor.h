@@ -1,8 +1,6 @@
-// The bidirectional CompressStream: many operations on one stream.
-//
-// Layers of one operation are worked on in order by one worker at a time (its strand); different
-// operations run in parallel. One read and one write are outstanding. An operation that fails is
-// answered and forgotten; the stream goes on.
+// The bidirectional CompressStream on the wire: one read and one write are outstanding, credit goes
+// back in batches, and the stream ends when every operation it carries (stream_operations.h) is
+// settled. An operation that fails is answered and forgotten; the stream goes on.
 #ifndef KEEPSET_SERVICE_RPC_COMPRESS_STREAM_REACTOR_H_
 #define KEEPSET_SERVICE_RPC_COMPRESS_STREAM_REACTOR_H_
 

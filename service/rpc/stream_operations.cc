@@ -1,0 +1,294 @@
+#include "service/rpc/stream_operations.h"
+
+#include <deque>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+
+namespace keepset::service {
+
+StreamOperations::StreamOperations(const ServiceContext& context, CallInfo info, StreamPeer& peer)
+    : context_(context), info_(std::move(info)), peer_(peer) {}
+
+void StreamOperations::OnMessage(RequestPtr message) {
+  const uint64_t id = message->operation_id();
+  switch (message->step_case()) {
+    case v1::StreamRequest::kBegin:
+      OnBegin(std::move(message));
+      return;
+    case v1::StreamRequest::kLayer:
+      OnLayer(std::move(message));
+      return;
+    case v1::StreamRequest::kEnd:
+      if (const OperationPtr operation = FindOrAnswer(id)) Enqueue(operation, std::move(message));
+      return;
+    case v1::StreamRequest::kCancel:
+      OnCancel(id);
+      return;
+    case v1::StreamRequest::STEP_NOT_SET:
+      SendError(id,
+                absl::InvalidArgumentError("step is missing, want begin, layer, end or cancel"));
+      return;
+  }
+}
+
+void StreamOperations::OnBegin(RequestPtr message) {
+  const uint64_t id = message->operation_id();
+  if (id == 0) {
+    SendError(id, absl::InvalidArgumentError("operation_id=0, want another number"));
+    return;
+  }
+  if (Fail(id, absl::InvalidArgumentError(absl::StrCat(
+                   "operation_id=", id, " is open already, want an id of no open operation")))) {
+    return;
+  }
+  peer_.AddOpen();
+  auto operation = std::make_shared<StreamOperation>(context_, info_, std::move(message));
+  if (const absl::Status status = operation->call.Admit(); !status.ok()) {
+    RefuseBegin(operation, status);
+    return;
+  }
+  operation->flow = operation->call.QueueFlow();
+  bool room = false;
+  {
+    absl::MutexLock lock(&mutex_);
+    room = operations_.size() < context_.max_open_per_stream;
+    if (room) {
+      operations_.Open(operation);
+      operation->scheduled = true;
+      operation->pending.push_back(nullptr);  // stands for Begin
+    }
+  }
+  if (!room) {
+    RefuseBegin(operation, absl::ResourceExhaustedError(absl::StrCat(
+                               context_.max_open_per_stream,
+                               " operations are open on this stream, end one of them first")));
+    return;
+  }
+  const absl::Status queued = context_.queue.Submit(operation->flow, Strand(operation));
+  if (queued.ok()) return;
+  const bool is_awaited = Take(id, queued) != nullptr;
+  absl::Status refusal = queued;
+  ResponsePtr answer;
+  if (context_.overload == OverloadAnswer::kShedToFull) {
+    answer = NewStreamResponse(id);
+    refusal = operation->call.FinishShed(answer->mutable_result());
+  }
+  const absl::Status seen = operation->call.End(refusal);
+  if (!refusal.ok()) answer = StreamErrorResponse(id, seen);
+  if (is_awaited) peer_.Settle(std::move(answer));
+}
+
+void StreamOperations::RefuseBegin(const OperationPtr& operation, const absl::Status& status) {
+  {
+    absl::MutexLock lock(&mutex_);
+    operations_.MarkEnded(operation->id);
+  }
+  peer_.Settle(StreamErrorResponse(operation->id, operation->call.End(status)));
+}
+
+void StreamOperations::OnLayer(RequestPtr message) {
+  const uint64_t id = message->operation_id();
+  if (!peer_.TakeCredit()) {
+    if (!Fail(id,
+              absl::ResourceExhaustedError(absl::StrCat(
+                  "layer ", message->layer().layer(),
+                  ": no credit left on this stream, wait for a Credit before sending layers")))) {
+      FindOrAnswer(id);
+    }
+    return;
+  }
+  const OperationPtr operation = FindOrAnswer(id);
+  if (operation == nullptr) {
+    peer_.ReturnCredit(1);
+    return;
+  }
+  if (const absl::Status status = operation->call.LeaseLayer(message->layer()); !status.ok()) {
+    peer_.ReturnCredit(1);
+    Fail(id, status);
+    return;
+  }
+  Enqueue(operation, std::move(message));
+}
+
+void StreamOperations::OnCancel(uint64_t id) {
+  const OperationPtr operation =
+      Take(id, absl::CancelledError("the client cancelled the operation"));
+  if (operation == nullptr) return;
+  EndIfIdle(operation);
+  peer_.Settle(nullptr);
+}
+
+OperationPtr StreamOperations::FindOrAnswer(uint64_t id) {
+  {
+    absl::MutexLock lock(&mutex_);
+    if (OperationPtr operation = operations_.Find(id); operation != nullptr) return operation;
+    if (operations_.HasEnded(id)) return nullptr;
+    operations_.MarkEnded(id);
+  }
+  SendError(id, absl::NotFoundError(
+                    absl::StrCat("operation_id=", id, " is not open, want a begin first")));
+  return nullptr;
+}
+
+void StreamOperations::OnReadsClosed() {
+  std::vector<uint64_t> unfinished;
+  {
+    absl::MutexLock lock(&mutex_);
+    unfinished = operations_.WithoutEnd();
+  }
+  for (const uint64_t id : unfinished) {
+    Fail(id, absl::CancelledError("the stream was half-closed before the operation's end"));
+  }
+}
+
+void StreamOperations::Enqueue(const OperationPtr& operation, RequestPtr message) {
+  const bool has_layer = message->has_layer();
+  bool is_dropped = false;
+  {
+    absl::MutexLock lock(&mutex_);
+    is_dropped = !operation->dropped.ok();
+    if (!is_dropped) {
+      if (message->has_end()) operation->end_received = true;
+      operation->pending.push_back(std::move(message));
+      if (operation->scheduled) return;
+      operation->scheduled = true;
+    }
+  }
+  if (is_dropped) {
+    if (has_layer) peer_.ReturnCredit(1);
+    return;
+  }
+  context_.queue.Continue(operation->flow, Strand(operation));
+}
+
+WorkQueue::Task StreamOperations::Strand(const OperationPtr& operation) {
+  return [this, owner = peer_.shared_from_this(), operation] { RunStrand(operation); };
+}
+
+void StreamOperations::RunStrand(const OperationPtr& operation) {
+  while (true) {
+    RequestPtr message;
+    absl::Status dropped;
+    {
+      absl::MutexLock lock(&mutex_);
+      dropped = operation->dropped;
+      if (dropped.ok()) {
+        if (operation->pending.empty()) {
+          operation->scheduled = false;
+          return;
+        }
+        message = std::move(operation->pending.front());
+        operation->pending.pop_front();
+      }
+    }
+    if (!dropped.ok()) {
+      DiscardPending(*operation);
+      operation->call.End(dropped).IgnoreError();
+      return;
+    }
+    RunStep(operation, std::move(message));
+    // Others wait that are no larger: this operation lets them pass between two layers.
+    if (context_.queue.Waits(operation->flow.size_class)) {
+      context_.queue.Continue(operation->flow, Strand(operation));
+      return;
+    }
+  }
+}
+
+void StreamOperations::RunStep(const OperationPtr& operation, RequestPtr message) {
+  OperationCall& call = operation->call;
+  auto response = NewStreamResponse(operation->id);
+  absl::Status status;
+  if (message == nullptr) {
+    call.OnDequeued();
+    status = call.Begin();
+  } else if (message->has_end()) {
+    status = call.Finish(response->mutable_result());
+    if (status.ok()) {
+      if (Conclude(*operation, std::move(response))) call.End(status).IgnoreError();
+      return;
+    }
+  } else {
+    const int64_t layer = message->layer().layer();
+    status = call.Observe(message->layer());
+    if (status.ok()) {
+      if (call.EarlyResult(layer, response->mutable_layer())) peer_.Send(std::move(response));
+      if (call.keeps_messages()) operation->kept.push_back(std::move(message));
+    }
+    peer_.ReturnCredit(1);
+  }
+  if (status.ok()) return;
+  {
+    absl::MutexLock lock(&mutex_);
+    if (!operation->dropped.ok()) return;
+  }
+  // Ended first: a client that has read the error finds its regions free.
+  const absl::Status seen = call.End(status);
+  Conclude(*operation, StreamErrorResponse(operation->id, seen));
+}
+
+bool StreamOperations::Conclude(StreamOperation& operation, ResponsePtr response) {
+  {
+    absl::MutexLock lock(&mutex_);
+    if (!operations_.Conclude(operation)) return false;
+  }
+  peer_.Settle(std::move(response));
+  return true;
+}
+
+OperationPtr StreamOperations::Take(uint64_t id, const absl::Status& why) {
+  absl::MutexLock lock(&mutex_);
+  return operations_.Take(id, why);
+}
+
+bool StreamOperations::Fail(uint64_t id, const absl::Status& status) {
+  const OperationPtr operation = Take(id, status);
+  if (operation == nullptr) return false;
+  EndIfIdle(operation);
+  peer_.Settle(StreamErrorResponse(id, status));
+  return true;
+}
+
+void StreamOperations::EndIfIdle(const OperationPtr& operation) {
+  DiscardPending(*operation);
+  absl::Status why;
+  {
+    absl::MutexLock lock(&mutex_);
+    if (operation->scheduled) return;
+    why = operation->dropped;
+  }
+  operation->call.End(why).IgnoreError();
+}
+
+void StreamOperations::DropAll(const absl::Status& why) {
+  std::vector<OperationPtr> operations;
+  {
+    absl::MutexLock lock(&mutex_);
+    operations = operations_.TakeAll(why);
+  }
+  for (const OperationPtr& operation : operations) {
+    EndIfIdle(operation);
+    peer_.Settle(nullptr);
+  }
+}
+
+void StreamOperations::DiscardPending(StreamOperation& operation) {
+  std::deque<RequestPtr> pending;
+  {
+    absl::MutexLock lock(&mutex_);
+    pending.swap(operation.pending);
+  }
+  int64_t layers = 0;
+  for (const RequestPtr& message : pending) {
+    if (message != nullptr && message->has_layer()) ++layers;
+  }
+  if (layers > 0) peer_.ReturnCredit(layers);
+}
+
+void StreamOperations::SendError(uint64_t id, const absl::Status& status) {
+  peer_.Send(StreamErrorResponse(id, status));
+}
+
+}  // namespace keepset::service
