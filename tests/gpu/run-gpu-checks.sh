@@ -32,6 +32,10 @@ run() {
 quoted() { printf '"%s"' "$(printf '%s' "$1" | tr -d '\000-\037' | sed 's/[\\"]/\\&/g')"; }
 json_lines() { if [ -s "$1" ]; then paste -sd, "$1"; fi; }
 
+# What an earlier run left must not be taken for this one's figures.
+rm -f "$out"/{bench,service,peers,checks,targets}.jsonl "$out"/{bench,service,peers,targets}.log
+targets() { run gpu_bench targets "$out" >"$out/targets.jsonl" 2>"$out/targets.log"; }
+
 device=$(run gpu_bench --probe 2>"$out/probe.log")
 probe=$?
 if [ $probe -ne 0 ]; then
@@ -53,8 +57,13 @@ if [ $probe -ne 0 ]; then
   printf '{"built_from": %s, "device": null, "reason": %s, "programs": {%s}, ' \
     "$(quoted "$built_from")" "$(quoted "$reason")" "$(IFS=,; echo "${programs[*]}")" >"$report"
   printf '"tests": "not yet measured", "ipc": "not yet measured", "sanitizer": "not yet measured", ' >>"$report"
-  printf '"bench": "not yet measured", "service": "not yet measured", "peers": "not yet measured"}\n' >>"$report"
-  echo "not measured: $reason" | tee "$out/gpu-report.txt"
+  printf '"bench": "not yet measured", "service": "not yet measured", "peers": "not yet measured", ' >>"$report"
+  targets
+  printf '"targets": [%s]}\n' "$(json_lines "$out/targets.jsonl")" >>"$report"
+  {
+    echo "not yet measured: $reason"
+    cat "$out/targets.log"
+  } | tee "$out/gpu-report.txt"
   exit 3
 fi
 echo "$device"
@@ -110,6 +119,20 @@ echo "== peers"
 python3 "$here/peers.py" $quick >"$out/peers.jsonl" 2>"$out/peers.log"
 peers=$?
 
+# Tests that were all skipped have shown nothing.
+check() {
+  if grep -qE '^\[  PASSED  \] [1-9]' "$3" || [ "$2" -ne 0 ]; then
+    printf '{"check": "%s", "exit": %d}\n' "$1" "$2"
+  else
+    printf '{"check": "%s", "skipped": "no test passed"}\n' "$1"
+  fi
+}
+{
+  check tests "$tests" "$out/tests.log"
+  check ipc "$ipc" "$out/ipc.log"
+} >"$out/checks.jsonl"
+targets
+
 driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null | head -n 1)
 {
   printf '{"built_from": %s, "device": %s, "driver": %s, "kernel": %s, "date": %s, ' \
@@ -118,7 +141,8 @@ driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null
   printf '"tests_exit": %d, "ipc_exit": %d, "sanitizer": %s, "bench_exit": %d, "bench": [%s], ' \
     "$tests" "$ipc" "$sanitizer" "$bench" "$(json_lines "$out/bench.jsonl")"
   printf '"service_exit": %d, "service": [%s], ' "$service" "$(json_lines "$out/service.jsonl")"
-  printf '"peers_exit": %d, "peers": [%s]}\n' "$peers" "$(json_lines "$out/peers.jsonl")"
+  printf '"peers_exit": %d, "peers": [%s], ' "$peers" "$(json_lines "$out/peers.jsonl")"
+  printf '"targets": [%s]}\n' "$(json_lines "$out/targets.jsonl")"
 } >"$report"
 {
   echo "built from $built_from"
@@ -126,5 +150,7 @@ driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null
   cat "$out/bench.log" "$out/service.log"
   echo "peers (exit $peers):"
   cat "$out/peers.jsonl"
+  echo "targets:"
+  cat "$out/targets.log"
 } | tee "$out/gpu-report.txt"
 exit $failed

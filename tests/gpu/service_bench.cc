@@ -13,7 +13,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -35,6 +34,7 @@
 #include "clients/cpp/device_memory.h"
 #include "engine/keepset.h"
 #include "nlohmann/json.hpp"
+#include "tests/gpu/bench_report.h"
 #include "tests/gpu/decode_loop.h"
 #include "tests/integration/child_process.h"
 #include "tests/integration/eventually.h"
@@ -71,25 +71,6 @@ void Require(cudaError_t error) {
 }
 void Require(keepset_status status) {
   if (status != KEEPSET_OK) Die(keepset_last_error());
-}
-
-void Report(const Json& line) {
-  std::printf("%s\n", line.dump().c_str());
-  std::fflush(stdout);
-  std::fprintf(stderr, "%s\n", line.dump().c_str());
-}
-
-double Milliseconds(const std::function<void()>& work) {
-  const auto begin = std::chrono::steady_clock::now();
-  work();
-  return std::chrono::duration<double, std::milli>(std::chrono::steady_clock::now() - begin)
-      .count();
-}
-
-double Quantile(std::vector<double> values, double share) {
-  std::sort(values.begin(), values.end());
-  const auto last = static_cast<double>(values.size() - 1);
-  return values[static_cast<size_t>(share * last + 0.5)];
 }
 
 // Queries, then keys, of every layer in one allocation; zeros, so that every position scores alike.
@@ -141,8 +122,11 @@ class InProcess {
     spec.ppl = __builtin_nan("");
     keepset_operation* operation = nullptr;
     Require(keepset_operation_begin(engine_, &spec, &operation));
-    for (const int64_t layer : layers_) {
-      keepset_layer_observation observation = {};
+    std::vector<keepset_layer_observation> observations(layers_.size());
+    std::vector<const keepset_layer_observation*> pointers;
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      const int64_t layer = layers_[i];
+      keepset_layer_observation& observation = observations[i];
       observation.struct_size = sizeof(observation);
       observation.q_window.data = prompt.Queries(layer);
       observation.q_window.size_bytes = Prompt::QueryBytes();
@@ -160,8 +144,11 @@ class InProcess {
       observation.k.head_dim = kHeadDim;
       observation.k.head_stride = prompt.seq_len() * kHeadDim;
       observation.k.token_stride = kHeadDim;
-      Require(keepset_operation_observe(operation, layer, &observation));
+      pointers.push_back(&observation);
     }
+    // Together, as the server does it for a unary call.
+    Require(keepset_operation_observe_layers(operation, layers_.data(), pointers.data(),
+                                             pointers.size()));
     const keepset_result* result = nullptr;
     Require(keepset_operation_finish(operation, &result));
     keepset_operation_destroy(operation);
@@ -228,8 +215,8 @@ void MeasureAddedTime(const InProcess& engine, const std::string& address, int64
   std::vector<double> remote;
   constexpr int kWarmUps = 5;
   for (int i = -kWarmUps; i < repeats; ++i) {
-    const double in_process = Milliseconds([&] { engine.Run(prompt); });
-    const double in_service = Milliseconds([&] { service.Run(); });
+    const double in_process = HostMilliseconds([&] { engine.Run(prompt); });
+    const double in_service = HostMilliseconds([&] { service.Run(); });
     if (i < 0) continue;
     local.push_back(in_process);
     remote.push_back(in_service);
@@ -270,8 +257,8 @@ void MeasureObservationHeads(keepset_engine* engine, const InProcess& all_heads,
     std::vector<double> few;
     constexpr int kWarmUps = 5;
     for (int i = -kWarmUps; i < repeats; ++i) {
-      const double of_all = Milliseconds([&] { all_heads.Run(prompt); });
-      const double of_few = Milliseconds([&] { few_heads.Run(prompt); });
+      const double of_all = HostMilliseconds([&] { all_heads.Run(prompt); });
+      const double of_few = HostMilliseconds([&] { few_heads.Run(prompt); });
       if (i < 0) continue;
       all.push_back(of_all);
       few.push_back(of_few);
@@ -299,12 +286,12 @@ void MeasureInterference(const std::string& mode, DecodeLoop& loop, int64_t seq_
   if (beside) {
     beside();
     other = std::thread([&] {
-      while (!is_over) operations.push_back(Milliseconds(beside));
+      while (!is_over) operations.push_back(HostMilliseconds(beside));
     });
   }
   std::vector<double> times;
   for (int step = 0; step < steps; ++step) {
-    times.push_back(Milliseconds([&] { Require(loop.Step()); }));
+    times.push_back(HostMilliseconds([&] { Require(loop.Step()); }));
   }
   is_over = true;
   if (other.joinable()) other.join();
