@@ -4,9 +4,10 @@
 //
 //   gpu_bench service --keepsetd FILE [--quick]
 //
-// KEEPSET_LAUNCHER: words before keepsetd. Exit codes: 0 done, 1 a call failed, 2 usage, 3 no
-// device. Prompts have the shape of an 8B model; K and Q lie in one registered region of device
-// memory.
+// KEEPSET_LAUNCHER: words before keepsetd. KEEPSET_TEST_SEED: the seed of the data, which every
+// line names. Exit codes: 0 done, 1 a call failed or the two sides keep different positions, 2
+// usage, 3 no device. Prompts have the shape of an 8B model and random queries and keys, which lie
+// in one registered region of device memory. Both sides hand all layers over together.
 #include "tests/gpu/service_bench.h"
 
 #include <cuda_runtime_api.h>
@@ -16,6 +17,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -34,6 +36,7 @@
 #include "clients/cpp/device_memory.h"
 #include "engine/keepset.h"
 #include "nlohmann/json.hpp"
+#include "tests/fakes/test_seed.h"
 #include "tests/gpu/bench_report.h"
 #include "tests/gpu/decode_loop.h"
 #include "tests/integration/child_process.h"
@@ -73,13 +76,38 @@ void Require(keepset_status status) {
   if (status != KEEPSET_OK) Die(keepset_last_error());
 }
 
-// Queries, then keys, of every layer in one allocation; zeros, so that every position scores alike.
+std::string Seed() {
+  const std::string text = fakes::TestSeedText();
+  return text.empty() ? "fixed" : text;
+}
+
+// bf16 with mean 0 and variance 1: sums of four uniform numbers, which a host draws by the billion.
+void FillRandom(uint64_t seed, std::vector<uint16_t>& values) {
+  constexpr float kUniformMean = 0.5f * 65535.0f;
+  constexpr float kUnit = 1.0f / (65536.0f * 0.57735027f);  // sqrt(4 / 12)
+  uint64_t draw = seed;
+  for (uint16_t& value : values) {
+    draw = fakes::MixBits(draw);
+    const auto sum = static_cast<float>((draw & 0xffff) + (draw >> 16 & 0xffff) +
+                                        (draw >> 32 & 0xffff) + (draw >> 48));
+    const float x = (sum - 4.0f * kUniformMean) * kUnit;
+    uint32_t bits = 0;
+    std::memcpy(&bits, &x, sizeof(bits));
+    value = static_cast<uint16_t>(bits >> 16);
+  }
+}
+
+// Queries, then keys, of every layer in one allocation.
 class Prompt {
  public:
   explicit Prompt(int64_t seq_len) : seq_len_(seq_len) {
     Require(cudaMalloc(&data_, static_cast<size_t>(size_bytes())));
-    Require(cudaMemset(data_, 0, static_cast<size_t>(size_bytes())));
-    Require(cudaDeviceSynchronize());
+    std::vector<uint16_t> values(static_cast<size_t>((QueryBytes() + KeyBytes()) / kElement));
+    for (int64_t layer = 0; layer < kLayers; ++layer) {
+      FillRandom(fakes::TestSeed(static_cast<uint32_t>(layer)), values);
+      Require(cudaMemcpy(Queries(layer), values.data(), values.size() * sizeof(uint16_t),
+                         cudaMemcpyHostToDevice));
+    }
   }
   ~Prompt() { static_cast<void>(cudaFree(data_)); }
   Prompt(const Prompt&) = delete;
@@ -107,7 +135,37 @@ class InProcess {
             std::vector<int64_t> layers)
       : engine_(engine), policy_(policy), table_(table), layers_(std::move(layers)) {}
 
+  // What is kept: the sets of each layer, ascending positions.
+  using KeptSets = std::vector<std::vector<std::vector<int32_t>>>;
+
   void Run(const Prompt& prompt) const {
+    const Done done = Finish(prompt);
+    keepset_operation_destroy(done.operation);
+  }
+
+  KeptSets Kept(const Prompt& prompt) const {
+    const Done done = Finish(prompt);
+    KeptSets layers;
+    for (int64_t layer = 0; layer < keepset_result_num_layers(done.result); ++layer) {
+      layers.emplace_back();
+      for (int64_t set = 0; set < keepset_result_num_sets(done.result); ++set) {
+        const int32_t* positions = nullptr;
+        int64_t count = 0;
+        Require(keepset_result_keep_indices(done.result, layer, set, &positions, &count));
+        layers.back().emplace_back(positions, positions + count);
+      }
+    }
+    keepset_operation_destroy(done.operation);
+    return layers;
+  }
+
+ private:
+  struct Done {
+    keepset_operation* operation = nullptr;
+    const keepset_result* result = nullptr;  // the operation's
+  };
+
+  Done Finish(const Prompt& prompt) const {
     keepset_operation_spec spec = {};
     spec.struct_size = sizeof(spec);
     spec.model_json = kModel;
@@ -120,41 +178,42 @@ class InProcess {
     spec.budget_kind = KEEPSET_BUDGET_TOKENS;
     spec.budget = kBudget;
     spec.ppl = __builtin_nan("");
-    keepset_operation* operation = nullptr;
-    Require(keepset_operation_begin(engine_, &spec, &operation));
-    std::vector<keepset_layer_observation> observations(layers_.size());
+    Done done;
+    Require(keepset_operation_begin(engine_, &spec, &done.operation));
+    std::vector<keepset_layer_observation> observations;
+    for (const int64_t layer : layers_) observations.push_back(Observation(prompt, layer));
     std::vector<const keepset_layer_observation*> pointers;
-    for (size_t i = 0; i < layers_.size(); ++i) {
-      const int64_t layer = layers_[i];
-      keepset_layer_observation& observation = observations[i];
-      observation.struct_size = sizeof(observation);
-      observation.q_window.data = prompt.Queries(layer);
-      observation.q_window.size_bytes = Prompt::QueryBytes();
-      observation.q_window.dtype = KEEPSET_BF16;
-      observation.q_window.num_qo_heads = kQoHeads;
-      observation.q_window.num_rows = kRows;
-      observation.q_window.last_dim = kHeadDim;
-      observation.q_window.head_stride = kRows * kHeadDim;
-      observation.q_window.row_stride = kHeadDim;
-      observation.k.data = prompt.Keys(layer);
-      observation.k.size_bytes = prompt.KeyBytes();
-      observation.k.dtype = KEEPSET_BF16;
-      observation.k.num_kv_heads = kKvHeads;
-      observation.k.seq_len = prompt.seq_len();
-      observation.k.head_dim = kHeadDim;
-      observation.k.head_stride = prompt.seq_len() * kHeadDim;
-      observation.k.token_stride = kHeadDim;
+    for (const keepset_layer_observation& observation : observations) {
       pointers.push_back(&observation);
     }
-    // Together, as the server does it for a unary call.
-    Require(keepset_operation_observe_layers(operation, layers_.data(), pointers.data(),
-                                             pointers.size()));
-    const keepset_result* result = nullptr;
-    Require(keepset_operation_finish(operation, &result));
-    keepset_operation_destroy(operation);
+    Require(keepset_operation_observe_layers(done.operation, layers_.data(), pointers.data(),
+                                             layers_.size()));
+    Require(keepset_operation_finish(done.operation, &done.result));
+    return done;
   }
 
- private:
+  static keepset_layer_observation Observation(const Prompt& prompt, int64_t layer) {
+    keepset_layer_observation observation = {};
+    observation.struct_size = sizeof(observation);
+    observation.q_window.data = prompt.Queries(layer);
+    observation.q_window.size_bytes = Prompt::QueryBytes();
+    observation.q_window.dtype = KEEPSET_BF16;
+    observation.q_window.num_qo_heads = kQoHeads;
+    observation.q_window.num_rows = kRows;
+    observation.q_window.last_dim = kHeadDim;
+    observation.q_window.head_stride = kRows * kHeadDim;
+    observation.q_window.row_stride = kHeadDim;
+    observation.k.data = prompt.Keys(layer);
+    observation.k.size_bytes = prompt.KeyBytes();
+    observation.k.dtype = KEEPSET_BF16;
+    observation.k.num_kv_heads = kKvHeads;
+    observation.k.seq_len = prompt.seq_len();
+    observation.k.head_dim = kHeadDim;
+    observation.k.head_stride = prompt.seq_len() * kHeadDim;
+    observation.k.token_stride = kHeadDim;
+    return observation;
+  }
+
   keepset_engine* const engine_;
   const char* const policy_;
   const keepset_table* const table_;
@@ -199,6 +258,17 @@ class InService {
 
   void Run() { Require(client_->CompressUnary(spec_, layers_).status()); }
 
+  InProcess::KeptSets Kept() {
+    const auto result = client_->CompressUnary(spec_, layers_);
+    Require(result.status());
+    InProcess::KeptSets layers;
+    for (const client::LayerResult& layer : result->layers) {
+      layers.emplace_back();
+      for (const client::KeepSet& set : layer.sets) layers.back().push_back(set.keep_indices);
+    }
+    return layers;
+  }
+
  private:
   std::unique_ptr<client::DeviceRegion> region_;
   std::unique_ptr<client::Client> client_;
@@ -211,6 +281,8 @@ void MeasureAddedTime(const InProcess& engine, const std::string& address, int64
                       int repeats) {
   const Prompt prompt(seq_len);
   InService service(address, prompt);
+  if (engine.Kept(prompt) != service.Kept())
+    Die("in process and by the server other rows are kept");
   std::vector<double> local;
   std::vector<double> remote;
   constexpr int kWarmUps = 5;
@@ -225,6 +297,7 @@ void MeasureAddedTime(const InProcess& engine, const std::string& address, int64
           {"policy", kPolicy},
           {"seq_len", seq_len},
           {"repeats", repeats},
+          {"seed", Seed()},
           {"in_process_us_p50", 1e3 * Quantile(local, 0.5)},
           {"in_process_us_p99", 1e3 * Quantile(local, 0.99)},
           {"service_us_p50", 1e3 * Quantile(remote, 0.5)},
@@ -268,6 +341,7 @@ void MeasureObservationHeads(keepset_engine* engine, const InProcess& all_heads,
             {"heads", kObservingHeads},
             {"seq_len", seq_len},
             {"repeats", repeats},
+            {"seed", Seed()},
             {"us_p50", 1e3 * Quantile(few, 0.5)},
             {"us_p99", 1e3 * Quantile(few, 0.99)},
             {"against_us_p50", 1e3 * Quantile(all, 0.5)},
@@ -299,6 +373,7 @@ void MeasureInterference(const std::string& mode, DecodeLoop& loop, int64_t seq_
                {"mode", mode},
                {"seq_len", seq_len},
                {"steps", steps},
+               {"seed", Seed()},
                {"step_ms_p50", Quantile(times, 0.5)},
                {"step_ms_p99", Quantile(times, 0.99)}};
   if (!operations.empty()) {
