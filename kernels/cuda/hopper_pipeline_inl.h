@@ -43,7 +43,7 @@ struct HopperLayout {
   int32_t query_bytes;
   int32_t stage_bytes;
   int32_t barriers;    // full and empty of each stage
-  int32_t norms;       // of Columns, as what follows
+  int32_t norms;       // of Columns, as what follows; here RowStats ends
   int32_t references;  // [slots]
   int32_t limits;      // [slots]
   int32_t rows;        // [slots], of the list; -1 where there is none

@@ -1,5 +1,11 @@
 // Body of HopperRowStats: query rows are the rows of the products, tokens their columns, so that a
 // thread keeps the statistics of its rows and the lanes meet once per chunk.
+//
+// The products of a chunk (tile after tile, and of a tile 64 rows after 64 rows) are counted, and
+// the two groups take them in turns. With an even number of them per tile a group has the same rows
+// in every tile; with an odd one, and so with 64 rows or fewer, in every other tile. Statistics are
+// therefore kept apart for even and odd tiles, whoever has them, and joined by MergeRowStats: a row
+// has the same bits in any company.
 #ifndef KEEPSET_KERNELS_CUDA_HOPPER_ROW_STATS_KERNEL_H_
 #define KEEPSET_KERNELS_CUDA_HOPPER_ROW_STATS_KERNEL_H_
 
@@ -9,13 +15,13 @@
 #include "kernels/cuda/hopper_pipeline_inl.h"
 #include "kernels/cuda/hopper_window.h"
 #include "kernels/cuda/host_device.h"
-#include "kernels/cuda/row_stats_kernel.h"
+#include "kernels/cuda/row_stat_inl.h"
 #include "kernels/cuda/window_rows_inl.h"
 
 namespace keepset::kernels::cuda {
 
-constexpr int kProductRows = 64;
-constexpr int kProductsPerGroup = kStatsRows / kProductRows / kMathGroups;
+constexpr int kProductsPerGroup = kStatsRows / kProductRows / kMathGroups;  // of a tile
+static_assert(kStatsParts == 2);                                            // even tiles, odd tiles
 
 // Logits of a product as AddRowStats takes them.
 template <int kTokens>
@@ -56,25 +62,40 @@ KEEPSET_HD inline StatsTask FindStatsTask(const WindowParams& p, int part_rows, 
           chunk, begin,     begin + (left < kChunkTokens ? left : kChunkTokens)};
 }
 
+// The first product of a tile that a group takes; it takes every other one from there on.
+KEEPSET_HD inline int FirstProduct(int group, int tile, int products) {
+  return (group + tile * products) & 1;
+}
+
+KEEPSET_KERNEL_BODY inline void SwapStats(RowStat (&a)[kProductsPerGroup][2],
+                                          RowStat (&b)[kProductsPerGroup][2]) {
+  KEEPSET_UNROLL
+  for (int j = 0; j < kProductsPerGroup; ++j) {
+    KEEPSET_UNROLL
+    for (int r = 0; r < 2; ++r) {
+      const RowStat stat = a[j][r];
+      a[j][r] = b[j][r];
+      b[j][r] = stat;
+    }
+  }
+}
+
+// Statistics of every other product from the first on, as part `part` of their chunk.
 template <int kTokens, typename Simt>
 KEEPSET_KERNEL_BODY inline void StoreChunkStats(const Simt& simt, const WindowParams& p,
-                                                const StatsTask& task, int product,
-                                                RowStat (&stats)[2]) {
-  using Tile = HopperTile<kTokens>;
+                                                const StatsTask& task, int first_product, int part,
+                                                const RowStat (&stats)[kProductsPerGroup][2]) {
+  const int64_t parts = static_cast<int64_t>(p.shape.num_chunks) * kStatsParts;
+  const int64_t first_place =
+      static_cast<int64_t>(task.at.index) * p.max_unit_rows + task.first_row;
+  RowStat* const of_part = p.partial + first_place * parts + task.chunk * kStatsParts + part;
   KEEPSET_UNROLL
-  for (int r = 0; r < Tile::kRows; ++r) {
-    KEEPSET_UNROLL
-    for (int mask = 1; mask < Tile::kLanesPerRow; mask *= 2) {
-      const RowStat other = {simt.ShuffleXor(stats[r].max, mask),
-                             simt.ShuffleXor(stats[r].sum, mask)};
-      stats[r] = MergeStats(simt, stats[r], other);
-    }
-    const int row = product * kProductRows + Tile::Row(simt.thread(), r);
-    if ((simt.lane() & (Tile::kLanesPerRow - 1)) == 0 && row < task.num_rows) {
-      const int64_t place =
-          static_cast<int64_t>(task.at.index) * p.max_unit_rows + task.first_row + row;
-      p.partial[place * p.shape.num_chunks + task.chunk] = stats[r];
-    }
+  for (int j = 0; j < kProductsPerGroup; ++j) {
+    const int first_row = (first_product + j * kMathGroups) * kProductRows;
+    if (first_row >= task.num_rows) break;
+    StoreRowStats<HopperTile<kTokens>>(simt, task.num_rows - first_row, stats[j], [&](int row) {
+      return of_part + (first_row + row) * parts;
+    });
   }
 }
 
@@ -126,22 +147,26 @@ KEEPSET_KERNEL_BODY void HopperRowStats<kType, kTokens>::Run(const Simt& simt, c
       simt.SyncNamed(kQueriesBarrier, kMathThreads);
       loaded = part;
     }
-    RowStat stats[kProductsPerGroup][2];
+    const int products = (task.num_rows + kProductRows - 1) / kProductRows;
+    // Of the tiles of this one's kind, and of the others: they change places from tile to tile.
+    RowStat stats[kProductsPerGroup][Tile::kRows];
+    RowStat others[kProductsPerGroup][Tile::kRows];
     KEEPSET_UNROLL
     for (int j = 0; j < kProductsPerGroup; ++j) {
-      stats[j][0] = stats[j][1] = {MinusInfinity(), 0.0f};
+      KEEPSET_UNROLL
+      for (int r = 0; r < Tile::kRows; ++r) stats[j][r] = others[j][r] = {MinusInfinity(), 0.0f};
     }
-    for (int begin = task.begin; begin < task.end; begin += kTokens) {
+    int tile = 0;
+    for (int begin = task.begin; begin < task.end; begin += kTokens, ++tile) {
+      // Also of a tile that is all the other group's: it is given back in its own phase.
       simt.WaitPhase(ring.full + cursor.stage(), cursor.parity());
       const bool is_masked = begin + kTokens - 1 > task.at.unit.smallest_limit;
+      const int first_product = FirstProduct(group, tile, products);
       KEEPSET_UNROLL
       for (int j = 0; j < kProductsPerGroup; ++j) {
-        const int product = j * kMathGroups + group;
+        const int product = first_product + j * kMathGroups;
+        if (product >= products) break;
         turns.Take(simt);
-        if (product * kProductRows >= task.num_rows) {
-          turns.Give(simt);
-          continue;
-        }
         float d[kTokens / 2];
         QueueProduct<kType, kTokens>(simt, shared + product * kProductRows * kSpanBytes,
                                      p.num_slots, ring.Stage(cursor), kTokens, p.keys.num_spans, d);
@@ -162,11 +187,16 @@ KEEPSET_KERNEL_BODY void HopperRowStats<kType, kTokens>::Run(const Simt& simt, c
       }
       if (simt.lane() == 0) simt.Arrive(ring.empty + cursor.stage());
       cursor.Advance(1, p.num_stages);
+      SwapStats(stats, others);
     }
-    KEEPSET_UNROLL
-    for (int j = 0; j < kProductsPerGroup; ++j) {
-      StoreChunkStats<kTokens>(simt, window, task, j * kMathGroups + group, stats[j]);
+    if (group == 1 && ((tile * products) & 1) != 0) {
+      // The first group had one product more.
+      turns.Take(simt);
+      turns.Give(simt);
     }
+    if ((tile & 1) != 0) SwapStats(stats, others);
+    StoreChunkStats<kTokens>(simt, window, task, FirstProduct(group, 0, products), 0, stats);
+    StoreChunkStats<kTokens>(simt, window, task, FirstProduct(group, 1, products), 1, others);
   }
   turns.End(simt);
 }

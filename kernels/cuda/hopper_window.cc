@@ -20,7 +20,8 @@ constexpr int kRowWarps = 8;  // warps of the kernels that take one row per warp
 constexpr int kLeastStages = 4;
 // Of each block of RowStats in a launch, where the call has so many.
 constexpr int64_t kLeastChunks = 8;
-constexpr int kStatsLeastStages = 2;  // of 128 tokens, or of rows of more than 256 bytes
+// Of 128 tokens, or of rows of more than 256 bytes; each is multiplied with all rows of the block.
+constexpr int kStatsLeastStages = 2;
 
 int64_t CeilDiv(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -118,14 +119,29 @@ HopperKeys DescribeKeys(const WindowParams& params) {
   return keys;
 }
 
-// Stages that fit beside `slots` query rows.
-int64_t NumStages(int spans, int slots, int tokens, int64_t max_shared_bytes) {
+// Shared memory of either kernel.
+int64_t ColumnsBytes(const HopperLayout& layout) { return kSwizzleBytes + layout.end; }
+int64_t StatsBytes(const HopperLayout& layout) { return kSwizzleBytes + layout.norms; }
+
+// Stages that fit beside `slots` query rows, of which a block takes kernel_bytes without stages.
+int64_t NumStages(int spans, int slots, int tokens, int64_t max_shared_bytes,
+                  int64_t (*kernel_bytes)(const HopperLayout&)) {
   const HopperLayout layout(spans, slots, tokens, 0);
-  const int64_t left = max_shared_bytes - kSwizzleBytes - layout.end;
+  const int64_t left = max_shared_bytes - kernel_bytes(layout);
   return left < 0 ? 0 : std::min<int64_t>(left / layout.stage_bytes, kMaxStages);
 }
 
-int64_t SharedBytes(const HopperLayout& layout) { return kSwizzleBytes + layout.end; }
+// The fewest parts of a unit's rows of which each fits, all of one size: each reads all keys again.
+void PlanRowStats(int max_unit_rows, int spans, int64_t max_shared_bytes, HopperPlan* plan) {
+  plan->stats_tokens = spans <= 2 ? 128 : 64;
+  const int64_t products = CeilDiv(max_unit_rows, kProductRows);
+  for (int64_t parts = CeilDiv(products, kStatsRows / kProductRows); parts <= products; ++parts) {
+    plan->stats_rows = static_cast<int32_t>(CeilDiv(products, parts) * kProductRows);
+    plan->stats_stages = static_cast<int32_t>(
+        NumStages(spans, plan->stats_rows, plan->stats_tokens, max_shared_bytes, StatsBytes));
+    if (plan->stats_stages >= kStatsLeastStages) return;
+  }
+}
 
 // Outputs of each unit in parts of at most `capacity` slots.
 void MakeParts(absl::Span<const WindowUnit> units, absl::Span<const WindowOutput> outputs,
@@ -201,20 +217,14 @@ HopperPlan PlanHopper(const WindowParams& params, const WindowPlan& portable,
     wanted = std::max(wanted, slots);
   }
   for (const int32_t slots : {64, 128, 256, 512}) {
-    const int64_t stages = NumStages(spans, slots, kColumnTokens, max_shared_bytes);
+    const int64_t stages = NumStages(spans, slots, kColumnTokens, max_shared_bytes, ColumnsBytes);
     if (stages < kLeastStages) break;
     plan.columns_capacity = slots;
     plan.columns_slots = std::min(slots, 256);
     plan.columns_stages = static_cast<int32_t>(stages);
     if (slots >= wanted) break;
   }
-  plan.stats_tokens = spans <= 2 ? 128 : 64;
-  for (const int32_t rows : {kStatsRows, kStatsRows / 2}) {
-    plan.stats_rows = rows;
-    plan.stats_stages =
-        static_cast<int32_t>(NumStages(spans, rows, plan.stats_tokens, max_shared_bytes));
-    if (plan.stats_stages >= kStatsLeastStages) break;
-  }
+  PlanRowStats(params.max_unit_rows, spans, max_shared_bytes, &plan);
   if (plan.columns_capacity == 0 || plan.stats_stages < kStatsLeastStages) {
     plan.unsuited =
         absl::StrCat("head_dim=", k.head_dim, " leaves no room for ", kLeastStages,
@@ -287,7 +297,7 @@ cudaError_t LaunchHopperWindowScores(HopperParams params, const HopperPlan& plan
       params.num_slots = plan.stats_rows;
       params.num_tasks = count * row_parts * window.shape.num_chunks;
       shape.grid_x = std::min<int64_t>(params.num_tasks, multiprocessors);
-      shape.shared_bytes = SharedBytes(stats_layout);
+      shape.shared_bytes = StatsBytes(stats_layout);
       error = is_bf16 ? LaunchRowStats<DType::kBF16>(shape, params, plan.stats_tokens, stream)
                       : LaunchRowStats<DType::kF16>(shape, params, plan.stats_tokens, stream);
       if (error != cudaSuccess) break;
@@ -300,7 +310,7 @@ cudaError_t LaunchHopperWindowScores(HopperParams params, const HopperPlan& plan
     params.first_part = first_part(unit);
     params.num_tasks = (first_part(unit + count) - params.first_part) * tiles;
     shape.grid_x = std::min<int64_t>(params.num_tasks, multiprocessors);
-    shape.shared_bytes = SharedBytes(columns_layout);
+    shape.shared_bytes = ColumnsBytes(columns_layout);
     error = is_bf16 ? LaunchColumns<DType::kBF16>(shape, params, plan.columns_slots, stream)
                     : LaunchColumns<DType::kF16>(shape, params, plan.columns_slots, stream);
   }

@@ -31,8 +31,12 @@ namespace keepset::kernels::cuda {
 constexpr int kHopperThreads = 384;
 // Tokens of a stage of Columns: the rows of one product.
 constexpr int kColumnTokens = 64;
-// Query rows that a block of RowStats holds, at most: two products of 64 for each group.
-constexpr int kStatsRows = 256;
+// Query rows of one product of RowStats, and that a block of it holds at most: what one KV head of
+// 8 query heads has with 64 rows of each, so that its keys are read once.
+constexpr int kProductRows = 64;
+constexpr int kStatsRows = 512;
+// Statistics that RowStats gives of a chunk: of its even tiles, and of its odd ones.
+constexpr int kStatsParts = 2;
 // A row in shared memory is spans of 64 channels, 128 bytes each: what one swizzled box holds.
 constexpr int kSpanChannels = 64;
 constexpr int kSpanBytes = 128;
@@ -118,7 +122,7 @@ struct HopperPlan {
   int32_t columns_capacity = 0;    // query rows in shared memory
   int32_t columns_stages = 0;
   int32_t stats_tokens = 0;  // of a stage: 64 or 128
-  int32_t stats_rows = 0;    // query rows in shared memory, at most kStatsRows
+  int32_t stats_rows = 0;    // query rows in shared memory, at most kStatsRows: a part of a unit
   int32_t stats_stages = 0;
   // As in WindowPlan, but enough of them to keep every multiprocessor busy for a while: what the
   // second-level cache does not hold is read twice, which costs less than the start of a launch.

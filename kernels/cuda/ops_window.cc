@@ -259,7 +259,10 @@ absl::Status QueueLayers(StreamState& state, const WindowArgs& first,
                         {traits.max_shared_bytes, traits.multiprocessors});
     if (!hopper->unsuited.empty()) hopper.reset();
   }
-  if (hopper.has_value()) plan.units_at_once = hopper->units_at_once;
+  if (hopper.has_value()) {
+    plan.units_at_once = hopper->units_at_once;
+    params->chunk_parts = kStatsParts;
+  }
   const int64_t reference_bytes = ReferenceBytes(*params);
   const int64_t partial_bytes = params->shape.has_lse ? 0 : PartialBytes(*params, plan);
   KEEPSET_ASSIGN_OR_RETURN(std::byte* const workspace,

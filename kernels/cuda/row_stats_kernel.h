@@ -9,73 +9,17 @@
 #include "kernels/cuda/fault_code.h"
 #include "kernels/cuda/host_device.h"
 #include "kernels/cuda/logit_tiles.h"
+#include "kernels/cuda/row_stat_inl.h"
 #include "kernels/cuda/window_rows_inl.h"
 #include "kernels/cuda/window_scores.h"
 
 namespace keepset::kernels::cuda {
 
+// Where the statistics of a row of the block's unit go.
 template <typename Simt>
-KEEPSET_KERNEL_BODY inline RowStat MergeStats(const Simt& simt, RowStat a, RowStat b) {
-  RowStat merged;
-  merged.max = a.max < b.max ? b.max : a.max;
-  // Rows that see nothing: -inf - 0 is -inf, of which the power is 0.
-  const float reference = merged.max == MinusInfinity() ? 0.0f : merged.max;
-  merged.sum = a.sum * simt.Exp2(a.max - reference) + b.sum * simt.Exp2(b.max - reference);
-  return merged;
-}
-
-// Adds a tile of raw logits to the statistics of the thread's rows. limit(r): last visible position
-// of row r, asked for where tokens are masked only; tokens of the tile start at `begin`.
-template <typename Tile, typename Simt, typename Limit>
-KEEPSET_KERNEL_BODY inline void AddRowStats(const Simt& simt, float scale2, int begin,
-                                            bool is_masked, Limit limit,
-                                            float (&logits)[Tile::kRows][Tile::kColumns],
-                                            RowStat (&stats)[Tile::kRows]) {
-  KEEPSET_UNROLL
-  for (int r = 0; r < Tile::kRows; ++r) {
-    if (is_masked) {
-      const int last = limit(r);
-      KEEPSET_UNROLL
-      for (int c = 0; c < Tile::kColumns; ++c) {
-        if (begin + Tile::Column(simt.thread(), c) > last) logits[r][c] = MinusInfinity();
-      }
-    }
-    float largest = logits[r][0];
-    KEEPSET_UNROLL
-    for (int c = 1; c < Tile::kColumns; ++c) largest = simt.Max(largest, logits[r][c]);
-    // The scale is positive, so the largest scaled logit is the scaled largest.
-    const float max = simt.Max(stats[r].max, largest * scale2);
-    const float reference = max == MinusInfinity() ? 0.0f : max;
-    float sum = 0.0f;
-    KEEPSET_UNROLL
-    for (int c = 0; c < Tile::kColumns; ++c) {
-      sum += simt.Exp2(logits[r][c] * scale2 - reference);
-    }
-    stats[r].sum = stats[r].sum * simt.Exp2(stats[r].max - reference) + sum;
-    stats[r].max = max;
-  }
-}
-
-// Joins the statistics of the lanes that share rows and stores them.
-template <typename Tile, typename Simt>
-KEEPSET_KERNEL_BODY inline void StoreRowStats(const Simt& simt, const WindowParams& p,
-                                              const UnitOfBlock& at, int first_row,
-                                              RowStat (&stats)[Tile::kRows]) {
-  KEEPSET_UNROLL
-  for (int r = 0; r < Tile::kRows; ++r) {
-    KEEPSET_UNROLL
-    for (int mask = 1; mask < Tile::kLanesPerRow; mask *= 2) {
-      const RowStat other = {simt.ShuffleXor(stats[r].max, mask),
-                             simt.ShuffleXor(stats[r].sum, mask)};
-      stats[r] = MergeStats(simt, stats[r], other);
-    }
-    const int row = Tile::Row(simt.thread(), r);
-    if ((simt.lane() & (Tile::kLanesPerRow - 1)) == 0 && row < at.unit.num_rows - first_row) {
-      const int64_t place =
-          static_cast<int64_t>(simt.block_z()) * p.max_unit_rows + first_row + row;
-      p.partial[place * p.shape.num_chunks + simt.block_x()] = stats[r];
-    }
-  }
+KEEPSET_KERNEL_BODY inline RowStat* PlaceOfStat(const Simt& simt, const WindowParams& p, int row) {
+  const int64_t place = static_cast<int64_t>(simt.block_z()) * p.max_unit_rows + row;
+  return p.partial + place * p.shape.num_chunks + simt.block_x();
 }
 
 template <typename Simt>
@@ -166,7 +110,8 @@ KEEPSET_KERNEL_BODY void MmaRowStats<kType>::Run(const Simt& simt, const Params&
     // The other stage is filled again in the next round.
     simt.SyncBlock();
   }
-  StoreRowStats<Tile>(simt, p, at, first_row, stats);
+  StoreRowStats<Tile>(simt, at.unit.num_rows - first_row, stats,
+                      [&](int row) { return PlaceOfStat(simt, p, first_row + row); });
 }
 
 template <typename Simt>
@@ -201,7 +146,8 @@ KEEPSET_KERNEL_BODY void FmaRowStats::Run(const Simt& simt, const Params& p) {
     const bool is_masked = begin + kTileColumns - 1 > at.unit.smallest_limit;
     AddRowStats<Tile>(simt, p.shape.scale2, begin, is_masked, limit, logits, stats);
   }
-  StoreRowStats<Tile>(simt, p, at, first_row, stats);
+  StoreRowStats<Tile>(simt, at.unit.num_rows - first_row, stats,
+                      [&](int row) { return PlaceOfStat(simt, p, first_row + row); });
 }
 
 template <typename Simt>
@@ -209,16 +155,14 @@ KEEPSET_KERNEL_BODY void MergeRowStats::Run(const Simt& simt, const Params& p) {
   const UnitOfBlock at = FindUnit(p, simt.block_z());
   const int row = simt.block_x() * simt.num_warps() + simt.warp();
   if (row >= at.unit.num_rows) return;
-  const RowStat* chunks =
-      p.partial + (static_cast<int64_t>(at.index) * p.max_unit_rows + row) * p.shape.num_chunks;
+  const int num_parts = p.shape.num_chunks * p.chunk_parts;
+  const RowStat* parts =
+      p.partial + (static_cast<int64_t>(at.index) * p.max_unit_rows + row) * num_parts;
   RowStat stat = {MinusInfinity(), 0.0f};
-  for (int chunk = simt.lane(); chunk < p.shape.num_chunks; chunk += 32) {
-    stat = MergeStats(simt, stat, chunks[chunk]);
+  for (int part = simt.lane(); part < num_parts; part += 32) {
+    stat = MergeStats(simt, stat, parts[part]);
   }
-  for (int mask = 1; mask < 32; mask *= 2) {
-    const RowStat other = {simt.ShuffleXor(stat.max, mask), simt.ShuffleXor(stat.sum, mask)};
-    stat = MergeStats(simt, stat, other);
-  }
+  stat = JoinLaneStats<32>(simt, stat);
   if (simt.lane() != 0) return;
   const float reference = stat.max + simt.Log2(stat.sum);
   const int list_row = at.unit.first_row + row;

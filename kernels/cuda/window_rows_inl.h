@@ -13,8 +13,6 @@
 
 namespace keepset::kernels::cuda {
 
-KEEPSET_HD inline float MinusInfinity() { return FloatOfBits(0xff800000u); }
-
 // The unit that a block works on.
 struct UnitOfBlock {
   int layer;

@@ -106,7 +106,7 @@ WindowPlan PlanWindow(const WindowParams& params, int64_t max_shared_bytes, int6
 
 int64_t PartialBytes(const WindowParams& params, const WindowPlan& plan) {
   const int64_t bytes = plan.units_at_once * params.max_unit_rows * params.shape.num_chunks *
-                        int64_t{sizeof(RowStat)};
+                        params.chunk_parts * int64_t{sizeof(RowStat)};
   return CeilDiv(bytes, 256) * 256;
 }
 

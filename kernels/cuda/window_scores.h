@@ -109,7 +109,9 @@ struct WindowParams {
   int32_t num_layers = 0;
   int32_t first_unit = 0;  // of this launch, counted through all layers
 
-  RowStat* partial = nullptr;   // [units of the launch, max_unit_rows, num_chunks]
+  // Statistics that a chunk of a row is given in: RowStats has one, HopperRowStats several.
+  int32_t chunk_parts = 1;
+  RowStat* partial = nullptr;   // [units of the launch, max_unit_rows, num_chunks, chunk_parts]
   float* references = nullptr;  // [num_layers, num_rows]: log2-sum-exp2 of each row
 
   WindowLayer layers[kMaxWindowLayers];

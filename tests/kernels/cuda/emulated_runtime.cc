@@ -41,6 +41,7 @@ struct Device {
   bool has_mps = false;
   int driver_version = 13000;
   std::atomic<int64_t> launches = 0;
+  std::atomic<int64_t> products[2] = {};
   std::atomic<int64_t> waits = 0;
 };
 
@@ -137,7 +138,10 @@ int64_t EmulatedSharedBytes() {
   return int64_t{TheDevice().kind == EmulatedDevice::kSm86 ? 99 : 227} << 10;
 }
 
-EmulatedCounts CountsSoFar() { return {TheDevice().launches, TheDevice().waits}; }
+EmulatedCounts CountsSoFar() {
+  const Device& device = TheDevice();
+  return {device.launches, device.waits, {device.products[0], device.products[1]}};
+}
 
 void DescribeEmulatedDevice(const std::string& name, Mps mps, int driver_version) {
   Device& device = TheDevice();
@@ -147,6 +151,10 @@ void DescribeEmulatedDevice(const std::string& name, Mps mps, int driver_version
 }
 
 void CountLaunch() { ++TheDevice().launches; }
+
+void CountProducts(int warp_group, int64_t count) {
+  if (warp_group == 1 || warp_group == 2) TheDevice().products[warp_group - 1] += count;
+}
 
 void FailNextWait(cudaError_t error) { TheDevice().next_wait = error; }
 

@@ -33,9 +33,12 @@ int64_t NumDeviceAllocations();
 struct EmulatedCounts {
   int64_t launches = 0;  // of kernels
   int64_t waits = 0;     // for a stream
+  // wgmma of the second and the third warp group of all blocks: those that do mathematics.
+  int64_t products[2] = {};
 };
 EmulatedCounts CountsSoFar();
 void CountLaunch();
+void CountProducts(int warp_group, int64_t count);
 
 // What backends that are made from now on find. Versions as the runtime counts: 13000 is 13.0.
 enum class Mps { kOff, kOn };

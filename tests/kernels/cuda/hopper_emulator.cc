@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "kernels/cuda/element.h"
+#include "tests/kernels/cuda/emulated_runtime.h"
 
 namespace keepset::kernels::cuda {
 namespace {
@@ -289,6 +290,9 @@ void HopperUnits::WaitMma(int thread, float* d, int count) {
           "wait for other accumulators");
   for (int i = 0; i < count; ++i) {
     Require(BitsOfFloat(d[i]) == BitsOfFloat(Poison()), "accumulator touched before the wait");
+  }
+  if (lane == 0 && warp_index % 4 == 0) {
+    CountProducts(warp_index / 4, static_cast<int64_t>(warp.open.size()));
   }
   std::vector<float> sums = warp.before[lane];
   for (const Product& product : warp.open) {

@@ -96,6 +96,26 @@ TEST(HopperPlan, OutputsThatDoNotFitMakeSeveralParts) {
   EXPECT_THAT(plan.unit_part, ElementsAre(0, 2, 4, 6, 8, 10, 12, 14, 16));
 }
 
+TEST(HopperPlan, EightHeadsOfOneKvHeadReadTheirKeysOnce) {
+  const HopperPlan plan = Call(128, 8, 64).Plan();
+  EXPECT_EQ(plan.stats_rows, 512);
+  EXPECT_EQ(plan.stats_stages, 3);
+}
+
+TEST(HopperPlan, FewRowsLeaveRoomForStages) {
+  const HopperPlan plan = Call(128, 1, 60).Plan();
+  EXPECT_EQ(plan.stats_rows, 64);
+  EXPECT_EQ(plan.stats_stages, 6);
+}
+
+TEST(HopperPlan, RowsThatDoNotFitMakePartsOfOneSize) {
+  EXPECT_EQ(Call(128, 9, 64).Plan().stats_rows, 320);
+  // Rows of 512 bytes: 384 of them leave room for one stage.
+  EXPECT_EQ(Call(256, 5, 64).Plan().stats_rows, 320);
+  EXPECT_EQ(Call(256, 6, 64).Plan().stats_rows, 192);
+  EXPECT_GE(Call(256, 6, 64).Plan().stats_stages, 2);
+}
+
 TEST(HopperPlan, LaunchesKeepTheDeviceBusy) {
   Call call;
   // All 8 units of the layer are too few.
