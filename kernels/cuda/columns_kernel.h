@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "kernels/cuda/column_inl.h"
 #include "kernels/cuda/element.h"
 #include "kernels/cuda/fault_code.h"
 #include "kernels/cuda/host_device.h"
@@ -18,7 +19,6 @@ namespace keepset::kernels::cuda {
 // Logits this far above a given log-sum-exp say that it is not the row's (limit of the CPU
 // backend).
 constexpr float kMostAboveLse = 126.0f;
-constexpr float kMostColumn = 8.507059173023462e37f;  // 2^126
 
 // Finds out why a column of the unit's KV head is not a number, or too large. Rare; reads global
 // memory element by element.
@@ -78,8 +78,7 @@ class ColumnSums {
       const int limit = is_masked ? limits[column] : 0;
       KEEPSET_UNROLL
       for (int r = 0; r < Tile::kRows; ++r) {
-        // Of every token, seen or not: a key that is not finite makes all its logits so.
-        check_[r] += logits[r][c] * 0.0f;
+        checks_[r].SeeLogit(logits[r][c]);
         float p = simt.Exp2(logits[r][c] * scale2 - reference);
         if (is_masked && first_token + Tile::Row(simt.thread(), r) > limit) p = 0.0f;
         if constexpr (kReduction == ColumnReduction::kMax) {
@@ -97,15 +96,9 @@ class ColumnSums {
                                  const WindowOutput& output, float* out) {
     KEEPSET_UNROLL
     for (int r = 0; r < Tile::kRows; ++r) {
-      float column = columns_[r];
-      KEEPSET_UNROLL
-      for (int mask = 1; mask < Tile::kLanesPerRow; mask *= 2) {
-        const float other = simt.ShuffleXor(column, mask);
-        column =
-            output.reduction == ColumnReduction::kMax ? simt.Max(column, other) : column + other;
-      }
-      // NaN, too, is not below the limit.
-      if (!(column < kMostColumn)) check_[r] = column - column + 1.0f;
+      const float column = JoinLaneColumns<Tile::kLanesPerRow>(
+          simt, columns_[r], output.reduction == ColumnReduction::kMax);
+      checks_[r].SeeColumn(column);
       const int token = first_token + Tile::Row(simt.thread(), r);
       if ((simt.lane() & (Tile::kLanesPerRow - 1)) == 0 && token < num_tokens) {
         out[token] = simt.Div(column, output.divisor);
@@ -114,11 +107,11 @@ class ColumnSums {
   }
 
   // Whether a value of the thread's token r has to be looked into.
-  KEEPSET_KERNEL_BODY bool IsSuspect(int r) const { return !(check_[r] == 0.0f); }
+  KEEPSET_KERNEL_BODY bool IsSuspect(int r) const { return checks_[r].IsSuspect(); }
 
  private:
   float columns_[Tile::kRows];
-  float check_[Tile::kRows] = {};
+  ColumnCheck checks_[Tile::kRows];
 };
 
 template <typename Tile, typename Simt>

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "gtest/gtest.h"
+#include "kernels/cuda/column_inl.h"
 #include "kernels/cuda/device_rows.h"
 #include "kernels/cuda/element.h"
 #include "kernels/cuda/fast_divider.h"
@@ -104,6 +105,33 @@ void ExpectTileIsCovered(int threads, int rows) {
   }
   EXPECT_EQ(static_cast<int>(seen.size()), rows * kTileColumns);
   EXPECT_EQ(seen.rbegin()->first, rows - 1);
+}
+
+TEST(ColumnCheck, WhatIsFiniteAndSmallIsNotSuspect) {
+  ColumnCheck check;
+  for (const float logit : {0.0f, -1e30f, 3e38f, 1e-40f}) check.SeeLogit(logit);
+  check.SeeColumn(0.0f);
+  check.SeeColumn(std::nextafter(kMostColumn, 0.0f));
+  EXPECT_FALSE(check.IsSuspect());
+}
+
+TEST(ColumnCheck, OneLogitOrColumnIsEnoughUntilItIsCleared) {
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  const float nan = std::nanf("");
+  ColumnCheck check;
+  for (const float logit : {kInfinity, -kInfinity, nan}) {
+    check.SeeLogit(logit);
+    check.SeeLogit(1.0f);
+    EXPECT_TRUE(check.IsSuspect()) << logit;
+    check.Clear();
+    EXPECT_FALSE(check.IsSuspect());
+  }
+  for (const float column : {kMostColumn, kInfinity, nan}) {
+    check.SeeColumn(column);
+    check.SeeColumn(1.0f);
+    EXPECT_TRUE(check.IsSuspect()) << column;
+    check.Clear();
+  }
 }
 
 TEST(LogitTiles, MmaTileIsCovered) { ExpectTileIsCovered<MmaTile<DType::kBF16>>(96, 96); }
