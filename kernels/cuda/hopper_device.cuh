@@ -148,8 +148,7 @@ template <typename Kernel>
 cudaError_t LaunchHopper(const LaunchShape& shape, const typename Kernel::Params& params,
                          cudaStream_t stream) {
   const auto* const function = reinterpret_cast<const void*>(&RunHopperKernel<Kernel>);
-  const cudaError_t error = cudaFuncSetAttribute(
-      function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shape.shared_bytes));
+  const cudaError_t error = AllowMostShared(function);
   if (error != cudaSuccess) return error;
   void* arguments[] = {const_cast<typename Kernel::Params*>(&params)};
   return cudaLaunchKernel(function, dim3(static_cast<unsigned>(shape.grid_x)),

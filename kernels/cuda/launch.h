@@ -18,11 +18,20 @@ struct LaunchShape {
   int64_t shared_bytes = 0;
 };
 
+// Shared memory that a block may have without AllowMostShared.
+constexpr int64_t kSharedWithoutAsking = 48 << 10;
+
 // Queues the kernel and returns what the launch said. Never waits. A grid without blocks is not
 // launched.
 template <typename Kernel>
 cudaError_t Launch(const LaunchShape& shape, const typename Kernel::Params& params,
                    cudaStream_t stream);
+
+// Lets `function` be launched on the current device with as much shared memory as a block may have
+// there. The limit is one of the function in the whole process, and launches beyond it fail: it is
+// always set to the same value, so that a thread that launches a small block cannot take it from
+// one that is about to launch a large one. Thread-safe.
+cudaError_t AllowMostShared(const void* function);
 
 }  // namespace keepset::kernels::cuda
 

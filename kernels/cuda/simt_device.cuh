@@ -128,18 +128,15 @@ template <typename Kernel>
 cudaError_t Launch(const LaunchShape& shape, const typename Kernel::Params& params,
                    cudaStream_t stream) {
   if (shape.grid_x == 0 || shape.grid_y == 0 || shape.grid_z == 0) return cudaSuccess;
-  constexpr int64_t kSharedWithoutAsking = 48 << 10;
+  const auto* const function = reinterpret_cast<const void*>(&RunKernel<Kernel>);
   if (shape.shared_bytes > kSharedWithoutAsking) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(RunKernel<Kernel>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(shape.shared_bytes));
+    const cudaError_t error = AllowMostShared(function);
     if (error != cudaSuccess) return error;
   }
   const dim3 grid(static_cast<unsigned>(shape.grid_x), static_cast<unsigned>(shape.grid_y),
                   static_cast<unsigned>(shape.grid_z));
   void* arguments[] = {const_cast<typename Kernel::Params*>(&params)};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(&RunKernel<Kernel>), grid,
-                          dim3(static_cast<unsigned>(shape.threads)), arguments,
+  return cudaLaunchKernel(function, grid, dim3(static_cast<unsigned>(shape.threads)), arguments,
                           static_cast<size_t>(shape.shared_bytes), stream);
 }
 

@@ -6,6 +6,7 @@
 #include <memory>
 #include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "gtest/gtest.h"
@@ -97,6 +98,42 @@ TEST_F(EmulatedBackend, ManyOpsBetweenTwoWaitsReportTheFirstFault) {
   EXPECT_EQ(cuda_.backend->Wait(*cuda_.context).message(),
             "first: head 1 position 3 is not finite");
   EXPECT_TRUE(cuda_.backend->Wait(*cuda_.context).ok());
+}
+
+// Window columns of `num_rows` rows in a context of its own; more rows are larger blocks.
+absl::Status RunWindow(ComputeBackend& backend, int64_t num_rows) {
+  constexpr int64_t kHeads = 4;
+  constexpr int64_t kTokens = 80;
+  constexpr int64_t kDim = 128;
+  std::mt19937 rng(1);
+  const DenseTensor q(RandomValues(rng, kHeads * num_rows * kDim, DType::kBF16), kHeads, num_rows,
+                      kDim, DType::kBF16);
+  const KvTensor k(RandomValues(rng, kTokens * kDim, DType::kBF16), 1, kTokens, kDim, DType::kBF16,
+                   Layout::kNhd, 16, 8);
+  const DeviceDense device_q(q);
+  const DeviceKv device_k(k);
+  const std::vector<int64_t> positions = LastPositions(num_rows, kTokens);
+  WindowArgs args;
+  args.q = device_q.queries();
+  args.k = device_k.view();
+  args.row_positions = positions;
+  args.softmax_scale = 0.1f;
+  const std::unique_ptr<OpContext> context = *backend.NewContext();
+  const std::unique_ptr<ScoreBuffer> out = *backend.NewBuffer(kHeads, kTokens);
+  absl::Status status = backend.WindowColumns(*context, args, *out);
+  status.Update(backend.Wait(*context));
+  return status;
+}
+
+TEST_F(EmulatedBackend, SmallBlocksOfAnotherThreadTakeNoSharedMemoryFromLargeOnes) {
+  absl::Status small = absl::UnknownError("did not run");
+  cuda::AfterNextSharedLimit([&] {
+    std::thread other([&] { small = RunWindow(*cuda_.backend, 16); });
+    other.join();
+  });
+  const absl::Status large = RunWindow(*cuda_.backend, 64);
+  EXPECT_TRUE(large.ok()) << large;
+  EXPECT_TRUE(small.ok()) << small;
 }
 
 TEST(EmulatedDevice, OrdinaryDeviceNeedsNoNote) {

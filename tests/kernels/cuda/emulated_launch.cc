@@ -14,6 +14,19 @@
 #include "tests/kernels/cuda/simt_emulator.h"
 
 namespace keepset::kernels::cuda {
+namespace {
+
+// As the device's launches: asks for shared memory, then launches with what the process has.
+cudaError_t TakeShared(const void* function, int64_t bytes, int64_t without_asking) {
+  if (bytes > EmulatedSharedBytes()) return cudaErrorInvalidConfiguration;
+  if (bytes > without_asking) {
+    const cudaError_t error = AllowMostShared(function);
+    if (error != cudaSuccess) return error;
+  }
+  return bytes > EmulatedSharedLimit(function) ? cudaErrorInvalidValue : cudaSuccess;
+}
+
+}  // namespace
 
 template <typename Kernel>
 cudaError_t Launch(const LaunchShape& shape, const typename Kernel::Params& params,
@@ -21,9 +34,12 @@ cudaError_t Launch(const LaunchShape& shape, const typename Kernel::Params& para
   if (shape.grid_x == 0 || shape.grid_y == 0 || shape.grid_z == 0) return cudaSuccess;
   // What a device would refuse.
   if (shape.threads < 1 || shape.threads > Kernel::kMaxThreads || shape.grid_y > 65535 ||
-      shape.grid_z > 65535 || shape.shared_bytes > EmulatedSharedBytes()) {
+      shape.grid_z > 65535) {
     return cudaErrorInvalidConfiguration;
   }
+  const cudaError_t error = TakeShared(reinterpret_cast<const void*>(&Launch<Kernel>),
+                                       shape.shared_bytes, kSharedWithoutAsking);
+  if (error != cudaSuccess) return error;
   CountLaunch();
   return QueueEmulated(stream, [shape, params] {
     EmulateGrid(shape, [&params](const EmulatedThread& thread) { Kernel::Run(thread, params); });
@@ -60,10 +76,10 @@ KEEPSET_LAUNCH(NoveltyCosines);
 template <typename Kernel>
 cudaError_t LaunchHopper(const LaunchShape& shape, const typename Kernel::Params& params,
                          cudaStream_t stream) {
-  if (shape.grid_x < 1 || shape.threads != Kernel::kThreads ||
-      shape.shared_bytes > EmulatedSharedBytes()) {
-    return cudaErrorInvalidConfiguration;
-  }
+  if (shape.grid_x < 1 || shape.threads != Kernel::kThreads) return cudaErrorInvalidConfiguration;
+  const cudaError_t error =
+      TakeShared(reinterpret_cast<const void*>(&LaunchHopper<Kernel>), shape.shared_bytes, 0);
+  if (error != cudaSuccess) return error;
   CountLaunch();
   return QueueEmulated(stream, [shape, params] {
     EmulateGrid(shape, [&params](const EmulatedThread& thread) {

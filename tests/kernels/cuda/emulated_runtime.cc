@@ -15,6 +15,7 @@
 
 #include "base/check.h"
 #include "kernels/cuda/cuda_status.h"
+#include "kernels/cuda/launch.h"
 #include "tests/kernels/cuda/hopper_emulator.h"
 
 struct CUstream_st {
@@ -34,6 +35,8 @@ struct Allocation {
 struct Device {
   std::mutex mutex;
   std::map<uintptr_t, Allocation> allocations;  // by address
+  std::map<const void*, int> shared_limits;     // by function
+  std::function<void()> after_shared_limit;
   EmulatedDevice kind = EmulatedDevice::kSm86;
   cudaError_t next_wait = cudaSuccess;
   cudaError_t sticky = cudaSuccess;
@@ -138,6 +141,17 @@ int64_t EmulatedSharedBytes() {
   return int64_t{TheDevice().kind == EmulatedDevice::kSm86 ? 99 : 227} << 10;
 }
 
+int64_t EmulatedSharedLimit(const void* function) {
+  Device& device = TheDevice();
+  const std::lock_guard<std::mutex> lock(device.mutex);
+  const auto found = device.shared_limits.find(function);
+  return found == device.shared_limits.end() ? kSharedWithoutAsking : found->second;
+}
+
+void AfterNextSharedLimit(std::function<void()> work) {
+  TheDevice().after_shared_limit = std::move(work);
+}
+
 EmulatedCounts CountsSoFar() {
   const Device& device = TheDevice();
   return {device.launches, device.waits, {device.products[0], device.products[1]}};
@@ -179,6 +193,25 @@ cudaError_t cudaGetDeviceCount(int* count) {
   return cudaSuccess;
 }
 cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {
+  auto& device = TheDevice();
+  if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize ||
+      value > keepset::kernels::cuda::EmulatedSharedBytes()) {
+    return cudaErrorInvalidValue;
+  }
+  std::function<void()> after;
+  {
+    const std::lock_guard<std::mutex> lock(device.mutex);
+    device.shared_limits[function] = value;
+    after = std::exchange(device.after_shared_limit, nullptr);
+  }
+  if (after) after();
+  return cudaSuccess;
+}
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorName(cudaError_t error) {
   return error == cudaErrorIllegalAddress ? "cudaErrorIllegalAddress" : "cudaErrorEmulated";

@@ -22,6 +22,11 @@ void SetEmulatedDevice(EmulatedDevice device);
 // Shared memory that a block of it may have, at most.
 int64_t EmulatedSharedBytes();
 
+// Shared memory that launches of `function` may have now: 48 KiB until the attribute is set.
+int64_t EmulatedSharedLimit(const void* function);
+// Called once, by the next thread that has set such a limit and not launched yet.
+void AfterNextSharedLimit(std::function<void()> work);
+
 cudaError_t QueueEmulated(cudaStream_t stream, std::function<void()> work);
 
 // The next wait for a stream returns `error`, as do all calls after it when the error is sticky.
