@@ -37,6 +37,7 @@
 #include "service/rpc/session_service.h"
 #include "service/rpc/table_service.h"
 #include "service/server_config/server_config.h"
+#include "service/server_info.h"
 #include "service/server_observers.h"
 #include "service/server_tables.h"
 #include "service/unix_listener.h"
@@ -169,6 +170,7 @@ class ServerImpl final : public Server {
           fences_.Forget(session_id);
           session_pins_.Forget(session_id);
           session_tenants_.Forget(session_id);
+          operation_totals_.ForgetSession(session_id);
           session_service_->Forget(session_id);
         });
     table_observer_ = std::make_unique<ServerTableObserver>(*metrics_, log_, health_, clock_);
@@ -232,6 +234,7 @@ class ServerImpl final : public Server {
         .fences = fences_,
         .session_pins = session_pins_,
         .session_tenants = session_tenants_,
+        .totals = operation_totals_,
         .queue = *queue_,
         .correlation_ids = correlation_ids_,
         .shadows = *shadows_,
@@ -249,10 +252,10 @@ class ServerImpl final : public Server {
     session_service_ = SessionService::New(context, {.side_socket_path = config_.side_socket()},
                                            *registration_, *retirement_);
     server_service_ = NewServerService(
-        {.info = ServerInfo(),
+        {.info = DescribeServer(config_, *backend_, policies_->Names(), transport_kinds_),
          .admin = config_.enable_admin() ? AdminAccess::kAllowed : AdminAccess::kDenied,
          .start_draining = [this] { StartDraining(); }},
-        tables_, admission_, *retirement_);
+        context, *retirement_);
     table_queue_ = WorkQueue::New(
         {.num_workers = 2, .capacity = kControlQueueCapacity, .on_depth_change = {}}, clock_);
     table_service_ = TableService::New(
@@ -266,44 +269,6 @@ class ServerImpl final : public Server {
          .blocking = *table_queue_,
          .log = log_,
          .correlation_ids = correlation_ids_});
-  }
-
-  v1::GetServerInfoResponse ServerInfo() const {
-    v1::GetServerInfoResponse info;
-    info.set_version(std::string(ServerVersion()));
-    info.set_build(KEEPSET_BUILD);
-    for (const char* extension : {"stream", "early_layer_results", "gather_inline",
-                                  "gather_destination", "row_positions", "window_lse_base2"}) {
-      info.add_extensions(extension);
-    }
-    info.add_transports("inline");
-    for (const std::string& kind : transport_kinds_) {
-      info.add_extensions(kind);
-      info.add_transports(kind);
-    }
-    for (const std::string& policy : policies_->Names()) info.add_policies(policy);
-    info.set_backend(backend_->name());
-    if (const kernels::DeviceInfo device = backend_->Device(); !device.uuid.empty()) {
-      v1::Device* const listed = info.add_devices();
-      listed->set_uuid(device.uuid);
-      listed->set_name(device.name);
-      listed->set_driver_version(device.driver_version);
-      info.set_device_status(device.note.empty() ? "ok" : absl::StrCat("ok: ", device.note));
-    } else {
-      info.set_device_status(
-          absl::StrCat("no device: backend ", backend_->name(), " works in host memory"));
-    }
-    v1::Limits* limits = info.mutable_limits();
-    limits->set_max_inline_bytes(config_.limits().max_inline_bytes());
-    limits->set_max_seq_len(config_.limits().max_seq_len());
-    limits->set_max_layers(config_.limits().max_layers());
-    limits->set_max_regions_per_session(config_.memory().max_regions_per_session());
-    limits->set_max_region_bytes_per_session(config_.memory().max_region_bytes_per_session());
-    limits->set_max_sessions(config_.memory().max_sessions());
-    limits->set_queue_capacity(config_.limits().queue_capacity());
-    limits->set_stream_credits(config_.limits().stream_credits());
-    info.set_default_lease_seconds(config_.memory().lease_seconds());
-    return info;
   }
 
   absl::Status StartListening() {
@@ -446,6 +411,7 @@ class ServerImpl final : public Server {
   FenceTable fences_;
   SessionPins session_pins_;
   SessionTenants session_tenants_;
+  OperationTotals operation_totals_;
   CorrelationIds correlation_ids_;
   std::unique_ptr<CompressionService> compression_;
   std::unique_ptr<SessionService> session_service_;

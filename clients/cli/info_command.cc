@@ -1,4 +1,4 @@
-// keepset info: what a server is and which tables it serves.
+// keepset info: what a server is, which tables it serves, and what it has done.
 #include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
@@ -6,7 +6,9 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
 #include "absl/strings/str_join.h"
+#include "absl/time/time.h"
 #include "base/status_macros.h"
 #include "clients/cli/command_list.h"
 #include "clients/cli/exit_status.h"
@@ -71,14 +73,83 @@ void PrintInfo(const client::ServerInfo& info, std::ostream& out) {
   if (info.tables.empty()) out << "table       none active\n";
 }
 
+Json StatisticsJson(const client::ServerStatistics& statistics) {
+  Json operations = Json::array();
+  for (const client::ServerStatistics::Operations& row : statistics.operations) {
+    Json outcomes = Json::array();
+    for (const auto& outcome : row.outcomes) {
+      outcomes.push_back(
+          {{"outcome", outcome.outcome}, {"reason", outcome.reason}, {"count", outcome.count}});
+    }
+    Json stages = Json::array();
+    for (const auto& stage : row.stages) {
+      stages.push_back({{"stage", stage.stage},
+                        {"count", stage.count},
+                        {"total_seconds", absl::ToDoubleSeconds(stage.total)},
+                        {"longest_seconds", absl::ToDoubleSeconds(stage.longest)}});
+    }
+    Json table;
+    if (row.table.has_value()) {
+      table = {{"name", row.table->name},
+               {"version", row.table->version},
+               {"digest", row.table->digest}};
+    }
+    operations.push_back({{"model", row.model},
+                          {"policy", row.policy},
+                          {"table", table},
+                          {"outcomes", outcomes},
+                          {"stages", stages},
+                          {"input_tokens", row.input_tokens},
+                          {"kept_tokens", row.kept_tokens},
+                          {"bytes_before", row.bytes_before},
+                          {"bytes_after", row.bytes_after}});
+  }
+  return {{"uptime_seconds", absl::ToDoubleSeconds(statistics.uptime)},
+          {"operations_running", statistics.operations_running},
+          {"queue_waiting", statistics.queue_waiting},
+          {"sessions", statistics.sessions},
+          {"operations", operations}};
+}
+
+void PrintStatistics(const client::ServerStatistics& statistics, std::ostream& out) {
+  out << "uptime      " << absl::FormatDuration(absl::Trunc(statistics.uptime, absl::Seconds(1)))
+      << "\n"
+      << "running     " << statistics.operations_running << " operations, "
+      << statistics.queue_waiting << " waiting\n"
+      << "sessions    " << statistics.sessions << "\n";
+  for (const client::ServerStatistics::Operations& row : statistics.operations) {
+    out << "\n" << (row.model.empty() ? "(no model)" : row.model) << "  " << row.policy;
+    if (row.table.has_value()) out << "  " << row.table->name << "@" << row.table->version;
+    out << "\n";
+    for (const auto& outcome : row.outcomes) {
+      out << absl::StreamFormat("  %8d  %s%s\n", outcome.count, outcome.outcome,
+                                outcome.reason == "none" ? "" : " " + outcome.reason);
+    }
+    for (const auto& stage : row.stages) {
+      out << absl::StreamFormat(
+          "  %-8s  mean %.3f ms, longest %.3f ms\n", stage.stage,
+          absl::ToDoubleMilliseconds(stage.total) / static_cast<double>(stage.count),
+          absl::ToDoubleMilliseconds(stage.longest));
+    }
+    out << absl::StreamFormat("  %-8s  %d of %d, bytes %d of %d\n", "kept", row.kept_tokens,
+                              row.input_tokens, row.bytes_after, row.bytes_before);
+  }
+  if (statistics.operations.empty()) out << "no operation has ended yet\n";
+}
+
 }  // namespace
 
 absl::Status RunInfo(absl::Span<const std::string> arguments, Console& console) {
   ServerFlags server;
+  bool statistics = false;
   bool json = false;
-  FlagParser parser("info", "info --server ADDR [--json]",
+  FlagParser parser("info", "info --server ADDR [--statistics] [--json]",
                     "What a server is, what it can do and which tables are active.");
-  AddServerFlags(parser, &server).Switch("--json", "one JSON document", &json);
+  AddServerFlags(parser, &server)
+      .Switch("--statistics",
+              "instead: ended operations by model, policy and table, with outcomes and times",
+              &statistics)
+      .Switch("--json", "one JSON document", &json);
   if (FlagParser::HelpAsked(arguments)) {
     console.out << parser.Help();
     return absl::OkStatus();
@@ -91,11 +162,20 @@ absl::Status RunInfo(absl::Span<const std::string> arguments, Console& console) 
   client::ClientOptions options = server.Options();
   options.transport = client::Transport::kInline;
   KEEPSET_ASSIGN_OR_RETURN(const std::unique_ptr<client::Client> client, ConnectToServer(options));
-  KEEPSET_ASSIGN_OR_RETURN(const client::ServerInfo info, client->GetServerInfo());
-  if (json) {
-    console.out << InfoJson(info).dump(-1, ' ', false, Json::error_handler_t::replace) << "\n";
+  const auto print = [&](const auto& value, auto to_json, auto to_text) {
+    if (json) {
+      console.out << to_json(value).dump(-1, ' ', false, Json::error_handler_t::replace) << "\n";
+    } else {
+      to_text(value, console.out);
+    }
+  };
+  if (statistics) {
+    KEEPSET_ASSIGN_OR_RETURN(const client::ServerStatistics done,
+                             client->GetStatistics(client::StatisticsOf::kServer));
+    print(done, StatisticsJson, PrintStatistics);
   } else {
-    PrintInfo(info, console.out);
+    KEEPSET_ASSIGN_OR_RETURN(const client::ServerInfo info, client->GetServerInfo());
+    print(info, InfoJson, PrintInfo);
   }
   return absl::OkStatus();
 }

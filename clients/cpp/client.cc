@@ -14,6 +14,7 @@
 #include "clients/cpp/channel.h"
 #include "clients/cpp/compress_stream.h"
 #include "clients/cpp/rpc_status.h"
+#include "clients/cpp/server_info_codec.h"
 #include "clients/cpp/session.h"
 #include "clients/cpp/wire_codec.h"
 #include "keepset/v1/compression.grpc.pb.h"
@@ -28,40 +29,6 @@ std::string RandomUuid() {
   std::string uuid(16, '\0');
   for (char& byte : uuid) byte = static_cast<char>(device());
   return uuid;
-}
-
-template <typename Repeated>
-std::vector<std::string> Strings(const Repeated& values) {
-  return {values.begin(), values.end()};
-}
-
-ServerInfo DecodeInfo(const v1::GetServerInfoResponse& response) {
-  ServerInfo info;
-  info.version = response.version();
-  info.build = response.build();
-  info.extensions = Strings(response.extensions());
-  info.policies = Strings(response.policies());
-  info.transports = Strings(response.transports());
-  info.backend = response.backend();
-  for (const v1::Device& device : response.devices()) {
-    info.devices.push_back({device.uuid(), device.name(), device.driver_version()});
-  }
-  info.device_status = response.device_status();
-  const v1::Limits& limits = response.limits();
-  info.limits = {limits.max_inline_bytes(),
-                 limits.max_seq_len(),
-                 limits.max_layers(),
-                 limits.max_regions_per_session(),
-                 limits.max_region_bytes_per_session(),
-                 limits.max_sessions(),
-                 limits.queue_capacity(),
-                 limits.stream_credits()};
-  info.default_lease_seconds = response.default_lease_seconds();
-  for (const v1::TableIdentity& table : response.tables()) {
-    info.tables.push_back({table.name(), table.version(), table.digest(), table.source()});
-  }
-  info.draining = response.draining();
-  return info;
 }
 
 class GrpcClient final : public Client {
@@ -108,6 +75,24 @@ class GrpcClient final : public Client {
     absl::StatusOr<ServerInfo> info = FetchInfo(options_.call_timeout);
     if (!info.ok()) return Unreachable(info.status());
     return info;
+  }
+
+  absl::StatusOr<ServerStatistics> GetStatistics(StatisticsOf whose) override {
+    v1::GetStatisticsRequest request;
+    if (whose == StatisticsOf::kSession) {
+      const std::shared_ptr<Session> session = CurrentSession();
+      if (session == nullptr) {
+        return absl::FailedPreconditionError(
+            absl::StrCat("statistics of a session: this client has none (", reason_, ")"));
+      }
+      request.set_session_id(session->id());
+    }
+    grpc::ClientContext context;
+    context.set_deadline(absl::ToChronoTime(absl::Now() + options_.call_timeout));
+    v1::GetStatisticsResponse response;
+    const absl::Status asked = FromRpcStatus(server_->GetStatistics(&context, request, &response));
+    if (!asked.ok()) return Unreachable(asked);
+    return DecodeStatistics(response);
   }
 
   absl::Status RegisterRegion(const SharedRegion& region, const std::string& name,
@@ -196,7 +181,7 @@ class GrpcClient final : public Client {
     v1::GetServerInfoResponse response;
     KEEPSET_RETURN_IF_ERROR(
         FromRpcStatus(server_->GetServerInfo(&context, v1::GetServerInfoRequest(), &response)));
-    return DecodeInfo(response);
+    return DecodeServerInfo(response);
   }
 
   // gRPC's own words for a dead address name resolver internals; the address is what helps.

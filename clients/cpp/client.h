@@ -25,6 +25,7 @@
 #include "absl/types/span.h"
 #include "clients/cpp/device_memory.h"
 #include "clients/cpp/operation.h"
+#include "clients/cpp/server_info.h"
 #include "clients/cpp/shared_region.h"
 
 namespace keepset::client {
@@ -59,35 +60,8 @@ struct ClientOptions {
   absl::Duration call_timeout = absl::Seconds(60);  // of every later call, queueing included
 };
 
-struct ServerInfo {
-  std::string version;
-  std::string build;
-  std::vector<std::string> extensions;
-  std::vector<std::string> policies;
-  std::vector<std::string> transports;
-  std::string backend;
-  struct Device {
-    std::string uuid;
-    std::string name;
-    std::string driver_version;
-  };
-  std::vector<Device> devices;
-  std::string device_status;
-  struct Limits {
-    uint64_t max_inline_bytes = 0;
-    uint64_t max_seq_len = 0;
-    uint64_t max_layers = 0;
-    uint64_t max_regions_per_session = 0;
-    uint64_t max_region_bytes_per_session = 0;
-    uint64_t max_sessions = 0;
-    uint64_t queue_capacity = 0;
-    uint64_t stream_credits = 0;
-  };
-  Limits limits;
-  int64_t default_lease_seconds = 0;
-  std::vector<TableIdentity> tables;
-  bool draining = false;
-};
+// Whose operations GetStatistics tells of.
+enum class StatisticsOf { kServer, kSession };
 
 // Many operations over one long-lived stream, each: Begin, SendLayer in ascending order, Finish.
 // Thread-safe; an operation is sent by one thread at a time. Every wait is bounded by the client's
@@ -124,6 +98,8 @@ class Client {
   virtual std::string transport_reason() const = 0;
 
   virtual absl::StatusOr<ServerInfo> GetServerInfo() = 0;
+  // kSession: of this client's own. FailedPrecondition: it has none (inline transport).
+  virtual absl::StatusOr<ServerStatistics> GetStatistics(StatisticsOf whose) = 0;
 
   // Makes `region` known to the server under `name`; from then on tensors inside it travel as
   // slices. With inline transport nothing is sent. AlreadyExists: name taken.

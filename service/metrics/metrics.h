@@ -24,10 +24,19 @@ inline constexpr int kNumStages = 6;
 
 // What one ended operation adds. Names are those of formats.md.
 struct OperationSample {
-  std::string policy;   // a known policy, else "unknown"
-  std::string model;    // architecture the request states
-  std::string outcome;  // "compressed", "kept_full", "shadow", "error", "cancelled"
-  std::string reason;   // "none", "below_budget" ..., or the canonical code of an error
+  struct Table {
+    std::string name;
+    std::string version;
+    std::string digest;
+
+    bool operator==(const Table&) const = default;
+  };
+
+  std::string policy;          // a known policy, else "unknown"
+  std::string model;           // architecture the request states
+  std::optional<Table> table;  // that decided, or was to
+  std::string outcome;         // "compressed", "kept_full", "shadow", "error", "cancelled"
+  std::string reason;          // "none", "below_budget" ..., or the canonical code of an error
   absl::Duration stages[kNumStages] = {};
   int64_t input_tokens = 0;  // T x layers
   int64_t kept_tokens = 0;   // sum over layers (mean over KV heads in scope kv_head)

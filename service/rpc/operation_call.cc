@@ -153,7 +153,8 @@ absl::Status OperationCall::ResolveTable(engine::OperationSpec& spec) {
   KEEPSET_ASSIGN_OR_RETURN(const tables::ResolvedTable resolved,
                            tables::ResolveTable(*snapshot_, query));
   spec.table = resolved.table;
-  table_ = spec.table->identity();
+  const tables::TableIdentity& identity = spec.table->identity();
+  sample_.table = {identity.name, identity.version, identity.digest};
   shadow_ = ChooseShadow(wire_, context_.shadow, *snapshot_, query, spec);
   selection_.set_selection(EncodeSelection(resolved.selection, by_session));
   selection_.set_alias(query.alias);
@@ -353,6 +354,7 @@ absl::Status OperationCall::End(const absl::Status& status) {
   sample_.stages[static_cast<int>(Stage::kLease)] = LeaseTime();
   sample_.stages[static_cast<int>(Stage::kReply)] = reply_time_;
   context_.metrics.RecordOperation(sample_);
+  context_.totals.Record(sample_, wire_.session_id());
   WriteLogLine(status);
   ticket_ = Admission::Ticket();
   return seen;
@@ -406,8 +408,8 @@ void OperationCall::WriteLogLine(const absl::Status& status) {
       {"transport", transport_},
       {"correlation_id", correlation_id_},
   };
-  if (table_.has_value()) {
-    fields.emplace_back("table", absl::StrCat(table_->name, "@", table_->version));
+  if (sample_.table.has_value()) {
+    fields.emplace_back("table", absl::StrCat(sample_.table->name, "@", sample_.table->version));
     if (selection_.selection() == v1::TABLE_SELECTION_CANARY) fields.emplace_back("canary", "1");
   }
   if (info_.trace.has_value()) {

@@ -139,7 +139,6 @@ class OperationCall {
   absl::Duration queue_time_;
   absl::Duration reply_time_;
   OperationSample sample_;
-  std::optional<tables::TableIdentity> table_;
   v1::TableIdentity selection_;  // why that table, for the reply; without identity
   // Nothing: no second table is asked. Not OK: why the one asked for cannot be.
   std::optional<absl::Status> shadow_;

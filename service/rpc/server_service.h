@@ -1,15 +1,13 @@
-// keepset.v1.ServerService: what this server is, and draining by RPC.
+// keepset.v1.ServerService: what this server is, what it has done, and draining by RPC.
 #ifndef KEEPSET_SERVICE_RPC_SERVER_SERVICE_H_
 #define KEEPSET_SERVICE_RPC_SERVER_SERVICE_H_
 
 #include <functional>
 #include <memory>
 
-#include "absl/time/time.h"
 #include "keepset/v1/server.grpc.pb.h"
-#include "service/rpc/admission.h"
+#include "service/rpc/service_context.h"
 #include "service/rpc/work_queue.h"
-#include "tables/table_store.h"
 
 namespace keepset::service {
 
@@ -22,10 +20,11 @@ struct ServerServiceOptions {
   std::function<void()> start_draining;
 };
 
-// `tables`, `admission` and `blocking` (for calls that wait) must outlive the service.
-std::unique_ptr<v1::ServerService::CallbackService> NewServerService(
-    ServerServiceOptions options, const tables::TableStore& tables, Admission& admission,
-    WorkQueue& blocking);
+// What `context` names and `blocking` (for calls that wait) must outlive the service. Its uptime
+// counts from here.
+std::unique_ptr<v1::ServerService::CallbackService> NewServerService(ServerServiceOptions options,
+                                                                     const ServiceContext& context,
+                                                                     WorkQueue& blocking);
 
 }  // namespace keepset::service
 

@@ -11,6 +11,7 @@
 #include "kernels/compute_backend.h"
 #include "service/memory/session_manager.h"
 #include "service/metrics/metrics.h"
+#include "service/metrics/operation_totals.h"
 #include "service/rpc/admission.h"
 #include "service/rpc/correlation_ids.h"
 #include "service/rpc/fence_table.h"
@@ -41,6 +42,7 @@ struct ServiceContext {
   FenceTable& fences;
   SessionPins& session_pins;
   SessionTenants& session_tenants;
+  OperationTotals& totals;
   WorkQueue& queue;
   CorrelationIds& correlation_ids;
   ShadowRunner& shadows;

@@ -145,11 +145,13 @@ class SessionServiceImpl final : public SessionService {
     }
     if (request.has_table()) context_.session_pins.Set(info.session_id, request.table());
     if (!args.tenant.empty()) context_.session_tenants.Set(info.session_id, args.tenant);
+    context_.totals.OpenSession(info.session_id);
     // One that was replaced meanwhile must not leave its entries behind.
     if (!context_.sessions.CheckSession(info.session_id).ok()) {
       Forget(info.session_id);
       context_.session_pins.Forget(info.session_id);
       context_.session_tenants.Forget(info.session_id);
+      context_.totals.ForgetSession(info.session_id);
     }
     return absl::OkStatus();
   }

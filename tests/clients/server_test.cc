@@ -139,6 +139,50 @@ TEST_F(ServerTest, InfoListsTheActiveTable) {
   EXPECT_THAT(run.out, HasSubstr("golden-cli"));
 }
 
+TEST_F(ServerTest, StatisticsTellWhatOperationsDid) {
+  ASSERT_EQ(Result({"--policy", "compilerkv", "--budget", "12", "--ppl", "3"}, Server("inline")),
+            Result({"--policy", "compilerkv", "--budget", "12", "--ppl", "3"}, Server("memfd")));
+  ASSERT_FALSE(Result({"--policy", "tova", "--budget", "64"}, Server("inline")).empty());
+  const CliRun run =
+      RunBinary({"info", "--server", "unix:" + Path("k.sock"), "--statistics", "--json"});
+  ASSERT_EQ(run.exit_code, 0) << run.err;
+  const nlohmann::json document = nlohmann::json::parse(run.out, nullptr, false);
+  ASSERT_EQ(document["operations"].size(), 2u) << run.out;
+  const nlohmann::json& gated = document["operations"][0];
+  EXPECT_EQ(gated["policy"], "compilerkv");
+  EXPECT_EQ(gated["table"]["name"], "golden-cli");
+  EXPECT_EQ(gated["outcomes"],
+            nlohmann::json::parse(R"([{"outcome":"compressed","reason":"none","count":2}])"));
+  EXPECT_GT(gated["bytes_before"], gated["bytes_after"]);
+  const nlohmann::json& full = document["operations"][1];
+  EXPECT_TRUE(full["table"].is_null());
+  EXPECT_EQ(full["outcomes"][0]["reason"], "below_budget");
+  EXPECT_EQ(full["kept_tokens"], full["input_tokens"]);
+  const CliRun text = RunBinary({"info", "--server", "unix:" + Path("k.sock"), "--statistics"});
+  EXPECT_THAT(text.out, HasSubstr("compilerkv  golden-cli@"));
+  EXPECT_THAT(text.out, HasSubstr("2  compressed"));
+}
+
+TEST_F(ServerTest, StatisticsOfASessionAreItsOwn) {
+  ASSERT_FALSE(Result({"--policy", "tova", "--budget", "12"}, Server("inline")).empty());
+  client::ClientOptions options;
+  options.address = "unix:" + Path("k.sock");
+  const auto client = client::Client::Connect(options);
+  ASSERT_TRUE(client.ok()) << client.status();
+  const auto own = (*client)->GetStatistics(client::StatisticsOf::kSession);
+  ASSERT_TRUE(own.ok()) << own.status();
+  EXPECT_THAT(own->operations, IsEmpty());
+  EXPECT_EQ(own->sessions, 1);
+  const auto all = (*client)->GetStatistics(client::StatisticsOf::kServer);
+  ASSERT_TRUE(all.ok()) << all.status();
+  EXPECT_EQ(all->operations.size(), 1u);
+  options.transport = client::Transport::kInline;
+  const auto inline_client = client::Client::Connect(options);
+  ASSERT_TRUE(inline_client.ok());
+  EXPECT_EQ((*inline_client)->GetStatistics(client::StatisticsOf::kSession).status().code(),
+            absl::StatusCode::kFailedPrecondition);
+}
+
 TEST_F(ServerTest, HealthTellsLiveReadyAndModels) {
   const std::string server = "unix:" + Path("k.sock");
   for (const std::vector<std::string>& service :

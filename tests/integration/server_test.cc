@@ -23,6 +23,7 @@ namespace {
 
 using ::testing::Contains;
 using ::testing::HasSubstr;
+using ::testing::IsSupersetOf;
 using ::testing::Not;
 
 constexpr int kServing = 1;
@@ -45,6 +46,8 @@ TEST(Server, TellsWhatItIs) {
   v1::GetServerInfoResponse info;
   ASSERT_TRUE(server.info()->GetServerInfo(NewContext().get(), {}, &info).ok());
   EXPECT_THAT(info.policies(), Contains("compilerkv"));
+  EXPECT_THAT(info.extensions(),
+              IsSupersetOf({"stream", "gather_in_place", "statistics", "memfd"}));
   EXPECT_THAT(info.transports(), Contains("memfd"));
   EXPECT_THAT(info.backend(), HasSubstr("cpu/"));
   EXPECT_THAT(info.device_status(), HasSubstr("no device"));

@@ -82,6 +82,16 @@ def test_requirements_say_who_takes_column_statistics(client):
     assert not needs["knorm"].layers[0].columns
 
 
+def test_statistics_of_a_session_are_its_own(server):
+    with keepset.Client.connect(server.address) as one, keepset.Client.connect(server.address) as other:
+        one.compress(layers=random_layers(), **spec(policy="tova"))
+        own = one.statistics(own_session=True)
+        assert [(row.policy, row.outcomes[0].count) for row in own.operations] == [("tova", 1)]
+        assert {stage.stage for stage in own.operations[0].stages} >= {"score", "select"}
+        assert not other.statistics(own_session=True).operations
+        assert other.statistics().operations and other.statistics().sessions >= 2
+
+
 def test_unknown_column_reduction_is_refused(client):
     stats = np.ones((MODEL.num_qo_heads, SEQ_LEN), np.float32)
     layers = [keepset.Layer(column_stats=stats, column_reduction="max", v=layer.v)

@@ -187,6 +187,15 @@ class Client:
         """Version, transports, policies, limits and active tables of the server."""
         return self._call(self._server.GetServerInfo, server_pb2.GetServerInfoRequest())
 
+    def statistics(self, *, own_session: bool = False) -> server_pb2.GetStatisticsResponse:
+        """Ended operations by model, policy and table, with outcomes and times, since the server began.
+
+        own_session: this client's operations alone.
+        """
+        session_id = self.session_id if own_session else ""
+        return self._call(self._server.GetStatistics,
+                          server_pb2.GetStatisticsRequest(session_id=session_id))
+
     def input_needs(self, *, model: types.ModelFingerprint, policy: str,
                     parameters: Mapping[str, object] | None = None,
                     table: types.TablePin = types.TablePin()  # noqa: B008 - frozen
