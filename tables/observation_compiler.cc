@@ -12,6 +12,7 @@
 #include "base/status_macros.h"
 #include "tables/observation_fit.h"
 #include "tables/observation_record.h"
+#include "tables/observation_validation.h"
 #include "tables/strict_json.h"
 
 namespace keepset::tables {
@@ -22,22 +23,6 @@ using OrderedJson = nlohmann::ordered_json;
 constexpr int kShuffles = 20;
 constexpr uint64_t kShuffleSeed = 1;
 constexpr int64_t kMaxHeads = 4096;
-
-// Mean recall of a task's prompts by their length class.
-using RecallByLength = std::map<int64_t, double>;
-using RecallByTask = std::map<std::string, RecallByLength>;
-
-// One way to pool and dilate, and what held-out prompts say about every number of observations.
-struct Trial {
-  int64_t pool_kernel = 1;
-  int64_t dilate = 0;
-  std::vector<double> recall_by_size;  // held out, tasks and their lengths alike
-  std::vector<double> error_by_size;   // standard error over prompts
-  RecallByTask recall_by_task;         // at the chosen size
-  int64_t chosen_size = 0;
-
-  double chosen_recall() const { return recall_by_size[chosen_size - 1]; }
-};
 
 absl::Status CheckOptions(const ObservationCompileOptions& options) {
   const auto refuse = [](absl::string_view name, int64_t value, absl::string_view want) {
@@ -124,95 +109,10 @@ std::vector<FitPrompt> Prepare(const std::vector<ObservationRecord>& records, in
   return prompts;
 }
 
-std::vector<int64_t> Everyone(size_t count) {
-  std::vector<int64_t> all(count);
-  for (size_t i = 0; i < count; ++i) all[i] = static_cast<int64_t>(i);
-  return all;
-}
-
-// The fold of each prompt: the n-th of its task and length class goes to fold n mod folds.
-std::vector<int64_t> FoldOf(const std::vector<ObservationRecord>& records, int64_t folds) {
-  std::map<std::pair<std::string, int64_t>, int64_t> seen;
-  std::vector<int64_t> fold;
-  fold.reserve(records.size());
-  for (const ObservationRecord& record : records) {
-    fold.push_back(seen[{record.task, LengthClass(record.seq_len)}]++ % folds);
-  }
-  return fold;
-}
-
-double MixtureMean(absl::Span<const double> shares, absl::Span<const double> values) {
-  double sum = 0.0;
-  for (size_t p = 0; p < values.size(); ++p) sum += shares[p] * values[p];
-  return sum;
-}
-
-RecallByTask MeanByTask(const std::vector<FitPrompt>& prompts, const std::vector<double>& values) {
-  RecallByTask means;
-  std::map<std::pair<std::string, int64_t>, double> counts;
-  for (size_t p = 0; p < values.size(); ++p) {
-    const int64_t length = LengthClass(prompts[p].seq_len);
-    double& mean = means[prompts[p].task][length];
-    mean += (values[p] - mean) / ++counts[{prompts[p].task, length}];
-  }
-  return means;
-}
-
 double MeanOf(const RecallByLength& lengths) {
   double sum = 0.0;
   for (const auto& [length, recall] : lengths) sum += recall;
   return sum / static_cast<double>(lengths.size());
-}
-
-// Held-out recall of every number of observations; the smallest number within one standard error of
-// the best is chosen, or `fixed_size` where it is reached.
-Trial Validate(const std::vector<ObservationRecord>& records, const std::vector<FitPrompt>& prompts,
-               const FitSettings& settings, int64_t pool_kernel, int64_t folds, int64_t fixed_size,
-               const std::function<void()>& step) {
-  Trial trial;
-  trial.pool_kernel = pool_kernel;
-  trial.dilate = settings.dilate;
-  const std::vector<int64_t> fold_of = FoldOf(records, folds);
-  // [size][prompt]; a path that ends early keeps its last choice.
-  std::vector<std::vector<double>> recalls(settings.max_heads,
-                                           std::vector<double>(prompts.size(), 0.0));
-  int64_t longest = 1;
-  for (int64_t fold = 0; fold < folds; ++fold) {
-    std::vector<int64_t> train;
-    std::vector<int64_t> test;
-    for (size_t p = 0; p < prompts.size(); ++p) {
-      (fold_of[p] == fold ? test : train).push_back(static_cast<int64_t>(p));
-    }
-    if (!test.empty() && !train.empty()) {
-      const std::vector<Choice> path = GreedyPath(prompts, train, settings);
-      longest = std::max(longest, static_cast<int64_t>(path.size()));
-      for (int64_t size = 1; size <= settings.max_heads && !path.empty(); ++size) {
-        const Choice& choice = path[std::min<size_t>(size, path.size()) - 1];
-        for (const int64_t p : test) recalls[size - 1][p] = Recall(prompts[p], choice, settings);
-      }
-    }
-    step();
-  }
-  recalls.resize(longest);
-  const std::vector<double> shares = MixtureShares(prompts, Everyone(prompts.size()));
-  int64_t best = 0;
-  for (const std::vector<double>& by_prompt : recalls) {
-    const double mean = MixtureMean(shares, by_prompt);
-    double squares = 0.0;
-    for (const double value : by_prompt) squares += (value - mean) * (value - mean);
-    const auto count = static_cast<double>(by_prompt.size());
-    trial.recall_by_size.push_back(mean);
-    trial.error_by_size.push_back(std::sqrt(squares) / count);
-    if (mean > trial.recall_by_size[best]) {
-      best = static_cast<int64_t>(trial.recall_by_size.size()) - 1;
-    }
-  }
-  const double enough = trial.recall_by_size[best] - trial.error_by_size[best];
-  trial.chosen_size = 1;
-  while (trial.recall_by_size[trial.chosen_size - 1] < enough) ++trial.chosen_size;
-  if (fixed_size > 0) trial.chosen_size = std::min(fixed_size, longest);
-  trial.recall_by_task = MeanByTask(prompts, recalls[trial.chosen_size - 1]);
-  return trial;
 }
 
 // Mean recall of the choice's weights on observations drawn at random: the control that shows that
@@ -247,12 +147,24 @@ double OracleRecall(const std::vector<FitPrompt>& prompts, const FitSettings& se
 }
 
 OrderedJson TrialJson(const Trial& trial) {
-  return {{"pool_kernel", trial.pool_kernel},
-          {"dilate", trial.dilate},
-          {"num_heads", trial.chosen_size},
-          {"held_out_recall", trial.chosen_recall()},
-          {"held_out_recall_by_num_heads", trial.recall_by_size},
-          {"standard_error_by_num_heads", trial.error_by_size}};
+  OrderedJson json = {{"pool_kernel", trial.pool_kernel},
+                      {"dilate", trial.dilate},
+                      {"num_heads", trial.chosen_size},
+                      {"held_out_recall", trial.chosen_recall()},
+                      {"held_out_recall_by_num_heads", trial.recall_by_size},
+                      {"standard_error_by_num_heads", trial.error_by_size}};
+  if (!trial.unseen_by_size.empty()) {
+    OrderedJson worst = OrderedJson::array();
+    OrderedJson mean = OrderedJson::array();
+    for (const UnseenRecall& one : trial.unseen_by_size) {
+      worst.push_back(one.worst);
+      mean.push_back(one.mean);
+    }
+    json["worst_unseen_task_recall"] = trial.unseen_by_size[trial.chosen_size - 1].worst;
+    json["worst_unseen_task_recall_by_num_heads"] = worst;
+    json["unseen_task_recall_by_num_heads"] = mean;
+  }
+  return json;
 }
 
 struct Fitted {
@@ -271,28 +183,25 @@ absl::StatusOr<Fitted> Fit(const std::vector<ObservationRecord>& records,
   fitted.settings.max_heads =
       std::min<int64_t>(options.max_heads, static_cast<int64_t>(records[0].candidates.size()));
   fitted.settings.num_threads = options.num_threads;
-  const int64_t total = options.num_folds * static_cast<int64_t>(options.pool_kernels.size() *
-                                                                 options.dilations.size());
+  const int64_t ways = static_cast<int64_t>(options.pool_kernels.size() * options.dilations.size());
+  const int64_t total = ways * NumPaths(records, options.num_folds);
   int64_t done = 0;
   const auto step = [&] {
     ++done;
     if (progress) progress(done, total);
   };
-  bool any = false;
+  std::vector<Trial> trials;
   for (const int64_t pool_kernel : options.pool_kernels) {
     const std::vector<FitPrompt> prompts = Prepare(records, pool_kernel, options.normalization);
     for (const int64_t dilate : options.dilations) {
       FitSettings settings = fitted.settings;
       settings.dilate = dilate;
-      Trial trial = Validate(records, prompts, settings, pool_kernel, options.num_folds,
-                             options.num_heads, step);
-      fitted.trials.push_back(TrialJson(trial));
-      // The first of equals, so the smaller numbers where they are listed in order.
-      if (any && trial.chosen_recall() <= fitted.trial.chosen_recall()) continue;
-      any = true;
-      fitted.trial = std::move(trial);
+      trials.push_back(
+          Validate(prompts, settings, pool_kernel, options.num_folds, options.num_heads, step));
+      fitted.trials.push_back(TrialJson(trials.back()));
     }
   }
+  fitted.trial = BestTrial(trials);
   fitted.settings.dilate = fitted.trial.dilate;
   fitted.settings.max_heads = fitted.trial.chosen_size;
   fitted.prompts = Prepare(records, fitted.trial.pool_kernel, options.normalization);
@@ -330,12 +239,16 @@ OrderedJson Evaluate(const std::vector<ObservationRecord>& records, const Fitted
     }
   }
   return {{"objective", "recall of needed mass, tasks alike, lengths of a task alike"},
+          {"number_and_way_chosen_by", fitted.trial.unseen_by_size.empty()
+                                           ? "held-out prompts: the records are of one task"
+                                           : "held-out tasks"},
           {"held_out_recall", fitted.trial.chosen_recall()},
           {"held_out_recall_by_task", by_task},
           {"held_out_recall_by_task_and_length", by_length},
           {"worst_task", worst["task"]},
           {"worst_task_recall", worst["recall"]},
           {"worst_task_and_length", worst_length},
+          {"unseen_task_recall", fitted.trial.unseen_recall_by_task},
           {"fitted_recall", MeanRecall(fitted.prompts, all, fitted.choice, fitted.settings)},
           {"uniform_recall", MeanRecall(fitted.prompts, all, uniform, fitted.settings)},
           {"shuffled_recall",
@@ -395,6 +308,7 @@ absl::StatusOr<CompiledObservationHeads> CompileObservationHeads(
                                  {"budgets", options.budgets}};
   const OrderedJson provenance = {
       {"source", "offline-calibration"},
+      {"number_and_way_chosen_by", evaluation["number_and_way_chosen_by"]},
       {"prompts_per_task", prompts_per_task},
       {"prompts_per_task_and_length", prompts_per_length},
       {"record_digests", digests},

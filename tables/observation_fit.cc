@@ -7,6 +7,7 @@
 #include <functional>
 #include <map>
 #include <numbers>
+#include <set>
 #include <string>
 #include <utility>
 
@@ -20,6 +21,9 @@ constexpr int kRefitRounds = 200;
 constexpr double kRidge = 1e-3;
 // A gain below it is rounding.
 constexpr double kLeastGain = 1e-9;
+// Candidates that are tried after the first: so many of each task. A model has thousands, of which
+// most see nothing that is needed.
+constexpr size_t kBestOfTask = 128;
 
 // Zero padding counted, as the policy's pooling does.
 void PoolAverage(int64_t kernel, std::vector<double>& row) {
@@ -72,12 +76,13 @@ uint32_t OrderedBits(float value) {
 
 std::vector<float> Dilated(absl::Span<const float> scores, int64_t dilate) {
   std::vector<float> out(scores.begin(), scores.end());
+  std::vector<float> before;
+  const auto seq_len = static_cast<int64_t>(out.size());
   // Each pass joins two windows of maxima; the last one overlaps to end at the wanted width.
   for (int64_t width = 1; width <= dilate;) {
     const int64_t step = std::min(width, dilate + 1 - width);
-    for (auto t = static_cast<int64_t>(out.size()) - 1; t >= step; --t) {
-      out[t] = std::max(out[t], out[t - step]);
-    }
+    before = out;
+    for (int64_t t = step; t < seq_len; ++t) out[t] = std::max(before[t], before[t - step]);
     width += step;
   }
   return out;
@@ -96,12 +101,6 @@ std::vector<float> ScoresOf(const FitPrompt& prompt, const Choice& choice) {
     AddColumn(prompt, choice.candidates[i], choice.weights[i], scores);
   }
   return scores;
-}
-
-double Mixture(absl::Span<const double> shares, absl::Span<const double> values) {
-  double sum = 0.0;
-  for (size_t i = 0; i < values.size(); ++i) sum += shares[i] * values[i];
-  return sum;
 }
 
 void ScaleToOne(std::vector<double>& weights) {
@@ -156,34 +155,70 @@ std::vector<double> RefitWeights(absl::Span<const FitPrompt> prompts,
   return weights;
 }
 
-// Objective of adding each candidate with weight 1 to scores per prompt; -1 for those chosen.
-std::vector<double> TryCandidates(absl::Span<const FitPrompt> prompts,
-                                  absl::Span<const int64_t> which, const Choice& chosen,
-                                  double weight, const FitSettings& settings) {
-  const FitPrompt& first = prompts[which[0]];
-  const auto num_candidates = static_cast<int64_t>(first.columns.size()) / first.seq_len;
+int64_t NumCandidates(const FitPrompt& prompt) {
+  return static_cast<int64_t>(prompt.columns.size()) / prompt.seq_len;
+}
+
+// Recall of each prompt of `which` when each of `candidates` is added to the chosen ones with a
+// weight, [candidate][prompt].
+std::vector<std::vector<double>> TryCandidates(absl::Span<const FitPrompt> prompts,
+                                               absl::Span<const int64_t> which,
+                                               const Choice& chosen, double weight,
+                                               absl::Span<const int64_t> candidates,
+                                               const FitSettings& settings) {
   std::vector<std::vector<float>> base;
   for (const int64_t p : which) base.push_back(ScoresOf(prompts[p], chosen));
-  const std::vector<double> shares = MixtureShares(prompts, which);
-  std::vector<double> objective(num_candidates, -1.0);
-  std::atomic<int64_t> next = 0;
+  std::vector<std::vector<double>> recalls(candidates.size());
+  std::atomic<size_t> next = 0;
   RunOnThreads(ThreadCount(settings.num_threads), [&](int) {
-    for (int64_t c = next++; c < num_candidates; c = next++) {
-      const std::vector<int64_t>& taken = chosen.candidates;
-      if (std::find(taken.begin(), taken.end(), c) != taken.end()) continue;
-      std::vector<double> recalls;
+    for (size_t c = next++; c < candidates.size(); c = next++) {
       for (size_t i = 0; i < which.size(); ++i) {
         std::vector<float> scores = base[i];
-        AddColumn(prompts[which[i]], c, weight, scores);
-        recalls.push_back(Recall(prompts[which[i]], scores, settings));
+        AddColumn(prompts[which[i]], candidates[c], weight, scores);
+        recalls[c].push_back(Recall(prompts[which[i]], scores, settings));
       }
-      objective[c] = Mixture(shares, recalls);
     }
   });
-  return objective;
+  return recalls;
+}
+
+// Ascending: the best of each task by themselves, ties to the lower one. alone:
+// [candidate][prompt of `which`].
+std::vector<int64_t> BestOfEachTask(absl::Span<const FitPrompt> prompts,
+                                    absl::Span<const int64_t> which,
+                                    const std::vector<std::vector<double>>& alone) {
+  std::map<std::string, std::vector<size_t>> tasks;
+  for (size_t i = 0; i < which.size(); ++i) tasks[prompts[which[i]].task].push_back(i);
+  std::set<int64_t> best;
+  for (const auto& [task, of_task] : tasks) {
+    std::vector<double> sums;
+    for (const std::vector<double>& recalls : alone) {
+      double sum = 0.0;
+      for (const size_t i : of_task) sum += recalls[i];
+      sums.push_back(sum);
+    }
+    std::vector<int64_t> order = Everyone(alone.size());
+    std::stable_sort(order.begin(), order.end(),
+                     [&](int64_t a, int64_t b) { return sums[a] > sums[b]; });
+    order.resize(std::min<size_t>(order.size(), kBestOfTask));
+    best.insert(order.begin(), order.end());
+  }
+  return {best.begin(), best.end()};
 }
 
 }  // namespace
+
+std::vector<int64_t> Everyone(size_t count) {
+  std::vector<int64_t> all(count);
+  for (size_t i = 0; i < count; ++i) all[i] = static_cast<int64_t>(i);
+  return all;
+}
+
+double MixtureMean(absl::Span<const double> shares, absl::Span<const double> values) {
+  double sum = 0.0;
+  for (size_t i = 0; i < values.size(); ++i) sum += shares[i] * values[i];
+  return sum;
+}
 
 int64_t LengthClass(int64_t seq_len) {
   int64_t length = 1;
@@ -241,28 +276,29 @@ FitPrompt PreparePrompt(const ObservationRecord& record, int64_t pool_kernel,
 double Recall(const FitPrompt& prompt, absl::Span<const float> scores,
               const FitSettings& settings) {
   const std::vector<float> dilated = Dilated(scores, settings.dilate);
-  // Larger keys are better: the score, then the lower position.
-  std::vector<uint64_t> keys;
-  keys.reserve(prompt.seq_len);
+  std::vector<uint32_t> bits;
+  bits.reserve(prompt.seq_len);
   for (int64_t t = 0; t < prompt.seq_len; ++t) {
-    if (prompt.is_protected[t]) continue;
-    keys.push_back(uint64_t{OrderedBits(dilated[t])} << 32 |
-                   (0xffffffffu - static_cast<uint32_t>(t)));
+    if (!prompt.is_protected[t]) bits.push_back(OrderedBits(dilated[t]));
   }
+  std::vector<uint32_t> ranked = bits;
   double sum = 0.0;
   for (const int64_t budget : settings.budgets) {
     const int64_t wanted =
-        std::clamp<int64_t>(budget - prompt.num_protected, 0, static_cast<int64_t>(keys.size()));
+        std::clamp<int64_t>(budget - prompt.num_protected, 0, static_cast<int64_t>(bits.size()));
     if (wanted == 0) continue;
-    std::nth_element(keys.begin(), keys.begin() + (wanted - 1), keys.end(), std::greater<>());
-    // In order of position, so that the sum's bits do not depend on how the keys were sorted.
-    std::vector<uint32_t> kept;
-    for (int64_t i = 0; i < wanted; ++i) {
-      kept.push_back(0xffffffffu - static_cast<uint32_t>(keys[i] & 0xffffffffu));
-    }
-    std::sort(kept.begin(), kept.end());
+    std::nth_element(ranked.begin(), ranked.begin() + (wanted - 1), ranked.end(), std::greater<>());
+    const uint32_t last = ranked[wanted - 1];
+    // Kept are those above `last` and of its equals the first ones.
+    int64_t equals = wanted - std::count_if(bits.begin(), bits.end(),
+                                            [last](uint32_t one) { return one > last; });
     double found = 0.0;
-    for (const uint32_t t : kept) found += prompt.need[t];
+    const uint32_t* next = bits.data();
+    for (int64_t t = 0; t < prompt.seq_len; ++t) {
+      if (prompt.is_protected[t]) continue;
+      const uint32_t one = *next++;
+      if (one > last || (one == last && equals-- > 0)) found += prompt.need[t];
+    }
     sum += found / prompt.total_need;
   }
   return sum / static_cast<double>(settings.budgets.size());
@@ -276,7 +312,7 @@ double MeanRecall(absl::Span<const FitPrompt> prompts, absl::Span<const int64_t>
                   const Choice& choice, const FitSettings& settings) {
   std::vector<double> recalls;
   for (const int64_t p : which) recalls.push_back(Recall(prompts[p], choice, settings));
-  return Mixture(MixtureShares(prompts, which), recalls);
+  return MixtureMean(MixtureShares(prompts, which), recalls);
 }
 
 std::vector<Choice> GreedyPath(absl::Span<const FitPrompt> prompts, absl::Span<const int64_t> which,
@@ -284,6 +320,10 @@ std::vector<Choice> GreedyPath(absl::Span<const FitPrompt> prompts, absl::Span<c
   std::vector<Choice> path;
   Choice chosen;
   double reached = 0.0;
+  std::vector<int64_t> candidates = Everyone(NumCandidates(prompts[which[0]]));
+  const std::vector<double> shares = MixtureShares(prompts, which);
+  std::vector<double> alone;  // objective of each candidate by itself
+  double usual = 0.0;         // mean of `alone`
   while (static_cast<int64_t>(chosen.candidates.size()) < settings.max_heads) {
     double weight = 1.0;
     if (!chosen.weights.empty()) {
@@ -291,11 +331,30 @@ std::vector<Choice> GreedyPath(absl::Span<const FitPrompt> prompts, absl::Span<c
       for (const double one : chosen.weights) weight += one;
       weight /= static_cast<double>(chosen.weights.size());
     }
-    const std::vector<double> objective = TryCandidates(prompts, which, chosen, weight, settings);
-    const auto best = std::max_element(objective.begin(), objective.end());
-    if (*best <= reached + kLeastGain) break;
-    reached = *best;
-    chosen.candidates.push_back(best - objective.begin());
+    const std::vector<std::vector<double>> recalls =
+        TryCandidates(prompts, which, chosen, weight, candidates, settings);
+    std::vector<double> objective;
+    for (const std::vector<double>& one : recalls) objective.push_back(MixtureMean(shares, one));
+    if (alone.empty()) {
+      alone = objective;
+      for (const double one : alone) usual += one / static_cast<double>(alone.size());
+    }
+    if (candidates.empty()) break;
+    auto best = std::max_element(objective.begin(), objective.end()) - objective.begin();
+    if (objective[best] <= reached + kLeastGain) {
+      if (chosen.candidates.empty()) break;
+      best = -1;
+      for (size_t i = 0; i < candidates.size(); ++i) {
+        const double own = alone[candidates[i]];
+        if (objective[i] < reached - kLeastGain || own <= usual) continue;
+        if (best < 0 || own > alone[candidates[best]]) best = static_cast<int64_t>(i);
+      }
+      if (best < 0) break;
+    }
+    reached = objective[best];
+    chosen.candidates.push_back(candidates[best]);
+    if (chosen.candidates.size() == 1) candidates = BestOfEachTask(prompts, which, recalls);
+    std::erase(candidates, chosen.candidates.back());
     chosen.weights.push_back(weight);
     Choice refitted = chosen;
     refitted.weights = RefitWeights(prompts, which, chosen.candidates);

@@ -40,6 +40,12 @@ int64_t LengthClass(int64_t seq_len);
 std::vector<double> MixtureShares(absl::Span<const FitPrompt> prompts,
                                   absl::Span<const int64_t> which);
 
+// Sum of shares times values, both [n].
+double MixtureMean(absl::Span<const double> shares, absl::Span<const double> values);
+
+// 0, 1, .., count - 1.
+std::vector<int64_t> Everyone(size_t count);
+
 struct FitSettings {
   std::vector<int64_t> budgets;  // recall is averaged over them
   int64_t dilate = 0;
@@ -63,7 +69,10 @@ double MeanRecall(absl::Span<const FitPrompt> prompts, absl::Span<const int64_t>
 
 // The choices of 1, 2, .. observations, each the one before with the observation that raises the
 // objective most (ties to the lower candidate) and weights refitted by non-negative least squares
-// where that is better. Ends when nothing raises the objective, or at max_heads.
+// where that is better. Where none raises it, the next is the best by itself of those that do not
+// lower it and are better than candidates usually are: what these prompts do not need may be what
+// other tasks do. Ends when there is none, or at max_heads. After the first, only those are tried
+// that are among the best 128 of a task by themselves.
 std::vector<Choice> GreedyPath(absl::Span<const FitPrompt> prompts, absl::Span<const int64_t> which,
                                const FitSettings& settings);
 

@@ -200,6 +200,86 @@ TEST_F(ObservationCompiler, ChoosesTheDilationThatFindsWhatFollows) {
   EXPECT_EQ(compiled->content.settings.dilate, 2);
 }
 
+// Candidate 5 sees all that task "a" needs and nothing of other tasks, candidate 2 so of task "b".
+// Candidates 0, 1, 3 and 4 see a third of what any task needs each, beside false hits.
+Sample WithSpecialists(const std::string& task, int seed) {
+  Sample sample(task, seed);
+  std::fill(sample.scores.begin(), sample.scores.end(), 0.0f);
+  std::vector<int64_t> needed;
+  for (int64_t t = 4; t < kSeqLen; ++t) {
+    if (sample.need[t] > 0.0f) needed.push_back(t);
+  }
+  for (int64_t c = 0; c < kCandidates - 1; ++c) {
+    float* seen = sample.scores.data() + c * kSeqLen;
+    for (int64_t t = 4; t < kSeqLen; ++t) seen[t] = 0.001f * static_cast<float>((t * (c + 3)) % 7);
+    const bool is_specialist = c == 5 || c == 2;
+    if ((c == 5 && task == "a") || (c == 2 && task == "b")) {
+      for (const int64_t t : needed) seen[t] = 1.0f;
+    } else if (is_specialist || c > 5) {
+      seen[4 + (seed * 11 + c) % (kSeqLen - 4)] = 1.0f;
+    } else {
+      for (size_t i = 0; i < needed.size(); ++i) {
+        if (static_cast<int64_t>(i) % 3 == (c == 3 ? 2 : c % 4)) seen[needed[i]] = 1.0f;
+      }
+      for (int64_t hit = 0; hit < 6; ++hit) {
+        float& place = seen[4 + (seed * 31 + c * 17 + hit * 29) % (kSeqLen - 4)];
+        place = std::max(place, 0.4f);
+      }
+    }
+  }
+  return sample;
+}
+
+TEST_F(ObservationCompiler, TakesWhatServesATaskThatItHasNotSeen) {
+  paths_.clear();
+  for (int seed = 0; seed < 6; ++seed) {
+    for (const char* task : {"a", "b"}) Add(WithSpecialists(task, seed));
+  }
+  const auto recall_of_unseen = [&](const CompiledObservationHeads& compiled) {
+    Add(WithSpecialists("c", 40));
+    const auto record = ReadObservationRecord(paths_.back());
+    paths_.pop_back();
+    Choice choice;
+    for (const HeadObservation& one : compiled.content.observations) {
+      choice.candidates.push_back(one.layer * 4 + one.head);
+      choice.weights.push_back(one.weight);
+    }
+    FitSettings settings;
+    settings.budgets = options_.budgets;
+    return Recall(PreparePrompt(*record, 1, ObservationNormalization::kMax), choice, settings);
+  };
+  const auto compiled = Compile();
+  ASSERT_TRUE(compiled.ok()) << compiled.status();
+  EXPECT_GT(recall_of_unseen(*compiled), 0.9);
+  // The two that answer every prompt of the calibration set.
+  options_.num_heads = 2;
+  const auto fewest = Compile();
+  ASSERT_TRUE(fewest.ok()) << fewest.status();
+  const auto report = nlohmann::json::parse(fewest->report_json);
+  EXPECT_DOUBLE_EQ(report["held_out_recall"], 1.0);
+  EXPECT_LT(recall_of_unseen(*fewest), 0.5);
+}
+
+TEST_F(ObservationCompiler, SaysWhetherTasksOrPromptsWereHeldOut) {
+  const auto told = [&] {
+    return nlohmann::json::parse(Compile()->content.provenance_json)["number_and_way_chosen_by"]
+        .get<std::string>();
+  };
+  EXPECT_EQ(told(), "held-out tasks");
+  paths_.clear();
+  for (int seed = 0; seed < 6; ++seed) Add(Sample("a", seed));
+  EXPECT_EQ(told(), "held-out prompts: the records are of one task");
+}
+
+TEST_F(ObservationCompiler, WhatTheTasksThemselvesNeedIsNotGivenUpForOtherTasks) {
+  // Nothing carries over from "a" to "b" or back, whatever the number of heads.
+  const auto compiled = Compile();
+  ASSERT_TRUE(compiled.ok()) << compiled.status();
+  const auto report = nlohmann::json::parse(compiled->report_json);
+  EXPECT_LT(report["chosen"]["worst_unseen_task_recall"], 0.5);
+  EXPECT_GT(report["worst_task_recall"], 0.7);
+}
+
 TEST_F(ObservationCompiler, TakesTheNumberOfHeadsThatIsAskedFor) {
   options_.num_heads = 1;
   const auto compiled = Compile();
@@ -207,13 +287,13 @@ TEST_F(ObservationCompiler, TakesTheNumberOfHeadsThatIsAskedFor) {
   EXPECT_EQ(compiled->content.observations.size(), 1u);
 }
 
-TEST_F(ObservationCompiler, ProgressCountsFolds) {
+TEST_F(ObservationCompiler, ProgressCountsFoldsAndTasks) {
   std::vector<int64_t> done;
   ASSERT_TRUE(CompileObservationHeads(paths_, options_, [&](int64_t step, int64_t total) {
                 done.push_back(step);
-                EXPECT_EQ(total, 4);
+                EXPECT_EQ(total, 6);
               }).ok());
-  EXPECT_THAT(done, ElementsAre(1, 2, 3, 4));
+  EXPECT_THAT(done, ElementsAre(1, 2, 3, 4, 5, 6));
 }
 
 TEST_F(ObservationCompiler, OneRecordIsNotEnough) {

@@ -3,16 +3,18 @@
 Every prompt is read once and written as one observation record; `keepset tables compile --kind
 observation_heads` chooses heads, rows and weights by the needed mass they find. Of the ways to pool and
 dilate and the numbers of heads that it is asked for, those with the least measured loss under compression
-stand. An interrupted run goes on where it
-stopped when it is started again.
+stand, and of equals the one that finds most in tasks it was not chosen on. An interrupted run goes on
+where it stopped when it is started again.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import itertools
 import json
+import math
 import pathlib
 import subprocess
 import sys
@@ -45,16 +47,24 @@ _DILATIONS = (0, 4, 12)
 _UNIT_CURVE = [[0.0, 0.0], [1.0, 1.0]]
 # Outside masses at which the gate is tried, so that misses have a curve.
 _GATE_MASSES = (0.002, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
+# A task that loses more of its answers at the least of these masses is not told by the mass.
+_UNTOLD = 0.25
+# Width of a step of the curve, which the engine reads by linear interpolation.
+_STEP = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
 class CompiledHeads:
-    """The table's bytes, the compiler's report, and measured losses by "NUMBER at POOLING, DILATION"."""
+    """The table's bytes, the compiler's report, and measured losses by "NUMBER at POOLING, DILATION".
+
+    untold: why the table has no risk curve, or None.
+    """
 
     table: bytes
     report: dict
     measured_losses: dict[str, float]
     risk: list[dict]
+    untold: str | None = None
 
 
 def write_record(prompt: HeadPrompt, path: pathlib.Path) -> None:
@@ -133,23 +143,49 @@ def with_curve(table: bytes, curve: list[list[float]] | None, **keys: object) ->
                                   metadata={"keepset": json.dumps(document)}), document
 
 
-def risk_curve(points: Sequence[tuple[float, bool]]) -> list[list[float]]:
-    """Isotonic regression of misses on outside mass, at most 16 steps: [[outside_mass, miss_rate], ..].
+def risk_curve(points: Sequence[dict]) -> list[list[float]]:
+    """[[outside_mass, miss_rate], ..] of the gate's points at several allowed masses.
 
-    Pools neighbours until rates never fall; every pool stands at its mean mass.
+    Conformal risk control (arXiv:2208.02814): a prompt counts as lost at a mass when it is lost there or at
+    a smaller one, and (lost + 1) of (prompts + 1) is the rate. A gate that is set where the curve is at most
+    a target misses at most so many of prompts that are drawn like these, few as they may be. The curve is a
+    step function: between two masses it stands at the rate of the larger one.
     """
-    pools: list[list[float]] = []  # sum of mass, misses, count
-    for mass, missed in sorted(points):
-        pools.append([mass, float(missed), 1.0])
-        while len(pools) > 1 and pools[-2][1] / pools[-2][2] >= pools[-1][1] / pools[-1][2]:
-            last = pools.pop()
-            pools[-1] = [a + b for a, b in zip(pools[-1], last)]
+    lost_from = _lost_from(points)
     curve: list[list[float]] = []
-    for mass, missed, count in pools:
-        point = [round(mass / count, 6), round(missed / count, 6)]
-        if not curve or point[0] > curve[-1][0]:
-            curve.append(point)
+    for mass in sorted({one["allowed"] for one in points}):
+        lost = sum(one <= mass for one in lost_from.values())
+        rate = round((lost + 1) / (len(lost_from) + 1), 6)
+        if not curve:
+            curve.append([mass, rate])
+        elif rate > curve[-1][1]:
+            curve += [[before, curve[-1][1]], [before + _STEP, rate]] if before > curve[-1][0] else [
+                [before + _STEP, rate]]
+        before = mass
     return curve
+
+
+def not_told(points: Sequence[dict]) -> str | None:
+    """Why no miss rate may be read off the outside mass: a task whose answers are lost however little is left
+    outside. Mixed with other tasks it would look like a small rate for all."""
+    least = min(one["allowed"] for one in points)
+    lost_from = _lost_from(points)
+    for task in sorted({one["task"] for one in points}):
+        first = [mass for (name, *_), mass in lost_from.items() if name == task]
+        lost = sum(one <= least for one in first)
+        if lost > _UNTOLD * len(first):
+            return (f"of task {task} {lost} of {len(first)} held-out answers are lost where as little mass as "
+                    "the gate can is left outside")
+    return None
+
+
+def _lost_from(points: Sequence[dict]) -> dict[tuple[str, int, int], float]:
+    """By (task, seed, length): the smallest allowed mass at which the answer is lost, infinity for none."""
+    found: dict[tuple[str, int, int], float] = {}
+    for one in points:
+        prompt = one["task"], one["seed"], one["length"]
+        found[prompt] = min(found.get(prompt, math.inf), one["allowed"] if one["missed"] else math.inf)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,34 +223,57 @@ def compile_heads(build: Build, engine: Engine, tasks: Tasks, mixture: Mixture, 
             write_record(tasks.prompt(task, seed, length), path)
             say(f"{name}: record {done + 1} of {len(wanted)}")
         records.append(path)
+
     def fit(number: int, pool_kernel: int, dilate: int) -> tuple[str, tuple[bytes, dict]]:
         table = fit_heads(
             build, records, work / f"{name}.{number}-{pool_kernel}-{dilate}.safetensors", name=name,
-            version=version, budgets=budgets, max_heads=max(number, max_heads), num_heads=number,
+            version=version, budgets=budgets, max_heads=number or max_heads, num_heads=number,
             pool_kernel=pool_kernel, dilate=dilate, folds=2 if number else folds, say=say)
         return f"{len(table[1]['observations'])} at {pool_kernel}, {dilate}", table
 
-    # By recall every way to pool and dilate finds its number of observations; by measured loss one of
-    # them stands, and then one of the other numbers.
+    # Every way to pool and dilate finds its number of observations without a run of the model; by measured
+    # loss one of them stands, and then one of the other numbers.
     tables = dict(fit(0, *way) for way in itertools.product(_POOL_KERNELS, _DILATIONS))
     losses = _losses(engine, tasks, mixture, budgets, tables, work / f"{name}.ways.json", say)
-    chosen = tables[_best(losses)][1]["chosen"]
+    chosen = tables[_best(losses, tables)][1]["chosen"]
     way = chosen["pool_kernel"], chosen["dilate"]
-    sized = {_best(losses): tables[_best(losses)]}
-    sized |= dict(fit(size, *way) for size in _SIZES if size <= max_heads)
+    sized = {_best(losses, tables): tables[_best(losses, tables)]}
+    sized = dict(fit(size, *way) for size in _SIZES if size <= max_heads) | sized
     losses |= _losses(engine, tasks, mixture, budgets, sized, work / f"{name}.losses.json", say)
-    table, report = (tables | sized)[_best(losses)]
+    table, report = (tables | sized)[_best(losses, tables | sized)]
     points = _risk_points(engine, tasks, mixture, mixture.risk_budget or max(budgets), table,
                           work / f"{name}.risk.json", say)
-    if points:
-        curve = risk_curve([(one["outside_mass"], one["missed"]) for one in points])
-        table = with_curve(table, curve)[0]
-    return CompiledHeads(table, report, losses, points)
+    untold = not_told(points) if points else None
+    if untold is not None:
+        say(f"{name}: no risk curve: {untold}")
+        document = with_curve(table, None)[1]
+        table = with_curve(table, None, provenance=document["provenance"] | {"no_risk_curve": untold})[0]
+    elif points:
+        table = with_curve(table, risk_curve(points))[0]
+    means = {size: float(np.mean(values)) for size, values in losses.items()}
+    return CompiledHeads(table, report, means, points, untold)
 
 
-def _best(losses: dict[str, float]) -> str:
-    """Of the least loss to three digits, with the fewest observations; then the first."""
-    return min(losses, key=lambda one: (round(losses[one], 3), int(one.split()[0])))
+def _best(losses: dict[str, list[float]], tables: dict[str, tuple[bytes, dict]]) -> str:
+    """Of the tables that lose as little as the best does, as far as these prompts tell (the mean difference,
+    paired, is within its standard error), the one with the largest recall of the worst unseen task, then the
+    largest mean over unseen tasks, then the most observations. With one task there is no unseen one: the
+    least loss to three digits, with the fewest observations."""
+    means = {one: float(np.mean(values)) for one, values in losses.items()}
+    if any("worst_unseen_task_recall" not in tables[one][1]["chosen"] for one in losses):
+        return min(means, key=lambda one: (round(means[one], 3), int(one.split()[0])))
+    best = min(means, key=lambda one: means[one])
+
+    def is_equal(one: str) -> bool:
+        more = np.subtract(losses[one], losses[best])
+        return float(more.mean()) <= float(more.std()) / math.sqrt(len(more))
+
+    def transfer(one: str) -> tuple[float, float, int]:
+        chosen = tables[one][1]["chosen"]
+        return (chosen["worst_unseen_task_recall"],
+                chosen["unseen_task_recall_by_num_heads"][chosen["num_heads"] - 1], int(one.split()[0]))
+
+    return max(filter(is_equal, losses), key=transfer)
 
 
 def fit_heads(build: Build, records: Sequence[pathlib.Path], table: pathlib.Path, *, name: str,
@@ -222,7 +281,8 @@ def fit_heads(build: Build, records: Sequence[pathlib.Path], table: pathlib.Path
               dilate: int, folds: int, say: Say) -> tuple[bytes, dict]:
     """By recall alone: the bytes of a table, which go to `table`, and the compiler's report.
 
-    num_heads: 0 for the validated number. What the same records and settings gave before stands.
+    num_heads: 0 for the validated number. What the same build made of the same records and settings before
+    stands.
     """
     command = [str(build.keepset), "tables", "compile", "--kind", "observation_heads",
                *map(str, records), "--name", name, "--version", version, "-o", str(table),
@@ -230,7 +290,9 @@ def fit_heads(build: Build, records: Sequence[pathlib.Path], table: pathlib.Path
                "--pool-kernel", str(pool_kernel), "--dilate", str(dilate), "--folds", str(folds)]
     for budget in budgets:
         command += ["--budget", str(budget)]
-    asked = [command[1:], [record.stat().st_mtime_ns for record in records]]
+    # Another build may choose otherwise.
+    asked = [hashlib.sha256(build.keepset.read_bytes()).hexdigest(), command[1:],
+             [record.stat().st_mtime_ns for record in records]]
     told = table.with_suffix(".json")
     if told.exists() and (known := json.loads(told.read_text()))["asked"] == asked:
         return table.read_bytes(), known["report"]
@@ -244,26 +306,33 @@ def fit_heads(build: Build, records: Sequence[pathlib.Path], table: pathlib.Path
 
 
 def _losses(engine: Engine, tasks: Tasks, mixture: Mixture, budgets: Sequence[int],
-            tables: dict[str, tuple[bytes, dict]], cache: pathlib.Path, say: Say) -> dict[str, float]:
-    """Mean loss under compression of every table, on at most 4 prompts per task and length; kept for a
-    restart."""
+            tables: dict[str, tuple[bytes, dict]], cache: pathlib.Path, say: Say
+            ) -> dict[str, list[float]]:
+    """Loss under compression of every table, mean over budgets, on each of at most 4 prompts per task and
+    length; kept for a restart."""
     key = {size: table_file.digest(undated(table)) for size, (table, _) in tables.items()}
     if cache.exists():
         kept = json.loads(cache.read_text())
-        if kept["tables"] == key:
-            return kept["losses"]
+        if kept["tables"] == key and "by_prompt" in kept:
+            return kept["by_prompt"]
     losses: dict[str, list[float]] = {size: [] for size in tables}
     for task, seed, length in mixture.prompts(mixture.seeds[:4]):
         prompt = tasks.prompt(task, seed, length)
         asked = list(itertools.product(tables, budgets))
-        for (size, _), outcome in zip(asked, prompt.outcomes(
-                [keep(engine, prompt, tables[size][0], budget).sets() for size, budget in asked])):
-            losses[size].append(outcome.loss)
-    means = {size: float(np.mean(values)) for size, values in losses.items()}
+        found = prompt.outcomes([keep(engine, prompt, tables[size][0], budget).sets()
+                                 for size, budget in asked])
+        for size in tables:
+            losses[size].append(float(np.mean([outcome.loss for (one, _), outcome in zip(asked, found)
+                                               if one == size])))
     say("measured loss of observations at pooling, dilation: "
-        + ", ".join(f"{size}: {value:.3f}" for size, value in means.items()))
-    cache.write_text(json.dumps({"tables": key, "losses": means}))
-    return means
+        + ", ".join(f"{size}: {np.mean(values):.3f}" for size, values in losses.items()))
+    cache.write_text(json.dumps({"tables": key, "by_prompt": losses}))
+    return losses
+
+
+def keeps_by(table: bytes) -> str:
+    """Digest of what decides which positions the table keeps of a budget."""
+    return table_file.digest(with_curve(table, [], provenance={}, evaluation={})[0])
 
 
 def undated(table: bytes) -> bytes:

@@ -18,7 +18,7 @@ from keepset.calibrate.head_prompts import (
     HeadPrompt,
     Tasks,
 )
-from keepset.calibrate.observation_heads import heads_table, keep, undated, with_curve
+from keepset.calibrate.observation_heads import heads_table, keep, keeps_by, with_curve
 from keepset.evidence import head_baselines
 from keepset.in_process import Engine
 
@@ -89,7 +89,7 @@ class HeadsRun:
 
     def __init__(self, engine: Engine, table: bytes):
         self._engine, self._table = engine, table
-        self.identity = table_file.digest(undated(table))
+        self.identity = keeps_by(table)
 
     def __call__(self, prompt: HeadPrompt, budget: int) -> list:
         return keep(self._engine, prompt, self._table, budget).sets()
@@ -100,7 +100,7 @@ class ShuffledRun:
 
     def __init__(self, engine: Engine, table: bytes):
         self._draws = [HeadsRun(engine, shuffled(table, seed)) for seed in range(8)]
-        self.identity = table_file.digest(undated(table))
+        self.identity = keeps_by(table)
 
     def __call__(self, prompt: HeadPrompt, budget: int) -> list:
         seed = int(prompt.prompt_id.rsplit("-", 1)[1])

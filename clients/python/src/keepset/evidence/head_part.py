@@ -127,7 +127,7 @@ class HeadPart:
         for length, task in itertools.product(self.settings.lengths, names):
             found, wanted = self._outcomes(column, task, length, task in able, methods[task])
             outcomes[task] += found
-            if task in able:
+            if task in able and every.untold is None:
                 risk += self._risk(column, task, length, every.table)
             if len(found) < wanted:
                 missing.append({"column": column, "task": task, "length": length,
@@ -136,7 +136,7 @@ class HeadPart:
         return {"tasks": {task: summarize(found, self.settings.budgets, self.settings.floor)
                           for task, found in outcomes.items() if found},
                 "gate": gate, "tables": {name: describe(found) for name, found in tables.items()},
-                "risk": summarize_risk(risk)}
+                "risk": summarize_risk(risk) | {"untold": every.untold}}
 
     def _plain(self, column: str, learn: tuple[str, ...]) -> dict[str, Run]:
         """What is compared; heads that retrieve are told by the records of `learn`."""
@@ -225,5 +225,6 @@ def describe(found: CompiledHeads) -> dict:
         "observations", "held_out_recall", "held_out_recall_by_task",
         "held_out_recall_by_task_and_length", "worst_task", "worst_task_recall",
         "worst_task_and_length", "uniform_recall", "shuffled_recall", "oracle_recall")} | {
+            "unseen_task_recall": report["unseen_task_recall"] or {},
             "measured_losses": found.measured_losses, "risk_points": len(found.risk),
             "settings": with_curve(found.table, None)[1]["observation_heads"]}

@@ -293,10 +293,17 @@ def _tables(part: dict) -> Iterator[str]:
 def _risk(part: dict, pictures: Sequence[str]) -> Iterator[str]:
     shown = {column: rows["risk"] for column, rows in part["columns"].items()
              if rows["risk"]["points"]}
-    if not shown:
+    untold = {column: rows["risk"]["untold"] for column, rows in part["columns"].items()
+              if rows["risk"].get("untold")}
+    if not shown and not untold:
         return
     yield "### Predicted miss rate"
     yield ""
+    for column, why in untold.items():
+        yield f"Column {column} has no risk curve: {why}."
+        yield ""
+    if not shown:
+        return
     yield ("The reply states the miss rate that its table's curve predicts; the curve was learned on "
            "held-out prompts of the calibration text, under the gate itself. Below: replies at all budgets in five bins ordered "
            "by what they predicted, then replies that were given a target miss rate and kept as few "
