@@ -22,12 +22,28 @@ using AllocationHandle = unsigned long long;
 inline constexpr Result kSuccess = 0;
 inline constexpr Result kInvalidValue = 1;
 inline constexpr Result kOutOfMemory = 2;
+inline constexpr Result kDeviceUnavailable = 46;
+inline constexpr Result kNoDevice = 100;
+inline constexpr Result kInvalidDevice = 101;
+inline constexpr Result kDeviceNotLicensed = 102;
 inline constexpr Result kInvalidContext = 201;
 inline constexpr Result kMapFailed = 205;
 inline constexpr Result kAlreadyMapped = 208;
 inline constexpr Result kPeerAccessUnsupported = 217;
+inline constexpr Result kOperatingSystem = 304;
 inline constexpr Result kInvalidHandle = 400;
+inline constexpr Result kNotFound = 500;
+inline constexpr Result kTooManyPeers = 711;
+inline constexpr Result kNotPermitted = 800;
 inline constexpr Result kNotSupported = 801;
+inline constexpr Result kSystemNotReady = 802;
+inline constexpr Result kSystemDriverMismatch = 803;
+inline constexpr Result kCompatNotSupportedOnDevice = 804;
+inline constexpr Result kMpsConnectionFailed = 805;
+inline constexpr Result kMpsRpcFailure = 806;
+inline constexpr Result kMpsServerNotReady = 807;
+inline constexpr Result kMpsMaxClientsReached = 808;
+inline constexpr Result kMpsMaxConnectionsReached = 809;
 
 struct Uuid {
   unsigned char bytes[16];
@@ -76,6 +92,8 @@ inline constexpr unsigned int kMemoryTypeDevice = 2;
   KEEPSET_CUDA_ENTRY(context_pop, "cuCtxPopCurrent_v2", (Context * context))                  \
   KEEPSET_CUDA_ENTRY(address_range, "cuMemGetAddressRange_v2",                                \
                      (DevicePointer * base, size_t * bytes, DevicePointer pointer))           \
+  KEEPSET_CUDA_ENTRY(pointer_attribute, "cuPointerGetAttribute",                              \
+                     (void* data, int attribute, DevicePointer pointer))                      \
   KEEPSET_CUDA_ENTRY(release, "cuMemRelease", (AllocationHandle handle))
 
 // What maps the memory of another process.
@@ -105,8 +123,6 @@ inline constexpr unsigned int kMemoryTypeDevice = 2;
 // What shares the memory of this process.
 #define KEEPSET_CUDA_EXPORT_ENTRIES(KEEPSET_CUDA_ENTRY)                                         \
   KEEPSET_CUDA_SHARED_ENTRIES(KEEPSET_CUDA_ENTRY)                                               \
-  KEEPSET_CUDA_ENTRY(pointer_attribute, "cuPointerGetAttribute",                                \
-                     (void* data, int attribute, DevicePointer pointer))                        \
   KEEPSET_CUDA_ENTRY(ipc_get, "cuIpcGetMemHandle", (IpcHandle * handle, DevicePointer pointer)) \
   KEEPSET_CUDA_ENTRY(retain_handle, "cuMemRetainAllocationHandle",                              \
                      (AllocationHandle * handle, void* address))                                \

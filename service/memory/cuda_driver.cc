@@ -4,9 +4,11 @@
 #include <cstring>
 #include <utility>
 
+#include "absl/base/thread_annotations.h"
 #include "absl/cleanup/cleanup.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/mutex.h"
 #include "base/cuda_abi.h"
 #include "base/status_macros.h"
 
@@ -22,8 +24,9 @@ class Libcuda final : public CudaDriver {
   explicit Libcuda(const cuda_abi::ImportApi& api) : api_(api) {}
 
   ~Libcuda() override {
+    const absl::MutexLock lock(&mutex_);
     for (size_t i = 0; i < contexts_.size(); ++i) {
-      static_cast<void>(api_.primary_release(devices_[i].ordinal));
+      if (contexts_[i] != nullptr) static_cast<void>(api_.primary_release(devices_[i].ordinal));
     }
   }
 
@@ -42,12 +45,10 @@ class Libcuda final : public CudaDriver {
           Check(api_.device_get_name(name, kMaxDeviceName - 1, device), "cuDeviceGetName"));
       cuda_abi::Uuid uuid = {};
       KEEPSET_RETURN_IF_ERROR(Check(api_.device_get_uuid(&uuid, device), "cuDeviceGetUuid"));
-      cuda_abi::Context context = nullptr;
-      KEEPSET_RETURN_IF_ERROR(
-          Check(api_.primary_retain(&context, device), "cuDevicePrimaryCtxRetain"));
       devices_.push_back({device, cuda_abi::UuidText(uuid), name, SharingNote(device, name)});
-      contexts_.push_back(context);
     }
+    const absl::MutexLock lock(&mutex_);
+    contexts_.resize(devices_.size());
     return absl::OkStatus();
   }
 
@@ -75,11 +76,13 @@ class Libcuda final : public CudaDriver {
       size_t bytes = 0;
       const absl::Status range =
           Check(api_.address_range(&range_base, &bytes, base), "cuMemGetAddressRange");
-      if (!range.ok() || range_base != base) {
-        static_cast<void>(api_.ipc_close(base));
-        if (!range.ok()) return range;
+      absl::Cleanup close = [&] { static_cast<void>(api_.ipc_close(base)); };
+      KEEPSET_RETURN_IF_ERROR(range);
+      if (range_base != base) {
         return absl::InternalError("the driver mapped an IPC handle away from its base");
       }
+      KEEPSET_RETURN_IF_ERROR(CheckPlace(device, base));
+      std::move(close).Cancel();
       return DeviceRange{base, bytes};
     });
   }
@@ -115,6 +118,7 @@ class Libcuda final : public CudaDriver {
           access == RegionAccess::kReadWrite ? cuda_abi::kAccessReadWrite : cuda_abi::kAccessRead};
       KEEPSET_RETURN_IF_ERROR(
           Check(api_.set_access(base, bytes, &descriptor, 1), "cuMemSetAccess"));
+      KEEPSET_RETURN_IF_ERROR(CheckPlace(device, base));
       std::move(unmap).Cancel();
       std::move(free).Cancel();
       return DeviceRange{base, bytes};
@@ -155,12 +159,44 @@ class Libcuda final : public CudaDriver {
     return "";
   }
 
+  // A context takes hundreds of megabytes of its device: only devices that regions name have one.
+  absl::StatusOr<cuda_abi::Context> ContextOf(size_t index) {
+    const absl::MutexLock lock(&mutex_);
+    if (contexts_[index] == nullptr) {
+      cuda_abi::Context context = nullptr;
+      KEEPSET_RETURN_IF_ERROR(Check(api_.primary_retain(&context, devices_[index].ordinal),
+                                    "cuDevicePrimaryCtxRetain"));
+      contexts_[index] = context;
+    }
+    return contexts_[index];
+  }
+
+  std::string Uuid(int device) const {
+    for (const CudaDevice& known : devices_) {
+      if (known.ordinal == device) return known.uuid;
+    }
+    return absl::StrCat("device ordinal ", device);
+  }
+
+  // The driver maps memory of a peer, too; kernels would read it over the bus between the devices.
+  absl::Status CheckPlace(int device, cuda_abi::DevicePointer base) const {
+    int actual = 0;
+    KEEPSET_RETURN_IF_ERROR(
+        Check(api_.pointer_attribute(&actual, cuda_abi::kPointerAttributeDeviceOrdinal, base),
+              "cuPointerGetAttribute"));
+    if (actual == device) return absl::OkStatus();
+    return absl::InvalidArgumentError(absl::StrCat("device_uuid=\"", Uuid(device),
+                                                   "\": the memory is of device \"", Uuid(actual),
+                                                   "\", register it with that one"));
+  }
+
   // Runs `work` with the device's primary context current on this thread.
   template <typename Value, typename Work>
   absl::StatusOr<Value> In(int device, Work work) {
     for (size_t i = 0; i < devices_.size(); ++i) {
       if (devices_[i].ordinal != device) continue;
-      KEEPSET_RETURN_IF_ERROR(Check(api_.context_push(contexts_[i]), "cuCtxPushCurrent"));
+      KEEPSET_ASSIGN_OR_RETURN(const cuda_abi::Context context, ContextOf(i));
+      KEEPSET_RETURN_IF_ERROR(Check(api_.context_push(context), "cuCtxPushCurrent"));
       const absl::Cleanup pop = [&] {
         cuda_abi::Context ignored = nullptr;
         static_cast<void>(api_.context_pop(&ignored));
@@ -175,6 +211,8 @@ class Libcuda final : public CudaDriver {
     return absl::InternalError(absl::StrCat("device ordinal ", device, " is not the driver's"));
   }
 
+  // What the caller or the host's setup is to blame for says what to change; the rest (a faulty
+  // device, calls out of order) is Internal.
   absl::Status Check(Result result, absl::string_view call) const {
     const auto say = [&](absl::string_view why) {
       return absl::StrCat(call, ": ", ErrorText(api_, result), why.empty() ? "" : ", ", why);
@@ -184,17 +222,57 @@ class Libcuda final : public CudaDriver {
         return absl::OkStatus();
       case cuda_abi::kInvalidValue:
       case cuda_abi::kInvalidHandle:
+      case cuda_abi::kNotFound:
         return absl::InvalidArgumentError(say(
             "the handle is of freed memory, of another device, of another kind of allocation, or "
             "the sizes do not fit it"));
+      case cuda_abi::kInvalidDevice:
+      case cuda_abi::kNoDevice:
+        return absl::FailedPreconditionError(
+            say("the memory is of a device that keepsetd does not see: let CUDA_VISIBLE_DEVICES of "
+                "keepsetd list it"));
       case cuda_abi::kOutOfMemory:
         return absl::ResourceExhaustedError(say("no memory or address space left"));
+      case cuda_abi::kTooManyPeers:
+        return absl::ResourceExhaustedError(
+            say("the memory is of another device than device_uuid says, and that one has no room "
+                "for one more peer: name the device of the memory"));
       case cuda_abi::kMapFailed:
       case cuda_abi::kAlreadyMapped:
         return absl::FailedPreconditionError(say("the allocation cannot be mapped here"));
       case cuda_abi::kPeerAccessUnsupported:
+        return absl::FailedPreconditionError(
+            say("the memory is of another device than device_uuid says, and the two are no peers: "
+                "name the device of the memory"));
       case cuda_abi::kNotSupported:
         return absl::FailedPreconditionError(say("this device or driver cannot share that way"));
+      case cuda_abi::kOperatingSystem:
+      case cuda_abi::kNotPermitted:
+        return absl::FailedPreconditionError(
+            say("the operating system refuses: worker and keepsetd need the same user and, in "
+                "containers, the same IPC namespace"));
+      case cuda_abi::kDeviceUnavailable:
+        return absl::FailedPreconditionError(
+            say("another process has the device for itself: set its compute mode to default"));
+      case cuda_abi::kDeviceNotLicensed:
+        return absl::FailedPreconditionError(say("the virtual GPU has no licence: acquire one"));
+      case cuda_abi::kSystemNotReady:
+        return absl::UnavailableError(
+            say("the system is not ready: the services of its devices (fabric manager) must run"));
+      case cuda_abi::kSystemDriverMismatch:
+      case cuda_abi::kCompatNotSupportedOnDevice:
+        return absl::FailedPreconditionError(
+            say("libcuda does not fit the kernel's driver or the device: install the same version "
+                "of both"));
+      case cuda_abi::kMpsConnectionFailed:
+      case cuda_abi::kMpsRpcFailure:
+      case cuda_abi::kMpsServerNotReady:
+        return absl::UnavailableError(
+            say("the MPS server does not answer: start it, or run without MPS"));
+      case cuda_abi::kMpsMaxClientsReached:
+      case cuda_abi::kMpsMaxConnectionsReached:
+        return absl::ResourceExhaustedError(
+            say("the MPS server has no room: end other clients of it"));
       default:
         return absl::InternalError(say(""));
     }
@@ -202,7 +280,9 @@ class Libcuda final : public CudaDriver {
 
   const cuda_abi::ImportApi api_;
   std::vector<CudaDevice> devices_;
-  std::vector<cuda_abi::Context> contexts_;  // beside devices_
+  absl::Mutex mutex_;
+  // Beside devices_; null until first needed.
+  std::vector<cuda_abi::Context> contexts_ ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace

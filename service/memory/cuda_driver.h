@@ -1,7 +1,8 @@
 // The CUDA driver as the memory transports need it, resolved from libcuda at run time: nothing
 // links it, and a host without a driver runs the same binary.
 //
-// Thread-safe. Every call works in the primary context of its device, whatever thread it is on.
+// Thread-safe. Every call works in the primary context of its device, whatever thread it is on; a
+// device that no call named has none.
 #ifndef KEEPSET_SERVICE_MEMORY_CUDA_DRIVER_H_
 #define KEEPSET_SERVICE_MEMORY_CUDA_DRIVER_H_
 
@@ -47,8 +48,9 @@ class CudaDriver {
   // answers the same address, and one close unmaps it for everybody (ipc_allocations.h counts).
   //
   // InvalidArgument: the handle is of freed memory, of another device or not of this kind.
-  // FailedPrecondition: exporter and this process have the same process id, or the devices are no
-  // peers. ResourceExhausted: no memory or address space. Internal: the device is faulty.
+  // FailedPrecondition: exporter and this process have the same process id, the devices are no
+  // peers, or the host's setup forbids it. ResourceExhausted: no memory, address space, peer or MPS
+  // client left. Unavailable: a service of the host does not run. Internal: the device is faulty.
   virtual absl::StatusOr<DeviceRange> OpenIpc(int device, absl::string_view handle) = 0;
   virtual absl::Status CloseIpc(int device, uint64_t base) = 0;
 

@@ -64,12 +64,17 @@ Announcement MakeVmm(void* library, uint64_t bytes) {
   return out;
 }
 
-[[noreturn]] void RunExporter(const std::string& path, DeviceMemory memory, uint64_t bytes, int in,
-                              int out) {
+[[noreturn]] void RunExporter(const std::string& path, DeviceMemory memory, uint64_t bytes,
+                              int device, int in, int out) {
   void* const library = ::dlopen(path.c_str(), RTLD_NOW);
   DevicePointer pointer = 0;
   Announcement announcement;
-  if (library != nullptr) {
+  cuda_abi::Context context = nullptr;
+  if (library != nullptr &&
+      Entry<Result (*)(cuda_abi::Context*, int)>(library, "cuDevicePrimaryCtxRetain")(
+          &context, device) == cuda_abi::kSuccess &&
+      Entry<Result (*)(cuda_abi::Context)>(library, "cuCtxPushCurrent_v2")(context) ==
+          cuda_abi::kSuccess) {
     announcement = memory == DeviceMemory::kPlain ? MakePlain(library, bytes, &pointer)
                                                   : MakeVmm(library, bytes);
   }
@@ -84,7 +89,8 @@ Announcement MakeVmm(void* library, uint64_t bytes) {
 
 }  // namespace
 
-DeviceExporter::DeviceExporter(const std::string& library, DeviceMemory memory, uint64_t bytes) {
+DeviceExporter::DeviceExporter(const std::string& library, DeviceMemory memory, uint64_t bytes,
+                               int device) {
   int down[2];
   int up[2];
   if (::pipe2(down, O_CLOEXEC) != 0 || ::pipe2(up, O_CLOEXEC) != 0) {
@@ -95,7 +101,7 @@ DeviceExporter::DeviceExporter(const std::string& library, DeviceMemory memory, 
   if (pid_ == 0) {
     ::close(down[1]);
     ::close(up[0]);
-    RunExporter(library, memory, bytes, down[0], up[1]);
+    RunExporter(library, memory, bytes, device, down[0], up[1]);
   }
   ::close(down[0]);
   ::close(up[1]);

@@ -10,13 +10,15 @@
 namespace keepset::fakes {
 
 inline constexpr char kFakeDeviceUuid[] = "GPU-00112233-4455-6677-8899-aabbccddeeff";
+inline constexpr char kSecondFakeDeviceUuid[] = "GPU-ffeeddcc-bbaa-9988-7766-554433221100";
 
 enum class DeviceMemory { kPlain, kVmm };
 
-// Allocates `bytes` (kVmm: a multiple of 2 MiB) whose byte i is i % 251. The caller has no threads.
+// Allocates `bytes` (kVmm: a multiple of 2 MiB) whose byte i is i % 251, on the device of this
+// ordinal. The caller has no threads.
 class DeviceExporter {
  public:
-  DeviceExporter(const std::string& library, DeviceMemory memory, uint64_t bytes);
+  DeviceExporter(const std::string& library, DeviceMemory memory, uint64_t bytes, int device = 0);
   ~DeviceExporter() { Kill(); }
   DeviceExporter(const DeviceExporter&) = delete;
   DeviceExporter& operator=(const DeviceExporter&) = delete;

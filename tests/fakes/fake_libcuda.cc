@@ -1,6 +1,7 @@
 // A libcuda.so of host memory, for tests of everything around the driver: entry points, sharing
-// between processes, counted mappings, errors. One device; "device memory" is a memfd, an IPC
-// handle names it by process, descriptor and serial number.
+// between processes, counted mappings, errors. Two devices, peers of each other; "device memory" is
+// a memfd that is called after its device, an IPC handle names it by process, descriptor and serial
+// number.
 //
 // What it imitates of the driver: one mapping per allocation and process, gone with one close; an
 // exporter that is this very process is refused as an invalid context; legacy handles for plain
@@ -19,7 +20,10 @@
 #include <fstream>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <string>
+#include <system_error>
+#include <vector>
 
 #include "base/cuda_abi.h"
 
@@ -29,6 +33,8 @@ using namespace keepset::cuda_abi;
 
 constexpr size_t kGranularity = 2 << 20;
 constexpr size_t kDeviceBytes = size_t{64} << 30;
+constexpr int kNumDevices = 2;
+constexpr char kMemoryName[] = "fake device memory ";
 
 struct RawHandle {
   int64_t process = 0;
@@ -42,11 +48,17 @@ static_assert(sizeof(RawHandle) <= sizeof(IpcHandle));
 enum class Kind { kPlain, kVmm, kImported };
 struct Allocation {
   Kind kind = Kind::kPlain;
+  Device device = 0;
   int fd = -1;
   uint64_t bytes = 0;
   uint32_t serial = 0;
   RawHandle from;               // kImported
   AllocationHandle handle = 0;  // kVmm
+};
+
+struct PrimaryContext {
+  Device device = 0;
+  int retains = 0;
 };
 
 struct State {
@@ -55,10 +67,21 @@ struct State {
   std::map<AllocationHandle, int> handles;  // VMM: descriptor
   uint32_t next_serial = 1;
   AllocationHandle next_handle = 1;
+  PrimaryContext contexts[kNumDevices] = {{0}, {1}};
 };
 State& state() {
   static State instance;
   return instance;
+}
+
+// Contexts current on this thread, the last one on top.
+std::vector<const PrimaryContext*>& current_contexts() {
+  thread_local std::vector<const PrimaryContext*> contexts;
+  return contexts;
+}
+// Where memory is allocated: on the first device unless a context is current.
+Device CurrentDevice() {
+  return current_contexts().empty() ? 0 : current_contexts().back()->device;
 }
 
 const std::pair<const uint64_t, Allocation>* Find(uint64_t pointer) {
@@ -74,12 +97,23 @@ void* MapShared(int fd, size_t bytes) {
 }
 
 int NewMemory(size_t bytes) {
-  const int fd = ::memfd_create("fake device memory", MFD_CLOEXEC);
+  const std::string name = kMemoryName + std::to_string(CurrentDevice());
+  const int fd = ::memfd_create(name.c_str(), MFD_CLOEXEC);
   if (fd >= 0 && ::ftruncate(fd, static_cast<off_t>(bytes)) != 0) {
     ::close(fd);
     return -1;
   }
   return fd;
+}
+
+// The device of a descriptor of NewMemory; none for another.
+std::optional<Device> DeviceOf(int fd) {
+  std::error_code error;
+  const std::string target =
+      std::filesystem::read_symlink("/proc/self/fd/" + std::to_string(fd), error).string();
+  const size_t at = target.find(kMemoryName);
+  if (error || at == std::string::npos) return std::nullopt;
+  return std::atoi(target.c_str() + at + sizeof(kMemoryName) - 1);
 }
 
 }  // namespace
@@ -106,12 +140,12 @@ Result cuGetErrorName(Result error, const char** name) {
 }
 
 Result cuDeviceGetCount(int* count) {
-  *count = 1;
+  *count = kNumDevices;
   return kSuccess;
 }
 Result cuDeviceGet(Device* device, int ordinal) {
   *device = ordinal;
-  return ordinal == 0 ? kSuccess : kInvalidValue;
+  return ordinal >= 0 && ordinal < kNumDevices ? kSuccess : kInvalidDevice;
 }
 Result cuDeviceGetName(char* name, int length, Device) {
   const char* const wanted = std::getenv("KEEPSET_FAKE_DEVICE_NAME");
@@ -124,21 +158,31 @@ Result cuDeviceGetAttribute(int* value, int attribute, Device) {
   *value = std::getenv("KEEPSET_FAKE_MPS") != nullptr ? 1 : 0;
   return kSuccess;
 }
-Result cuDeviceGetUuid_v2(Uuid* uuid, Device) {
-  for (int i = 0; i < 16; ++i) uuid->bytes[i] = static_cast<unsigned char>(i * 17);
+Result cuDeviceGetUuid_v2(Uuid* uuid, Device device) {
+  for (int i = 0; i < 16; ++i) {
+    uuid->bytes[i] = static_cast<unsigned char>(device == 0 ? i * 17 : 255 - i * 17);
+  }
   return kSuccess;
 }
-Result cuDevicePrimaryCtxRetain(Context* context, Device) {
-  *context = &state();
+Result cuDevicePrimaryCtxRetain(Context* context, Device device) {
+  const std::lock_guard lock(state().mutex);
+  ++state().contexts[device].retains;
+  *context = &state().contexts[device];
   return kSuccess;
 }
-Result cuDevicePrimaryCtxRelease_v2(Device) { return kSuccess; }
-thread_local int context_depth = 0;
-Result cuCtxPushCurrent_v2(Context) {
-  ++context_depth;
+Result cuDevicePrimaryCtxRelease_v2(Device device) {
+  const std::lock_guard lock(state().mutex);
+  return --state().contexts[device].retains >= 0 ? kSuccess : kInvalidContext;
+}
+Result cuCtxPushCurrent_v2(Context context) {
+  current_contexts().push_back(static_cast<PrimaryContext*>(context));
   return kSuccess;
 }
-Result cuCtxPopCurrent_v2(Context*) { return --context_depth >= 0 ? kSuccess : kInvalidContext; }
+Result cuCtxPopCurrent_v2(Context*) {
+  if (current_contexts().empty()) return kInvalidContext;
+  current_contexts().pop_back();
+  return kSuccess;
+}
 
 Result cuMemAlloc_v2(DevicePointer* pointer, size_t bytes) {
   const std::lock_guard lock(state().mutex);
@@ -146,7 +190,8 @@ Result cuMemAlloc_v2(DevicePointer* pointer, size_t bytes) {
   void* const data = fd < 0 ? nullptr : MapShared(fd, bytes);
   if (data == nullptr) return kOutOfMemory;
   *pointer = reinterpret_cast<uint64_t>(data);
-  state().mapped[*pointer] = {Kind::kPlain, fd, bytes, state().next_serial++, {}, 0};
+  state().mapped[*pointer] = {
+      Kind::kPlain, CurrentDevice(), fd, bytes, state().next_serial++, {}, 0};
   return kSuccess;
 }
 Result cuMemFree_v2(DevicePointer pointer) {
@@ -170,7 +215,7 @@ Result cuMemGetInfo_v2(size_t* free_bytes, size_t* total_bytes) {
       unsigned long begin = 0;
       unsigned long end = 0;
       unsigned long inode = 0;
-      if (line.find("/memfd:fake device memory") != std::string::npos &&
+      if (line.find(kMemoryName) != std::string::npos &&
           std::sscanf(line.c_str(), "%lx-%lx %*s %*s %*s %lu", &begin, &end, &inode) == 3) {
         in_use[inode] = std::max(in_use[inode], static_cast<size_t>(end - begin));
       }
@@ -183,7 +228,7 @@ Result cuMemGetInfo_v2(size_t* free_bytes, size_t* total_bytes) {
 }
 
 Result cuMemGetAddressRange_v2(DevicePointer* base, size_t* bytes, DevicePointer pointer) {
-  if (context_depth < 1) return kInvalidContext;
+  if (current_contexts().empty()) return kInvalidContext;
   const std::lock_guard lock(state().mutex);
   const auto* found = Find(pointer);
   if (found == nullptr) return kInvalidValue;
@@ -201,7 +246,7 @@ Result cuPointerGetAttribute(void* data, int attribute, DevicePointer pointer) {
       *static_cast<unsigned int*>(data) = kMemoryTypeDevice;
       return kSuccess;
     case kPointerAttributeDeviceOrdinal:
-      *static_cast<int*>(data) = 0;
+      *static_cast<int*>(data) = found->second.device;
       return kSuccess;
     case kPointerAttributeBufferId:
       *static_cast<unsigned long long*>(data) = found->second.serial;
@@ -232,11 +277,14 @@ Result cuIpcGetMemHandle(IpcHandle* handle, DevicePointer pointer) {
 }
 
 Result cuIpcOpenMemHandle_v2(DevicePointer* pointer, IpcHandle handle, unsigned int flags) {
-  if (context_depth < 1 || flags != kIpcLazyEnablePeerAccess) return kInvalidContext;
+  if (current_contexts().empty() || flags != kIpcLazyEnablePeerAccess) return kInvalidContext;
   const std::lock_guard lock(state().mutex);
   RawHandle raw;
   std::memcpy(static_cast<void*>(&raw), &handle, sizeof(raw));
   if (raw.process == ::getpid()) return kInvalidContext;
+  if (const char* const error = std::getenv("KEEPSET_FAKE_IPC_ERROR"); error != nullptr) {
+    return std::atoi(error);
+  }
   for (const auto& [base, allocation] : state().mapped) {
     if (allocation.kind == Kind::kImported &&
         std::memcmp(&allocation.from, &raw, sizeof(raw)) == 0) {
@@ -254,11 +302,12 @@ Result cuIpcOpenMemHandle_v2(DevicePointer* pointer, IpcHandle handle, unsigned 
     if (fd >= 0) ::close(fd);
     return kInvalidHandle;
   }
+  const Device device = DeviceOf(fd).value_or(0);
   void* const data = MapShared(fd, raw.bytes);
   ::close(fd);
   if (data == nullptr) return kOutOfMemory;
   *pointer = reinterpret_cast<uint64_t>(data);
-  state().mapped[*pointer] = {Kind::kImported, -1, raw.bytes, raw.serial, raw, 0};
+  state().mapped[*pointer] = {Kind::kImported, device, -1, raw.bytes, raw.serial, raw, 0};
   return kSuccess;
 }
 
@@ -296,11 +345,7 @@ Result cuMemImportFromShareableHandle(AllocationHandle* handle, void* os_handle,
       ::fcntl(static_cast<int>(reinterpret_cast<intptr_t>(os_handle)), F_DUPFD_CLOEXEC, 0);
   if (fd < 0 || type != kHandleTypePosixFd) return kInvalidValue;
   // A descriptor of something else is no handle of the driver.
-  char target[64] = {};
-  char path[64];
-  std::snprintf(path, sizeof(path), "/proc/self/fd/%d", fd);
-  if (::readlink(path, target, sizeof(target) - 1) < 0 ||
-      std::strstr(target, "fake device memory") == nullptr) {
+  if (!DeviceOf(fd).has_value()) {
     ::close(fd);
     return kInvalidValue;
   }
@@ -346,9 +391,13 @@ Result cuMemMap(DevicePointer pointer, size_t bytes, size_t, AllocationHandle ha
   void* const data = ::mmap(reinterpret_cast<void*>(pointer), bytes, PROT_NONE,
                             MAP_SHARED | MAP_FIXED, it->second, 0);
   if (data == MAP_FAILED) return kMapFailed;
-  state().mapped[pointer] = {Kind::kVmm, ::fcntl(it->second, F_DUPFD_CLOEXEC, 0),
-                             bytes,      state().next_serial++,
-                             {},         handle};
+  state().mapped[pointer] = {Kind::kVmm,
+                             DeviceOf(it->second).value_or(0),
+                             ::fcntl(it->second, F_DUPFD_CLOEXEC, 0),
+                             bytes,
+                             state().next_serial++,
+                             {},
+                             handle};
   return kSuccess;
 }
 Result cuMemSetAccess(DevicePointer pointer, size_t bytes, const AccessDescriptor* access, size_t) {
@@ -367,11 +416,16 @@ Result cuMemUnmap(DevicePointer pointer, size_t bytes) {
   return data == MAP_FAILED ? kInvalidValue : kSuccess;
 }
 
-// For tests: mappings of this process, and the depth of pushed contexts on this thread.
+// For tests: mappings of this process, and the number of pushed contexts on this thread.
 int fake_cuda_mappings() {
   const std::lock_guard lock(state().mutex);
   return static_cast<int>(state().mapped.size());
 }
-int fake_cuda_context_depth() { return context_depth; }
+int fake_cuda_context_depth() { return static_cast<int>(current_contexts().size()); }
+// Retains of a device's primary context that were not released.
+int fake_cuda_retains(int device) {
+  const std::lock_guard lock(state().mutex);
+  return state().contexts[device].retains;
+}
 
 }  // extern "C"

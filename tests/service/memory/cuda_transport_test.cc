@@ -12,7 +12,10 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
 #include "base/clock.h"
+#include "base/cuda_abi.h"
 #include "service/memory/cuda_transports.h"
 #include "service/memory/ipc_allocations.h"
 #include "service/memory/session_manager.h"
@@ -34,6 +37,11 @@ int CallFake(const char* symbol) {
 }
 // Mappings the driver holds in this process.
 int DriverMappings() { return CallFake("fake_cuda_mappings"); }
+// Primary contexts it holds there of the device of this ordinal.
+int RetainedContexts(int device) {
+  void* const library = ::dlopen(KEEPSET_FAKE_LIBCUDA, RTLD_NOW);
+  return reinterpret_cast<int (*)(int)>(::dlsym(library, "fake_cuda_retains"))(device);
+}
 
 RegionDescriptor IpcRegion(const DeviceExporter& exporter, uint64_t offset, uint64_t length) {
   RegionDescriptor descriptor;
@@ -195,6 +203,64 @@ TEST_F(CudaIpcTransportTest, EarlierGenerationIsStale) {
   EXPECT_EQ(Refusal(IpcRegion(exporter_, 0, 64)).code(), absl::StatusCode::kFailedPrecondition);
 }
 
+TEST_F(CudaIpcTransportTest, MemoryOfAnotherDeviceNamesBoth) {
+  const DeviceExporter second(KEEPSET_FAKE_LIBCUDA, DeviceMemory::kPlain, kBytes, 1);
+  const absl::Status status = Refusal(IpcRegion(second, 0, 64));
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(status.message(), HasSubstr(absl::StrCat("device_uuid=\"", fakes::kFakeDeviceUuid)));
+  EXPECT_THAT(status.message(),
+              HasSubstr(absl::StrCat("is of device \"", fakes::kSecondFakeDeviceUuid)));
+}
+
+TEST_F(CudaIpcTransportTest, EveryDeviceIsServed) {
+  const DeviceExporter second(KEEPSET_FAKE_LIBCUDA, DeviceMemory::kPlain, kBytes, 1);
+  RegionDescriptor descriptor = IpcRegion(second, 4096, 64);
+  descriptor.device_uuid = fakes::kSecondFakeDeviceUuid;
+  const auto region = Open(std::move(descriptor));
+  ASSERT_TRUE(region.ok()) << region.status();
+  EXPECT_TRUE(HoldsPattern(**region, 4096));
+}
+
+TEST_F(CudaIpcTransportTest, DeviceThatNoRegionNamesHasNoContext) {
+  const auto region = Open(IpcRegion(exporter_, 0, 64));
+  ASSERT_TRUE(region.ok()) << region.status();
+  EXPECT_EQ(RetainedContexts(0), 1);
+  EXPECT_EQ(RetainedContexts(1), 0);
+}
+
+TEST_F(CudaIpcTransportTest, OneContextServesEveryRegionOfItsDevice) {
+  for (int i = 0; i < 3; ++i) ASSERT_TRUE(Open(IpcRegion(exporter_, 0, 64)).ok());
+  EXPECT_EQ(RetainedContexts(0), 1);
+}
+
+TEST_F(CudaIpcTransportTest, RefusalsOfTheHostsSetupSayWhatToChange) {
+  struct Case {
+    cuda_abi::Result result;
+    absl::StatusCode code;
+    absl::string_view fix;
+  };
+  const Case cases[] = {
+      {cuda_abi::kInvalidDevice, absl::StatusCode::kFailedPrecondition, "CUDA_VISIBLE_DEVICES"},
+      {cuda_abi::kTooManyPeers, absl::StatusCode::kResourceExhausted, "name the device"},
+      {cuda_abi::kPeerAccessUnsupported, absl::StatusCode::kFailedPrecondition, "name the device"},
+      {cuda_abi::kOperatingSystem, absl::StatusCode::kFailedPrecondition, "IPC namespace"},
+      {cuda_abi::kNotPermitted, absl::StatusCode::kFailedPrecondition, "same user"},
+      {cuda_abi::kDeviceUnavailable, absl::StatusCode::kFailedPrecondition, "compute mode"},
+      {cuda_abi::kSystemNotReady, absl::StatusCode::kUnavailable, "fabric manager"},
+      {cuda_abi::kSystemDriverMismatch, absl::StatusCode::kFailedPrecondition, "same version"},
+      {cuda_abi::kMpsServerNotReady, absl::StatusCode::kUnavailable, "MPS server"},
+      {cuda_abi::kMpsMaxClientsReached, absl::StatusCode::kResourceExhausted, "MPS server"},
+  };
+  for (const Case& one : cases) {
+    ::setenv("KEEPSET_FAKE_IPC_ERROR", absl::StrCat(one.result).c_str(), 1);
+    const absl::Status status = Refusal(IpcRegion(exporter_, 0, 64));
+    EXPECT_EQ(status.code(), one.code) << one.result;
+    EXPECT_THAT(status.message(), HasSubstr(one.fix)) << one.result;
+    EXPECT_THAT(status.message(), HasSubstr(absl::StrCat(one.result)));
+  }
+  ::unsetenv("KEEPSET_FAKE_IPC_ERROR");
+}
+
 TEST_F(CudaIpcTransportTest, EveryCallLeavesTheThreadWithoutAContext) {
   { const auto region = Open(IpcRegion(exporter_, 0, 64)); }
   EXPECT_EQ(CallFake("fake_cuda_context_depth"), 0);
@@ -215,8 +281,9 @@ TEST(CudaDriverTest, LibraryWithoutTheEntryPointsIsTooOld) {
 TEST(CudaDriverTest, DevicesHaveTheirUuidAsToolsPrintIt) {
   const auto driver = CudaDriver::Load(KEEPSET_FAKE_LIBCUDA);
   ASSERT_TRUE(driver.ok()) << driver.status();
-  ASSERT_EQ((*driver)->devices().size(), 1u);
+  ASSERT_EQ((*driver)->devices().size(), 2u);
   EXPECT_EQ((*driver)->devices()[0].uuid, fakes::kFakeDeviceUuid);
+  EXPECT_EQ((*driver)->devices()[1].uuid, fakes::kSecondFakeDeviceUuid);
 }
 
 // A driver that calls its device so, or has it shared by MPS.
@@ -302,6 +369,22 @@ TEST_F(CudaVmmTransportTest, DescriptorOfOtherMemoryIsRefused) {
   descriptor.fd = testing::NewMemfd("ordinary", kBytes);
   EXPECT_EQ(transport_->Open(std::move(descriptor)).status().code(),
             absl::StatusCode::kInvalidArgument);
+}
+
+TEST(CudaVmmTransport, MemoryOfAnotherDeviceNamesBothAndLeavesNothing) {
+  const DeviceExporter second(KEEPSET_FAKE_LIBCUDA, DeviceMemory::kVmm, kBytes, 1);
+  RegionDescriptor descriptor;
+  descriptor.kind = "cuda_vmm";
+  descriptor.fd.Reset(second.OpenFd());
+  descriptor.allocation_bytes = kBytes;
+  descriptor.length = 64;
+  descriptor.device_uuid = fakes::kFakeDeviceUuid;
+  const absl::Status status =
+      NewCudaVmmTransport(LoadOnce(KEEPSET_FAKE_LIBCUDA))->Open(std::move(descriptor)).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(status.message(),
+              HasSubstr(absl::StrCat("is of device \"", fakes::kSecondFakeDeviceUuid)));
+  EXPECT_EQ(DriverMappings(), 0);
 }
 
 TEST(DeviceRegions, EndOfTheSessionGivesTheMappingBackAfterTheLastLease) {
