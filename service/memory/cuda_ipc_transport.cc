@@ -36,7 +36,8 @@ class CudaIpcTransport final : public MemoryTransport {
     KEEPSET_ASSIGN_OR_RETURN(const int device, FindDevice(*opened->driver, descriptor));
     KEEPSET_ASSIGN_OR_RETURN(
         std::shared_ptr<IpcAllocations::Use> use,
-        opened->allocations->Open(device, descriptor.ipc_handle, descriptor.generation));
+        opened->allocations->Open(device, descriptor.ipc_handle, descriptor.generation,
+                                  descriptor.seen_generations.get()));
     const DeviceRange range = use->range();
     if (range.bytes != descriptor.allocation_bytes) {
       return absl::InvalidArgumentError(absl::StrCat(

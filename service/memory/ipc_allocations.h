@@ -13,6 +13,7 @@
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "service/memory/cuda_driver.h"
+#include "service/memory/seen_generations.h"
 
 namespace keepset::service {
 
@@ -25,40 +26,44 @@ class IpcAllocations : public std::enable_shared_from_this<IpcAllocations> {
   // One user of a mapping; unmaps with the last one. Move-free: held by pointer.
   class Use {
    public:
-    Use(std::shared_ptr<IpcAllocations> owner, std::pair<int, std::string> key, DeviceRange range)
-        : owner_(std::move(owner)), key_(std::move(key)), range_(range) {}
-    ~Use() { owner_->Drop(key_); }
+    Use(std::shared_ptr<IpcAllocations> owner, std::string handle, DeviceRange range)
+        : owner_(std::move(owner)), handle_(std::move(handle)), range_(range) {}
+    ~Use() { owner_->Drop(handle_); }
     Use(const Use&) = delete;
     Use& operator=(const Use&) = delete;
     const DeviceRange& range() const { return range_; }
 
    private:
     const std::shared_ptr<IpcAllocations> owner_;
-    const std::pair<int, std::string> key_;
+    const std::string handle_;
     const DeviceRange range_;
   };
 
   // The whole allocation behind `handle`. Handle bytes are no identity: a driver may hand out the
   // same ones for a new allocation at a freed address, so `generation` (the exporter's count of its
-  // allocations) tells them apart. FailedPrecondition: another generation of these bytes is still
-  // mapped, or a later one was. Otherwise the errors of CudaDriver::OpenIpc.
+  // allocations) tells them apart. seen: of the exporter's session, null when it is new.
+  //
+  // FailedPrecondition: another generation of these bytes is still mapped, or a later one was in
+  // this session. InvalidArgument: they are mapped, as memory of another device. Otherwise the
+  // errors of CudaDriver::OpenIpc.
   absl::StatusOr<std::unique_ptr<Use>> Open(int device, const std::string& handle,
-                                            uint64_t generation);
+                                            uint64_t generation, SeenGenerations* seen);
 
   int64_t mapped() const;
   uint64_t mapped_bytes() const;
 
  private:
   struct Entry {
+    int device = 0;
     DeviceRange range;
     uint64_t generation = 0;
-    int64_t users = 0;  // 0: closed, kept for its generation
+    int64_t users = 0;
   };
-  void Drop(const std::pair<int, std::string>& key);
+  void Drop(const std::string& handle);
 
   const std::shared_ptr<CudaDriver> driver_;
   mutable absl::Mutex mutex_;
-  std::map<std::pair<int, std::string>, Entry> entries_ ABSL_GUARDED_BY(mutex_);
+  std::map<std::string, Entry> entries_ ABSL_GUARDED_BY(mutex_);  // by handle
 };
 
 }  // namespace keepset::service

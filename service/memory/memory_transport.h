@@ -15,6 +15,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
+#include "service/memory/seen_generations.h"
 
 namespace keepset::service {
 
@@ -57,6 +58,8 @@ struct RegionDescriptor {
   uint64_t length = 0;
   std::string device_uuid;  // empty: host
   uint64_t generation = 0;
+  // What the session's regions had mapped before; null: nothing.
+  std::shared_ptr<SeenGenerations> seen_generations;
   RegionAccess access = RegionAccess::kReadOnly;
 };
 

@@ -1,6 +1,7 @@
 #include "service/memory/session_manager.h"
 
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <utility>
 
@@ -11,6 +12,7 @@
 #include "base/status_macros.h"
 #include "service/memory/random_id.h"
 #include "service/memory/region_table.h"
+#include "service/memory/seen_generations.h"
 
 namespace keepset::service {
 namespace {
@@ -31,6 +33,7 @@ struct Session {
   absl::Duration expires_at;  // On Clock::Monotonic.
   TokenState token_state = TokenState::kFresh;
   RegionTable regions;
+  const std::shared_ptr<SeenGenerations> seen_generations = std::make_shared<SeenGenerations>();
   absl::flat_hash_map<uint64_t, UniqueFd> pending_fds;
 };
 
@@ -291,6 +294,7 @@ absl::StatusOr<RegionInfo> SessionManagerImpl::Register(absl::string_view sessio
                        transport->needs_fd() ? "an fd_token" : "a name or handle and no fd_token"));
     }
     KEEPSET_RETURN_IF_ERROR(session->regions.Reserve(info));
+    descriptor.seen_generations = session->seen_generations;
   }
   descriptor.fd = std::move(passed);
   // Mapping may take long; nobody waits for it.

@@ -18,6 +18,7 @@
 #include "base/cuda_abi.h"
 #include "service/memory/cuda_transports.h"
 #include "service/memory/ipc_allocations.h"
+#include "service/memory/seen_generations.h"
 #include "service/memory/session_manager.h"
 #include "tests/fakes/device_exporter.h"
 #include "tests/service/memory/memory_test_support.h"
@@ -197,10 +198,14 @@ TEST_F(CudaIpcTransportTest, AnotherGenerationWaitsForTheMappedOne) {
 }
 
 TEST_F(CudaIpcTransportTest, EarlierGenerationIsStale) {
+  const auto seen = std::make_shared<SeenGenerations>();
   RegionDescriptor descriptor = IpcRegion(exporter_, 0, 64);
   descriptor.generation = 5;
+  descriptor.seen_generations = seen;
   ASSERT_TRUE(Open(std::move(descriptor)).ok());
-  EXPECT_EQ(Refusal(IpcRegion(exporter_, 0, 64)).code(), absl::StatusCode::kFailedPrecondition);
+  RegionDescriptor earlier = IpcRegion(exporter_, 0, 64);
+  earlier.seen_generations = seen;
+  EXPECT_EQ(Refusal(std::move(earlier)).code(), absl::StatusCode::kFailedPrecondition);
 }
 
 TEST_F(CudaIpcTransportTest, MemoryOfAnotherDeviceNamesBoth) {
@@ -210,6 +215,16 @@ TEST_F(CudaIpcTransportTest, MemoryOfAnotherDeviceNamesBoth) {
   EXPECT_THAT(status.message(), HasSubstr(absl::StrCat("device_uuid=\"", fakes::kFakeDeviceUuid)));
   EXPECT_THAT(status.message(),
               HasSubstr(absl::StrCat("is of device \"", fakes::kSecondFakeDeviceUuid)));
+}
+
+TEST_F(CudaIpcTransportTest, MappingOutlivesARegionThatNamesAnotherDevice) {
+  const auto region = Open(IpcRegion(exporter_, 4096, 64));
+  ASSERT_TRUE(region.ok()) << region.status();
+  RegionDescriptor elsewhere = IpcRegion(exporter_, 0, 64);
+  elsewhere.device_uuid = fakes::kSecondFakeDeviceUuid;
+  EXPECT_EQ(Open(std::move(elsewhere)).status().code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_EQ(DriverMappings(), 1);
+  EXPECT_TRUE(HoldsPattern(**region, 4096));
 }
 
 TEST_F(CudaIpcTransportTest, EveryDeviceIsServed) {
@@ -406,6 +421,28 @@ TEST(DeviceRegions, EndOfTheSessionGivesTheMappingBackAfterTheLastLease) {
     EXPECT_EQ(DriverMappings(), 1);
   }
   EXPECT_EQ(DriverMappings(), 0);
+}
+
+// A worker that was restarted in its container counts its allocations from the beginning, and has
+// the process id and the addresses of the one before.
+TEST(DeviceRegions, GenerationsOfAnEndedSessionBindNobody) {
+  const DeviceExporter exporter(KEEPSET_FAKE_LIBCUDA, DeviceMemory::kPlain, kBytes);
+  std::vector<std::unique_ptr<MemoryTransport>> transports;
+  transports.push_back(NewCudaIpcTransport(LoadOnce(KEEPSET_FAKE_LIBCUDA)));
+  const auto sessions = SessionManager::New({}, std::move(transports), SystemClock(), nullptr);
+  const auto register_as = [&](char client, uint64_t generation) {
+    OpenSessionArgs opening;
+    opening.client_uuid = std::string(16, client);
+    const auto session = sessions->OpenSession(opening);
+    RegionDescriptor descriptor = IpcRegion(exporter, 0, 64);
+    descriptor.generation = generation;
+    const absl::Status status =
+        sessions->RegisterRegion(session->session_id, "kv", 0, std::move(descriptor)).status();
+    EXPECT_TRUE(sessions->CloseSession(session->session_id).ok());
+    return status;
+  };
+  EXPECT_EQ(register_as('a', 7), absl::OkStatus());
+  EXPECT_EQ(register_as('b', 1), absl::OkStatus());
 }
 
 // Every way to get a region of device memory wrong, one after the other in one session, which works
