@@ -47,7 +47,7 @@ class OperationImpl final : public Operation {
       absl::Status status = builder_.Score(absl::MakeConstSpan(&observed, 1));
       // A layer that a broken device could not score is no fault of the caller.
       if (!status.ok() && DeviceWorks()) return status;
-      if (status.ok()) ObserveShadow(layer, observation);
+      if (status.ok()) ObserveShadow(absl::MakeConstSpan(&observed, 1));
     }
     next_layer_ = layer + 1;
     return absl::OkStatus();
@@ -66,8 +66,7 @@ class OperationImpl final : public Operation {
   }
 
   int64_t layers_at_once() const override {
-    // A shadow scores from what was worked out of one layer.
-    if (shadow_ != nullptr || keeps_all_) return 1;
+    if (keeps_all_) return 1;
     const int64_t columns = spec().model.num_qo_heads * seq_len();
     return std::clamp<int64_t>(kMostColumnsAtOnce / columns, 1, backend_.layers_at_once());
   }
@@ -120,7 +119,7 @@ class OperationImpl final : public Operation {
       return;
     }
     shadow_ = *std::move(shadow);
-    shadow_->policy().ShareStages(policy());
+    shadow_shares_ = shadow_->policy().ShareStages(policy()) == RetentionPolicy::Sharing::kShared;
     shadow_status_ = shadow_->BeginPolicy();
     if (!shadow_status_.ok()) shadow_.reset();
   }
@@ -224,17 +223,26 @@ class OperationImpl final : public Operation {
   // False when anything is wrong with any of them: nothing is observed then, and one by one they
   // tell which it is.
   bool ObserveTogether(absl::Span<const ObservedLayer> layers) {
+    if (DeadlinePassed() || !DeviceWorks()) return false;
+    const absl::StatusOr<std::vector<ObservedLayer>> scored = ScoreTogether(layers);
+    if (!scored.ok()) return false;
+    if (!scored->empty()) ObserveShadow(*scored);
+    return true;
+  }
+
+  // Scores those of the layers that the policy needs in one call, and returns them. On an error
+  // nothing is observed.
+  absl::StatusOr<std::vector<ObservedLayer>> ScoreTogether(absl::Span<const ObservedLayer> layers) {
     std::vector<ObservedLayer> needed;
     int64_t next = next_layer_;
     for (const ObservedLayer& one : layers) {
-      if (!CheckLayer(next, one.layer, one.observation).ok()) return false;
-      if (policy().NeedsLayer(one.layer)) needed.push_back(one);
+      KEEPSET_RETURN_IF_ERROR(CheckLayer(next, one.layer, one.observation));
+      if (policy().NeedsLayer(one.layer) && !keeps_all_) needed.push_back(one);
       next = one.layer + 1;
     }
-    if (DeadlinePassed() || !DeviceWorks()) return false;
-    if (!needed.empty() && !builder_.Score(needed).ok()) return false;
+    if (!needed.empty()) KEEPSET_RETURN_IF_ERROR(builder_.Score(needed));
     next_layer_ = next;
-    return true;
+    return needed;
   }
 
   // The first layer from `layer` on that cannot be left out.
@@ -251,13 +259,16 @@ class OperationImpl final : public Operation {
 
   bool DeviceWorks() const { return backend_.Health().ok(); }
 
-  void ObserveShadow(int64_t layer, const LayerObservation& observation) {
+  // Layers that this operation has just scored in one call. A shadow that scores from what was
+  // worked out of them takes the same ones in one call, too, or none.
+  void ObserveShadow(absl::Span<const ObservedLayer> layers) {
     if (shadow_ == nullptr) return;
     try {
-      shadow_status_ = shadow_->Observe(layer, observation);
+      shadow_status_ =
+          shadow_shares_ ? shadow_->ScoreTogether(layers).status() : shadow_->ObserveLayers(layers);
     } catch (const std::bad_alloc&) {
-      shadow_status_ = absl::ResourceExhaustedError(
-          absl::StrCat("layer ", layer, ": no memory for the scores of the shadow table"));
+      shadow_status_ = absl::ResourceExhaustedError(absl::StrCat(
+          "layer ", layers.front().layer, ": no memory for the scores of the shadow table"));
     }
     if (!shadow_status_.ok()) shadow_.reset();
   }
@@ -384,6 +395,7 @@ class OperationImpl final : public Operation {
   int64_t next_layer_ = 0;
   OperationResult result_;
   std::unique_ptr<OperationImpl> shadow_;
+  bool shadow_shares_ = false;  // what is worked out of the layers of one call
   absl::Status shadow_status_;
 };
 

@@ -1,6 +1,7 @@
 #include "service/rpc/stream_operations.h"
 
 #include <deque>
+#include <iterator>
 #include <utility>
 #include <vector>
 
@@ -170,6 +171,7 @@ WorkQueue::Task StreamOperations::Strand(const OperationPtr& operation) {
 void StreamOperations::RunStrand(const OperationPtr& operation) {
   while (true) {
     RequestPtr message;
+    std::vector<RequestPtr> layers;
     absl::Status dropped;
     {
       absl::MutexLock lock(&mutex_);
@@ -179,8 +181,11 @@ void StreamOperations::RunStrand(const OperationPtr& operation) {
           operation->scheduled = false;
           return;
         }
-        message = std::move(operation->pending.front());
-        operation->pending.pop_front();
+        layers = TakeLayers(*operation);
+        if (layers.empty()) {
+          message = std::move(operation->pending.front());
+          operation->pending.pop_front();
+        }
       }
     }
     if (!dropped.ok()) {
@@ -188,13 +193,53 @@ void StreamOperations::RunStrand(const OperationPtr& operation) {
       operation->call.End(dropped).IgnoreError();
       return;
     }
-    RunStep(operation, std::move(message));
+    if (layers.empty()) {
+      RunStep(operation, std::move(message));
+    } else {
+      RunLayers(operation, std::move(layers));
+    }
     // Others wait that are no larger: this operation lets them pass between two layers.
     if (context_.queue.Waits(operation->flow.size_class)) {
       context_.queue.Continue(operation->flow, Strand(operation));
       return;
     }
   }
+}
+
+// Those that wait one behind the other, as many as the backend takes together.
+std::vector<RequestPtr> StreamOperations::TakeLayers(StreamOperation& operation) {
+  std::vector<RequestPtr> layers;
+  std::deque<RequestPtr>& pending = operation.pending;
+  while (
+      !pending.empty() && pending.front() != nullptr && pending.front()->has_layer() &&
+      (layers.empty() || static_cast<int64_t>(layers.size()) < operation.call.layers_at_once())) {
+    layers.push_back(std::move(pending.front()));
+    pending.pop_front();
+  }
+  return layers;
+}
+
+void StreamOperations::RunLayers(const OperationPtr& operation, std::vector<RequestPtr> messages) {
+  OperationCall& call = operation->call;
+  std::vector<const v1::LayerInput*> layers;
+  for (const RequestPtr& message : messages) layers.push_back(&message->layer());
+  const absl::Status status = call.Observe(layers);
+  // When one was refused, those before it are answered. The refused one is not above them, or has
+  // no result.
+  int64_t answered = -1;
+  for (const v1::LayerInput* const layer : layers) {
+    if (layer->layer() <= answered) break;
+    auto response = NewStreamResponse(operation->id);
+    if (call.EarlyResult(layer->layer(), response->mutable_layer())) {
+      answered = layer->layer();
+      peer_.Send(std::move(response));
+    }
+  }
+  if (status.ok() && call.keeps_messages()) {
+    std::move(messages.begin(), messages.end(), std::back_inserter(operation->kept));
+  }
+  peer_.ReturnCredit(static_cast<int64_t>(layers.size()));
+  if (!status.ok()) EndRefused(operation, status);
 }
 
 void StreamOperations::RunStep(const OperationPtr& operation, RequestPtr message) {
@@ -204,28 +249,23 @@ void StreamOperations::RunStep(const OperationPtr& operation, RequestPtr message
   if (message == nullptr) {
     call.OnDequeued();
     status = call.Begin();
-  } else if (message->has_end()) {
+  } else {
     status = call.Finish(response->mutable_result());
     if (status.ok()) {
       if (Conclude(*operation, std::move(response))) call.End(status).IgnoreError();
       return;
     }
-  } else {
-    const int64_t layer = message->layer().layer();
-    status = call.Observe(message->layer());
-    if (status.ok()) {
-      if (call.EarlyResult(layer, response->mutable_layer())) peer_.Send(std::move(response));
-      if (call.keeps_messages()) operation->kept.push_back(std::move(message));
-    }
-    peer_.ReturnCredit(1);
   }
-  if (status.ok()) return;
+  if (!status.ok()) EndRefused(operation, status);
+}
+
+void StreamOperations::EndRefused(const OperationPtr& operation, const absl::Status& status) {
   {
     absl::MutexLock lock(&mutex_);
     if (!operation->dropped.ok()) return;
   }
   // Ended first: a client that has read the error finds its regions free.
-  const absl::Status seen = call.End(status);
+  const absl::Status seen = operation->call.End(status);
   Conclude(*operation, StreamErrorResponse(operation->id, seen));
 }
 

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/status/status.h"
@@ -62,7 +63,12 @@ class StreamOperations {
   void Enqueue(const OperationPtr& operation, RequestPtr message);
   WorkQueue::Task Strand(const OperationPtr& operation);
   void RunStrand(const OperationPtr& operation);
+  // Begin or the end.
   void RunStep(const OperationPtr& operation, RequestPtr message);
+  // Layers that have arrived, observed together where the backend gains by it.
+  static std::vector<RequestPtr> TakeLayers(StreamOperation& operation);
+  void RunLayers(const OperationPtr& operation, std::vector<RequestPtr> messages);
+  void EndRefused(const OperationPtr& operation, const absl::Status& status);
 
   // Answers an operation and forgets it; false when it was dropped meanwhile and nobody waits.
   bool Conclude(StreamOperation& operation, ResponsePtr response);

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <limits>
 #include <memory>
+#include <random>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -117,6 +118,35 @@ TEST_P(RetentionPolicyConformance, LayersTogetherAreDecidedAsOneByOne) {
       EXPECT_EQ(together->layers[layer].candidates, alone.layers[layer].candidates);
       EXPECT_EQ(together->layers[layer].filled, alone.layers[layer].filled);
     }
+  }
+}
+
+// However many wait when somebody looks: cut into groups at random.
+TEST_P(RetentionPolicyConformance, LayersInAnyGroupsAreDecidedAsOneByOne) {
+  constexpr int64_t kLayers = 7;
+  prompt_ = fakes::SyntheticPrompt({.num_layers = kLayers});
+  const OperationResult alone = Decide(Spec(kBudget));
+  std::vector<ObservedLayer> layers;
+  for (int64_t layer = 0; layer < kLayers; ++layer) {
+    layers.push_back({layer, prompt_.observation(layer)});
+  }
+  std::mt19937 rng(5);
+  for (int i = 0; i < 4; ++i) {
+    fakes::Gate gate;
+    Bench bench(NewCpuBackendOfManyLayers(gate, 4));
+    const auto operation = bench.Begin(Spec(kBudget));
+    ASSERT_TRUE(operation.ok()) << operation.status();
+    for (size_t begin = 0; begin < layers.size();) {
+      const size_t count = 1 + rng() % (layers.size() - begin);
+      ASSERT_TRUE(
+          (*operation)->ObserveLayers(absl::MakeConstSpan(layers).subspan(begin, count)).ok());
+      begin += count;
+    }
+    const auto together = (*operation)->Finish();
+    ASSERT_TRUE(together.ok()) << together.status();
+    EXPECT_EQ(Sets(**together), Sets(alone));
+    EXPECT_EQ((*together)->entropy, alone.entropy);
+    EXPECT_EQ((*together)->outside_mass, alone.outside_mass);
   }
 }
 

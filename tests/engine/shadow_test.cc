@@ -1,6 +1,7 @@
 #include "engine/shadow.h"
 
 #include <algorithm>
+#include <iterator>
 #include <memory>
 #include <set>
 #include <string>
@@ -11,6 +12,7 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/engine/run_operation.h"
+#include "tests/fakes/gated_backend.h"
 #include "tests/fakes/synthetic_prompt.h"
 
 namespace keepset::engine {
@@ -59,10 +61,18 @@ class Shadow : public ::testing::Test {
   }
 
   std::unique_ptr<Operation> RunToFinish(const OperationSpec& spec) {
-    absl::StatusOr<std::unique_ptr<Operation>> operation = bench_.Begin(spec);
+    return RunInGroups(bench_, spec, 1);
+  }
+  // Layers come `group` at a time.
+  std::unique_ptr<Operation> RunInGroups(Bench& bench, const OperationSpec& spec, int64_t group) {
+    absl::StatusOr<std::unique_ptr<Operation>> operation = bench.Begin(spec);
     EXPECT_TRUE(operation.ok()) << operation.status();
+    std::vector<ObservedLayer> layers;
     for (int64_t layer = 0; layer < spec.model.num_layers; ++layer) {
-      EXPECT_TRUE((*operation)->Observe(layer, prompt_.observation(layer)).ok());
+      layers.push_back({layer, prompt_.observation(layer)});
+      if (std::ssize(layers) < group && layer + 1 < spec.model.num_layers) continue;
+      EXPECT_TRUE((*operation)->ObserveLayers(layers).ok());
+      layers.clear();
     }
     EXPECT_TRUE((*operation)->Finish().ok());
     return *std::move(operation);
@@ -119,6 +129,47 @@ TEST_F(Shadow, ReportsWhatAnOperationOfTheOtherTableDecides) {
       EXPECT_EQ(report->decided_bytes, decided->bytes_after);
       EXPECT_EQ(report->would_be_bytes, other->bytes_after);
       EXPECT_EQ(report->table, other_->identity());
+    }
+  }
+}
+
+// Of five layers, one by one and in groups: the decision and the report are the same to the bit.
+TEST_F(Shadow, OfLayersTogetherIsThatOfOneByOne) {
+  prompt_ = fakes::SyntheticPrompt({.num_layers = 5});
+  spec_.model = prompt_.spec().model;
+  for (const std::string policy : {"compilerkv", "observation_heads"}) {
+    for (const std::string alpha_scope : {"global", "layer", "head"}) {
+      OperationSpec spec = spec_;
+      spec.policy = policy;
+      if (policy == "compilerkv") {
+        spec.parameters["alpha_scope"] = alpha_scope;
+        fakes::TableSample other;
+        for (int i = 0; i < 20; ++i) other.head_weights.push_back(i % 4 < 2 ? 1.5f : 0.8f);
+        spec.table = fakes::MakeTableFor(policy, prompt_.model());
+        spec.shadow_table = fakes::MakeTable(prompt_.model(), other);
+      } else {
+        spec.table = spec.shadow_table = fakes::MakeTableFor(policy, prompt_.model());
+      }
+      const std::unique_ptr<Operation> alone = RunToFinish(spec);
+      auto shadow = alone->TakeShadow();
+      ASSERT_TRUE(shadow.ok()) << shadow.status();
+      const ShadowReport want = *(*shadow)->Finish();
+      for (const int64_t group : {2, 3, 5}) {
+        fakes::Gate gate;
+        Bench bench(NewCpuBackendOfManyLayers(gate, 8));
+        const std::unique_ptr<Operation> together = RunInGroups(bench, spec, group);
+        if (policy == "compilerkv") {
+          // The observation is worked out once for both tables.
+          EXPECT_EQ(std::ssize(gate.layers()), (5 + group - 1) / group);
+        }
+        EXPECT_EQ(SetsOf(**together->Finish()), SetsOf(**alone->Finish()));
+        shadow = together->TakeShadow();
+        ASSERT_TRUE(shadow.ok()) << shadow.status();
+        const absl::StatusOr<ShadowReport> report = (*shadow)->Finish();
+        ASSERT_TRUE(report.ok()) << report.status();
+        EXPECT_EQ(report->kept_overlap, want.kept_overlap) << policy << alpha_scope << group;
+        EXPECT_EQ(report->would_be_bytes, want.would_be_bytes);
+      }
     }
   }
 }

@@ -3,6 +3,7 @@
 #ifndef KEEPSET_TESTS_FAKES_GATED_BACKEND_H_
 #define KEEPSET_TESTS_FAKES_GATED_BACKEND_H_
 
+#include <cstddef>
 #include <functional>
 #include <memory>
 #include <string>
@@ -56,6 +57,15 @@ class Gate {
     absl::MutexLock lock(&mutex_);
     throw_ = std::move(what);
   }
+  // How many layers came in each call for window columns, in order.
+  void NoteLayers(size_t count) {
+    absl::MutexLock lock(&mutex_);
+    layers_.push_back(count);
+  }
+  std::vector<size_t> layers() const {
+    absl::MutexLock lock(&mutex_);
+    return layers_;
+  }
   absl::Status Pass() {
     absl::MutexLock lock(&mutex_);
     ++waiting_;
@@ -83,6 +93,7 @@ class Gate {
   std::function<void()> throw_ ABSL_GUARDED_BY(mutex_);
   int compactions_left_ ABSL_GUARDED_BY(mutex_) = -1;
   absl::Status compaction_failure_ ABSL_GUARDED_BY(mutex_);
+  std::vector<size_t> layers_ ABSL_GUARDED_BY(mutex_);
 };
 
 class GatedBackend : public kernels::ComputeBackend {
@@ -105,6 +116,12 @@ class GatedBackend : public kernels::ComputeBackend {
                              kernels::ScoreBuffer& out) override {
     if (absl::Status status = gate_.Pass(); !status.ok()) return status;
     return inner_->WindowColumns(context, args, out);
+  }
+  absl::Status WindowColumnsOfLayers(kernels::OpContext& context,
+                                     absl::Span<const kernels::WindowArgs> layers,
+                                     absl::Span<kernels::ScoreBuffer* const> outs) override {
+    gate_.NoteLayers(layers.size());
+    return ComputeBackend::WindowColumnsOfLayers(context, layers, outs);
   }
   absl::Status TileColumns(kernels::OpContext& context, const kernels::TileArgs& args,
                            kernels::ScoreBuffer& out) override {

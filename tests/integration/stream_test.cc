@@ -5,6 +5,7 @@
 #include <optional>
 #include <set>
 #include <string>
+#include <vector>
 
 #include "tests/integration/server_fixture.h"
 #include "tests/integration/worker.h"
@@ -223,6 +224,72 @@ TEST_F(CompressStream, DeadClientFreesItsRegions) {
   stream_.Kill();
   EXPECT_TRUE(Eventually([&] { return session.List().regions(0).leases() == 0; }));
   EXPECT_TRUE(Eventually([&] { return server_.server().operations_running() == 0; }));
+}
+
+// A backend that takes up to four layers together.
+class StreamOfManyLayers : public ::testing::Test {
+ protected:
+  // Layers 0 to `count` - 1, of which all but the first wait while the first is worked on.
+  void SendWhileTheFirstIsObserved(const v1::CompressRequest& request, int count) {
+    server_.gate().Close();
+    stream_.Begin(1, request.spec());
+    stream_.Layer(1, request.layers(0));
+    ASSERT_TRUE(server_.gate().AwaitWaiting(1));
+    for (int layer = 1; layer < count; ++layer) stream_.Layer(1, request.layers(layer));
+    // Messages are read in order: when this one is answered, those before it wait.
+    stream_.End(99);
+    EXPECT_EQ(NextError(stream_, 99).code(), static_cast<int>(absl::StatusCode::kNotFound));
+    server_.gate().Open();
+  }
+
+  TestServer server_{"", 4};
+  const fakes::SyntheticPrompt prompt_{{.num_layers = 7}};
+  v1::CompressRequest request_ = WireRequest(prompt_, "snapkv", kBudget);
+  WorkerStream stream_{server_};
+};
+
+TEST_F(StreamOfManyLayers, LayersThatWaitAreObservedTogether) {
+  v1::OperationResult unary;
+  ASSERT_TRUE(Compress(server_, request_, &unary).ok());
+  const size_t before = server_.gate().layers().size();
+  SendWhileTheFirstIsObserved(request_, 7);
+  stream_.End(1);
+  for (int layer = 0; layer < 7; ++layer) {
+    const std::optional<v1::StreamResponse> early = stream_.Next();
+    ASSERT_TRUE(early.has_value() && early->has_layer()) << layer;
+    EXPECT_EQ(early->layer().SerializeAsString(), unary.layers(layer).SerializeAsString());
+  }
+  ASSERT_TRUE(stream_.Next()->has_result());
+  const std::vector<size_t> groups = server_.gate().layers();
+  EXPECT_EQ(std::vector<size_t>(groups.begin() + static_cast<int64_t>(before), groups.end()),
+            (std::vector<size_t>{1, 4, 2}));
+}
+
+TEST_F(StreamOfManyLayers, LayersBeforeARefusedOneAreAnswered) {
+  *request_.mutable_layers(3) = request_.layers(2);
+  SendWhileTheFirstIsObserved(request_, 6);
+  for (const uint32_t layer : {0u, 1u, 2u}) {
+    const std::optional<v1::StreamResponse> early = stream_.Next();
+    ASSERT_TRUE(early.has_value() && early->has_layer());
+    EXPECT_EQ(early->layer().layer(), layer);
+  }
+  const std::optional<v1::StreamResponse> last = stream_.Next();
+  ASSERT_TRUE(last.has_value() && last->has_error());
+  EXPECT_THAT(last->error().message(), HasSubstr("want layer 3"));
+}
+
+TEST_F(StreamOfManyLayers, GatheredRowsAreThoseOfTheUnaryCall) {
+  request_.mutable_spec()->set_gather(v1::GATHER_INLINE);
+  v1::OperationResult unary;
+  ASSERT_TRUE(Compress(server_, request_, &unary).ok());
+  SendWhileTheFirstIsObserved(request_, 7);
+  stream_.End(1);
+  const std::optional<v1::StreamResponse> response = stream_.NextAnswer();
+  ASSERT_TRUE(response.has_value() && response->has_result());
+  for (int layer = 0; layer < 7; ++layer) {
+    EXPECT_EQ(response->result().layers(layer).SerializeAsString(),
+              unary.layers(layer).SerializeAsString());
+  }
 }
 
 TEST(CompressStreamLimits, LayerWithoutCreditEndsItsOperation) {

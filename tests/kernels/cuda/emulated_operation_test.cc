@@ -82,6 +82,29 @@ TEST_F(EmulatedOperation, WaitsDoNotGrowWithTheLayers) {
   EXPECT_EQ(CountTogether("observation_heads", 7).waits, 3);
 }
 
+// One wait for what both tables need, then for each its scores, masses and the end.
+TEST_F(EmulatedOperation, AShadowTableSharesTheObservation) {
+  enum class Shadow { kNone, kAttached };
+  const auto counted = [&](int64_t num_layers, Shadow shadow) {
+    const fakes::SyntheticPrompt prompt = Prompt(num_layers);
+    const DevicePrompt memory(prompt);
+    engine::OperationSpec spec = prompt.spec();
+    spec.policy = "compilerkv";
+    spec.budget.kind = engine::Budget::Kind::kTokens;
+    spec.budget.tokens = kBudget;
+    spec.ppl = 10.0;
+    spec.table = fakes::MakeTableFor("compilerkv", prompt.model());
+    if (shadow == Shadow::kAttached) spec.shadow_table = spec.table;
+    const auto operation = bench_.Begin(spec);
+    EXPECT_TRUE(operation.ok()) << operation.status();
+    return Counted([&] { EXPECT_TRUE((*operation)->ObserveLayers(memory.layers()).ok()); });
+  };
+  EXPECT_EQ(counted(7, Shadow::kAttached).waits, counted(3, Shadow::kAttached).waits);
+  EXPECT_EQ(counted(7, Shadow::kAttached).waits, counted(7, Shadow::kNone).waits + 1);
+  // The merge of the heads' scores of each layer is the shadow's own.
+  EXPECT_LE(counted(7, Shadow::kAttached).launches, counted(7, Shadow::kNone).launches + 7);
+}
+
 TEST_F(EmulatedOperation, OneByOneEveryLayerIsWaitedFor) {
   const fakes::SyntheticPrompt prompt = Prompt(7);
   const DevicePrompt memory(prompt);

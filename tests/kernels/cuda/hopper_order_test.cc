@@ -129,6 +129,13 @@ TEST_F(HopperOrder, StagesAreFilledAgainInAnyOrderOfThreads) {
   }
 }
 
+TEST_F(HopperOrder, RowsPastTheLastOfAKvHeadBelongToNobody) {
+  for (const uint32_t seed : {2u, 3u, 4u}) {
+    cuda::SetEmulationSeed(seed);
+    ExpectNearOracle({.num_kv_heads = 3, .group = 1, .num_rows = 70, .seq_len = 130});
+  }
+}
+
 #endif
 
 }  // namespace
