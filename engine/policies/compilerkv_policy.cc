@@ -17,6 +17,7 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
 #include "base/status_macros.h"
 #include "engine/policies/retention_policy.h"
 #include "engine/policies/window_columns.h"
@@ -28,6 +29,10 @@ namespace {
 
 // The floor of a mean value norm (methods.md 1.1 step 2).
 constexpr float kEpsilon = 1e-8f;
+
+// With a row's own log-sum-exp its attention sums to 1; what a cache in fewer bits than the
+// engine's attention saw adds stays far below this.
+constexpr double kMassTolerance = 0.05;
 
 // Whose attention alpha is.
 enum class AlphaScope {
@@ -56,6 +61,20 @@ double MedianEdge(absl::Span<const float> edges) {
   const size_t middle = edges.size() / 2;
   if (edges.size() % 2 == 1) return edges[middle];
   return (static_cast<double>(edges[middle - 1]) + static_cast<double>(edges[middle])) / 2.0;
+}
+
+// Whether the worker's log-sum-exp normalises the attention.
+bool IsByLse(const LayerObservation& observation) {
+  return observation.window_lse.present() && !observation.attn_tile.present() &&
+         !observation.column_stats.present();
+}
+
+absl::Status CheckMassByLse(double mass, absl::string_view where) {
+  if (std::abs(mass - 1.0) <= kMassTolerance) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat(
+      where, ": window_lse: by it the attention of a row sums to ", mass,
+      " in the mean, want 1: the log-sum-exp of softmax_scale * q.k over the positions "
+      "the row sees, in the stated base, or none"));
 }
 
 class CompilerKvPolicy final : public RetentionPolicy {
@@ -120,6 +139,9 @@ class CompilerKvPolicy final : public RetentionPolicy {
                      absl::Span<kernels::ScoreBuffer* const> scores) override {
     kernels::ComputeBackend& backend = context.backend;
     kernels::OpContext& op = context.op_context;
+    for (const ObservedLayer& layer : layers) {
+      all_by_lse_ = all_by_lse_ && IsByLse(layer.observation);
+    }
     if (is_decider_) KEEPSET_RETURN_IF_ERROR(ObserveLayers(context, layers));
     for (size_t i = 0; i < layers.size(); ++i) {
       KEEPSET_RETURN_IF_ERROR(backend.MergeRows(op, stages_->rho(i), kernels::Merge::kMax,
@@ -156,6 +178,7 @@ class CompilerKvPolicy final : public RetentionPolicy {
       return absl::Status(mass.status().code(),
                           absl::StrCat("attention mass of all layers: ", mass.status().message()));
     }
+    if (all_by_lse_) KEEPSET_RETURN_IF_ERROR(CheckMassByLse(mass->sum, "all layers"));
     diagnostics_.entropy = mass->entropy;
     diagnostics_.entropy_bin = tables::BinOf(table_->entropy_edges(), mass->entropy);
     for (size_t layer = 0; layer < scores.size(); ++layer) {
@@ -236,6 +259,9 @@ class CompilerKvPolicy final : public RetentionPolicy {
     }
     for (size_t i = 0; i < layers.size(); ++i) {
       const int64_t layer = layers[i].layer;
+      if (IsByLse(layers[i].observation)) {
+        KEEPSET_RETURN_IF_ERROR(CheckMassByLse((*masses)[i].sum, absl::StrCat("layer ", layer)));
+      }
       const double entropy = (*masses)[i].entropy;
       Gate(layer, entropy);
       verdicts_[layer].entropy = entropy;
@@ -313,6 +339,7 @@ class CompilerKvPolicy final : public RetentionPolicy {
   int64_t ppl_bin_ = 0;
   std::vector<LayerVerdict> verdicts_;  // [L]
   std::shared_ptr<Stages> stages_;
+  bool all_by_lse_ = true;  // every layer so far brought its log-sum-exp
   bool is_decider_ = true;  // false: another policy writes stages_
   PolicyDiagnostics diagnostics_;
 };

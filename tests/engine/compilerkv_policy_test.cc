@@ -1,6 +1,7 @@
 // What compilerkv's scores do not depend on, and what its parameters change.
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -85,6 +86,34 @@ TEST(CompilerKvPolicy, PermutingKvHeadsWithTheirTableRowsChangesNothing) {
   }
   permuted.Reset();
   EXPECT_EQ(Sets(permuted.Run()), before);
+}
+
+// The log-sum-exp of other logits, or in another base, would silently move alpha below the gate.
+absl::Status StatusWithLse(const CompilerKvSample& sample, double offset) {
+  Bench bench;
+  absl::StatusOr<std::unique_ptr<Operation>> operation = bench.Begin(sample.spec);
+  EXPECT_TRUE(operation.ok()) << operation.status();
+  for (int64_t layer = 0; layer < sample.spec.model.num_layers; ++layer) {
+    const std::vector<float> lse = sample.prompt.window_lse(layer, offset);
+    const absl::Status status = (*operation)->Observe(layer, sample.prompt.observation(layer, lse));
+    if (!status.ok()) return status;
+  }
+  return (*operation)->Finish().status();
+}
+
+TEST(CompilerKvPolicy, ALogSumExpThatIsNotOfTheseLogitsIsRefused) {
+  for (const std::string scope : {"global", "layer", "head"}) {
+    CompilerKvSample sample;
+    sample.spec.parameters["alpha_scope"] = scope;
+    EXPECT_TRUE(StatusWithLse(sample, 0.0).ok()) << scope;
+    EXPECT_TRUE(StatusWithLse(sample, 0.01).ok()) << scope;
+    for (const double offset : {-2.0, 2.0}) {
+      const absl::Status status = StatusWithLse(sample, offset);
+      EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << scope;
+      EXPECT_THAT(status.message(), HasSubstr("window_lse"));
+      EXPECT_THAT(status.message(), HasSubstr(scope == "global" ? "all layers" : "layer 0"));
+    }
+  }
 }
 
 TEST(CompilerKvPolicy, LayerAlphaAnswersWhileStreamingWithItsOwnEntropy) {

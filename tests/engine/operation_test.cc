@@ -353,29 +353,9 @@ TEST_F(OperationTest, WindowLseGivesTheSameSets) {
   const absl::StatusOr<OperationResult> expected = bench_.Run(spec, prompt_);
   ASSERT_TRUE(expected.ok());
   const auto operation = Begin(spec);
-  const fakes::PromptShape& shape = prompt_.shape();
-  for (int64_t layer = 0; layer < shape.num_layers; ++layer) {
-    std::vector<float> lse;
-    for (int64_t h = 0; h < shape.num_qo_heads; ++h) {
-      for (int64_t i = 0; i < shape.num_rows; ++i) {
-        double sum = 0.0;
-        for (int64_t t = 0; t <= shape.seq_len - shape.num_rows + i; ++t) {
-          double dot = 0.0;
-          for (int64_t c = 0; c < shape.head_dim; ++c) {
-            dot += prompt_.q(layer, h, i, c) * prompt_.k(layer, h / 2, t, c);
-          }
-          sum += std::exp(dot * prompt_.softmax_scale());
-        }
-        lse.push_back(static_cast<float>(std::log(sum)));
-      }
-    }
-    LayerObservation observation = prompt_.observation(layer);
-    observation.window_lse.data = reinterpret_cast<const std::byte*>(lse.data());
-    observation.window_lse.size_bytes = static_cast<int64_t>(lse.size() * sizeof(float));
-    observation.window_lse.num_qo_heads = shape.num_qo_heads;
-    observation.window_lse.num_rows = shape.num_rows;
-    observation.window_lse.head_stride = shape.num_rows;
-    ASSERT_TRUE(operation->Observe(layer, observation).ok());
+  for (int64_t layer = 0; layer < spec.model.num_layers; ++layer) {
+    const std::vector<float> lse = prompt_.window_lse(layer);
+    ASSERT_TRUE(operation->Observe(layer, prompt_.observation(layer, lse)).ok());
   }
   const auto result = operation->Finish();
   ASSERT_TRUE(result.ok());

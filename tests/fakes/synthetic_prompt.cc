@@ -97,6 +97,36 @@ engine::OperationSpec SyntheticPrompt::spec() const {
   return spec;
 }
 
+std::vector<float> SyntheticPrompt::window_lse(int64_t layer, double offset) const {
+  std::vector<float> lse;
+  for (int64_t h = 0; h < shape_.num_qo_heads; ++h) {
+    const int64_t kv_head = h / (shape_.num_qo_heads / shape_.num_kv_heads);
+    for (int64_t i = 0; i < shape_.num_rows; ++i) {
+      double sum = 0.0;
+      for (int64_t t = 0; t <= shape_.seq_len - shape_.num_rows + i; ++t) {
+        double dot = 0.0;
+        for (int64_t c = 0; c < shape_.head_dim; ++c) {
+          dot += q(layer, h, i, c) * k(layer, kv_head, t, c);
+        }
+        sum += std::exp(dot * softmax_scale());
+      }
+      lse.push_back(static_cast<float>(std::log(sum) + offset));
+    }
+  }
+  return lse;
+}
+
+engine::LayerObservation SyntheticPrompt::observation(int64_t layer,
+                                                      const std::vector<float>& lse) const {
+  engine::LayerObservation observed = observation(layer);
+  observed.window_lse.data = reinterpret_cast<const std::byte*>(lse.data());
+  observed.window_lse.size_bytes = static_cast<int64_t>(lse.size() * sizeof(float));
+  observed.window_lse.num_qo_heads = shape_.num_qo_heads;
+  observed.window_lse.num_rows = shape_.num_rows;
+  observed.window_lse.head_stride = shape_.num_rows;
+  return observed;
+}
+
 engine::LayerObservation SyntheticPrompt::observation(int64_t layer) const {
   engine::LayerObservation observation;
   kernels::QueryView& q = observation.q_window;

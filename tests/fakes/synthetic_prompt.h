@@ -41,6 +41,10 @@ class SyntheticPrompt {
   // Model, shape, scale and dtype; policy and budget are the test's.
   engine::OperationSpec spec() const;
   engine::LayerObservation observation(int64_t layer) const;
+  // [H, W] log-sum-exp, natural, of the last W rows; in fp64, plus `offset`.
+  std::vector<float> window_lse(int64_t layer, double offset = 0.0) const;
+  // The observation with `lse` [H, W], which it views.
+  engine::LayerObservation observation(int64_t layer, const std::vector<float>& lse) const;
 
   double q(int64_t layer, int64_t head, int64_t row, int64_t c) const;
   double k(int64_t layer, int64_t head, int64_t t, int64_t c) const;
