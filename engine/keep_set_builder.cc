@@ -16,8 +16,15 @@ KeepSetBuilder::KeepSetBuilder(const OperationPlan& plan, kernels::ComputeBacken
     : plan_(plan),
       backend_(backend),
       clock_(clock),
-      context_{plan.spec,          backend,  *plan.op_context,     plan.scope, plan.budget_tokens,
-               plan.row_positions, plan.ppl, plan.protected_ranges} {}
+      context_{plan.spec,
+               backend,
+               *plan.op_context,
+               plan.scope,
+               plan.budget_tokens,
+               plan.row_positions,
+               plan.ppl,
+               plan.protected_ranges,
+               plan.cut_options.dilate} {}
 
 absl::Status KeepSetBuilder::Begin() {
   KEEPSET_RETURN_IF_ERROR(policy().Begin(context_));

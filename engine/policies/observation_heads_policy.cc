@@ -136,7 +136,7 @@ absl::Status ObservationHeadsPolicy::Begin(PolicyContext& context) {
   if (settings_.fingerprint_match == tables::FingerprintMatch::kShape) {
     relaxed_ = tables::ShapeRelaxations(table_->model(), spec.model);
   }
-  KEEPSET_RETURN_IF_ERROR(CheckRiskSettings(settings_.risk, *table_));
+  KEEPSET_RETURN_IF_ERROR(CheckRiskSettings(settings_.risk, *table_, context));
   KEEPSET_ASSIGN_OR_RETURN(plans_,
                            PlanObservations(*table_, settings_.request, spec.model.num_layers,
                                             context.row_positions, spec.seq_len));
@@ -271,7 +271,7 @@ absl::Status ObservationHeadsPolicy::Commit(PolicyContext& context,
 
 absl::Status ObservationHeadsPolicy::FinishScores(PolicyContext& context,
                                                   absl::Span<kernels::ScoreBuffer* const> scores) {
-  const bool wants_risk = !table_->settings().risk_curve.empty();
+  const bool wants_risk = !table_->settings().risk_curve.empty() && IsRiskKnown(*table_, context);
   for (kernels::ScoreBuffer* const group : scores) {
     std::vector<float> before(wants_risk ? context.spec.seq_len : 0);
     std::vector<float> after(before.size());

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <limits>
 #include <numeric>
+#include <string>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -58,14 +59,40 @@ absl::StatusOr<RiskSettings> ReadRiskSettings(PolicyParameters& parameters) {
   return settings;
 }
 
+bool IsRiskKnown(const tables::ObservationHeadsTable& table, const PolicyContext& context) {
+  const bool is_merged =
+      context.scope == Scope::kSequence && table.settings().layer_groups.size() > 1;
+  return context.dilate == 0 && !is_merged;
+}
+
 absl::Status CheckRiskSettings(const RiskSettings& settings,
-                               const tables::ObservationHeadsTable& table) {
-  if (!settings.target.has_value() || !table.settings().risk_curve.empty()) {
-    return absl::OkStatus();
+                               const tables::ObservationHeadsTable& table,
+                               const PolicyContext& context) {
+  if (!settings.target.has_value()) return absl::OkStatus();
+  const std::string what =
+      absl::StrCat("parameter risk_target=", *settings.target, ": table ", table.identity().name);
+  if (table.settings().risk_curve.empty()) {
+    return absl::FailedPreconditionError(absl::StrCat(what, " has no risk curve"));
   }
-  return absl::FailedPreconditionError(absl::StrCat("parameter risk_target=", *settings.target,
-                                                    ": table ", table.identity().name,
-                                                    " has no risk curve"));
+  if (context.dilate > 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(what, " knows the risk of sets under its own dilation, want dilate=0, not ",
+                     context.dilate));
+  }
+  if (!IsRiskKnown(table, context)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(what,
+                     " knows the risk of its groups of layers apart, want scope layer_equal, "
+                     "not sequence"));
+  }
+  int64_t num_protected = 0;
+  for (const Range& range : context.protected_ranges) num_protected += range.end - range.begin;
+  if (settings.max_tokens > 0 && settings.max_tokens < num_protected) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("parameter risk_max_tokens=", settings.max_tokens, ", want at least the ",
+                     num_protected, " protected positions"));
+  }
+  return absl::OkStatus();
 }
 
 double PredictMissRate(absl::Span<const tables::RiskPoint> curve, double outside_mass) {

@@ -11,6 +11,7 @@
 #include "absl/status/statusor.h"
 #include "absl/types/span.h"
 #include "engine/policies/policy_parameters.h"
+#include "engine/policies/retention_policy.h"
 #include "kernels/compute_backend.h"
 #include "tables/observation_heads_table.h"
 
@@ -24,9 +25,16 @@ struct RiskSettings {
 // Parameters risk_target and risk_max_tokens.
 absl::StatusOr<RiskSettings> ReadRiskSettings(PolicyParameters& parameters);
 
-// FailedPrecondition when a target is wanted of a table without a risk curve.
+// Whether the sets that are cut are those the curve was measured on: not when the request dilates
+// once more, nor when groups of layers are merged into one set.
+bool IsRiskKnown(const tables::ObservationHeadsTable& table, const PolicyContext& context);
+
+// FailedPrecondition when a target is wanted of a table without a risk curve, InvalidArgument when
+// the risk of the request's sets is not known, or the gate's most tokens do not hold the protected
+// positions.
 absl::Status CheckRiskSettings(const RiskSettings& settings,
-                               const tables::ObservationHeadsTable& table);
+                               const tables::ObservationHeadsTable& table,
+                               const PolicyContext& context);
 
 struct RiskOutcome {
   std::optional<int64_t> chosen;  // positions per set; absent: the budget

@@ -61,6 +61,7 @@ struct PolicyContext {
   absl::Span<const int64_t> row_positions;  // [W]
   std::optional<double> ppl;                // from spec.ppl or spec.window_logprobs
   absl::Span<const kernels::SelectArgs::Range> protected_ranges = {};
+  int64_t dilate = 0;  // of the request: final scores are dilated before they are cut
 };
 
 struct LayerVerdict {

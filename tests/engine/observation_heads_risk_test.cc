@@ -82,6 +82,38 @@ TEST_F(RiskGateTest, ATargetNeedsACurve) {
   ExpectRefused(spec, absl::StatusCode::kFailedPrecondition, "has no risk curve");
 }
 
+TEST_F(RiskGateTest, ARequestThatDilatesOnceMoreIsToldNoRisk) {
+  OperationSpec spec = Spec();
+  spec.parameters["dilate"] = "3";
+  const auto result = Run(spec);
+  ASSERT_TRUE(result.ok()) << result.status();
+  EXPECT_FALSE(result->predicted_miss_rate.has_value());
+  EXPECT_FALSE(result->outside_mass.has_value());
+  spec.parameters["risk_target"] = "0.1";
+  ExpectRefused(spec, absl::StatusCode::kInvalidArgument, "want dilate=0, not 3");
+}
+
+TEST_F(RiskGateTest, GroupsOfLayersMergedIntoOneSetAreToldNoRisk) {
+  settings_.layer_groups = {{0, 2}, {2, 3}};
+  observations_ = {{1, 2, ObservedRows::kMeanRows, 1.0f}, {2, 1, ObservedRows::kMeanRows, 1.0f}};
+  OperationSpec spec = Spec();
+  EXPECT_TRUE(Run(spec)->predicted_miss_rate.has_value());
+  spec.scope = Scope::kSequence;
+  const auto result = Run(spec);
+  ASSERT_TRUE(result.ok()) << result.status();
+  EXPECT_FALSE(result->predicted_miss_rate.has_value());
+  spec.parameters["risk_target"] = "0.1";
+  ExpectRefused(spec, absl::StatusCode::kInvalidArgument, "want scope layer_equal, not sequence");
+}
+
+TEST_F(RiskGateTest, MostTokensHoldTheProtectedPositions) {
+  OperationSpec spec = Spec();
+  spec.parameters["risk_target"] = "0.1";
+  spec.parameters["risk_max_tokens"] = "1";
+  ExpectRefused(spec, absl::StatusCode::kInvalidArgument,
+                "risk_max_tokens=1, want at least the 2 protected positions");
+}
+
 TEST_F(RiskGateTest, ATargetOutOfRangeIsRefused) {
   for (const char* text : {"-0.1", "1.5", "nan", "much"}) {
     OperationSpec spec = Spec();
