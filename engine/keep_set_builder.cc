@@ -54,9 +54,11 @@ absl::Status KeepSetBuilder::Score(absl::Span<const ObservedLayer> layers) {
 
 absl::Status KeepSetBuilder::ScoreAndWait(absl::Span<const ObservedLayer> layers,
                                           absl::Span<kernels::ScoreBuffer* const> scores) {
-  KEEPSET_RETURN_IF_ERROR(policy().Score(context_, layers, scores));
-  // The views end with the call, and refused layers must not leave traces.
+  const absl::Status scored = policy().Score(context_, layers, scores);
+  // The views end with the call, also when an op is refused after others were queued, and refused
+  // layers must not leave traces. What the wait finds is older.
   KEEPSET_RETURN_IF_ERROR(backend_.Wait(*plan_.op_context));
+  KEEPSET_RETURN_IF_ERROR(scored);
   return policy().Commit(context_, layers, scores);
 }
 

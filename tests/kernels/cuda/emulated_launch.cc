@@ -40,7 +40,7 @@ cudaError_t Launch(const LaunchShape& shape, const typename Kernel::Params& para
   const cudaError_t error = TakeShared(reinterpret_cast<const void*>(&Launch<Kernel>),
                                        shape.shared_bytes, kSharedWithoutAsking);
   if (error != cudaSuccess) return error;
-  CountLaunch();
+  if (const cudaError_t refused = CountLaunch(); refused != cudaSuccess) return refused;
   return QueueEmulated(stream, [shape, params] {
     EmulateGrid(shape, [&params](const EmulatedThread& thread) { Kernel::Run(thread, params); });
   });
@@ -80,7 +80,7 @@ cudaError_t LaunchHopper(const LaunchShape& shape, const typename Kernel::Params
   const cudaError_t error =
       TakeShared(reinterpret_cast<const void*>(&LaunchHopper<Kernel>), shape.shared_bytes, 0);
   if (error != cudaSuccess) return error;
-  CountLaunch();
+  if (const cudaError_t refused = CountLaunch(); refused != cudaSuccess) return refused;
   return QueueEmulated(stream, [shape, params] {
     EmulateGrid(shape, [&params](const EmulatedThread& thread) {
       Kernel::Run(EmulatedHopperThread(thread), params);

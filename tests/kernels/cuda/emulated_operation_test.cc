@@ -34,14 +34,15 @@ class EmulatedOperation : public ::testing::Test {
     return fakes::SyntheticPrompt(shape);
   }
 
-  std::unique_ptr<Operation> Begin(const std::string& policy,
-                                   const fakes::SyntheticPrompt& prompt) {
+  // table: null for one of the policy's own.
+  std::unique_ptr<Operation> Begin(const std::string& policy, const fakes::SyntheticPrompt& prompt,
+                                   std::shared_ptr<const tables::DecisionTable> table = nullptr) {
     engine::OperationSpec spec = prompt.spec();
     spec.policy = policy;
     spec.budget.kind = engine::Budget::Kind::kTokens;
     spec.budget.tokens = kBudget;
     spec.ppl = 10.0;
-    spec.table = fakes::MakeTableFor(policy, prompt.model());
+    spec.table = table != nullptr ? std::move(table) : fakes::MakeTableFor(policy, prompt.model());
     auto operation = bench_.Begin(spec);
     EXPECT_TRUE(operation.ok()) << operation.status();
     return *std::move(operation);
@@ -143,6 +144,28 @@ TEST_F(EmulatedOperation, WindowScoresOfAllLayersShareLaunches) {
   });
   // Rows, columns, the merge of each layer's heads, and the cuts.
   EXPECT_EQ(counts.launches, 2 + kLayers + 1);
+}
+
+// The views of a layer end with Observe, at whatever launch of whatever op it is refused: work that
+// is still queued when the operation ends would read memory that is gone.
+TEST_F(EmulatedOperation, RefusedLayerIsNotReadAfterwards) {
+  using tables::ObservedRows;
+  const fakes::SyntheticPrompt prompt = Prompt(2);
+  const auto table = fakes::MakeObservationHeads(
+      prompt.model(),
+      {{0, 1, ObservedRows::kLastRow, 0.5f}, {0, 1, ObservedRows::kKeyNovelty, 0.25f}}, {});
+  const auto observe = [&] {
+    const std::unique_ptr<Operation> operation = Begin("observation_heads", prompt, table);
+    auto memory = std::make_unique<DevicePrompt>(prompt);
+    const absl::Status status = operation->Observe(0, memory->layer(0).observation);
+    memory.reset();
+    return status;
+  };
+  const int64_t launches = Counted([&] { EXPECT_TRUE(observe().ok()); }).launches;
+  for (int64_t launch = 0; launch < launches; ++launch) {
+    cuda::FailLaunchAfter(launch, cudaErrorInvalidConfiguration);
+    EXPECT_FALSE(observe().ok()) << "launch " << launch;
+  }
 }
 
 // An error of queued work, found by the wait of one operation while another one runs. In a process

@@ -43,6 +43,8 @@ struct Device {
   std::string name = "emulated";
   bool has_mps = false;
   int driver_version = 13000;
+  int64_t failing_launch = 0;  // counted from 1
+  cudaError_t launch_error = cudaSuccess;
   std::atomic<int64_t> launches = 0;
   std::atomic<int64_t> products[2] = {};
   std::atomic<int64_t> waits = 0;
@@ -164,7 +166,16 @@ void DescribeEmulatedDevice(const std::string& name, Mps mps, int driver_version
   device.driver_version = driver_version;
 }
 
-void CountLaunch() { ++TheDevice().launches; }
+cudaError_t CountLaunch() {
+  Device& device = TheDevice();
+  return ++device.launches == device.failing_launch ? device.launch_error : cudaSuccess;
+}
+
+void FailLaunchAfter(int64_t launches, cudaError_t error) {
+  Device& device = TheDevice();
+  device.failing_launch = device.launches + launches + 1;
+  device.launch_error = error;
+}
 
 void CountProducts(int warp_group, int64_t count) {
   if (warp_group == 1 || warp_group == 2) TheDevice().products[warp_group - 1] += count;

@@ -42,7 +42,11 @@ struct EmulatedCounts {
   int64_t products[2] = {};
 };
 EmulatedCounts CountsSoFar();
-void CountLaunch();
+// What the launch is to return.
+cudaError_t CountLaunch();
+
+// The launch after `launches` more ones returns `error` and queues nothing.
+void FailLaunchAfter(int64_t launches, cudaError_t error);
 void CountProducts(int warp_group, int64_t count);
 
 // What backends that are made from now on find. Versions as the runtime counts: 13000 is 13.0.
