@@ -7,7 +7,6 @@
 #include <functional>
 #include <map>
 #include <numbers>
-#include <set>
 #include <string>
 #include <utility>
 
@@ -21,9 +20,6 @@ constexpr int kRefitRounds = 200;
 constexpr double kRidge = 1e-3;
 // A gain below it is rounding.
 constexpr double kLeastGain = 1e-9;
-// Candidates that are tried after the first: so many of each task. A model has thousands, of which
-// most see nothing that is needed.
-constexpr size_t kBestOfTask = 128;
 
 // Zero padding counted, as the policy's pooling does.
 void PoolAverage(int64_t kernel, std::vector<double>& row) {
@@ -155,55 +151,28 @@ std::vector<double> RefitWeights(absl::Span<const FitPrompt> prompts,
   return weights;
 }
 
-int64_t NumCandidates(const FitPrompt& prompt) {
-  return static_cast<int64_t>(prompt.columns.size()) / prompt.seq_len;
-}
-
-// Recall of each prompt of `which` when each of `candidates` is added to the chosen ones with a
-// weight, [candidate][prompt].
-std::vector<std::vector<double>> TryCandidates(absl::Span<const FitPrompt> prompts,
-                                               absl::Span<const int64_t> which,
-                                               const Choice& chosen, double weight,
-                                               absl::Span<const int64_t> candidates,
-                                               const FitSettings& settings) {
+// Objective of adding each of `candidates` to the chosen ones with a weight, [candidate].
+std::vector<double> TryCandidates(absl::Span<const FitPrompt> prompts,
+                                  absl::Span<const int64_t> which, const Choice& chosen,
+                                  double weight, absl::Span<const int64_t> candidates,
+                                  const FitSettings& settings) {
   std::vector<std::vector<float>> base;
   for (const int64_t p : which) base.push_back(ScoresOf(prompts[p], chosen));
-  std::vector<std::vector<double>> recalls(candidates.size());
+  const std::vector<double> shares = MixtureShares(prompts, which);
+  std::vector<double> objective(candidates.size(), 0.0);
   std::atomic<size_t> next = 0;
   RunOnThreads(ThreadCount(settings.num_threads), [&](int) {
     for (size_t c = next++; c < candidates.size(); c = next++) {
+      std::vector<double> recalls;
       for (size_t i = 0; i < which.size(); ++i) {
         std::vector<float> scores = base[i];
         AddColumn(prompts[which[i]], candidates[c], weight, scores);
-        recalls[c].push_back(Recall(prompts[which[i]], scores, settings));
+        recalls.push_back(Recall(prompts[which[i]], scores, settings));
       }
+      objective[c] = MixtureMean(shares, recalls);
     }
   });
-  return recalls;
-}
-
-// Ascending: the best of each task by themselves, ties to the lower one. alone:
-// [candidate][prompt of `which`].
-std::vector<int64_t> BestOfEachTask(absl::Span<const FitPrompt> prompts,
-                                    absl::Span<const int64_t> which,
-                                    const std::vector<std::vector<double>>& alone) {
-  std::map<std::string, std::vector<size_t>> tasks;
-  for (size_t i = 0; i < which.size(); ++i) tasks[prompts[which[i]].task].push_back(i);
-  std::set<int64_t> best;
-  for (const auto& [task, of_task] : tasks) {
-    std::vector<double> sums;
-    for (const std::vector<double>& recalls : alone) {
-      double sum = 0.0;
-      for (const size_t i : of_task) sum += recalls[i];
-      sums.push_back(sum);
-    }
-    std::vector<int64_t> order = Everyone(alone.size());
-    std::stable_sort(order.begin(), order.end(),
-                     [&](int64_t a, int64_t b) { return sums[a] > sums[b]; });
-    order.resize(std::min<size_t>(order.size(), kBestOfTask));
-    best.insert(order.begin(), order.end());
-  }
-  return {best.begin(), best.end()};
+  return objective;
 }
 
 }  // namespace
@@ -320,8 +289,8 @@ std::vector<Choice> GreedyPath(absl::Span<const FitPrompt> prompts, absl::Span<c
   std::vector<Choice> path;
   Choice chosen;
   double reached = 0.0;
-  std::vector<int64_t> candidates = Everyone(NumCandidates(prompts[which[0]]));
-  const std::vector<double> shares = MixtureShares(prompts, which);
+  const FitPrompt& first = prompts[which[0]];
+  std::vector<int64_t> candidates = Everyone(first.columns.size() / first.seq_len);
   std::vector<double> alone;  // objective of each candidate by itself
   double usual = 0.0;         // mean of `alone`
   while (static_cast<int64_t>(chosen.candidates.size()) < settings.max_heads) {
@@ -331,15 +300,13 @@ std::vector<Choice> GreedyPath(absl::Span<const FitPrompt> prompts, absl::Span<c
       for (const double one : chosen.weights) weight += one;
       weight /= static_cast<double>(chosen.weights.size());
     }
-    const std::vector<std::vector<double>> recalls =
+    if (candidates.empty()) break;
+    const std::vector<double> objective =
         TryCandidates(prompts, which, chosen, weight, candidates, settings);
-    std::vector<double> objective;
-    for (const std::vector<double>& one : recalls) objective.push_back(MixtureMean(shares, one));
     if (alone.empty()) {
       alone = objective;
       for (const double one : alone) usual += one / static_cast<double>(alone.size());
     }
-    if (candidates.empty()) break;
     auto best = std::max_element(objective.begin(), objective.end()) - objective.begin();
     if (objective[best] <= reached + kLeastGain) {
       if (chosen.candidates.empty()) break;
@@ -353,7 +320,6 @@ std::vector<Choice> GreedyPath(absl::Span<const FitPrompt> prompts, absl::Span<c
     }
     reached = objective[best];
     chosen.candidates.push_back(candidates[best]);
-    if (chosen.candidates.size() == 1) candidates = BestOfEachTask(prompts, which, recalls);
     std::erase(candidates, chosen.candidates.back());
     chosen.weights.push_back(weight);
     Choice refitted = chosen;

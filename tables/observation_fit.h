@@ -71,8 +71,7 @@ double MeanRecall(absl::Span<const FitPrompt> prompts, absl::Span<const int64_t>
 // objective most (ties to the lower candidate) and weights refitted by non-negative least squares
 // where that is better. Where none raises it, the next is the best by itself of those that do not
 // lower it and are better than candidates usually are: what these prompts do not need may be what
-// other tasks do. Ends when there is none, or at max_heads. After the first, only those are tried
-// that are among the best 128 of a task by themselves.
+// other tasks do. Ends when there is none, or at max_heads.
 std::vector<Choice> GreedyPath(absl::Span<const FitPrompt> prompts, absl::Span<const int64_t> which,
                                const FitSettings& settings);
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
@@ -387,6 +388,51 @@ def test_a_head_that_looks_behind_its_own_tokens_is_found(small):
     assert scores.shape == (1, 2)
     assert scores[0, 0] == pytest.approx(1, abs=1e-3) and scores[0, 1] < 0.2
     assert len(plain.row_positions) >= 8 and plain.seq_len == seq_len
+
+
+def rotation(position: int, dim: int, theta: float) -> np.ndarray:
+    """RoPE as a matrix [dim, dim]: dimension i turns with i + dim / 2."""
+    out = np.zeros((dim, dim))
+    half = dim // 2
+    for i in range(half):
+        angle = position * theta ** (-2 * i / dim)
+        out[i, i] = out[i + half, i + half] = math.cos(angle)
+        out[i, i + half], out[i + half, i] = -math.sin(angle), math.sin(angle)
+    return out
+
+
+@pytest.mark.parametrize("theta", [100.0, 1e6])
+def test_expected_attention_is_that_of_normal_queries_turned_to_the_positions_to_come(small, theta):
+    """Against loops in double precision over queries that were never rotated."""
+    rng = np.random.default_rng(3)
+    seq_len, dim, num_qo, num_kv, sinks, future = 30, 8, 4, 2, 4, 512
+    plain = rng.normal(size=(num_qo, seq_len, dim)) + rng.normal(size=(num_qo, 1, dim))
+    turned = np.array([[rotation(t, dim, theta) @ head[t] for t in range(seq_len)] for head in plain])
+    k, v = rng.normal(size=(2, num_kv, seq_len, dim))
+    ahead = sum(rotation(t, dim, theta) for t in range(seq_len, seq_len + future)) / future
+    want = np.zeros((num_kv, seq_len))
+    for head in range(num_qo):
+        seen = plain[head, sinks:]
+        mean = sum(seen) / len(seen)
+        covariance = sum(np.outer(one - mean, one - mean) for one in seen) / len(seen)
+        mean, covariance = ahead @ mean, ahead @ covariance @ ahead.T
+        kv = head // (num_qo // num_kv)
+        logits = [mean @ k[kv, t] / math.sqrt(dim) + k[kv, t] @ covariance @ k[kv, t] / (2 * dim)
+                  for t in range(sinks, seq_len)]
+        total = sum(math.exp(one) for one in logits)
+        for t, one in zip(range(sinks, seq_len), logits):
+            want[kv, t] += math.exp(one) / total / (num_qo // num_kv)
+    want *= np.linalg.norm(v, axis=-1)
+    want[:, :sinks] = want.max() + 1
+    base = small.prompt("later_number", 6, LENGTH)
+    prompt = dataclasses.replace(
+        base, model=dataclasses.replace(base.model, rope={"theta": theta}), softmax_scale=dim**-0.5,
+        layers=(type(base.layers[0])(turned[:, -1:], k, v),), queries=lambda: [turned], protect_window=0)
+    (found,) = head_baselines._expected(prompt, sinks, future)
+    np.testing.assert_allclose(found, want, rtol=1e-9)
+    (sets,) = head_baselines.expected_attention(prompt, 10)
+    for kept, scores in zip(sets, want):
+        assert sorted(kept) == sorted(np.argsort(-scores, kind="stable")[:10])
 
 
 def test_every_comparison_keeps_the_budget(engine, small):

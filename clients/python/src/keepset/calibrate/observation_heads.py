@@ -39,7 +39,7 @@ from keepset.eval.small_model import SmallModel
 from keepset.in_process import Engine, Kept
 
 Say = Callable[[str], None]
-_SIZES = (1, 2, 4, 8, 16)
+_SIZES = (1, 4, 16)
 _FOLDS = 4
 _POOL_KERNELS = (1, 5)
 _DILATIONS = (0, 4, 12)
