@@ -31,7 +31,7 @@ test: build python
 # The optional extras `hf` and `ray`. torch, transformers and ray take 6 GB in an environment of their own.
 test-hf: configure
 	ninja -C $(BUILD) keepset keepset_shared
-	@tools/venv $(VENV_HF) test,hf,ray tools/hf-constraints.txt
+	@tools/venv $(VENV_HF) test,hf,ray,plots tools/hf-constraints.txt
 	KEEPSET_BUILD=$(CURDIR)/$(BUILD) $(VENV_HF)/bin/python -m pytest -q tests/python_hf
 
 # Compiles tables from rollouts and measures whether they help: docs/results. An interrupted run goes
@@ -74,12 +74,23 @@ gpu-bundle: setup
 	ninja -C $(BUILD) cuda_device_test gpu_bench gpu_ipc_test keepsetd keepset
 	tools/gpu-bundle $(BUILD) out/gpu-bundle
 # The same for observation_heads tables alone; raw outcomes stay in the build folder, an interrupted run goes
-# on there. `--hf-model DIRECTORY` of the same command measures a Hugging Face model (docs/observation-heads.md).
+# on there. With HF_MODEL=DIRECTORY a Hugging Face model too, for HF_MINUTES at a time (docs/observation-heads.md);
+# without, what the report says of one stays, with the command that measured it.
+HF_MINUTES ?= 60
+HF_FLAGS ?= --hf-lengths 1400 2048 4096 8192 --hf-prompts 12 6 3 2 --hf-fit-lengths 1400 \
+  --hf-budgets 64 128 192 256 384 512 --hf-calibration-prompts 8 --hf-risk-prompts 6 \
+  --hf-tasks number code quotation multi tracking few_shot summary later_number later_code later_quotation
 evidence-heads: configure
 	ninja -C $(BUILD) keepset keepset_shared
+ifdef HF_MODEL
+	@tools/venv $(VENV_HF) test,hf,ray,plots tools/hf-constraints.txt
+	$(VENV_HF)/bin/python -m keepset.evidence.observation_heads --build $(BUILD) --out docs/results \
+	  --work $(BUILD)/evidence-heads --hf-model $(HF_MODEL) $(HF_FLAGS) --hf-minutes $(HF_MINUTES)
+else
 	@tools/venv $(VENV_EVIDENCE) plots
 	$(VENV_EVIDENCE)/bin/python -m keepset.evidence.observation_heads --build $(BUILD) --out docs/results \
 	  --work $(BUILD)/evidence-heads
+endif
 
 setup:
 	@tools/setup build test

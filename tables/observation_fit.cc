@@ -1,6 +1,7 @@
 #include "tables/observation_fit.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <bit>
 #include <cmath>
@@ -20,6 +21,11 @@ constexpr int kRefitRounds = 200;
 constexpr double kRidge = 1e-3;
 // A gain below it is rounding.
 constexpr double kLeastGain = 1e-9;
+
+// Scores are binned by sign, exponent and two bits of the mantissa.
+constexpr int kBinShift = 21;
+// Below the OrderedBits of every finite score.
+constexpr uint32_t kProtectedBits = 0;
 
 // Zero padding counted, as the policy's pooling does.
 void PoolAverage(int64_t kernel, std::vector<double>& row) {
@@ -245,29 +251,44 @@ FitPrompt PreparePrompt(const ObservationRecord& record, int64_t pool_kernel,
 double Recall(const FitPrompt& prompt, absl::Span<const float> scores,
               const FitSettings& settings) {
   const std::vector<float> dilated = Dilated(scores, settings.dilate);
-  std::vector<uint32_t> bits;
-  bits.reserve(prompt.seq_len);
-  for (int64_t t = 0; t < prompt.seq_len; ++t) {
-    if (!prompt.is_protected[t]) bits.push_back(OrderedBits(dilated[t]));
+  const int64_t seq_len = prompt.seq_len;
+  // This is what a fit spends its time on: the last score that is kept is sought among those of its
+  // bin alone, and positions are gathered without branches.
+  std::vector<uint32_t> bits(seq_len);
+  std::array<int32_t, size_t{1} << (32 - kBinShift)> bins = {};
+  for (int64_t t = 0; t < seq_len; ++t) {
+    bits[t] = prompt.is_protected[t] ? kProtectedBits : OrderedBits(dilated[t]);
+    ++bins[bits[t] >> kBinShift];
   }
-  std::vector<uint32_t> ranked = bits;
+  std::vector<uint32_t> same_bin(seq_len);
+  std::vector<int32_t> kept(seq_len);
   double sum = 0.0;
   for (const int64_t budget : settings.budgets) {
     const int64_t wanted =
-        std::clamp<int64_t>(budget - prompt.num_protected, 0, static_cast<int64_t>(bits.size()));
+        std::clamp<int64_t>(budget - prompt.num_protected, 0, seq_len - prompt.num_protected);
     if (wanted == 0) continue;
-    std::nth_element(ranked.begin(), ranked.begin() + (wanted - 1), ranked.end(), std::greater<>());
-    const uint32_t last = ranked[wanted - 1];
-    // Kept are those above `last` and of its equals the first ones.
-    int64_t equals = wanted - std::count_if(bits.begin(), bits.end(),
-                                            [last](uint32_t one) { return one > last; });
-    double found = 0.0;
-    const uint32_t* next = bits.data();
-    for (int64_t t = 0; t < prompt.seq_len; ++t) {
-      if (prompt.is_protected[t]) continue;
-      const uint32_t one = *next++;
-      if (one > last || (one == last && equals-- > 0)) found += prompt.need[t];
+    int64_t of_bin = wanted;
+    uint32_t bin = bins.size() - 1;
+    while (of_bin > bins[bin]) of_bin -= bins[bin--];
+    int64_t count = 0;
+    for (int64_t t = 0; t < seq_len; ++t) {
+      same_bin[count] = bits[t];
+      count += static_cast<int64_t>(bits[t] >> kBinShift == bin);
     }
+    std::nth_element(same_bin.begin(), same_bin.begin() + (of_bin - 1), same_bin.begin() + count,
+                     std::greater<>());
+    const uint32_t last = same_bin[of_bin - 1];
+    // Of its equals the first ones are kept.
+    int64_t equals = of_bin - std::count_if(same_bin.begin(), same_bin.begin() + count,
+                                            [last](uint32_t one) { return one > last; });
+    int64_t num_kept = 0;
+    for (int64_t t = 0; t < seq_len; ++t) {
+      kept[num_kept] = static_cast<int32_t>(t);
+      num_kept += static_cast<int64_t>(bits[t] > last);
+      if (bits[t] == last && equals-- > 0) kept[num_kept++] = static_cast<int32_t>(t);
+    }
+    double found = 0.0;
+    for (int64_t i = 0; i < num_kept; ++i) found += prompt.need[kept[i]];
     sum += found / prompt.total_need;
   }
   return sum / static_cast<double>(settings.budgets.size());

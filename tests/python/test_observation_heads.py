@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import pathlib
 import re
 import subprocess
 import sys
@@ -29,6 +30,8 @@ from keepset.calibrate.small_head_tasks import SmallModelTasks
 from keepset.eval import constructed, facts, text_tasks
 from keepset.eval.small_model import SmallModel
 from keepset.evidence import head_baselines
+from keepset.evidence import observation_heads as evidence_command
+from keepset.evidence.earlier_run import keep_earlier
 from keepset.evidence.head_measure import measure, risk_of, summarize, summarize_risk
 from keepset.evidence.head_methods import (
     HeadsRun,
@@ -512,4 +515,59 @@ def test_the_evidence_of_a_model_in_small(build, engine, small, tmp_path):
                        "run": {"wall_seconds": 60, "cpu_seconds": 30, "cores": 2, "resumed": False},
                        "small_model": found | {"calibration_text": "a", "test_text": "b",
                                                "trained": [256, 2048]}}, ["picture.png"])
+    assert "Not measured by this run" not in report
     assert "| inside | code | 1 | 0.00 | KL |" in report and "(picture.png)" in report
+
+
+def earlier_report(**columns: str) -> dict:
+    return {"command": "before", "versions": {"keepset": "0", "backend": "b"}, "small_model": {"a": 1},
+            "hf_model": {"revision": "r", "columns": dict(columns),
+                         "missing": [{"column": column} for column in columns]}}
+
+
+def test_what_a_run_did_not_measure_stays_with_its_command():
+    found = {"command": "now", "versions": {"keepset": "1", "backend": "b"}, "small_model": {"a": 2}}
+    kept = keep_earlier(found, earlier_report(needles="n"))
+    assert kept["small_model"] == {"a": 2} and kept["hf_model"]["columns"] == {"needles": "n"}
+    assert kept["kept"] == {"hf_model": {"command": "before", "versions": {"keepset": "0", "backend": "b"}}}
+    # Another run later: still from the one that measured it.
+    assert keep_earlier(found | {"command": "later"}, kept)["kept"] == kept["kept"]
+
+
+def test_columns_of_the_same_model_stay():
+    found = earlier_report(needles="new") | {"command": "now"}
+    kept = keep_earlier(found, earlier_report(needles="old", inside="i"))
+    assert kept["hf_model"]["columns"] == {"needles": "new", "inside": "i"}
+    assert [one["column"] for one in kept["hf_model"]["missing"]] == ["needles", "inside"]
+    assert kept["kept"]["hf_model.inside"]["command"] == "before"
+    # A third run of one column: what stays is from the run that measured it.
+    third = keep_earlier(earlier_report(inside="newest") | {"command": "third"}, kept)
+    assert third["kept"]["hf_model.needles"]["command"] == "now" and len(third["kept"]) == 1
+    other = earlier_report(needles="new")
+    other["hf_model"]["revision"] = "another"
+    assert "kept" not in keep_earlier(other, kept)
+
+
+@pytest.mark.parametrize("variables", [(), ("HF_MODEL=/models/one",)])
+def test_make_measures_the_model_that_it_is_given(variables):
+    root = pathlib.Path(__file__).parents[2]
+    told = subprocess.run(["make", "-n", "evidence-heads", *variables], cwd=root, capture_output=True,
+                          text=True, check=True).stdout
+    assert ("--hf-model /models/one" in told) == bool(variables)
+    assert "--out docs/results" in told
+
+
+def test_the_command_keeps_the_earlier_model(build, tmp_path, monkeypatch):
+    earlier = {"command": "with a model", "versions": {"keepset": "0.0.9", "backend": "cpu", "numpy": "n"},
+               "hf_model": {"layers_and_heads": [1, 1], "revision": "r", "lengths": [256],
+                            "fit_lengths": [256], "prompts": [1], "calibration_text": "a",
+                            "calibration_prompts": 1, "fit_budgets": [40], "test_text": "b",
+                            "test_seeds": [0, 1], "fixed_heads": {}, "missing": [], "floor": 0.4,
+                            "budgets": [40], "columns": {}}}
+    (tmp_path / "observation_heads.json").write_text(json.dumps(earlier))
+    monkeypatch.setattr(sys, "argv", ["evidence", "--build", str(build.root), "--out", str(tmp_path),
+                                      "--work", str(tmp_path / "work"), "--parts"])
+    assert evidence_command.main() == 0
+    report = (tmp_path / "observation_heads.md").read_text()
+    assert "kept from an earlier one, `with a model`, with libkeepset 0.0.9" in report
+    assert json.loads((tmp_path / "observation_heads.json").read_text())["hf_model"]["revision"] == "r"

@@ -3,7 +3,8 @@ picture.
 
 Constructed models, the shipped small model and, when its directory is given, a Hugging Face model. Tables
 are compiled on one text, tested on another; every prompt's raw outcome is kept in the work folder, so an
-interrupted run goes on there.
+interrupted run goes on there. What a run does not measure (no model directory, some tasks alone) stays in the
+report as it was, with the command that measured it.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from keepset.calibrate.small_head_tasks import SmallModelTasks
 from keepset.eval import constructed, vocabulary
 from keepset.eval.small_model import SmallModel
 from keepset.evidence import head_baselines
+from keepset.evidence.earlier_run import keep_earlier
 from keepset.evidence.head_measure import measure, summarize
 from keepset.evidence.head_methods import OURS, SHUFFLED, HeadsRun, all_heads, engine_run, shuffled
 from keepset.evidence.head_part import AGNOSTIC, HeadPart, Settings, describe
@@ -216,8 +218,12 @@ def main() -> int:
                     "cpu_seconds": round(_cpu_seconds() - cpu_before, 1),
                     "cores": len(os.sched_getaffinity(0)), "resumed": resumed}
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "observation_heads.json").write_text(
-        json.dumps(found, separators=(",", ":")) + "\n")
+    data = options.out / "observation_heads.json"
+    if data.exists():
+        found = keep_earlier(found, json.loads(data.read_text()))
+        for name in found.get("kept", {}):
+            say(f"{name}: not measured by this run, kept from {data}")
+    data.write_text(json.dumps(found, separators=(",", ":")) + "\n")
     pictures = []
     if importlib.util.find_spec("matplotlib") is not None:
         from keepset.evidence.head_plots import draw

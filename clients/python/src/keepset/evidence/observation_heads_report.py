@@ -37,17 +37,26 @@ def markdown(found: dict, pictures: Sequence[str]) -> str:
         _cost(found["run"]),
         "",
     ]
-    parts = [(title, found[key]) for key, title in (
+    parts = [(title, found[key], key) for key, title in (
         ("small_model", "Small model"), ("hf_model", "Hugging Face model")) if key in found]
-    lines += _short(parts)
+    lines += _short([one[:2] for one in parts])
     if "hf_model" not in found:
         lines += ["No Hugging Face model was given: whether tables of this kind help on a real model is "
                   "not yet measured by this command. `--hf-model DIRECTORY` adds it.", ""]
-    for title, part in parts:
-        lines += _part(title, part, pictures)
+    kept = found.get("kept", {})
+    for title, part, key in parts:
+        lines += _part(title, part, pictures, {name.removeprefix(key).lstrip("."): one
+                                               for name, one in kept.items() if name.startswith(key)})
     if "constructed" in found:
-        lines += _constructed(found["constructed"])
+        lines += _constructed(found["constructed"], kept.get("constructed"))
     return "\n".join(lines) + "\n"
+
+
+def _kept(source: dict | None, what: str) -> list[str]:
+    if source is None:
+        return []
+    return [f"**Not measured by this run.** {what} kept from an earlier one, `{source['command']}`, with "
+            f"libkeepset {source['versions']['keepset']}, backend {source['versions']['backend']}.", ""]
 
 
 def _cost(run: dict) -> str:
@@ -127,10 +136,12 @@ def _short(parts: Sequence[tuple[str, dict]]) -> Iterator[str]:
     yield ""
 
 
-def _part(title: str, part: dict, pictures: Sequence[str]) -> Iterator[str]:
+def _part(title: str, part: dict, pictures: Sequence[str], kept: dict[str, dict]) -> Iterator[str]:
+    """kept: where the part ("") or its columns are from when another run measured them."""
     layers, heads = part["layers_and_heads"]
     yield f"## {title}"
     yield ""
+    yield from _kept(kept.get(""), "This section is")
     lengths, fitted = (", ".join(f"{one:,}" for one in part[key]) for key in ("lengths", "fit_lengths"))
     counts = ", ".join(map(str, part["prompts"]))
     yield (f"`{part['revision']}`, {layers} layers of {heads} query heads; prompts of "
@@ -164,7 +175,7 @@ def _part(title: str, part: dict, pictures: Sequence[str]) -> Iterator[str]:
         yield ""
     yield from _full_cache(part)
     for column in part["columns"]:
-        yield from _column(part, column)
+        yield from _column(part, column, kept.get(column))
     yield from _tables(part)
     yield from _risk(part, pictures)
 
@@ -211,11 +222,13 @@ def _full_cache(part: dict) -> Iterator[str]:
     yield ""
 
 
-def _column(part: dict, column: str) -> Iterator[str]:
+def _column(part: dict, column: str, kept: dict | None) -> Iterator[str]:
     yield f"### {_COLUMNS[column]}"
     yield ""
+    yield from _kept(kept, "This column, its tables and its predicted miss rates are")
     yield ("The compiled tables, of all tasks of the column (ours) and of its other tasks, against the "
-           "best other method of the same budget. By length: ours / other tasks / that method.")
+           "best other method of the same budget. By length, with the number of prompts: ours / other "
+           "tasks / that method.")
     yield ""
     yield ("| task | budget | ours | other tasks | best other | ours minus it | reading | other tasks "
            "minus it | reading | by length |")
@@ -226,8 +239,9 @@ def _column(part: dict, column: str) -> Iterator[str]:
         unit = "" if rows["value"] == "exact" else " KL"
         disjoint = rows["methods"].get(OTHERS, {}).get(budget)
         shown = [one for one in (ours, disjoint, other) if one]
+        counts = Counter(rows["lengths_of_prompts"])
         by_length = ", ".join(
-            f"{length}: " + " / ".join(f"{one['by_length'][length]:.2f}" for one in shown)
+            f"{length} ({counts[int(length)]}): " + " / ".join(f"{one['by_length'][length]:.2f}" for one in shown)
             for length in other["by_length"])
         told = ["-", "-", "-"]
         if disjoint:
@@ -270,20 +284,24 @@ def _observations(table: dict) -> str:
 def _tables(part: dict) -> Iterator[str]:
     yield "### Tables"
     yield ""
-    yield ("Recall of needed mass on held-out calibration prompts, tasks and lengths alike; `all alike`, "
-           "`shuffled` and `best possible` on all of them.")
+    yield ("Recall of needed mass on held-out calibration prompts, tasks and lengths alike; `unseen task`: "
+           "on the worst task whose prompts were all held out; `all alike`, `shuffled` and `best possible` "
+           "on all prompts.")
     yield ""
     yield ("| column | compiled on | observations (layer, head) rows weight | pool, dilate | held out | "
-           "worst task | worst task and length | all alike | shuffled | best possible | measured loss of "
+           "unseen task | worst task | worst task and length | all alike | shuffled | best possible | measured loss of "
            "observations at pooling, dilation |")
-    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
     for column, rows in part["columns"].items():
         for key, table in rows["tables"].items():
             losses = ", ".join(f"{way}: {value:.2f}"
                                for way, value in table["measured_losses"].items())
             worst = table["worst_task_and_length"]
+            unseen = table.get("unseen_task_recall")
+            least = min(unseen, key=lambda task: unseen[task]) if unseen else None
+            beyond = f"{least} {unseen[least]:.2f}" if unseen else "-"
             yield (f"| {column} | {key} | {_observations(table)} | {table['settings']['pool_kernel']}, "
-                   f"{table['settings']['dilate']} | {table['held_out_recall']:.2f} | "
+                   f"{table['settings']['dilate']} | {table['held_out_recall']:.2f} | {beyond} | "
                    f"{table['worst_task']} {table['worst_task_recall']:.2f} | {worst['task']} at "
                    f"{worst['length']}: {worst['recall']:.2f} | {table['uniform_recall']:.2f} | "
                    f"{table['shuffled_recall']:.2f} | {table['oracle_recall']:.2f} | {losses} |")
@@ -323,9 +341,10 @@ def _risk(part: dict, pictures: Sequence[str]) -> Iterator[str]:
     yield ""
 
 
-def _constructed(cases: list[dict]) -> Iterator[str]:
+def _constructed(cases: list[dict], kept: dict | None) -> Iterator[str]:
     yield "## Constructed models"
     yield ""
+    yield from _kept(kept, "This section is")
     yield ("The needed positions are known by construction (`keepset.eval.constructed`): every fact is "
            "asked after the prompt of 2,048 tokens. One set for all layers, so the budget is 96 per "
            "layer that holds answers. Share of exact answers. With the norm contrast the needed tokens "
