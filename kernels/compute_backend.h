@@ -259,8 +259,8 @@ class ComputeBackend {
                                    const MutableKvView& x);
 
   // GatherRows of every task: one launch and one wait on a device, where sources and destinations
-  // are in its memory. No destination overlaps a source or another destination. Nothing is moved
-  // when a device refuses a task.
+  // are in its memory. No destination overlaps a source or another destination. On a device,
+  // InvalidArgument: nothing has moved; after any other error some tasks may have been.
   virtual absl::Status GatherRowsOfEach(OpContext& context, absl::Span<const GatherTask> tasks);
 
   // Copies rows x cols floats to host memory; waits.

@@ -147,7 +147,10 @@ namespace {
 // Tensors of one launch, more than any operation has; a grid dimension of 16 bits holds them.
 constexpr size_t kMaxGatherTensors = 4096;
 
-absl::Status CheckGatherTask(const GatherTask& task) {
+constexpr absl::string_view kSource = "gather: source";
+constexpr absl::string_view kDestination = "gather: destination";
+
+absl::Status CheckGatherTask(StreamState& state, const GatherTask& task) {
   KEEPSET_RETURN_IF_ERROR(CheckGather(task.in, task.keep_indices, task.out));
   if (task.in.seq_len > kMaxPositions || task.out.seq_len > kMaxPositions) {
     return absl::InvalidArgumentError(
@@ -160,7 +163,8 @@ absl::Status CheckGatherTask(const GatherTask& task) {
     return absl::InvalidArgumentError(
         absl::StrCat("gather: ", kept, " kept positions, want at most 2147483647"));
   }
-  return absl::OkStatus();
+  KEEPSET_RETURN_IF_ERROR(PlaceOf(state, task.in.data, kSource).status());
+  return PlaceOf(state, task.out.data, kDestination).status();
 }
 
 bool HaveTheSameSets(const GatherTask& a, const GatherTask& b) {
@@ -201,10 +205,10 @@ absl::StatusOr<StagedGather> StageGather(StreamState& state, const GatherTask& t
   }
   const int64_t longest = *std::max_element(staged.counts.begin(), staged.counts.end());
   GatherTensor& tensor = staged.tensor;
-  KEEPSET_ASSIGN_OR_RETURN(tensor.in, StageRows(state, task.in, "gather: source"));
+  KEEPSET_ASSIGN_OR_RETURN(tensor.in, StageRows(state, task.in, kSource));
   KEEPSET_ASSIGN_OR_RETURN(
       staged.destination,
-      StageDestination(state, task.out, std::max<int64_t>(longest, 1), "gather: destination"));
+      StageDestination(state, task.out, std::max<int64_t>(longest, 1), kDestination));
   tensor.out = staged.destination.rows;
   tensor.row_bytes = static_cast<int32_t>(task.in.head_dim * DTypeBytes(task.in.dtype));
   tensor.unit_bytes = GatherUnitBytes(tensor.in, tensor.out, tensor.row_bytes);
@@ -235,11 +239,16 @@ absl::Status RunGathers(StreamState& state, absl::Span<const GatherTask> tasks,
   KEEPSET_ASSIGN_OR_RETURN(params.tensors, UploadArray<GatherTensor>(state, tensors));
   KEEPSET_RETURN_IF_ERROR(state.health().Check(LaunchGather(params, state.stream()), "gather"));
   std::vector<PackedRows> packed;
+  absl::Status queued;
   for (const StagedGather& one : staged) {
-    KEEPSET_ASSIGN_OR_RETURN(PackedRows rows, QueueCopyBack(state, one.destination));
-    packed.push_back(std::move(rows));
+    absl::StatusOr<PackedRows> rows = QueueCopyBack(state, one.destination);
+    queued.Update(rows.status());
+    if (!queued.ok()) break;
+    packed.push_back(*std::move(rows));
   }
+  // Also after an error: the caller's memory and `packed` are in use until then.
   KEEPSET_RETURN_IF_ERROR(state.Wait());
+  KEEPSET_RETURN_IF_ERROR(queued);
   for (size_t i = 0; i < staged.size(); ++i) {
     UnpackRows(staged[i].destination, packed[i], staged[i].counts, tasks[i].out);
   }
@@ -250,7 +259,7 @@ absl::Status RunGathers(StreamState& state, absl::Span<const GatherTask> tasks,
 
 absl::Status GatherRowsOfEach(StreamState& state, absl::Span<const GatherTask> tasks) {
   for (const GatherTask& task : tasks) {
-    KEEPSET_RETURN_IF_ERROR(NamedBy(task.what, CheckGatherTask(task)));
+    KEEPSET_RETURN_IF_ERROR(NamedBy(task.what, CheckGatherTask(state, task)));
   }
   std::vector<StagedGather> staged;
   size_t first = 0;
@@ -276,7 +285,7 @@ absl::Status GatherRows(StreamState& state, const KvView& in,
   task.in = in;
   task.keep_indices = keep_indices;
   task.out = out;
-  KEEPSET_RETURN_IF_ERROR(CheckGatherTask(task));
+  KEEPSET_RETURN_IF_ERROR(CheckGatherTask(state, task));
   KEEPSET_ASSIGN_OR_RETURN(const StagedGather staged, StageGather(state, task, nullptr, nullptr));
   return RunGathers(state, absl::MakeConstSpan(&task, 1), absl::MakeConstSpan(&staged, 1));
 }

@@ -100,6 +100,50 @@ TEST_F(EmulatedBackend, ManyOpsBetweenTwoWaitsReportTheFirstFault) {
   EXPECT_TRUE(cuda_.backend->Wait(*cuda_.context).ok());
 }
 
+// A source in host memory of which more is staged than may lie between two waits, so that it would
+// be moved before the next task is looked at.
+TEST_F(EmulatedBackend, TaskOnAnotherDeviceLetsNoTaskBeforeItMove) {
+  constexpr int64_t kRowBytes = 4096;
+  constexpr int64_t kTokens = (int64_t{257} << 20) / kRowBytes;
+  const std::vector<std::byte> block(16 * kRowBytes, std::byte{1});
+  const std::vector<int32_t> block_table(kTokens / 16);  // the one block, again and again
+  GatherTask large;
+  large.in.data = block.data();
+  large.in.size_bytes = static_cast<int64_t>(block.size());
+  large.in.dtype = DType::kBF16;
+  large.in.num_kv_heads = 1;
+  large.in.seq_len = kTokens;
+  large.in.head_dim = kRowBytes / 2;
+  large.in.head_stride = kRowBytes / 2;
+  large.in.token_stride = kRowBytes / 2;
+  large.in.block_size = 16;
+  large.in.block_stride = 16 * kRowBytes / 2;
+  large.in.block_table = block_table;
+  const DeviceBytes moved{std::vector<std::byte>(kRowBytes)};
+  const DeviceBytes elsewhere{std::vector<std::byte>(kRowBytes)};
+  large.out.data = moved.data();
+  large.out.size_bytes = kRowBytes;
+  large.out.dtype = DType::kBF16;
+  large.out.num_kv_heads = 1;
+  large.out.seq_len = 1;
+  large.out.head_dim = kRowBytes / 2;
+  large.out.head_stride = kRowBytes / 2;
+  large.out.token_stride = kRowBytes / 2;
+  const std::vector<int32_t> set = {5};
+  const std::vector<absl::Span<const int32_t>> sets = {set};
+  large.keep_indices = sets;
+  GatherTask refused = large;
+  refused.what = "layer 1";
+  refused.out.data = elsewhere.data();
+  cuda::PlaceElsewhere(elsewhere.data());
+  const absl::Status status =
+      cuda_.backend->GatherRowsOfEach(*cuda_.context, std::vector<GatherTask>{large, refused});
+  cuda::PlaceElsewhere(nullptr);
+  EXPECT_EQ(status, absl::InvalidArgumentError("layer 1: gather: destination: memory of device 1, "
+                                               "want host memory or device 0"));
+  EXPECT_EQ(moved.Read(), std::vector<std::byte>(kRowBytes));
+}
+
 // Window columns of `num_rows` rows in a context of its own; more rows are larger blocks.
 absl::Status RunWindow(ComputeBackend& backend, int64_t num_rows) {
   constexpr int64_t kHeads = 4;

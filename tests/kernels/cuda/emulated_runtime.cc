@@ -38,6 +38,7 @@ struct Device {
   std::map<const void*, int> shared_limits;     // by function
   std::function<void()> after_shared_limit;
   EmulatedDevice kind = EmulatedDevice::kSm86;
+  const void* elsewhere = nullptr;
   cudaError_t next_wait = cudaSuccess;
   cudaError_t sticky = cudaSuccess;
   std::string name = "emulated";
@@ -182,6 +183,8 @@ void CountProducts(int warp_group, int64_t count) {
 }
 
 void FailNextWait(cudaError_t error) { TheDevice().next_wait = error; }
+
+void PlaceElsewhere(const void* data) { TheDevice().elsewhere = data; }
 
 int64_t NumDeviceAllocations() {
   Device& device = TheDevice();
@@ -357,7 +360,7 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
   const auto address = reinterpret_cast<uintptr_t>(pointer);
   auto after = device.allocations.upper_bound(address);
   attributes->type = cudaMemoryTypeUnregistered;
-  attributes->device = 0;
+  attributes->device = pointer != nullptr && pointer == device.elsewhere ? 1 : 0;
   if (after != device.allocations.begin()) {
     --after;
     if (address < after->first + after->second.bytes) attributes->type = cudaMemoryTypeDevice;
