@@ -9,6 +9,7 @@
 
 #include "base/check.h"
 #include "kernels/backend_registry.h"
+#include "tests/fakes/test_seed.h"
 
 namespace keepset::kernels {
 
@@ -115,7 +116,7 @@ KvTensor::KvTensor(const std::vector<float>& values, int64_t num_kv_heads, int64
       // More blocks than used, in a shuffled order.
       std::vector<int32_t> ids(num_blocks + 2);
       std::iota(ids.begin(), ids.end(), 0);
-      std::mt19937 rng(7);
+      std::mt19937 rng(fakes::TestSeed(7));
       std::shuffle(ids.begin(), ids.end(), rng);
       block_table_.assign(ids.begin(), ids.begin() + num_blocks);
       elements = (num_blocks + 2) * shape_.block_stride;

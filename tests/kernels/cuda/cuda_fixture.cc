@@ -2,10 +2,13 @@
 
 #include <cuda_runtime_api.h>
 
+#include <limits>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "base/check.h"
 #include "kernels/backend_registry.h"
+#include "tests/fakes/test_seed.h"
 
 namespace keepset::kernels {
 
@@ -85,16 +88,27 @@ TileView DeviceDense::tile() const { return tile_; }
 LseView DeviceDense::lse() const { return lse_; }
 
 std::unique_ptr<ScoreBuffer> Machine::Buffer(int64_t rows, int64_t cols) const {
-  absl::StatusOr<std::unique_ptr<ScoreBuffer>> buffer = backend->NewBuffer(rows, cols);
-  KEEPSET_CHECK(buffer.ok());
-  return *std::move(buffer);
+  return Buffer(rows, cols,
+                std::vector<float>(static_cast<size_t>(rows * cols),
+                                   std::numeric_limits<float>::quiet_NaN()));
 }
 
 std::unique_ptr<ScoreBuffer> Machine::Buffer(int64_t rows, int64_t cols,
                                              const std::vector<float>& values) const {
-  std::unique_ptr<ScoreBuffer> buffer = Buffer(rows, cols);
-  KEEPSET_CHECK(backend->CopyFromHost(*context, values, *buffer).ok());
-  return buffer;
+  absl::StatusOr<std::unique_ptr<ScoreBuffer>> buffer = backend->NewBuffer(rows, cols);
+  KEEPSET_CHECK(buffer.ok());
+  KEEPSET_CHECK(backend->CopyFromHost(*context, values, **buffer).ok());
+  return *std::move(buffer);
+}
+
+void Machine::PoisonKeptMemory() const {
+  constexpr int kBlocksOfASize = 4;
+  std::vector<std::unique_ptr<ScoreBuffer>> blocks;
+  for (int64_t floats = 128; floats <= int64_t{64} << 10; floats *= 2) {
+    for (int i = 0; i < kBlocksOfASize; ++i) blocks.push_back(Buffer(1, floats));
+  }
+  // The copies are over before anybody is lent the blocks.
+  KEEPSET_CHECK(backend->Wait(*context).ok());
 }
 
 std::vector<float> Machine::Values(const ScoreBuffer& buffer) const {
@@ -102,6 +116,13 @@ std::vector<float> Machine::Values(const ScoreBuffer& buffer) const {
   const absl::Status status = backend->CopyToHost(*context, buffer, absl::MakeSpan(values));
   EXPECT_TRUE(status.ok()) << status;
   return values;
+}
+
+CudaTest::CudaTest() {
+  const std::string seed = fakes::TestSeedText();
+  if (!seed.empty()) {
+    trace_.emplace(__FILE__, __LINE__, absl::StrCat(fakes::kTestSeedVariable, "=", seed));
+  }
 }
 
 void CudaTest::SetUp() {

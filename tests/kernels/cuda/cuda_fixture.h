@@ -1,11 +1,14 @@
 // A CUDA backend beside its CPU twin, and tensors in device memory. The same tests run against the
-// emulator (KEEPSET_EMULATED_DEVICE) and against a device, where they are larger.
+// emulator (KEEPSET_EMULATED_DEVICE) and against a device, where they are larger. Memory that an op
+// is to fill holds NaN before it: what the backend allocates comes as bytes of 0xff
+// (poisoned_malloc.cc on a device), and what it used before can be poisoned here.
 #ifndef KEEPSET_TESTS_KERNELS_CUDA_CUDA_FIXTURE_H_
 #define KEEPSET_TESTS_KERNELS_CUDA_CUDA_FIXTURE_H_
 
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -72,19 +75,28 @@ struct Machine {
   std::unique_ptr<ComputeBackend> backend;
   std::unique_ptr<OpContext> context;
 
+  // Filled with NaN.
   std::unique_ptr<ScoreBuffer> Buffer(int64_t rows, int64_t cols) const;
   std::unique_ptr<ScoreBuffer> Buffer(int64_t rows, int64_t cols,
                                       const std::vector<float>& values) const;
   std::vector<float> Values(const ScoreBuffer& buffer) const;
+  // Fills memory that the backend keeps for later ops with NaN, so that none finds the results of
+  // the one before: blocks of up to 256 KiB, several of each size.
+  void PoisonKeptMemory() const;
 };
 
 class CudaTest : public ::testing::Test {
  protected:
+  // A failure names KEEPSET_TEST_SEED where it is set.
+  CudaTest();
   // Skips, with the reason, where there is no device.
   void SetUp() override;
 
   Machine cuda_;
   Machine cpu_;
+
+ private:
+  std::optional<::testing::ScopedTrace> trace_;
 };
 
 }  // namespace keepset::kernels

@@ -9,6 +9,7 @@
 
 #include "gtest/gtest.h"
 #include "kernels/compute_backend.h"
+#include "tests/fakes/test_seed.h"
 #include "tests/kernels/cuda/cuda_fixture.h"
 #include "tests/kernels/kernel_test_support.h"
 
@@ -16,7 +17,7 @@ namespace keepset::kernels {
 namespace {
 
 std::vector<float> RandomScores(int64_t count, uint32_t seed) {
-  std::mt19937 rng(seed);
+  std::mt19937 rng(fakes::TestSeed(seed));
   std::vector<float> values = RandomValues(rng, count, DType::kF32);
   for (float& value : values) value = std::fabs(value) + 0.01f;
   return values;
@@ -171,8 +172,9 @@ TEST_F(GlueParity, DilateForward) {
 TEST_F(GlueParity, NewBufferIsZero) {
   // A block that was used before.
   { const std::unique_ptr<ScoreBuffer> used = cuda_.Buffer(2, 64, std::vector<float>(128, 7.0f)); }
-  const std::unique_ptr<ScoreBuffer> fresh = cuda_.Buffer(2, 64);
-  EXPECT_EQ(cuda_.Values(*fresh), std::vector<float>(128, 0.0f));
+  const auto fresh = cuda_.backend->NewBuffer(2, 64);
+  ASSERT_TRUE(fresh.ok()) << fresh.status();
+  EXPECT_EQ(cuda_.Values(**fresh), std::vector<float>(128, 0.0f));
 }
 
 TEST_F(GlueParity, MassAndEntropy) {

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "gtest/gtest.h"
+#include "tests/fakes/test_seed.h"
 #if defined(KEEPSET_EMULATED_DEVICE)
 #include "tests/kernels/cuda/emulated_runtime.h"
 #include "tests/kernels/cuda/simt_emulator.h"
@@ -38,7 +39,7 @@ std::vector<double> Oracle(const WindowCase& shape, const Attention& attention) 
 }  // namespace
 
 WindowTensors RandomWindow(const WindowCase& shape, uint32_t seed) {
-  std::mt19937 rng(seed);
+  std::mt19937 rng(fakes::TestSeed(seed));
   const int64_t heads = shape.num_kv_heads * shape.group;
   const int64_t kv_values = shape.num_kv_heads * shape.seq_len * shape.head_dim;
   const auto q = RandomValues(rng, heads * shape.num_rows * shape.head_dim, shape.dtype, 1.5f);

@@ -8,6 +8,7 @@
 
 #include "gtest/gtest.h"
 #include "kernels/compute_backend.h"
+#include "tests/fakes/test_seed.h"
 #include "tests/kernels/cuda/cuda_fixture.h"
 #include "tests/kernels/kernel_test_support.h"
 
@@ -15,7 +16,7 @@ namespace keepset::kernels {
 namespace {
 
 KvTensor RandomKv(DType dtype, Layout layout, int64_t head_dim, int64_t gap, int64_t seq_len = 53) {
-  std::mt19937 rng(23);
+  std::mt19937 rng(fakes::TestSeed(23));
   const auto values = RandomValues(rng, 3 * seq_len * head_dim, dtype);
   return KvTensor(values, 3, seq_len, head_dim, dtype, layout, 16, gap);
 }

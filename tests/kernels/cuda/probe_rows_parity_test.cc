@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "gtest/gtest.h"
+#include "tests/fakes/test_seed.h"
 #include "tests/kernels/cuda/cuda_fixture.h"
 #include "tests/kernels/kernel_test_support.h"
 
@@ -20,7 +21,7 @@ class ProbeRows : public CudaTest {};
 TEST_F(ProbeRows, ColumnsAreThoseOfTheCpu) {
   for (const DType dtype : {DType::kBF16, DType::kF32}) {
     for (const int64_t seq_len : {5, 64, 300, 513}) {
-      std::mt19937 rng(7);
+      std::mt19937 rng(fakes::TestSeed(7));
       const DenseTensor q(RandomValues(rng, 4 * 4 * 16, dtype), 4, 4, 16, dtype);
       const KvTensor k(RandomValues(rng, 2 * seq_len * 16, dtype), 2, seq_len, 16, dtype,
                        Layout::kNhd, 16, 8);

@@ -10,6 +10,7 @@
 
 #include "gtest/gtest.h"
 #include "kernels/compute_backend.h"
+#include "tests/fakes/test_seed.h"
 #include "tests/kernels/cuda/cuda_fixture.h"
 #include "tests/kernels/kernel_test_support.h"
 
@@ -20,7 +21,7 @@ using Range = SelectArgs::Range;
 
 // `levels` different values, so that ties are planted everywhere; 0: hardly any tie.
 std::vector<float> Scores(int64_t count, int levels, uint32_t seed) {
-  std::mt19937 rng(seed);
+  std::mt19937 rng(fakes::TestSeed(seed));
   std::vector<float> scores(count);
   std::normal_distribution<float> normal;
   for (float& score : scores) {
@@ -37,6 +38,7 @@ class SelectionParity : public CudaTest {
                                                   const std::vector<SelectArgs>& args) {
     const std::unique_ptr<ScoreBuffer> buffer =
         machine.Buffer(rows, static_cast<int64_t>(scores.size()) / rows, scores);
+    machine.PoisonKeptMemory();
     return machine.backend->Select(*machine.context, *buffer, args);
   }
 
@@ -174,6 +176,7 @@ TEST_F(SelectionParity, EachTaskIsCutAsAlone) {
   const auto select = [&](const Machine& machine) {
     const std::unique_ptr<ScoreBuffer> a = machine.Buffer(3, 200, first);
     const std::unique_ptr<ScoreBuffer> b = machine.Buffer(2, 700, second);
+    machine.PoisonKeptMemory();
     const std::vector<SelectTask> tasks = {
         {a.get(), args}, {b.get(), absl::MakeConstSpan(&args[1], 1)}, {b.get(), {&args[1], 2}}};
     auto selections = machine.backend->SelectEach(*machine.context, tasks);
