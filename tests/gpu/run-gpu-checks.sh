@@ -5,7 +5,8 @@
 #   ./run-gpu-checks.sh OUTDIR [--quick]
 #
 # Exit codes: 0 every test passed, 1 a test or the benchmark failed, 2 usage, 3 no device: nothing was
-# checked, and the report says so.
+# checked, and the report says so. KEEPSET_TEST_SEED: the seed of the tests' and benchmarks' data, else
+# a fresh one, which the report names.
 set -uo pipefail
 if [ $# -lt 1 ] || [ $# -gt 2 ] || { [ $# -eq 2 ] && [ "$2" != --quick ]; }; then
   echo "usage: $0 OUTDIR [--quick]" >&2
@@ -67,6 +68,8 @@ if [ $probe -ne 0 ]; then
   exit 3
 fi
 echo "$device"
+export KEEPSET_TEST_SEED=${KEEPSET_TEST_SEED:-$(od -An -N4 -tu4 /dev/urandom | tr -d ' ')}
+echo "KEEPSET_TEST_SEED=$KEEPSET_TEST_SEED"
 failed=0
 
 echo "== tests"
@@ -81,9 +84,12 @@ if command -v compute-sanitizer >/dev/null; then
   results=()
   for tool in memcheck racecheck synccheck initcheck; do
     echo "== compute-sanitizer $tool"
-    timeout 600 compute-sanitizer --tool "$tool" --error-exitcode 9 \
+    # Poisoned memory would count as written.
+    unpoisoned=()
+    if [ "$tool" = initcheck ]; then unpoisoned=(env KEEPSET_UNPOISONED=1); fi
+    ${unpoisoned[@]+"${unpoisoned[@]}"} timeout 600 compute-sanitizer --tool "$tool" --error-exitcode 9 \
       ${launch[@]+"${launch[@]}"} "$here/bin/cuda_device_test" \
-      --gtest_filter='-*Large*:*LongRows*' >"$out/sanitizer-$tool.log" 2>&1
+      --gtest_filter='-*Large*:*LongRows*:CudaFixture.NewMemoryIsPoisoned' >"$out/sanitizer-$tool.log" 2>&1
     code=$?
     tail -n 2 "$out/sanitizer-$tool.log"
     case $code in
@@ -138,6 +144,7 @@ driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null
   printf '{"built_from": %s, "device": %s, "driver": %s, "kernel": %s, "date": %s, ' \
     "$(quoted "$built_from")" "$device" "$(quoted "$driver")" "$(quoted "$(uname -r)")" \
     "$(quoted "$(date -u +%Y-%m-%dT%H:%M:%SZ)")"
+  printf '"seed": %s, ' "$(quoted "$KEEPSET_TEST_SEED")"
   printf '"tests_exit": %d, "ipc_exit": %d, "sanitizer": %s, "bench_exit": %d, "bench": [%s], ' \
     "$tests" "$ipc" "$sanitizer" "$bench" "$(json_lines "$out/bench.jsonl")"
   printf '"service_exit": %d, "service": [%s], ' "$service" "$(json_lines "$out/service.jsonl")"

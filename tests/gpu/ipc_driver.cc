@@ -1,0 +1,99 @@
+#include "tests/gpu/ipc_driver.h"
+
+#include <dlfcn.h>
+
+#include "clients/cpp/device_memory.h"
+
+namespace keepset::gpu {
+namespace {
+
+using cuda_abi::kSuccess;
+
+constexpr int kPinned = 1;  // CU_MEM_ALLOCATION_TYPE_PINNED: device memory that stays where it is
+
+// CUmemAllocationProp of the driver's interface.
+struct AllocationProperties {
+  int type = kPinned;
+  int handle_types = cuda_abi::kHandleTypePosixFd;
+  cuda_abi::Location location = {cuda_abi::kLocationTypeDevice, 0};
+  void* windows_only = nullptr;
+  unsigned char flags[8] = {};
+};
+static_assert(sizeof(AllocationProperties) == 32);
+
+}  // namespace
+
+std::string Driver::Open() {
+  void* const library = ::dlopen(client::kLibcuda, RTLD_NOW);
+  if (library == nullptr) return "no device: no libcuda.so.1";
+  const auto entry = [&]<typename Function>(const char* name, Function*& function) {
+    function = reinterpret_cast<Function*>(::dlsym(library, name));
+    return function != nullptr;
+  };
+  cuda_abi::Result (*init)(unsigned int) = nullptr;
+  cuda_abi::Result (*count)(int*) = nullptr;
+  cuda_abi::Result (*retain)(cuda_abi::Context*, cuda_abi::Device) = nullptr;
+  cuda_abi::Result (*push)(cuda_abi::Context) = nullptr;
+  if (!entry("cuInit", init) || !entry("cuDeviceGetCount", count) ||
+      !entry("cuDevicePrimaryCtxRetain", retain) || !entry("cuCtxPushCurrent_v2", push) ||
+      !entry("cuMemAlloc_v2", allocate_) || !entry("cuMemFree_v2", free_) ||
+      !entry("cuMemGetInfo_v2", info_) || !entry("cuMemCreate", create_) ||
+      !entry("cuMemRelease", release_) || !entry("cuMemAddressReserve", reserve_) ||
+      !entry("cuMemAddressFree", give_back_) || !entry("cuMemMap", map_) ||
+      !entry("cuMemUnmap", unmap_) || !entry("cuMemSetAccess", set_access_)) {
+    return "no device: libcuda.so.1 lacks an entry point";
+  }
+  entry("cuMemsetD8_v2", set_);
+  entry("cuCtxSynchronize", synchronize_);
+  int devices = 0;
+  cuda_abi::Context context = nullptr;
+  if (init(0) != kSuccess || count(&devices) != kSuccess || devices == 0 ||
+      retain(&context, 0) != kSuccess || push(context) != kSuccess) {
+    return "no device: the driver gives none";
+  }
+  return "";
+}
+
+int64_t Driver::FreeBytes() const {
+  size_t free_bytes = 0;
+  size_t total_bytes = 0;
+  if (info_(&free_bytes, &total_bytes) != kSuccess) return -1;
+  return static_cast<int64_t>(free_bytes);
+}
+
+std::byte* Driver::Allocate(const std::string& kind, int64_t bytes) {
+  cuda_abi::DevicePointer pointer = 0;
+  const auto size = static_cast<size_t>(bytes);
+  if (kind == kByVmm) {
+    if (!AllocateVmm(size, &pointer)) return nullptr;
+    mapped_[reinterpret_cast<std::byte*>(pointer)] = size;
+  } else if (allocate_(&pointer, size) != kSuccess) {
+    return nullptr;
+  }
+  if (set_ != nullptr && set_(pointer, 0, size) != kSuccess) return nullptr;
+  if (synchronize_ != nullptr && synchronize_() != kSuccess) return nullptr;
+  return reinterpret_cast<std::byte*>(pointer);
+}
+
+bool Driver::AllocateVmm(size_t bytes, cuda_abi::DevicePointer* pointer) const {
+  const AllocationProperties properties;
+  cuda_abi::AllocationHandle handle = 0;
+  if (create_(&handle, bytes, &properties, 0) != kSuccess) return false;
+  const cuda_abi::AccessDescriptor access = {properties.location, cuda_abi::kAccessReadWrite};
+  const bool is_mapped = reserve_(pointer, bytes, 0, 0, 0) == kSuccess &&
+                         map_(*pointer, bytes, 0, handle, 0) == kSuccess &&
+                         set_access_(*pointer, bytes, &access, 1) == kSuccess;
+  // The mapping holds the memory from here on.
+  return release_(handle) == kSuccess && is_mapped;
+}
+
+bool Driver::Free(std::byte* memory) {
+  const auto pointer = reinterpret_cast<cuda_abi::DevicePointer>(memory);
+  const auto found = mapped_.find(memory);
+  if (found == mapped_.end()) return free_(pointer) == kSuccess;
+  const size_t bytes = found->second;
+  mapped_.erase(found);
+  return unmap_(pointer, bytes) == kSuccess && give_back_(pointer, bytes) == kSuccess;
+}
+
+}  // namespace keepset::gpu
