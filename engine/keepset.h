@@ -198,6 +198,9 @@ typedef struct keepset_layer_observation {
   keepset_rows_view column_stats;
   int32_t column_reduction; /* keepset_column_reduction */
   int32_t reserved;
+  /* Ascending query heads that q_window, window_lse and attn_tile hold, their num_qo_heads many; for
+   * policies that keepset_input_needs lists "qo_heads" of. NULL: all of the model's. */
+  const int64_t* qo_heads;
 } keepset_layer_observation;
 
 /* ---- Operations

@@ -13,6 +13,7 @@
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
 #include "absl/time/time.h"
+#include "absl/types/span.h"
 #include "kernels/views.h"
 #include "tables/decision_table.h"
 #include "tables/model_fingerprint.h"
@@ -98,6 +99,9 @@ enum class ColumnReduction {
 
 // What one layer brings. Views stay valid until Observe returns.
 struct LayerObservation {
+  // Ascending query heads that q_window, window_lse and attn_tile hold, for policies that read some
+  // heads alone (Requirements::some_heads); empty: all H.
+  absl::Span<const int64_t> qo_heads;
   kernels::QueryView q_window;  // [H, W, d]
   kernels::LseView window_lse;  // [H, W], optional beside q_window
   kernels::TileView attn_tile;  // [H, W, T]; wins over q_window

@@ -40,19 +40,50 @@ absl::Status KnownDType(absl::string_view what, kernels::DType dtype) {
       absl::StrCat(what, ": dtype ", static_cast<int>(dtype), ", want f32, f16 or bf16"));
 }
 
-absl::Status CheckQueries(const OperationSpec& spec, const kernels::QueryView& view,
-                          absl::string_view what) {
+absl::Status CheckHeadList(const OperationSpec& spec, const Requirements& needs,
+                           const LayerObservation& observation, absl::string_view what) {
+  const absl::Span<const int64_t> heads = observation.qo_heads;
+  if (heads.empty()) return absl::OkStatus();
+  if (observation.column_stats.present()) {
+    return absl::InvalidArgumentError(
+        absl::StrCat(what, ": given beside column_stats, want all heads there"));
+  }
+  if (needs.observation && !needs.some_heads) {
+    return absl::InvalidArgumentError(absl::StrCat(what, ": policy ", spec.policy, " reads all ",
+                                                   spec.model.num_qo_heads,
+                                                   " query heads, want none left out"));
+  }
+  int64_t least = 0;
+  for (size_t i = 0; i < heads.size(); ++i) {
+    if (heads[i] < least || heads[i] >= spec.model.num_qo_heads) {
+      return absl::InvalidArgumentError(absl::StrCat(what, "[", i, "]=", heads[i], ", want ", least,
+                                                     "..", spec.model.num_qo_heads - 1,
+                                                     " (ascending)"));
+    }
+    least = heads[i] + 1;
+  }
+  return absl::OkStatus();
+}
+
+// Heads that the layer's tensors hold.
+int64_t NumHeads(const OperationSpec& spec, const LayerObservation& observation) {
+  return observation.qo_heads.empty() ? spec.model.num_qo_heads
+                                      : static_cast<int64_t>(observation.qo_heads.size());
+}
+
+absl::Status CheckQueries(const OperationSpec& spec, int64_t num_heads,
+                          const kernels::QueryView& view, absl::string_view what) {
   KEEPSET_RETURN_IF_ERROR(KnownDType(what, view.dtype));
-  KEEPSET_RETURN_IF_ERROR(Equal(what, "num_qo_heads", view.num_qo_heads, spec.model.num_qo_heads));
+  KEEPSET_RETURN_IF_ERROR(Equal(what, "num_qo_heads", view.num_qo_heads, num_heads));
   KEEPSET_RETURN_IF_ERROR(Equal(what, "num_rows", view.num_rows, spec.num_rows));
   KEEPSET_RETURN_IF_ERROR(Equal(what, "head_dim", view.head_dim, spec.model.head_dim));
   return kernels::ValidateView(view, what);
 }
 
-absl::Status CheckTile(const OperationSpec& spec, const kernels::TileView& view,
+absl::Status CheckTile(const OperationSpec& spec, int64_t num_heads, const kernels::TileView& view,
                        absl::string_view what) {
   KEEPSET_RETURN_IF_ERROR(KnownDType(what, view.dtype));
-  KEEPSET_RETURN_IF_ERROR(Equal(what, "num_qo_heads", view.num_qo_heads, spec.model.num_qo_heads));
+  KEEPSET_RETURN_IF_ERROR(Equal(what, "num_qo_heads", view.num_qo_heads, num_heads));
   KEEPSET_RETURN_IF_ERROR(Equal(what, "num_rows", view.num_rows, spec.num_rows));
   KEEPSET_RETURN_IF_ERROR(Equal(what, "seq_len", view.seq_len, spec.seq_len));
   return kernels::ValidateView(view, what);
@@ -85,9 +116,9 @@ absl::Status CheckColumns(const OperationSpec& spec, const Requirements& needs,
   return absl::OkStatus();
 }
 
-absl::Status CheckLse(const OperationSpec& spec, const kernels::LseView& view,
+absl::Status CheckLse(const OperationSpec& spec, int64_t num_heads, const kernels::LseView& view,
                       absl::string_view what) {
-  KEEPSET_RETURN_IF_ERROR(Equal(what, "num_qo_heads", view.num_qo_heads, spec.model.num_qo_heads));
+  KEEPSET_RETURN_IF_ERROR(Equal(what, "num_qo_heads", view.num_qo_heads, num_heads));
   KEEPSET_RETURN_IF_ERROR(Equal(what, "num_rows", view.num_rows, spec.num_rows));
   if (view.dtype != kernels::DType::kF32 && view.dtype != spec.kv_dtype) {
     return absl::InvalidArgumentError(
@@ -202,6 +233,8 @@ absl::Status CheckObservation(const OperationSpec& spec, const Requirements& nee
     return absl::InvalidArgumentError(
         absl::StrCat(where, "missing ", input, ", policy ", spec.policy, " needs it"));
   };
+  KEEPSET_RETURN_IF_ERROR(CheckHeadList(spec, needs, observation, absl::StrCat(where, "qo_heads")));
+  const int64_t num_heads = NumHeads(spec, observation);
   if (observation.column_stats.present()) {
     KEEPSET_RETURN_IF_ERROR(
         CheckColumns(spec, needs, observation, absl::StrCat(where, "column_stats")));
@@ -221,15 +254,15 @@ absl::Status CheckObservation(const OperationSpec& spec, const Requirements& nee
 
   if (observation.q_window.present()) {
     KEEPSET_RETURN_IF_ERROR(
-        CheckQueries(spec, observation.q_window, absl::StrCat(where, "q_window")));
+        CheckQueries(spec, num_heads, observation.q_window, absl::StrCat(where, "q_window")));
   }
   if (observation.attn_tile.present()) {
     KEEPSET_RETURN_IF_ERROR(
-        CheckTile(spec, observation.attn_tile, absl::StrCat(where, "attn_tile")));
+        CheckTile(spec, num_heads, observation.attn_tile, absl::StrCat(where, "attn_tile")));
   }
   if (observation.window_lse.present()) {
     KEEPSET_RETURN_IF_ERROR(
-        CheckLse(spec, observation.window_lse, absl::StrCat(where, "window_lse")));
+        CheckLse(spec, num_heads, observation.window_lse, absl::StrCat(where, "window_lse")));
   }
   if (observation.k.present()) {
     KEEPSET_RETURN_IF_ERROR(

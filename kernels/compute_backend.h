@@ -52,10 +52,13 @@ enum class PoolKind { kAverage, kMax };
 
 // Some of the observed rows of one query head, and how they become one value per position.
 struct HeadRows {
-  int64_t head = 0;
+  int64_t head = 0;       // as q, window_lse and tile list them
   int64_t first_row = 0;  // index into the W rows
   int64_t num_rows = 0;
   RowReduction reduction = RowReduction::kMean;
+  // Whose keys it reads, for queries that do not hold every head: all of a list say it, in
+  // ascending order, or none. -1: `head` divided by the heads of a group.
+  int64_t kv_head = -1;
 
   bool operator==(const HeadRows&) const = default;
 };

@@ -169,6 +169,48 @@ std::vector<HeadRows> WantedRows(absl::Span<const HeadRows> heads, RowReduction 
   return wanted;
 }
 
+namespace {
+
+bool SaysKvHeads(absl::Span<const HeadRows> heads) {
+  return !heads.empty() && heads.front().kv_head >= 0;
+}
+
+absl::Status CheckKvHeads(const WindowArgs& args) {
+  if (!SaysKvHeads(args.heads)) return absl::OkStatus();
+  int64_t least = 0;
+  for (size_t j = 0; j < args.heads.size(); ++j) {
+    const int64_t kv_head = args.heads[j].kv_head;
+    if (kv_head < least || kv_head >= args.k.num_kv_heads) {
+      return absl::InvalidArgumentError(absl::StrCat(args.what, ": heads[", j, "]: kv_head ",
+                                                     kv_head, ", want ", least, "..",
+                                                     args.k.num_kv_heads - 1, " (ordered)"));
+    }
+    least = kv_head;
+  }
+  return absl::OkStatus();
+}
+
+}  // namespace
+
+int64_t KvHeadOf(const WindowArgs& args, const HeadRows& one) {
+  if (one.kv_head >= 0) return one.kv_head;
+  return one.head / (args.q.num_qo_heads / args.k.num_kv_heads);
+}
+
+int64_t MostHeadsOfAKvHead(const WindowArgs& args) {
+  if (!SaysKvHeads(args.heads)) return args.q.num_qo_heads / args.k.num_kv_heads;
+  int64_t most = 1;
+  int64_t count = 1;
+  for (size_t j = 1; j < args.heads.size(); ++j) {
+    if (args.heads[j].kv_head != args.heads[j - 1].kv_head) {
+      count = 1;
+    } else if (args.heads[j].head != args.heads[j - 1].head) {
+      most = std::max(most, ++count);
+    }
+  }
+  return most;
+}
+
 absl::Status CheckWindow(const WindowArgs& args, const ScoreBuffer& out) {
   KEEPSET_RETURN_IF_ERROR(ValidateView(args.q, absl::StrCat(args.what, ": q")));
   KEEPSET_RETURN_IF_ERROR(ValidateView(args.k, absl::StrCat(args.what, ": k")));
@@ -176,7 +218,7 @@ absl::Status CheckWindow(const WindowArgs& args, const ScoreBuffer& out) {
     return absl::InvalidArgumentError(absl::StrCat(args.what, ": q: head_dim=", args.q.head_dim,
                                                    ", want ", args.k.head_dim, " as k has"));
   }
-  if (args.q.num_qo_heads % args.k.num_kv_heads != 0) {
+  if (!SaysKvHeads(args.heads) && args.q.num_qo_heads % args.k.num_kv_heads != 0) {
     return absl::InvalidArgumentError(
         absl::StrCat(args.what, ": q: num_qo_heads=", args.q.num_qo_heads,
                      ", want a multiple of num_kv_heads=", args.k.num_kv_heads));
@@ -184,6 +226,7 @@ absl::Status CheckWindow(const WindowArgs& args, const ScoreBuffer& out) {
   KEEPSET_RETURN_IF_ERROR(CheckRowPositions(args.row_positions, args.q.num_rows, args.what));
   KEEPSET_RETURN_IF_ERROR(
       CheckHeadRows(args.heads, args.q.num_qo_heads, args.q.num_rows, args.what));
+  KEEPSET_RETURN_IF_ERROR(CheckKvHeads(args));
   if (!(args.softmax_scale > 0.0f) || !std::isfinite(args.softmax_scale)) {
     return absl::InvalidArgumentError(
         absl::StrCat(args.what, ": softmax_scale=", args.softmax_scale, ", want finite and > 0"));

@@ -33,6 +33,10 @@ std::vector<HeadRows> WantedRows(absl::Span<const HeadRows> heads, RowReduction 
                                  int64_t num_heads, int64_t num_rows);
 
 absl::Status CheckWindow(const WindowArgs& args, const ScoreBuffer& out);
+// The KV head of args.k that `one` reads. Args are checked.
+int64_t KvHeadOf(const WindowArgs& args, const HeadRows& one);
+// The most query heads that read the same KV head, at least 1. Args are checked.
+int64_t MostHeadsOfAKvHead(const WindowArgs& args);
 // One destination per layer, and at least one layer.
 absl::Status CheckLayerCount(absl::Span<const WindowArgs> layers,
                              absl::Span<ScoreBuffer* const> outs);

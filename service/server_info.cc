@@ -7,11 +7,20 @@ namespace keepset::service {
 namespace {
 
 // Of the wire contract (server.proto says what each means), beside the kinds of regions.
-constexpr const char* kExtensions[] = {
-    "stream",          "early_layer_results", "gather_inline",      "gather_destination",
-    "gather_in_place", "row_positions",       "window_lse_base2",   "column_stats",
-    "probe_rows",      "layer_groups",        "table_requirements", "shadow_table",
-    "statistics"};
+constexpr const char* kExtensions[] = {"stream",
+                                       "early_layer_results",
+                                       "gather_inline",
+                                       "gather_destination",
+                                       "gather_in_place",
+                                       "row_positions",
+                                       "window_lse_base2",
+                                       "column_stats",
+                                       "probe_rows",
+                                       "layer_groups",
+                                       "table_requirements",
+                                       "shadow_table",
+                                       "statistics",
+                                       "qo_heads"};
 
 }  // namespace
 

@@ -157,6 +157,9 @@ enum class ColumnReduction {
 
 struct LayerInput {
   int64_t layer = 0;
+  // Ascending query heads that q_window, window_lse and attn_tile hold, where InputNeeds lists
+  // some; empty: all.
+  std::vector<int64_t> qo_heads;
   RowsTensor q_window;
   RowsTensor window_lse;  // natural log
   RowsTensor attn_tile;   // wins over q_window

@@ -244,6 +244,7 @@ absl::Status EncodeLayer(const LayerInput& layer, const RegionResolver& resolve,
                          KvPlacement placement, v1::LayerInput* out) {
   const int64_t l = layer.layer;
   out->set_layer(l);
+  out->mutable_qo_heads()->Add(layer.qo_heads.begin(), layer.qo_heads.end());
   if (layer.q_window.data != nullptr) {
     KEEPSET_RETURN_IF_ERROR(
         EncodeRows(l, "q_window", layer.q_window, resolve, out->mutable_q_window()));

@@ -1,6 +1,8 @@
 // keepset.h: the caller's tensors as views.
+#include <cstddef>
 #include <string>
 
+#include "absl/types/span.h"
 #include "base/status_macros.h"
 #include "engine/c_abi/handles.h"
 
@@ -145,7 +147,18 @@ absl::StatusOr<LayerObservation> ToObservation(const keepset_layer_observation& 
     tile.head_stride = from.head_stride;
     tile.row_stride = from.row_stride;
   }
-  if (observation.struct_size >= sizeof(observation) && observation.column_stats.data != nullptr) {
+  if (observation.struct_size >= sizeof(observation) && observation.qo_heads != nullptr) {
+    const keepset_rows_view& listed =
+        observation.attn_tile.data != nullptr ? observation.attn_tile : observation.q_window;
+    if (listed.num_qo_heads < 1) {
+      return absl::InvalidArgumentError(absl::StrCat(where,
+                                                     "qo_heads: num_qo_heads=", listed.num_qo_heads,
+                                                     " of q_window or attn_tile, want at least 1"));
+    }
+    to.qo_heads = absl::MakeConstSpan(observation.qo_heads, listed.num_qo_heads);
+  }
+  if (observation.struct_size >= offsetof(keepset_layer_observation, qo_heads) &&
+      observation.column_stats.data != nullptr) {
     KEEPSET_RETURN_IF_ERROR(FillColumns(observation, absl::StrCat(where, "column_stats"), to));
   }
   KEEPSET_ASSIGN_OR_RETURN(to.k, ToKvView(observation.k, absl::StrCat(where, "k")));

@@ -65,7 +65,8 @@ class ObservationHeadsPolicy final : public RetentionPolicy {
   bool NeedsLayer(int64_t layer) const override { return !plans_[layer].empty(); }
   Requirements layer_requirements(int64_t layer) const override {
     const LayerObservations& plan = plans_[layer];
-    return {.observation = !plan.attention.empty(), .keys = !plan.novelty.empty()};
+    return {
+        .observation = !plan.attention.empty(), .keys = !plan.novelty.empty(), .some_heads = true};
   }
   int64_t ChosenLimit(int64_t limit) const override { return risk_.chosen.value_or(limit); }
 
@@ -166,6 +167,7 @@ absl::Status ObservationHeadsPolicy::ObserveAttention(
     PolicyContext& context, absl::Span<const ObservedLayer> layers,
     absl::Span<const LayerColumns> columns) const {
   std::vector<std::string> names(layers.size());
+  std::vector<std::vector<kernels::HeadRows>> heads(layers.size());
   std::vector<kernels::WindowArgs> windows;
   std::vector<kernels::ScoreBuffer*> outs;
   for (size_t i = 0; i < layers.size(); ++i) {
@@ -173,12 +175,14 @@ absl::Status ObservationHeadsPolicy::ObserveAttention(
     const LayerObservation& observation = layers[i].observation;
     const LayerObservations& plan = plans_[layers[i].layer];
     names[i] = absl::StrCat("layer ", layers[i].layer);
+    KEEPSET_ASSIGN_OR_RETURN(
+        heads[i], PlaceHeads(plan.head_rows, observation.qo_heads, context.spec.model, names[i]));
     if (observation.attn_tile.present()) {
       kernels::TileArgs args;
       args.tile = observation.attn_tile;
       args.row_positions = context.row_positions;
       args.what = names[i];
-      args.heads = plan.head_rows;
+      args.heads = heads[i];
       KEEPSET_RETURN_IF_ERROR(
           context.backend.TileColumns(context.op_context, args, *columns[i].attention));
       continue;
@@ -190,7 +194,7 @@ absl::Status ObservationHeadsPolicy::ObserveAttention(
     args.window_lse = observation.window_lse;
     args.softmax_scale = context.spec.softmax_scale;
     args.what = names[i];
-    args.heads = plan.head_rows;
+    args.heads = heads[i];
     outs.push_back(columns[i].attention.get());
   }
   if (windows.empty()) return absl::OkStatus();

@@ -220,4 +220,22 @@ absl::StatusOr<std::vector<LayerObservations>> PlanObservations(
   return plans;
 }
 
+absl::StatusOr<std::vector<kernels::HeadRows>> PlaceHeads(
+    absl::Span<const kernels::HeadRows> head_rows, absl::Span<const int64_t> qo_heads,
+    const tables::ModelFingerprint& model, absl::string_view where) {
+  std::vector<kernels::HeadRows> placed(head_rows.begin(), head_rows.end());
+  if (qo_heads.empty()) return placed;
+  for (kernels::HeadRows& one : placed) {
+    const int64_t* const found = std::lower_bound(qo_heads.begin(), qo_heads.end(), one.head);
+    if (found == qo_heads.end() || *found != one.head) {
+      return absl::InvalidArgumentError(
+          absl::StrCat(where, ": qo_heads has no head ", one.head,
+                       ", want every head that the table lists (GetRequirements)"));
+    }
+    one.kv_head = one.head / (model.num_qo_heads / model.num_kv_heads);
+    one.head = found - qo_heads.begin();
+  }
+  return placed;
+}
+
 }  // namespace keepset::engine

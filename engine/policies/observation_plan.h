@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "absl/types/span.h"
 #include "engine/operation_types.h"
 #include "engine/policies/policy_parameters.h"
@@ -33,8 +34,9 @@ absl::StatusOr<ObservationRequest> ReadObservationRequest(PolicyParameters& para
 struct LayerObservations {
   std::vector<tables::HeadObservation> attention;  // ordered by head
   std::vector<tables::HeadObservation> novelty;
-  std::vector<kernels::HeadRows> head_rows;  // of `attention`: rows as indices into the request's W
-  std::vector<int64_t> kv_heads;             // of `novelty`
+  // Of `attention`: heads of the model, rows as indices into the request's W.
+  std::vector<kernels::HeadRows> head_rows;
+  std::vector<int64_t> kv_heads;  // of `novelty`
 
   bool empty() const { return attention.empty() && novelty.empty(); }
 };
@@ -53,6 +55,12 @@ InputNeeds NeedsOfObservations(const tables::ObservationHeadsTable& table,
 absl::StatusOr<std::vector<LayerObservations>> PlanObservations(
     const tables::ObservationHeadsTable& table, const ObservationRequest& request,
     int64_t num_layers, absl::Span<const int64_t> row_positions, int64_t seq_len);
+
+// `head_rows` with their places in tensors that hold `qo_heads` alone; as they are when that is
+// empty. InvalidArgument for a head that the tensors do not hold, naming it after `where`.
+absl::StatusOr<std::vector<kernels::HeadRows>> PlaceHeads(
+    absl::Span<const kernels::HeadRows> head_rows, absl::Span<const int64_t> qo_heads,
+    const tables::ModelFingerprint& model, absl::string_view where);
 
 }  // namespace keepset::engine
 

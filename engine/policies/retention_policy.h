@@ -34,6 +34,7 @@ struct Requirements {
   bool keys = false;                  // k even when a tile is given
   bool values = false;                // v
   bool ppl = false;                   // perplexity or window_logprobs
+  bool some_heads = false;            // qo_heads of an observation may leave heads out
   bool probe_rows = false;            // row_positions may lie behind the prompt (rows of a probe)
   absl::string_view table_kind = {};  // empty: no table
 };

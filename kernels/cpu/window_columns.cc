@@ -79,11 +79,10 @@ class WindowOp {
         seq_len_(args.k.seq_len),
         head_dim_(args.k.head_dim),
         num_chunks_(CeilDiv(seq_len_, kChunkTokens)) {
-    const int64_t group = args.q.num_qo_heads / args.k.num_kv_heads;
     for (size_t begin = 0; begin < wanted.size();) {
       size_t end = begin;
       while (end < wanted.size() && wanted[end].head == wanted[begin].head) ++end;
-      AddHead(wanted.subspan(begin, end - begin), static_cast<int64_t>(begin), group);
+      AddHead(wanted.subspan(begin, end - begin), static_cast<int64_t>(begin));
       begin = end;
     }
     num_units_ = static_cast<int64_t>(units_.size());
@@ -137,9 +136,9 @@ class WindowOp {
 
   // Adds what is wanted of one query head, row by row of the range that covers it, to the last unit
   // where that serves the same KV head and has room.
-  void AddHead(absl::Span<const HeadRows> wanted, int64_t first_output, int64_t group) {
+  void AddHead(absl::Span<const HeadRows> wanted, int64_t first_output) {
     const int64_t head = wanted.front().head;
-    const int64_t kv_head = head / group;
+    const int64_t kv_head = KvHeadOf(args_, wanted.front());
     int64_t begin = args_.q.num_rows;
     int64_t end = 0;
     for (const HeadRows& one : wanted) {

@@ -59,7 +59,7 @@ absl::Status CheckLayer(const WindowArgs& args, const ScoreBuffer& out) {
   KEEPSET_RETURN_IF_ERROR(CheckWindow(args, out));
   KEEPSET_RETURN_IF_ERROR(CheckKvLimits(args.k, absl::StrCat(args.what, ": k")));
   const std::string q = absl::StrCat(args.what, ": q");
-  const int64_t group = args.q.num_qo_heads / args.k.num_kv_heads;
+  const int64_t group = MostHeadsOfAKvHead(args);
   KEEPSET_RETURN_IF_ERROR(CheckLimit(args.q.num_rows, kMaxGroupRows / group, "num_rows", q));
   KEEPSET_RETURN_IF_ERROR(
       CheckLimit(args.q.num_qo_heads, kMaxRows / args.q.num_rows, "num_qo_heads", q));
@@ -84,7 +84,7 @@ void AddHead(const WindowArgs& args, absl::Span<const HeadRows> wanted, int64_t 
     end = std::max(end, one.first_row + one.num_rows);
   }
   const auto head = static_cast<int32_t>(wanted.front().head);
-  const auto kv_head = static_cast<int32_t>(head / (args.q.num_qo_heads / args.k.num_kv_heads));
+  const auto kv_head = static_cast<int32_t>(KvHeadOf(args, wanted.front()));
   // Rows behind the prompt see all of it, and not the zeros that fill its last tile.
   const auto limit_of = [&](int64_t row) {
     return static_cast<int32_t>(std::min(args.row_positions[row], args.k.seq_len - 1));

@@ -272,10 +272,18 @@ absl::StatusOr<DecodedLayer> DecodeLayer(const v1::LayerInput& wire, const Opera
     return OutOfRange("layer", wire.layer(), 0, spec.model.num_layers - 1);
   }
   const std::string where = absl::StrCat("layer ", wire.layer(), ": ");
-  const int64_t heads = spec.model.num_qo_heads;
   const int64_t value_dim = spec.value_head_dim > 0 ? spec.value_head_dim : spec.model.head_dim;
   DecodedLayer layer;
   engine::LayerObservation& observation = layer.observation;
+  if (wire.qo_heads_size() > spec.model.num_qo_heads) {
+    return absl::InvalidArgumentError(absl::StrCat(where, "qo_heads: ", wire.qo_heads_size(),
+                                                   " heads, want at most ",
+                                                   spec.model.num_qo_heads));
+  }
+  layer.qo_heads.assign(wire.qo_heads().begin(), wire.qo_heads().end());
+  observation.qo_heads = layer.qo_heads;
+  const int64_t heads = layer.qo_heads.empty() ? spec.model.num_qo_heads
+                                               : static_cast<int64_t>(layer.qo_heads.size());
 
   if (HasData(wire.q_window())) {
     KEEPSET_ASSIGN_OR_RETURN(

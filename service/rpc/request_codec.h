@@ -60,6 +60,7 @@ struct DecodedLayer {
   kernels::MutableKvView out_k;
   kernels::MutableKvView out_v;
   std::vector<std::vector<float>> copies;
+  std::vector<int64_t> qo_heads;  // viewed by `observation`, as `copies`
 };
 
 // `block_table` is the spec's, used by paged tensors that bring none. InvalidArgument: shape,

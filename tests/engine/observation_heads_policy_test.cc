@@ -1,9 +1,12 @@
 // What observation_heads asks for, the layers that may be left out, and what it refuses.
+#include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <memory>
 #include <string>
 #include <vector>
 
+#include "base/status_macros.h"
 #include "engine/input_needs.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -186,6 +189,80 @@ TEST_F(ObservationHeadsTest, NeedsOfOtherPoliciesAreWholeLayers) {
   EXPECT_THAT(needs->layers[0].qo_heads, IsEmpty());
   spec.policy = "streaming_llm";
   EXPECT_THAT(DescribeNeeds(spec, bench_.policies())->layers, IsEmpty());
+}
+
+// Layers whose q_window and window_lse hold `heads` alone.
+class SomeHeads : public ObservationHeadsTest {
+ protected:
+  absl::StatusOr<OperationResult> RunWith(const OperationSpec& spec,
+                                          const std::vector<int64_t>& heads, bool with_lse) {
+    KEEPSET_ASSIGN_OR_RETURN(const std::unique_ptr<Operation> operation, bench_.Begin(spec));
+    for (int64_t layer = 0; layer < prompt_.shape().num_layers; ++layer) {
+      const std::vector<float> all_lse = prompt_.window_lse(layer);
+      LayerObservation observation =
+          with_lse ? prompt_.observation(layer, all_lse) : prompt_.observation(layer);
+      const int64_t head_bytes =
+          observation.q_window.size_bytes / observation.q_window.num_qo_heads;
+      std::vector<std::byte> queries;
+      std::vector<float> lse;
+      for (const int64_t head : heads) {
+        const std::byte* const from = observation.q_window.data + head * head_bytes;
+        queries.insert(queries.end(), from, from + head_bytes);
+        const auto rows = all_lse.begin() + head * prompt_.shape().num_rows;
+        lse.insert(lse.end(), rows, rows + prompt_.shape().num_rows);
+      }
+      observation.qo_heads = heads;
+      observation.q_window.data = queries.data();
+      observation.q_window.size_bytes = static_cast<int64_t>(queries.size());
+      observation.q_window.num_qo_heads = static_cast<int64_t>(heads.size());
+      if (with_lse) {
+        observation.window_lse.data = reinterpret_cast<const std::byte*>(lse.data());
+        observation.window_lse.size_bytes = static_cast<int64_t>(lse.size() * sizeof(float));
+        observation.window_lse.num_qo_heads = static_cast<int64_t>(heads.size());
+      }
+      KEEPSET_RETURN_IF_ERROR(operation->Observe(layer, observation));
+    }
+    KEEPSET_ASSIGN_OR_RETURN(const OperationResult* result, operation->Finish());
+    return *result;
+  }
+};
+
+TEST_F(SomeHeads, QueriesOfTheListedHeadsAreEnough) {
+  observations_ = {{2, 3, ObservedRows::kMaxRows, 1.0f},
+                   {0, 1, ObservedRows::kLastRow, 0.5f},
+                   {0, 3, ObservedRows::kMeanRows, 0.75f}};
+  const auto whole = Run(Spec());
+  ASSERT_TRUE(whole.ok()) << whole.status();
+  for (const std::vector<int64_t>& heads : {std::vector<int64_t>{1, 3}, {0, 1, 3}, {0, 1, 2, 3}}) {
+    for (const bool with_lse : {false, true}) {
+      const auto part = RunWith(Spec(), heads, with_lse);
+      ASSERT_TRUE(part.ok()) << part.status();
+      EXPECT_EQ(part->layers[0].keep_indices, whole->layers[0].keep_indices);
+    }
+  }
+}
+
+TEST_F(SomeHeads, AHeadThatObservesMustBeAmongThem) {
+  observations_ = {{1, 2, ObservedRows::kLastRow, 1.0f}};
+  const absl::Status status = RunWith(Spec(), {1, 3}, false).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("layer 1: qo_heads has no head 2"));
+}
+
+TEST_F(SomeHeads, AreAscendingHeadsOfTheModel) {
+  observations_ = {{1, 1, ObservedRows::kLastRow, 1.0f}};
+  const absl::Status twice = RunWith(Spec(), {1, 1}, false).status();
+  EXPECT_THAT(std::string(twice.message()), HasSubstr("layer 0: qo_heads[1]=1, want 2..3"));
+}
+
+TEST_F(SomeHeads, AreRefusedByAPolicyThatReadsThemAll) {
+  OperationSpec spec = Spec();
+  spec.policy = "snapkv";
+  spec.table = nullptr;
+  const absl::Status status = RunWith(spec, {0, 1}, false).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(std::string(status.message()),
+              HasSubstr("layer 0: qo_heads: policy snapkv reads all 4 query heads"));
 }
 
 }  // namespace

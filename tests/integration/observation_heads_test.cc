@@ -93,6 +93,28 @@ TEST_F(ObservationHeadsServed, OneLayerIsEnoughForAnAnswer) {
   EXPECT_TRUE(part.has_predicted_miss_rate());
 }
 
+TEST_F(ObservationHeadsServed, OneHeadsQueriesAreEnoughForAnAnswer) {
+  v1::CompressRequest request = WireRequest(prompt_, "observation_heads", kBudget);
+  v1::OperationResult whole;
+  ASSERT_TRUE(Compress(*server_, request, &whole).ok());
+  v1::LayerInput* const layer = request.mutable_layers(1);
+  std::string* const queries = layer->mutable_q_window()->mutable_data()->mutable_inline_();
+  const size_t head_bytes = queries->size() / prompt_.shape().num_qo_heads;
+  *queries = queries->substr(3 * head_bytes, head_bytes);
+  layer->add_qo_heads(3);
+  v1::OperationResult part;
+  const grpc::Status status = Compress(*server_, request, &part);
+  ASSERT_TRUE(status.ok()) << status.error_message();
+  EXPECT_EQ(part.layers(0).sets(0).indices(), whole.layers(0).sets(0).indices());
+  layer->set_qo_heads(0, 2);
+  const grpc::Status other = Compress(*server_, request, nullptr);
+  EXPECT_EQ(other.error_code(), grpc::StatusCode::INVALID_ARGUMENT);
+  EXPECT_THAT(other.error_message(), HasSubstr("layer 1: qo_heads has no head 3"));
+  for (int i = 0; i < 100; ++i) layer->add_qo_heads(3);
+  EXPECT_THAT(Compress(*server_, request, nullptr).error_message(),
+              HasSubstr("layer 1: qo_heads: 101 heads, want at most 4"));
+}
+
 TEST_F(ObservationHeadsServed, OneLayerIsEnoughOnAStream) {
   WorkerStream stream(*server_);
   stream.Begin(1, WireSpec(prompt_, "observation_heads", kBudget));

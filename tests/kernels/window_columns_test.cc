@@ -437,5 +437,46 @@ TEST(WindowColumns, HeadsThatDoNotGroupAreRefused) {
   EXPECT_EQ(ColumnsStatus(problem.Args()).code(), absl::StatusCode::kInvalidArgument);
 }
 
+TEST(WindowColumns, QueriesWithoutSomeHeadsGiveTheSameBits) {
+  Problem problem({.num_qo_heads = 8, .num_kv_heads = 2});
+  const std::vector<HeadRows> of_all = {{1, 0, 16, RowReduction::kMax},
+                                        {1, 4, 9, RowReduction::kMean},
+                                        {5, 2, 3, RowReduction::kSum},
+                                        {7, 0, 16, RowReduction::kLast}};
+  // Heads 1, 5 and 7 alone.
+  const QueryView all = problem.q.queries();
+  std::vector<std::byte> bytes;
+  for (const int64_t head : {1, 5, 7}) {
+    const std::byte* const from = all.data + head * all.head_stride * 4;
+    bytes.insert(bytes.end(), from, from + int64_t{16} * 32 * 4);
+  }
+  const std::vector<HeadRows> of_some = {{0, 0, 16, RowReduction::kMax, 0},
+                                         {0, 4, 9, RowReduction::kMean, 0},
+                                         {1, 2, 3, RowReduction::kSum, 1},
+                                         {2, 0, 16, RowReduction::kLast, 1}};
+  WindowArgs whole = problem.Args();
+  whole.heads = of_all;
+  WindowArgs part = problem.Args();
+  part.q.data = bytes.data();
+  part.q.size_bytes = static_cast<int64_t>(bytes.size());
+  part.q.num_qo_heads = 3;
+  part.q.head_stride = int64_t{16} * 32;
+  part.q.row_stride = 32;
+  part.heads = of_some;
+  BackendFixture fixture(2);
+  const std::unique_ptr<ScoreBuffer> wanted = fixture.Buffer(4, 100);
+  const std::unique_ptr<ScoreBuffer> found = fixture.Buffer(4, 100);
+  ASSERT_TRUE(fixture.backend().WindowColumns(fixture.context(), whole, *wanted).ok());
+  ASSERT_TRUE(fixture.backend().WindowColumns(fixture.context(), part, *found).ok());
+  EXPECT_EQ(fixture.Values(*found), fixture.Values(*wanted));
+
+  const std::vector<HeadRows> unordered = {{0, 0, 16, RowReduction::kMax, 1},
+                                           {1, 0, 16, RowReduction::kMax, 0}};
+  part.heads = unordered;
+  EXPECT_THAT(
+      fixture.backend().WindowColumns(fixture.context(), part, *fixture.Buffer(2, 100)).message(),
+      HasSubstr("layer 3: heads[1]: kv_head 0, want 1..1"));
+}
+
 }  // namespace
 }  // namespace keepset::kernels

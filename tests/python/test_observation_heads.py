@@ -463,6 +463,14 @@ def test_a_server_says_what_to_send_and_answers_from_it(tmp_path):
         assert len(part.layers) == MODEL.num_layers and part.scope == "sequence"
         for one, other in zip(whole.layers, part.layers):
             assert np.array_equal(one.keep_indices, other.keep_indices)
+        heads_read = list(needs.layers[0].qo_heads)
+        alone = dataclasses.replace(layers[1], q_window=layers[1].q_window[heads_read].copy(),
+                                    qo_heads=heads_read)
+        least = client.compress(layers={1: alone}, **spec(policy="observation_heads"))
+        assert np.array_equal(least.layers[0].keep_indices, part.layers[0].keep_indices)
+        with pytest.raises(keepset.InvalidInput, match="qo_heads has no head 3"):
+            client.compress(layers={1: dataclasses.replace(alone, qo_heads=[2])},
+                            **spec(policy="observation_heads"))
         observed = {"observe": f"{SEQ_LEN - WINDOW}:{SEQ_LEN - 4}"}
         chosen = client.compress(layers={1: layers[1]},
                                  **spec(policy="observation_heads", parameters=observed))

@@ -134,6 +134,8 @@ class Request:
             self._described = True
         message = compression_pb2.LayerInput(layer=index)
         where = f"layer {index}"
+        if layer.qo_heads is not None:
+            message.qo_heads.extend(layer.qo_heads)
         for field, array in (("q_window", layer.q_window), ("attn_tile", layer.attn_tile)):
             if array is not None:
                 tensor = _codec.rows_tensor(

@@ -158,6 +158,8 @@ class Layer:
     strides with the last one contiguous, or PagedKv. dtype names the type of uint16 arrays ("bfloat16").
     column_stats [H, T] instead of q_window and attn_tile: their attention added up over the W observed
     rows ("sum") or divided by W too ("mean"); `num_rows` of the operation says W.
+    qo_heads: ascending query heads that q_window, window_lse and attn_tile hold, where `input_needs` lists
+    some: H is their number then. None: all heads.
     """
 
     q_window: np.ndarray | None = None
@@ -168,6 +170,7 @@ class Layer:
     column_stats: np.ndarray | None = None
     column_reduction: str = "mean"
     dtype: str | None = None
+    qo_heads: Sequence[int] | None = None
 
 
 @dataclasses.dataclass
