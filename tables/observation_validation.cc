@@ -9,7 +9,9 @@
 namespace keepset::tables {
 namespace {
 
-// The fold of each prompt: the n-th of its task and length class goes to fold n mod folds.
+// The fold of each prompt: the n-th of its task and length class goes to fold n mod folds. Where no
+// class has as many prompts, that would leave folds empty and nothing to learn from: there the n-th
+// of all.
 std::vector<int64_t> FoldOf(absl::Span<const FitPrompt> prompts, int64_t folds) {
   std::map<std::pair<std::string, int64_t>, int64_t> seen;
   std::vector<int64_t> fold;
@@ -17,6 +19,8 @@ std::vector<int64_t> FoldOf(absl::Span<const FitPrompt> prompts, int64_t folds) 
   for (const FitPrompt& prompt : prompts) {
     fold.push_back(seen[{prompt.task, LengthClass(prompt.seq_len)}]++ % folds);
   }
+  const bool is_full = std::find(fold.begin(), fold.end(), folds - 1) != fold.end();
+  for (size_t p = 0; !is_full && p < fold.size(); ++p) fold[p] = static_cast<int64_t>(p) % folds;
   return fold;
 }
 

@@ -177,6 +177,19 @@ TEST_F(ObservationCompiler, ALengthCountsWhateverTheNumberOfItsPrompts) {
   EXPECT_EQ(compiled->content.observations[0].head, 2);
 }
 
+TEST_F(ObservationCompiler, OnePromptOfEachTaskAndLengthIsValidatedToo) {
+  paths_.clear();
+  options_.num_folds = 2;
+  for (const int64_t tokens : {200, 400, 800, 1600}) {
+    for (const char* task : {"a", "b"}) Add(Sample(task, 1, tokens));
+  }
+  const auto compiled = Compile();
+  ASSERT_TRUE(compiled.ok()) << compiled.status();
+  const nlohmann::json report = nlohmann::json::parse(compiled->report_json);
+  EXPECT_GT(report["held_out_recall"], 0.75) << compiled->report_json;
+  EXPECT_EQ(report["observations"].size(), 2u);
+}
+
 TEST_F(ObservationCompiler, NeitherOrderNorThreadsChangeABit) {
   options_.num_threads = 1;
   const std::string want = *SerializeTable(Compile()->content);
