@@ -21,6 +21,7 @@
 #include <map>
 #include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <system_error>
 #include <vector>
@@ -65,6 +66,7 @@ struct State {
   std::mutex mutex;
   std::map<uint64_t, Allocation> mapped;    // by base address
   std::map<AllocationHandle, int> handles;  // VMM: descriptor
+  std::set<AllocationHandle> unshareable;   // VMM: made without a kind of shareable handle
   uint32_t next_serial = 1;
   AllocationHandle next_handle = 1;
   PrimaryContext contexts[kNumDevices] = {{0}, {1}};
@@ -204,6 +206,15 @@ Result cuMemFree_v2(DevicePointer pointer) {
   return kSuccess;
 }
 
+Result cuMemcpyHtoD_v2(DevicePointer to, const void* from, size_t bytes) {
+  std::memcpy(reinterpret_cast<void*>(to), from, bytes);
+  return kSuccess;
+}
+Result cuMemcpyDtoH_v2(void* to, DevicePointer from, size_t bytes) {
+  std::memcpy(to, reinterpret_cast<const void*>(from), bytes);
+  return kSuccess;
+}
+
 // Memory is in use as long as any process maps it, as on a device: counted over all processes.
 Result cuMemGetInfo_v2(size_t* free_bytes, size_t* total_bytes) {
   std::map<uint64_t, size_t> in_use;  // by inode
@@ -256,7 +267,9 @@ Result cuPointerGetAttribute(void* data, int attribute, DevicePointer pointer) {
       return kSuccess;
     case kPointerAttributeAllowedHandleTypes:
       *static_cast<unsigned long long*>(data) =
-          found->second.kind == Kind::kVmm ? kHandleTypePosixFd : 0;
+          found->second.kind == Kind::kVmm && state().unshareable.count(found->second.handle) == 0
+              ? kHandleTypePosixFd
+              : 0;
       return kSuccess;
     default:
       return kInvalidValue;
@@ -322,13 +335,19 @@ Result cuIpcCloseMemHandle(DevicePointer pointer) {
 
 // ---- virtual memory management
 
-Result cuMemCreate(AllocationHandle* handle, size_t bytes, const void*, unsigned long long) {
+// properties: CUmemAllocationProp, whose second word holds the kinds of handle; null: a descriptor.
+Result cuMemCreate(AllocationHandle* handle, size_t bytes, const void* properties,
+                   unsigned long long) {
   const std::lock_guard lock(state().mutex);
   if (bytes % kGranularity != 0) return kInvalidValue;
   const int fd = NewMemory(bytes);
   if (fd < 0) return kOutOfMemory;
   *handle = state().next_handle++;
   state().handles[*handle] = fd;
+  const auto* const words = static_cast<const int*>(properties);
+  if (words != nullptr && (words[1] & kHandleTypePosixFd) == 0) {
+    state().unshareable.insert(*handle);
+  }
   return kSuccess;
 }
 Result cuMemExportToShareableHandle(void* os_handle, AllocationHandle handle, int type,

@@ -58,6 +58,7 @@ if [ $probe -ne 0 ]; then
   printf '{"built_from": %s, "device": null, "reason": %s, "programs": {%s}, ' \
     "$(quoted "$built_from")" "$(quoted "$reason")" "$(IFS=,; echo "${programs[*]}")" >"$report"
   printf '"tests": "not yet measured", "ipc": "not yet measured", "sanitizer": "not yet measured", ' >>"$report"
+  printf '"exporter": "not yet measured", ' >>"$report"
   printf '"bench": "not yet measured", "service": "not yet measured", "peers": "not yet measured", ' >>"$report"
   targets
   printf '"targets": [%s]}\n' "$(json_lines "$out/targets.jsonl")" >>"$report"
@@ -109,6 +110,13 @@ ipc=$?
 tail -n 3 "$out/ipc.log"
 [ $ipc -eq 0 ] || failed=1
 
+echo "== exporter of the Python package"
+python3 "$here/exporter_check.py" >"$out/exporter.jsonl" 2>"$out/exporter.log"
+exporter=$?
+grep -v '"passed": true' "$out/exporter.jsonl"
+tail -n 1 "$out/exporter.log"
+[ $exporter -eq 0 ] || failed=1
+
 echo "== benchmark"
 run gpu_bench $quick >"$out/bench.jsonl" 2>"$out/bench.log"
 bench=$?
@@ -147,13 +155,15 @@ driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2>/dev/null
   printf '"seed": %s, ' "$(quoted "$KEEPSET_TEST_SEED")"
   printf '"tests_exit": %d, "ipc_exit": %d, "sanitizer": %s, "bench_exit": %d, "bench": [%s], ' \
     "$tests" "$ipc" "$sanitizer" "$bench" "$(json_lines "$out/bench.jsonl")"
+  printf '"exporter_exit": %d, "exporter": [%s], ' "$exporter" "$(json_lines "$out/exporter.jsonl")"
   printf '"service_exit": %d, "service": [%s], ' "$service" "$(json_lines "$out/service.jsonl")"
   printf '"peers_exit": %d, "peers": [%s], ' "$peers" "$(json_lines "$out/peers.jsonl")"
   printf '"targets": [%s]}\n' "$(json_lines "$out/targets.jsonl")"
 } >"$report"
 {
   echo "built from $built_from"
-  echo "tests: exit $tests; two processes: exit $ipc; compute-sanitizer: $sanitizer"
+  echo "tests: exit $tests; two processes: exit $ipc; Python's exporter: exit $exporter"
+  echo "compute-sanitizer: $sanitizer; KEEPSET_TEST_SEED=$KEEPSET_TEST_SEED"
   cat "$out/bench.log" "$out/service.log"
   echo "peers (exit $peers):"
   cat "$out/peers.jsonl"
