@@ -4,11 +4,13 @@
 #include <chrono>
 #include <iterator>
 #include <memory>
+#include <optional>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
+#include "service/rpc/short_operation.h"
 #include "service/rpc/wire_status.h"
 #include "service/rpc/work_queue.h"
 
@@ -18,6 +20,36 @@ namespace {
 // The client's cancellation at its deadline comes before the deadline as the server counts it, from
 // the arrival of the call and rounded up.
 constexpr auto kDeadlineSlack = std::chrono::milliseconds(50);
+
+// The client's deadline reaches a server as a cancellation.
+absl::Status CancelStatus(const grpc::CallbackServerContext& call) {
+  if (call.deadline() <= std::chrono::system_clock::now() + kDeadlineSlack) {
+    return absl::DeadlineExceededError("the call's deadline has passed");
+  }
+  return absl::CancelledError("the client cancelled the call");
+}
+
+absl::Status Prepare(OperationCall& operation, const v1::CompressRequest& request) {
+  KEEPSET_RETURN_IF_ERROR(operation.Admit());
+  for (const v1::LayerInput& layer : request.layers()) {
+    KEEPSET_RETURN_IF_ERROR(operation.LeaseLayer(layer));
+  }
+  return absl::OkStatus();
+}
+
+// The whole operation on the thread that received it.
+absl::Status RunHere(const grpc::CallbackServerContext& call, const v1::CompressRequest& request,
+                     OperationCall& operation, v1::OperationResult* out) {
+  KEEPSET_RETURN_IF_ERROR(Prepare(operation, request));
+  operation.OnDequeued();
+  KEEPSET_RETURN_IF_ERROR(operation.Begin());
+  std::vector<const v1::LayerInput*> layers;
+  layers.reserve(request.layers_size());
+  for (const v1::LayerInput& layer : request.layers()) layers.push_back(&layer);
+  KEEPSET_RETURN_IF_ERROR(operation.Observe(layers));
+  if (call.IsCancelled()) return CancelStatus(call);
+  return operation.Finish(out);
+}
 
 class CompressReactor final : public grpc::ServerUnaryReactor {
  public:
@@ -32,7 +64,7 @@ class CompressReactor final : public grpc::ServerUnaryReactor {
 
   // Last act of the handler: the reactor may be gone when it returns.
   void Start() {
-    if (absl::Status status = Prepare(); !status.ok()) {
+    if (absl::Status status = Prepare(operation_, request_); !status.ok()) {
       if (TakePhase()) Answer(status);
       return;
     }
@@ -56,7 +88,7 @@ class CompressReactor final : public grpc::ServerUnaryReactor {
 
   void OnCancel() override {
     cancelled_.store(true, std::memory_order_relaxed);
-    if (TakePhase()) Answer(CancelStatus());
+    if (TakePhase()) Answer(CancelStatus(call_));
   }
 
   void OnDone() override { delete this; }
@@ -68,14 +100,6 @@ class CompressReactor final : public grpc::ServerUnaryReactor {
   bool TakePhase() {
     Phase waiting = Phase::kWaiting;
     return phase_->compare_exchange_strong(waiting, Phase::kRunning);
-  }
-
-  absl::Status Prepare() {
-    KEEPSET_RETURN_IF_ERROR(operation_.Admit());
-    for (const v1::LayerInput& layer : request_.layers()) {
-      KEEPSET_RETURN_IF_ERROR(operation_.LeaseLayer(layer));
-    }
-    return absl::OkStatus();
   }
 
   void Run() {
@@ -91,7 +115,7 @@ class CompressReactor final : public grpc::ServerUnaryReactor {
   // together; ours is the next of its flow.
   void RunLayers() {
     while (next_layer_ < request_.layers_size()) {
-      if (cancelled_.load(std::memory_order_relaxed)) return Answer(CancelStatus());
+      if (cancelled_.load(std::memory_order_relaxed)) return Answer(CancelStatus(call_));
       std::vector<const v1::LayerInput*> some;
       for (int64_t i = operation_.layers_at_once(); i > 0 && next_layer_ < request_.layers_size();
            --i) {
@@ -102,16 +126,8 @@ class CompressReactor final : public grpc::ServerUnaryReactor {
         return context_.queue.Resume(flow_, [this] { RunLayers(); });
       }
     }
-    if (cancelled_.load(std::memory_order_relaxed)) return Answer(CancelStatus());
+    if (cancelled_.load(std::memory_order_relaxed)) return Answer(CancelStatus(call_));
     Answer(operation_.Finish(response_.mutable_result()));
-  }
-
-  // The client's deadline reaches a server as a cancellation.
-  absl::Status CancelStatus() const {
-    if (call_.deadline() <= std::chrono::system_clock::now() + kDeadlineSlack) {
-      return absl::DeadlineExceededError("the call's deadline has passed");
-    }
-    return absl::CancelledError("the client cancelled the call");
   }
 
   void Answer(const absl::Status& status) {
@@ -137,6 +153,17 @@ grpc::ServerUnaryReactor* StartCompress(const ServiceContext& context,
                                         grpc::CallbackServerContext& call,
                                         const v1::CompressRequest& request,
                                         v1::CompressResponse& response) {
+  if (IsShort(request.spec(), context.backend.Device())) {
+    if (const std::optional<WorkQueue::Seat> seat = context.queue.TakeSeat()) {
+      OperationCall operation(context, CallInfoOf("Compress", call), request.spec());
+      const absl::Status seen =
+          operation.End(RunHere(call, request, operation, response.mutable_result()));
+      if (!seen.ok()) response.Clear();
+      grpc::ServerUnaryReactor* const reactor = call.DefaultReactor();
+      reactor->Finish(ToGrpcStatus(seen));
+      return reactor;
+    }
+  }
   auto* reactor = new CompressReactor(context, call, request, response);
   reactor->Start();
   return reactor;

@@ -1,5 +1,5 @@
 // keepset.v1.CompressionService on the callback API: handlers check, lease and enqueue; the work
-// queue's threads run operations and answer.
+// queue's threads run operations and answer. Short operations are run by their handler.
 #ifndef KEEPSET_SERVICE_RPC_COMPRESSION_SERVICE_H_
 #define KEEPSET_SERVICE_RPC_COMPRESSION_SERVICE_H_
 

@@ -29,6 +29,7 @@ struct StreamOperation {
   const RequestPtr begin;
   OperationCall call;
   WorkQueue::Flow flow;          // from admission on
+  bool is_short = false;         // from admission on: the reader may run its strand
   std::vector<RequestPtr> kept;  // strand only: layers that gathering reads again
 
   // Under the stream's mutex. An empty pointer stands for Begin.

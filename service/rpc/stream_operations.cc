@@ -2,10 +2,12 @@
 
 #include <deque>
 #include <iterator>
+#include <optional>
 #include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "service/rpc/short_operation.h"
 
 namespace keepset::service {
 
@@ -51,6 +53,7 @@ void StreamOperations::OnBegin(RequestPtr message) {
     return;
   }
   operation->flow = operation->call.QueueFlow();
+  operation->is_short = IsShort(operation->begin->begin(), context_.backend.Device());
   bool room = false;
   {
     absl::MutexLock lock(&mutex_);
@@ -67,6 +70,7 @@ void StreamOperations::OnBegin(RequestPtr message) {
                                " operations are open on this stream, end one of them first")));
     return;
   }
+  if (RanHere(operation)) return;
   const absl::Status queued = context_.queue.Submit(operation->flow, Strand(operation));
   if (queued.ok()) return;
   const bool is_awaited = Take(id, queued) != nullptr;
@@ -161,7 +165,16 @@ void StreamOperations::Enqueue(const OperationPtr& operation, RequestPtr message
     if (has_layer) peer_.ReturnCredit(1);
     return;
   }
+  if (RanHere(operation)) return;
   context_.queue.Continue(operation->flow, Strand(operation));
+}
+
+bool StreamOperations::RanHere(const OperationPtr& operation) {
+  if (!operation->is_short) return false;
+  const std::optional<WorkQueue::Seat> seat = context_.queue.TakeSeat();
+  if (!seat.has_value()) return false;
+  RunStrand(operation);
+  return true;
 }
 
 WorkQueue::Task StreamOperations::Strand(const OperationPtr& operation) {

@@ -61,6 +61,8 @@ class StreamOperations {
   OperationPtr FindOrAnswer(uint64_t id);
 
   void Enqueue(const OperationPtr& operation, RequestPtr message);
+  // Whether the caller, who has the operation's strand, could run it itself.
+  bool RanHere(const OperationPtr& operation);
   WorkQueue::Task Strand(const OperationPtr& operation);
   void RunStrand(const OperationPtr& operation);
   // Begin or the end.

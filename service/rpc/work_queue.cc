@@ -57,6 +57,14 @@ class ThreadedWorkQueue final : public WorkQueue {
     CountWaiting(+1);
   }
 
+  std::optional<Seat> TakeSeat() override {
+    absl::MutexLock lock(&mutex_);
+    if (is_seat_taken_ || waiting_ > 0 || running_ >= options_.num_workers) return std::nullopt;
+    is_seat_taken_ = true;
+    ++running_;
+    return Seat(this);
+  }
+
   int64_t waiting() const override {
     absl::MutexLock lock(&mutex_);
     return waiting_;
@@ -106,8 +114,15 @@ class ThreadedWorkQueue final : public WorkQueue {
     return std::clamp(absl::Seconds(seconds), absl::Milliseconds(1), absl::Seconds(60));
   }
 
+  // A lent seat leaves one place less to the workers.
   bool HasWorkOrStops() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-    return stopping_ || waiting_ > 0;
+    return waiting_ == 0 ? stopping_ : running_ < options_.num_workers;
+  }
+
+  void LeaveSeat() override {
+    absl::MutexLock lock(&mutex_);
+    is_seat_taken_ = false;
+    --running_;
   }
 
   void RunTasks() {
@@ -118,12 +133,14 @@ class ThreadedWorkQueue final : public WorkQueue {
         mutex_.Await(absl::Condition(this, &ThreadedWorkQueue::HasWorkOrStops));
         if (waiting_ == 0) return;
         task = TakeNext();
+        ++running_;
       }
       const absl::Duration start = clock_.Monotonic();
       task();
       task = nullptr;
       const double seconds = absl::ToDoubleSeconds(clock_.Monotonic() - start);
       absl::MutexLock lock(&mutex_);
+      --running_;
       mean_seconds_ += kMeanWeight * (seconds - mean_seconds_);
     }
   }
@@ -135,6 +152,8 @@ class ThreadedWorkQueue final : public WorkQueue {
   Flows flows_ ABSL_GUARDED_BY(mutex_);  // those with waiting tasks
   std::deque<Flows::iterator> turns_ ABSL_GUARDED_BY(mutex_);
   int64_t waiting_ ABSL_GUARDED_BY(mutex_) = 0;
+  int running_ ABSL_GUARDED_BY(mutex_) = 0;  // workers at work, and the seat
+  bool is_seat_taken_ ABSL_GUARDED_BY(mutex_) = false;
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
   double mean_seconds_ ABSL_GUARDED_BY(mutex_) = 0.010;  // until something was measured
   std::vector<std::thread> threads_;

@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 
@@ -36,6 +37,22 @@ class WorkQueue {
     auto operator<=>(const Flow&) const = default;
   };
 
+  // A worker's place, lent to the thread that took it. Movable, not copyable.
+  class Seat {
+   public:
+    explicit Seat(WorkQueue* queue) : queue_(queue) {}
+    Seat(Seat&& other) noexcept : queue_(std::exchange(other.queue_, nullptr)) {}
+    Seat& operator=(Seat&&) = delete;
+    Seat(const Seat&) = delete;
+    Seat& operator=(const Seat&) = delete;
+    ~Seat() {
+      if (queue_ != nullptr) queue_->LeaveSeat();
+    }
+
+   private:
+    WorkQueue* queue_;
+  };
+
   // `clock` must outlive the queue.
   static std::unique_ptr<WorkQueue> New(Options options, const Clock& clock);
   // Runs what is queued, then joins.
@@ -51,11 +68,19 @@ class WorkQueue {
   void Continue(Task task) { Continue(Flow(), std::move(task)); }
   virtual void Resume(const Flow& flow, Task task) = 0;
 
+  // For work that is shorter than handing it to a worker: the caller may do it itself while it has
+  // the seat. nullopt when something waits, no worker is idle or another caller has a seat: callers
+  // are threads that others need. The queue must outlive the seat.
+  virtual std::optional<Seat> TakeSeat() = 0;
+
   virtual int64_t waiting() const = 0;
   // Whether a task of this size class or a smaller one waits.
   virtual bool Waits(int up_to_size_class) const = 0;
   // When a refused caller may try again: the time the workers need for half of what waits.
   virtual absl::Duration RetryHint() const = 0;
+
+ private:
+  virtual void LeaveSeat() = 0;
 };
 
 }  // namespace keepset::service

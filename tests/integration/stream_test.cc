@@ -16,6 +16,8 @@ namespace {
 using ::testing::HasSubstr;
 
 constexpr uint64_t kBudget = 24;
+// Of operations that a worker runs: the reader of the stream, which runs short ones, stays free.
+constexpr int64_t kLongPrompt = 1024;
 
 void SendAll(WorkerStream& stream, uint64_t id, const v1::CompressRequest& request) {
   stream.Begin(id, request.spec());
@@ -171,7 +173,8 @@ TEST_F(CompressStream, CancelIsIdempotentAndUnanswered) {
 }
 
 TEST_F(CompressStream, CancelInTheMiddleOfALayerDropsTheOperation) {
-  const v1::CompressRequest request = WireRequest(prompt_, "snapkv", kBudget);
+  const fakes::SyntheticPrompt prompt({.seq_len = kLongPrompt});
+  const v1::CompressRequest request = WireRequest(prompt, "snapkv", kBudget);
   server_.gate().Close();
   stream_.Begin(1, request.spec());
   stream_.Layer(1, request.layers(0));
@@ -294,7 +297,7 @@ TEST_F(StreamOfManyLayers, GatheredRowsAreThoseOfTheUnaryCall) {
 
 TEST(CompressStreamLimits, LayerWithoutCreditEndsItsOperation) {
   TestServer server("limits { stream_credits: 1 }");
-  const fakes::SyntheticPrompt prompt({});
+  const fakes::SyntheticPrompt prompt({.seq_len = kLongPrompt});
   const v1::CompressRequest request = WireRequest(prompt, "snapkv", kBudget);
   server.gate().Close();
   WorkerStream stream(server);

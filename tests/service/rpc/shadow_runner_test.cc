@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -42,12 +43,16 @@ class HeldQueue final : public WorkQueue {
   }
   void Continue(const Flow& /*flow*/, Task /*task*/) override {}
   void Resume(const Flow& /*flow*/, Task /*task*/) override {}
+  std::optional<Seat> TakeSeat() override { return std::nullopt; }
   int64_t waiting() const override { return 0; }
   bool Waits(int /*up_to_size_class*/) const override { return false; }
   absl::Duration RetryHint() const override { return absl::ZeroDuration(); }
 
   bool full = false;
   Task held;
+
+ private:
+  void LeaveSeat() override {}
 };
 
 class ShadowRunnerTest : public ::testing::Test {

@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -139,6 +140,57 @@ TEST(WorkQueue, TellsWhetherSmallerTasksWait) {
   EXPECT_TRUE(queue->Submit({.owner = "a", .size_class = 1}, [] {}).ok());
   EXPECT_FALSE(queue->Waits(0));
   EXPECT_TRUE(queue->Waits(1));
+}
+
+TEST(WorkQueue, LendsOneSeatAtATime) {
+  const auto queue =
+      WorkQueue::New({.num_workers = 2, .capacity = 4, .on_depth_change = {}}, SystemClock());
+  {
+    const std::optional<WorkQueue::Seat> seat = queue->TakeSeat();
+    EXPECT_TRUE(seat.has_value());
+    EXPECT_FALSE(queue->TakeSeat().has_value());
+  }
+  EXPECT_TRUE(queue->TakeSeat().has_value());
+}
+
+TEST(WorkQueue, LendsNoSeatWhileEveryWorkerIsBusy) {
+  BusyQueue queue(2);
+  EXPECT_FALSE(queue->TakeSeat().has_value());
+}
+
+TEST(WorkQueue, LendsNoSeatWhileATaskWaits) {
+  absl::Notification busy;
+  absl::Notification release;
+  const auto queue =
+      WorkQueue::New({.num_workers = 2, .capacity = 4, .on_depth_change = {}}, SystemClock());
+  ASSERT_TRUE(queue
+                  ->Submit([&] {
+                    busy.Notify();
+                    release.WaitForNotification();
+                  })
+                  .ok());
+  busy.WaitForNotification();
+  {
+    const std::optional<WorkQueue::Seat> seat = queue->TakeSeat();
+    ASSERT_TRUE(seat.has_value());
+    EXPECT_TRUE(queue->Submit([] {}).ok());
+    EXPECT_EQ(queue->waiting(), 1);  // the seat is the second worker's place
+    EXPECT_FALSE(queue->TakeSeat().has_value());
+  }
+  release.Notify();
+}
+
+TEST(WorkQueue, ATaskThatWaitedForASeatRunsWhenItIsLeft) {
+  const auto queue =
+      WorkQueue::New({.num_workers = 1, .capacity = 4, .on_depth_change = {}}, SystemClock());
+  absl::Notification ran;
+  {
+    const std::optional<WorkQueue::Seat> seat = queue->TakeSeat();
+    ASSERT_TRUE(seat.has_value());
+    EXPECT_TRUE(queue->Submit([&] { ran.Notify(); }).ok());
+    EXPECT_FALSE(ran.HasBeenNotified());
+  }
+  EXPECT_TRUE(ran.WaitForNotificationWithTimeout(absl::Seconds(30)));
 }
 
 TEST(WorkQueue, TellsItsDepth) {
