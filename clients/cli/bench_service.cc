@@ -139,8 +139,7 @@ absl::Status MeasureShape(keepset_engine* engine, const std::string& address, in
                              PlaceLayers(**client, {std::move(first)}, kTokens, GatherWish::kNone));
     layers.inputs.assign(num_layers, client::LayerInput(layers.inputs.front()));
     for (int64_t layer = 0; layer < num_layers; ++layer) layers.inputs[layer].layer = layer;
-    KEEPSET_ASSIGN_OR_RETURN(const std::unique_ptr<client::CompressStream> stream,
-                             (*client)->OpenStream());
+    std::unique_ptr<client::CompressStream> stream;  // opened after the unary calls
     const std::pair<std::string, RemoteCall> rpcs[] = {
         {"unary", [&] { return (*client)->CompressUnary(remote_spec, layers.inputs); }},
         {"stream",
@@ -153,6 +152,10 @@ absl::Status MeasureShape(keepset_engine* engine, const std::string& address, in
          }},
     };
     for (const auto& [rpc, call] : rpcs) {
+      // Its threads would share the replies of the unary calls.
+      if (rpc == "stream") {
+        KEEPSET_ASSIGN_OR_RETURN(stream, (*client)->OpenStream());
+      }
       Samples samples;
       for (int64_t repeat = -kWarmUps; repeat < repeats; ++repeat) {
         progress.Show(absl::StrCat("service, ", num_layers, " layers, ", transport_name, " ", rpc,

@@ -3,13 +3,16 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "clients/cpp/lease_stream.h"
+
 namespace keepset::client {
 namespace {
 
+// How long the answer to a beat is waited for; one that comes later is found by whoever looks next.
 // Bounds how long destruction waits for a server that hangs.
-constexpr absl::Duration kMaxWrite = absl::Seconds(2);
-// A beat that could not be sent before the next one tells of a server that hangs.
-constexpr int64_t kMaxWaitingBytes = 0;
+constexpr absl::Duration kMaxWait = absl::Seconds(2);
 
 }  // namespace
 
@@ -29,47 +32,64 @@ LeaseKeeper::~LeaseKeeper() {
 }
 
 absl::Status LeaseKeeper::status() const {
+  LookForNews();
   absl::MutexLock lock(&mutex_);
   return status_;
 }
 
 bool LeaseKeeper::draining() const {
+  LookForNews();
   absl::MutexLock lock(&mutex_);
   return draining_;
 }
 
-void LeaseKeeper::Run() {
-  v1::LeaseBeat beat;
-  beat.set_session_id(session_id_);
-  std::unique_ptr<Stream> stream;
-  while (true) {
-    bool broken;
-    {
-      absl::MutexLock lock(&mutex_);
-      if (absl::IsNotFound(status_)) return;
-      broken = std::exchange(stream_broken_, false);
-    }
-    if (broken) stream.reset();
-    if (stream == nullptr) {
-      stream = std::make_unique<Stream>(
-          kMaxWaitingBytes,
-          [this](v1::LeaseNotice& notice) {
-            absl::MutexLock lock(&mutex_);
-            draining_ = notice.draining();
-            status_ = absl::OkStatus();
-          },
-          [this](absl::Status end) {
-            absl::MutexLock lock(&mutex_);
-            stream_broken_ = true;
-            if (!stopping_) status_ = std::move(end);
-          });
-      stub_->async()->Lease(stream->context(), stream->reactor());
-      stream->Start();
-    }
-    // The end of a stream that refuses the beat arrives through its callback.
-    (void)stream->Write(beat, std::min(interval_, kMaxWrite));
+// A beat that is under way brings the news itself.
+void LeaseKeeper::LookForNews() const {
+  if (!stream_mutex_.TryLock()) return;
+  if (stream_ != nullptr) {
+    stream_->Poll();
+    Note();
+  }
+  stream_mutex_.Unlock();
+}
+
+void LeaseKeeper::Note() const {
+  absl::MutexLock lock(&mutex_);
+  if (stream_->notice().has_value()) draining_ = stream_->notice()->draining();
+  if (stream_->end().has_value()) {
+    status_ = *stream_->end();
+  } else if (stream_->notice().has_value()) {
+    status_ = absl::OkStatus();
+  }
+}
+
+void LeaseKeeper::Beat() {
+  bool hangs = false;
+  if (stream_ != nullptr) {
+    stream_->Poll();
+    Note();
+    hangs = !stream_->end().has_value() && !stream_->answered();
+    if (hangs || stream_->end().has_value()) stream_ = nullptr;
+  }
+  if (hangs) {
     absl::MutexLock lock(&mutex_);
-    if (mutex_.AwaitWithTimeout(absl::Condition(&stopping_), interval_)) break;
+    status_ = absl::DeadlineExceededError(absl::StrCat("session lease: no answer to a beat within ",
+                                                       absl::FormatDuration(interval_)));
+  }
+  if (stream_ == nullptr) stream_ = std::make_unique<LeaseStream>(stub_, session_id_);
+  stream_->Beat(absl::Now() + std::min(interval_, kMaxWait));
+  Note();
+}
+
+void LeaseKeeper::Run() {
+  while (true) {
+    {
+      absl::MutexLock lock(&stream_mutex_);
+      Beat();
+    }
+    absl::MutexLock lock(&mutex_);
+    if (absl::IsNotFound(status_)) return;
+    if (mutex_.AwaitWithTimeout(absl::Condition(&stopping_), interval_)) return;
   }
 }
 

@@ -1,5 +1,9 @@
 // Renews a session's lease from a thread of its own until it is destroyed. A broken lease stream is
 // opened again at the next beat; a session the server does not know any more stays lost.
+//
+// Between beats no thread reads from the connection: a thread that waits inside gRPC would be woken
+// for every reply to the worker's calls, and hand it over. Whoever asks for the state looks whether
+// something has arrived.
 #ifndef KEEPSET_CLIENTS_CPP_LEASE_KEEPER_H_
 #define KEEPSET_CLIENTS_CPP_LEASE_KEEPER_H_
 
@@ -11,10 +15,11 @@
 #include "absl/status/status.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
-#include "clients/cpp/bidi_stream.h"
 #include "keepset/v1/session.grpc.pb.h"
 
 namespace keepset::client {
+
+class LeaseStream;
 
 // Thread-safe.
 class LeaseKeeper {
@@ -25,24 +30,29 @@ class LeaseKeeper {
   LeaseKeeper(const LeaseKeeper&) = delete;
   LeaseKeeper& operator=(const LeaseKeeper&) = delete;
 
-  // OK while beats go through; NotFound once the session is lost.
+  // OK while beats go through; NotFound once the session is lost. Does not wait.
   absl::Status status() const;
-  // The server said that it is shutting down.
+  // The server said that it is shutting down. Does not wait.
   bool draining() const;
 
  private:
-  using Stream = BidiStream<v1::LeaseBeat, v1::LeaseNotice>;
-
   void Run();
+  // One beat and its answer.
+  void Beat() ABSL_EXCLUSIVE_LOCKS_REQUIRED(stream_mutex_);
+  // Takes over what the stream has heard.
+  void Note() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(stream_mutex_);
+  void LookForNews() const;
 
   v1::SessionService::Stub* const stub_;
   const std::string session_id_;
   const absl::Duration interval_;
+  // Held by the thread that polls the stream; taken before mutex_.
+  mutable absl::Mutex stream_mutex_;
+  std::unique_ptr<LeaseStream> stream_ ABSL_GUARDED_BY(stream_mutex_);
   mutable absl::Mutex mutex_;
   bool stopping_ ABSL_GUARDED_BY(mutex_) = false;
-  bool stream_broken_ ABSL_GUARDED_BY(mutex_) = false;
-  bool draining_ ABSL_GUARDED_BY(mutex_) = false;
-  absl::Status status_ ABSL_GUARDED_BY(mutex_);
+  mutable bool draining_ ABSL_GUARDED_BY(mutex_) = false;
+  mutable absl::Status status_ ABSL_GUARDED_BY(mutex_);
   std::thread thread_;
 };
 

@@ -246,7 +246,7 @@ class StreamOfManyLayers : public ::testing::Test {
   }
 
   TestServer server_{"", 4};
-  const fakes::SyntheticPrompt prompt_{{.num_layers = 7}};
+  const fakes::SyntheticPrompt prompt_{{.num_layers = 7, .seq_len = kLongPrompt}};
   v1::CompressRequest request_ = WireRequest(prompt_, "snapkv", kBudget);
   WorkerStream stream_{server_};
 };
