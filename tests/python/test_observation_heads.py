@@ -13,6 +13,7 @@ import pytest
 
 import keepset
 from keepset import table_file
+from keepset.calibrate import CalibrationError
 from keepset.calibrate import observation_heads as heads
 from keepset.calibrate.__main__ import Build
 from keepset.calibrate.head_prompts import (
@@ -531,6 +532,24 @@ def earlier_report(**columns: str) -> dict:
     return {"command": "before", "versions": {"keepset": "0", "backend": "b"}, "small_model": {"a": 1},
             "hf_model": {"revision": "r", "columns": dict(columns),
                          "missing": [{"column": column} for column in columns]}}
+
+
+def test_records_of_other_texts_are_not_taken_for_ours(tmp_path):
+    first, second = tmp_path / "a.txt", tmp_path / "b.txt"
+    first.write_text("one")
+    second.write_text("two")
+    folder = tmp_path / "records"
+    heads.claim_folder(folder, "hf:model", [first, second])
+    heads.claim_folder(folder, "hf:model", [second, first])
+    with pytest.raises(CalibrationError, match="of hf:model or of other texts"):
+        heads.claim_folder(folder, "hf:model", [first])
+    with pytest.raises(CalibrationError, match="want an empty folder"):
+        heads.claim_folder(folder, "small", [first, second])
+    unknown = tmp_path / "unknown"
+    unknown.mkdir()
+    (unknown / "number-1024-0.safetensors").write_bytes(b"")
+    with pytest.raises(CalibrationError, match="an unknown source"):
+        heads.claim_folder(unknown, "small", [])
 
 
 def test_what_a_run_did_not_measure_stays_with_its_command():

@@ -174,8 +174,8 @@ def not_told(points: Sequence[dict]) -> str | None:
         first = [mass for (name, *_), mass in lost_from.items() if name == task]
         lost = sum(one <= least for one in first)
         if lost > _UNTOLD * len(first):
-            return (f"of task {task} {lost} of {len(first)} held-out answers are lost where as little mass as "
-                    "the gate can is left outside")
+            return (f"of task {task} {lost} of {len(first)} held-out answers are lost where as little mass "
+                    "as the gate can is left outside")
     return None
 
 
@@ -371,6 +371,28 @@ def _risk_points(engine: Engine, tasks: Tasks, mixture: Mixture, most: int, tabl
     return points
 
 
+def claim_folder(folder: pathlib.Path, model: str, texts: Sequence[pathlib.Path]) -> None:
+    """Says in the folder of records what they are made of. CalibrationError where they are of another model
+    or of other texts: records are found again by task, length and seed alone."""
+    try:
+        source = {"model": model, "texts": sorted(hashlib.sha256(path.read_bytes()).hexdigest()
+                                                  for path in texts)}
+    except OSError as error:
+        raise CalibrationError(f"--text {error.filename}: {error.strerror}") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    claim = folder / "source.json"
+    if claim.exists():
+        found = json.loads(claim.read_text())
+    else:
+        found = source if not any(folder.glob("*.safetensors")) else None
+        if found:
+            claim.write_text(json.dumps(source))
+    if found != source:
+        said = found["model"] if found else "an unknown source"
+        raise CalibrationError(f"--out {folder}: its records are of {said} or of other texts, want an empty "
+                               "folder, or the model and texts they are made of")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m keepset.calibrate.observation_heads",
                                      description=__doc__)
@@ -406,6 +428,7 @@ def main() -> int:
                 raise CalibrationError(f"--tasks {one}, want some of {', '.join(known)}")
         mixture = Mixture(names, tuple(options.lengths), range(options.prompts),
                           range(500, 500 + options.risk_prompts))
+        claim_folder(options.out, options.model, options.text)
         with Engine(build.library) as engine:
             found = compile_heads(build, engine, tasks, mixture, options.out, name=options.name,
                                   version=options.version, budgets=options.budgets, say=say,
