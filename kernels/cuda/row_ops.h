@@ -78,11 +78,13 @@ struct GatherParams {
   int32_t longest = 0;     // rows of the largest set
 };
 
-// 8 warps share the rows of one head of one tensor.
+// 8 warps share the rows of one head of one tensor. Each thread has 64 bytes on their way in rows
+// of 16-byte units: 64 KiB of a multiprocessor with four blocks, more than its share of the
+// bandwidth times the latency of memory (docs/gpu.md).
 struct GatherKernel {
   using Params = GatherParams;
   static constexpr int kMaxThreads = 256;
-  static constexpr int kMinBlocksPerMultiprocessor = 2;
+  static constexpr int kMinBlocksPerMultiprocessor = 4;
   template <typename Simt>
   KEEPSET_KERNEL_BODY static void Run(const Simt& simt, const Params& params);
 };

@@ -52,52 +52,82 @@ KEEPSET_KERNEL_BODY void TileColumnsKernel::Run(const Simt& simt, const Params& 
   p.out[static_cast<int64_t>(simt.block_y()) * p.seq_len + t] = value;
 }
 
-template <typename Unit>
-KEEPSET_HD inline void CopyRow(std::byte* to, const std::byte* from, int row_bytes, int lane,
-                               int lanes) {
-  auto* to_units = reinterpret_cast<Unit*>(to);
-  const auto* from_units = reinterpret_cast<const Unit*>(from);
-  const int units = row_bytes / static_cast<int>(sizeof(Unit));
-  for (int i = lane; i < units; i += lanes) to_units[i] = from_units[i];
-}
+// Rows that a thread of GatherKernel has on their way.
+constexpr int kGatherRows = 4;
 
 struct alignas(8) HalfPiece {
   uint32_t words[2];
 };
 
+// The rows of one set that a block copies, `lanes` neighbouring threads a row. A thread has
+// kGatherRows rows on their way: first their positions, then their bytes.
+template <typename Unit, typename Simt>
+KEEPSET_KERNEL_BODY inline void CopyRows(const Simt& simt, const GatherTensor& p, int head,
+                                         const int32_t* indices, int count, int lanes) {
+  const int units = p.row_bytes / static_cast<int>(sizeof(Unit));
+  const int lane = simt.thread() & (lanes - 1);
+  const int rows_per_block = simt.num_threads() / lanes;
+  const int stride = simt.grid_x() * rows_per_block;
+  for (int first = simt.block_x() * rows_per_block + simt.thread() / lanes; first < count;
+       first += stride * kGatherRows) {
+    int32_t positions[kGatherRows];
+    KEEPSET_UNROLL
+    for (int r = 0; r < kGatherRows; ++r) {
+      const int i = first + r * stride;
+      positions[r] = i < count ? indices[i] : -1;
+    }
+    const Unit* from[kGatherRows];
+    KEEPSET_UNROLL
+    for (int r = 0; r < kGatherRows; ++r) {
+      from[r] =
+          positions[r] < 0 ? nullptr : reinterpret_cast<const Unit*>(p.in.Row(head, positions[r]));
+    }
+    Unit* to[kGatherRows];
+    KEEPSET_UNROLL
+    for (int r = 0; r < kGatherRows; ++r) {
+      to[r] = from[r] == nullptr ? nullptr
+                                 : reinterpret_cast<Unit*>(p.out.Row(head, first + r * stride));
+    }
+    for (int unit = lane; unit < units; unit += lanes) {
+      Unit values[kGatherRows];
+      KEEPSET_UNROLL
+      for (int r = 0; r < kGatherRows; ++r) {
+        if (from[r] != nullptr) values[r] = simt.LoadOnce(from[r] + unit);
+      }
+      KEEPSET_UNROLL
+      for (int r = 0; r < kGatherRows; ++r) {
+        if (from[r] != nullptr) simt.StoreGlobal(to[r] + unit, values[r]);
+      }
+    }
+  }
+}
+
 template <typename Simt>
 KEEPSET_KERNEL_BODY void GatherKernel::Run(const Simt& simt, const Params& params) {
-  const GatherTensor& p = params.tensors[simt.block_z()];
+  const GatherTensor p = params.tensors[simt.block_z()];
   const int head = simt.block_y();
   if (head >= p.in.num_heads) return;
   const int set = p.num_sets == 1 ? 0 : head;
   const int first = p.offsets[set];
   const int count = p.offsets[set + 1] - first;
+  const int32_t* const indices = p.indices + first;
   // Short rows are shared by a part of a warp.
   const int units = p.row_bytes / p.unit_bytes;
   int lanes = 1;
   while (lanes < units && lanes < 32) lanes *= 2;
-  const int rows_per_block = simt.num_threads() / lanes;
-  const int lane = simt.thread() & (lanes - 1);
-  const int place = simt.thread() / lanes;
-  for (int i = simt.block_x() * rows_per_block + place; i < count;
-       i += simt.grid_x() * rows_per_block) {
-    const std::byte* from = p.in.Row(head, p.indices[first + i]);
-    std::byte* to = p.out.Row(head, i);
-    switch (p.unit_bytes) {
-      case 16:
-        CopyRow<Piece>(to, from, p.row_bytes, lane, lanes);
-        break;
-      case 8:
-        CopyRow<HalfPiece>(to, from, p.row_bytes, lane, lanes);
-        break;
-      case 4:
-        CopyRow<uint32_t>(to, from, p.row_bytes, lane, lanes);
-        break;
-      default:
-        CopyRow<uint16_t>(to, from, p.row_bytes, lane, lanes);
-        break;
-    }
+  switch (p.unit_bytes) {
+    case 16:
+      CopyRows<Piece>(simt, p, head, indices, count, lanes);
+      break;
+    case 8:
+      CopyRows<HalfPiece>(simt, p, head, indices, count, lanes);
+      break;
+    case 4:
+      CopyRows<uint32_t>(simt, p, head, indices, count, lanes);
+      break;
+    default:
+      CopyRows<uint16_t>(simt, p, head, indices, count, lanes);
+      break;
   }
 }
 

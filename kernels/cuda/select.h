@@ -39,8 +39,8 @@ struct SelectParams {
   int64_t capacity = 0;                 // largest min(budget, length)
 };
 
-// One block per row, of whatever buffer it is. The row is cut into one contiguous segment per warp,
-// a multiple of 32 positions long, so that one word of a bitmap belongs to one step of a warp.
+// One block per row, of whatever buffer it is. A warp takes 32 positions in a step, so that one
+// word of a bitmap belongs to it.
 struct SelectKernel {
   using Params = SelectParams;
   static constexpr int kMaxThreads = 1024;

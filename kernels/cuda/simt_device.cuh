@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/cuda/launch.h"
 #include "kernels/views.h"
@@ -86,6 +87,20 @@ class DeviceThread {
     }
   }
 
+  // Global memory, of which a read is the only one for a while: T has 16, 8, 4 or 2 bytes and is
+  // aligned so. Of pointers that were read from memory nobody else knows that they are global.
+  template <typename T>
+  __device__ T LoadOnce(const T* from) const {
+    using Word = GlobalWord<sizeof(T)>;
+    const Word word = __ldcs(reinterpret_cast<const Word*>(from));
+    return reinterpret_cast<const T&>(word);
+  }
+  template <typename T>
+  __device__ void StoreGlobal(T* to, const T& value) const {
+    __builtin_assume(__isGlobal(to));
+    *to = value;
+  }
+
   // 2^x; 0 for -inf.
   __device__ float Exp2(float x) const {
     float y;
@@ -112,6 +127,12 @@ class DeviceThread {
   }
 
  private:
+  template <int kBytes>
+  using GlobalWord = std::conditional_t<
+      kBytes == 16, uint4,
+      std::conditional_t<kBytes == 8, uint2,
+                         std::conditional_t<kBytes == 4, unsigned int, unsigned short>>>;
+
   __device__ static uint32_t SharedAddress(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
   }

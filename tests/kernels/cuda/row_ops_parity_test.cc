@@ -191,6 +191,24 @@ TEST_F(RowOpsParity, GatherSharedSet) {
   }
 }
 
+// More rows than a block has on their way at once; rows of 32 to 1280 bytes, in units of 16 to 2.
+TEST_F(RowOpsParity, GatherManyRowsOfEverySize) {
+  std::vector<int32_t> some;
+  std::vector<int32_t> others;
+  for (int32_t i = 0; i < 700; ++i) {
+    if (i % 5 != 2) some.push_back(i);
+    if (i % 7 == 3) others.push_back(i);
+  }
+  for (const int64_t head_dim : {16, 32, 64, 128, 256, 640}) {
+    ExpectSameGather(RandomKv(DType::kBF16, Layout::kPaged, head_dim, 8, 700),
+                     RandomKv(DType::kBF16, Layout::kNhd, head_dim, 8, 600), {some});
+  }
+  for (const int64_t head_dim : {60, 62, 61}) {
+    ExpectSameGather(RandomKv(DType::kF16, Layout::kHnd, head_dim, 0, 700),
+                     RandomKv(DType::kF16, Layout::kPaged, head_dim, 0, 600), {some, {}, others});
+  }
+}
+
 TEST_F(RowOpsParity, GatherIntoPagedDestination) {
   std::vector<int32_t> everything(53);
   for (int32_t i = 0; i < 53; ++i) everything[i] = i;

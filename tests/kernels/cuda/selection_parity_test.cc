@@ -1,5 +1,6 @@
 // Selection of the CUDA backend: equal scores in, identical keep sets out, bit for bit.
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -77,6 +78,54 @@ TEST_F(SelectionParity, LongRowsWithPlantedTies) {
       args.budget = budget;
       ExpectSame(Scores(2 * length, levels, 5), 2, {args});
     }
+  }
+}
+
+// More positions than have their bits in shared memory together.
+TEST_F(SelectionParity, RowsOfSeveralSlabs) {
+  constexpr int64_t kLength = (1 << 17) + 4711;
+  const std::vector<float> scores = Scores(kLength, 3, 21);
+  const std::vector<Range> ranges = {{131000, 131100}};
+  for (const int64_t budget : {int64_t{700}, kLength / 2, kLength - 1}) {
+    SelectArgs args;
+    args.budget = budget;
+    args.protected_ranges = ranges;
+    ExpectSame(scores, 1, {args});
+  }
+}
+
+// Every digit decides once: keys that differ in the first, the second, the third one alone.
+TEST_F(SelectionParity, CutsThatLieInEveryDigit) {
+  const std::vector<Range> ranges = {{300, 390}, {1000, 1007}};
+  for (const int shift : {21, 10, 0}) {
+    std::vector<float> scores;
+    std::mt19937 rng(9);
+    for (int i = 0; i < 1500; ++i) {
+      const uint32_t bits = 0x3f000000u + ((rng() % 300) << shift);
+      scores.push_back(std::bit_cast<float>(shift == 21 ? bits & 0x7f7fffffu : bits));
+    }
+    SelectArgs args;
+    SelectArgs with_protected;
+    with_protected.protected_ranges = ranges;
+    for (const int64_t budget : {1, 2, 100, 749, 1499}) {
+      args.budget = budget;
+      with_protected.budget = std::max<int64_t>(budget, 97);
+      ExpectSame(scores, 1, {args});
+      ExpectSame(scores, 1, {with_protected});
+    }
+  }
+}
+
+// The boundary digit is taken as a whole, and one less.
+TEST_F(SelectionParity, CutsBetweenDigits) {
+  std::vector<float> scores;
+  for (int i = 0; i < 600; ++i)
+    scores.push_back(i % 3 == 0 ? 8.0f + static_cast<float>(i % 7)
+                                : 0.001f * static_cast<float>(i));
+  SelectArgs args;
+  for (const int64_t budget : {199, 200, 201}) {
+    args.budget = budget;
+    ExpectSame(scores, 1, {args});
   }
 }
 

@@ -78,6 +78,14 @@ class EmulatedThread {
     c3 = c[3];
   }
 
+  template <typename T>
+  T LoadOnce(const T* from) const {
+    return *from;
+  }
+  template <typename T>
+  void StoreGlobal(T* to, const T& value) const {
+    *to = value;
+  }
   float Exp2(float x) const { return std::exp2(x); }
   float Log2(float x) const { return std::log2(x); }
   double Log(double x) const { return std::log(x); }
