@@ -41,7 +41,7 @@ bool LeaseStream::Step(absl::Time deadline) {
       grpc::CompletionQueue::GOT_EVENT) {
     return false;
   }
-  React(static_cast<Event>(reinterpret_cast<intptr_t>(tag)), ok);
+  React(*static_cast<const Event*>(tag), ok);
   return true;
 }
 

@@ -4,7 +4,8 @@
 
 #include <grpcpp/grpcpp.h>
 
-#include <cstdint>
+#include <array>
+#include <cstddef>
 #include <memory>
 #include <optional>
 #include <string>
@@ -37,8 +38,9 @@ class LeaseStream {
   const std::optional<absl::Status>& end() const { return end_; }
 
  private:
-  enum class Event : intptr_t { kStarted, kWritten, kRead, kFinished };
-  static void* Tag(Event event) { return reinterpret_cast<void*>(event); }
+  enum class Event { kStarted, kWritten, kRead, kFinished };
+  // What gRPC hands back is the place of the event here.
+  void* Tag(Event event) { return &events_[static_cast<size_t>(event)]; }
 
   // Waits for one event and reacts to it; false when `deadline` passed first.
   bool Step(absl::Time deadline);
@@ -46,6 +48,7 @@ class LeaseStream {
   void SendDueBeat();
   void Finish();
 
+  std::array<Event, 4> events_ = {Event::kStarted, Event::kWritten, Event::kRead, Event::kFinished};
   grpc::ClientContext context_;
   grpc::CompletionQueue queue_;
   v1::LeaseBeat beat_;

@@ -235,6 +235,7 @@ std::vector<RequestPtr> StreamOperations::TakeLayers(StreamOperation& operation)
 void StreamOperations::RunLayers(const OperationPtr& operation, std::vector<RequestPtr> messages) {
   OperationCall& call = operation->call;
   std::vector<const v1::LayerInput*> layers;
+  layers.reserve(messages.size());
   for (const RequestPtr& message : messages) layers.push_back(&message->layer());
   const absl::Status status = call.Observe(layers);
   // When one was refused, those before it are answered. The refused one is not above them, or has
