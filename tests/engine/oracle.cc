@@ -40,50 +40,105 @@ Tile Attention(const fakes::SyntheticPrompt& prompt, int64_t layer,
   return tile;
 }
 
+namespace {
+
+// Adds `share` of the attention of the layer's last `rows` rows, all heads, to alpha [T].
+void AddAttention(const fakes::SyntheticPrompt& prompt, int64_t layer, int64_t rows, double share,
+                  std::vector<double>* alpha) {
+  const fakes::PromptShape& shape = prompt.shape();
+  const Tile tile = Attention(prompt, layer, LastRows(prompt));
+  for (int64_t h = 0; h < shape.num_qo_heads; ++h) {
+    for (int64_t i = shape.num_rows - rows; i < shape.num_rows; ++i) {
+      for (int64_t t = 0; t < shape.seq_len; ++t) (*alpha)[t] += tile[h][i][t] * share;
+    }
+  }
+}
+
+double Entropy(const std::vector<double>& alpha) {
+  double total = 0.0;
+  for (const double a : alpha) total += a;
+  double entropy = 0.0;
+  for (const double a : alpha) {
+    const double p = a / total;
+    entropy -= p * std::log(std::max(p, 1e-8));
+  }
+  return entropy;
+}
+
+// The largest weighted utility over the layer's heads. [T]
+std::vector<double> LayerScores(const fakes::SyntheticPrompt& prompt, int64_t layer,
+                                const std::vector<double>& alpha,
+                                const std::vector<float>& head_weights) {
+  const fakes::PromptShape& shape = prompt.shape();
+  const int64_t group = shape.num_qo_heads / shape.num_kv_heads;
+  std::vector<double> scores(shape.seq_len, 0.0);
+  for (int64_t h = 0; h < shape.num_qo_heads; ++h) {
+    std::vector<double> norms(shape.seq_len, 0.0);
+    double mean = 0.0;
+    for (int64_t t = 0; t < shape.seq_len; ++t) {
+      for (int64_t c = 0; c < shape.head_dim; ++c) {
+        norms[t] += prompt.v(layer, h / group, t, c) * prompt.v(layer, h / group, t, c);
+      }
+      norms[t] = std::sqrt(norms[t]);
+      mean += norms[t] / static_cast<double>(shape.seq_len);
+    }
+    for (int64_t t = 0; t < shape.seq_len; ++t) {
+      const double utility = alpha[t] * norms[t] / std::max(1e-8, mean);
+      scores[t] = std::max(scores[t], head_weights[layer * shape.num_qo_heads + h] * utility);
+    }
+  }
+  return scores;
+}
+
+}  // namespace
+
 CompilerKv CompilerKvScores(const fakes::SyntheticPrompt& prompt,
                             const std::vector<float>& head_weights, int64_t window) {
   const fakes::PromptShape& shape = prompt.shape();
-  const int64_t group = shape.num_qo_heads / shape.num_kv_heads;
   const int64_t rows = std::min(window, shape.num_rows);
+  const double share = static_cast<double>(shape.seq_len) /
+                       static_cast<double>(rows * shape.num_layers * shape.num_qo_heads);
   std::vector<double> alpha(shape.seq_len, 0.0);
   for (int64_t layer = 0; layer < shape.num_layers; ++layer) {
-    const Tile tile = Attention(prompt, layer, LastRows(prompt));
-    for (int64_t h = 0; h < shape.num_qo_heads; ++h) {
-      for (int64_t i = shape.num_rows - rows; i < shape.num_rows; ++i) {
-        for (int64_t t = 0; t < shape.seq_len; ++t) {
-          alpha[t] += tile[h][i][t] * static_cast<double>(shape.seq_len) /
-                      static_cast<double>(rows * shape.num_layers * shape.num_qo_heads);
-        }
-      }
-    }
+    AddAttention(prompt, layer, rows, share, &alpha);
   }
   CompilerKv result;
-  double total = 0.0;
-  for (const double a : alpha) total += a;
-  for (const double a : alpha) {
-    const double p = a / total;
-    result.entropy -= p * std::log(std::max(p, 1e-8));
-  }
+  result.entropy = Entropy(alpha);
   for (int64_t layer = 0; layer < shape.num_layers; ++layer) {
-    std::vector<double> scores(shape.seq_len, 0.0);
-    for (int64_t h = 0; h < shape.num_qo_heads; ++h) {
-      std::vector<double> norms(shape.seq_len, 0.0);
-      double mean = 0.0;
-      for (int64_t t = 0; t < shape.seq_len; ++t) {
-        for (int64_t c = 0; c < shape.head_dim; ++c) {
-          norms[t] += prompt.v(layer, h / group, t, c) * prompt.v(layer, h / group, t, c);
-        }
-        norms[t] = std::sqrt(norms[t]);
-        mean += norms[t] / static_cast<double>(shape.seq_len);
-      }
-      for (int64_t t = 0; t < shape.seq_len; ++t) {
-        const double utility = alpha[t] * norms[t] / std::max(1e-8, mean);
-        scores[t] = std::max(scores[t], head_weights[layer * shape.num_qo_heads + h] * utility);
-      }
-    }
-    result.scores.push_back(scores);
+    result.scores.push_back(LayerScores(prompt, layer, alpha, head_weights));
   }
   return result;
+}
+
+CompilerKv CompilerKvLayerAlphaScores(const fakes::SyntheticPrompt& prompt,
+                                      const std::vector<float>& head_weights) {
+  const fakes::PromptShape& shape = prompt.shape();
+  const double share =
+      static_cast<double>(shape.seq_len) / static_cast<double>(shape.num_rows * shape.num_qo_heads);
+  CompilerKv result;
+  for (int64_t layer = 0; layer < shape.num_layers; ++layer) {
+    std::vector<double> alpha(shape.seq_len, 0.0);
+    AddAttention(prompt, layer, shape.num_rows, share, &alpha);
+    result.scores.push_back(LayerScores(prompt, layer, alpha, head_weights));
+    result.entropy = Entropy(alpha);
+  }
+  return result;
+}
+
+std::vector<std::vector<double>> KnormScores(const fakes::SyntheticPrompt& prompt, int64_t layer) {
+  const fakes::PromptShape& shape = prompt.shape();
+  std::vector<std::vector<double>> scores(shape.num_kv_heads,
+                                          std::vector<double>(shape.seq_len, 0.0));
+  for (int64_t g = 0; g < shape.num_kv_heads; ++g) {
+    for (int64_t t = 0; t < shape.seq_len; ++t) {
+      double squares = 0.0;
+      for (int64_t c = 0; c < shape.head_dim; ++c) {
+        squares += prompt.k(layer, g, t, c) * prompt.k(layer, g, t, c);
+      }
+      scores[g][t] = -std::sqrt(squares);
+    }
+  }
+  return scores;
 }
 
 CompilerKv CompilerKvHeadAlphaScores(const fakes::SyntheticPrompt& prompt,

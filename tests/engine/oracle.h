@@ -1,4 +1,5 @@
-// CompilerKV v2 and SnapKV once more, in plain fp64 loops over the definitions of methods.md.
+// CompilerKV v2, SnapKV and Knorm once more, in plain fp64 loops over the definitions of
+// methods.md.
 #ifndef KEEPSET_TESTS_ENGINE_ORACLE_H_
 #define KEEPSET_TESTS_ENGINE_ORACLE_H_
 
@@ -23,6 +24,9 @@ struct CompilerKv {
 // `window` rows at most; head_weights [L * H].
 CompilerKv CompilerKvScores(const fakes::SyntheticPrompt& prompt,
                             const std::vector<float>& head_weights, int64_t window);
+// alpha_scope layer: every layer's own attention. Entropy is the last layer's.
+CompilerKv CompilerKvLayerAlphaScores(const fakes::SyntheticPrompt& prompt,
+                                      const std::vector<float>& head_weights);
 // alpha_scope head: every KV head weighs its own attention. Entropy is the last layer's.
 CompilerKv CompilerKvHeadAlphaScores(const fakes::SyntheticPrompt& prompt,
                                      const std::vector<float>& head_weights);
@@ -33,6 +37,9 @@ std::vector<double> AveragePool(const std::vector<double>& values, int64_t kerne
 // [Hkv][T]; the observed positions hold the maximum plus one.
 std::vector<std::vector<double>> SnapKvScores(const fakes::SyntheticPrompt& prompt, int64_t layer,
                                               int64_t kernel_size);
+
+// Negative norms of the keys. [Hkv][T]
+std::vector<std::vector<double>> KnormScores(const fakes::SyntheticPrompt& prompt, int64_t layer);
 
 // Empty when `keep` is what `budget` and `tau` ask of `scores`, else what is wrong. Positions whose
 // score lies within kTolerance of the cut may fall on either side.
