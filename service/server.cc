@@ -146,10 +146,14 @@ class ServerImpl final : public Server {
 
   absl::Status Init() {
     if (backend_ == nullptr) {
-      KEEPSET_ASSIGN_OR_RETURN(
-          backend_, kernels::NewBackend(config_.backend(),
-                                        {.num_threads = static_cast<int>(config_.num_threads()),
-                                         .window_kernels = config_.window_kernels()}));
+      absl::StatusOr<std::unique_ptr<kernels::ComputeBackend>> backend = kernels::NewBackend(
+          config_.backend(), {.num_threads = static_cast<int>(config_.num_threads()),
+                              .window_kernels = config_.window_kernels()});
+      // No start of this program will find it.
+      if (absl::IsNotFound(backend.status())) {
+        return absl::InvalidArgumentError(backend.status().message());
+      }
+      KEEPSET_ASSIGN_OR_RETURN(backend_, std::move(backend));
     }
     std::vector<std::unique_ptr<MemoryTransport>> transports =
         NewBuiltinTransports([this](absl::string_view kind) {

@@ -34,7 +34,7 @@ class CudaBackend : public ComputeBackend {
  public:
   CudaBackend() : pool_(0, health_, kMostKeptBytes), streams_(traits_, health_, pool_) {}
 
-  absl::Status Init(absl::string_view window_kernels) {
+  absl::Status Init(cuda::WindowKernels window_kernels) {
     KEEPSET_RETURN_IF_CUDA_ERROR(health_, cudaSetDevice(traits_.ordinal));
     int major = 0;
     int minor = 0;
@@ -55,7 +55,8 @@ class CudaBackend : public ComputeBackend {
       return absl::FailedPreconditionError(absl::StrCat(
           "cuda: device ", traits_.ordinal, " is ", traits_.architecture, ", want sm_80 or later"));
     }
-    return ChooseWindowKernels(window_kernels);
+    if (window_kernels == cuda::WindowKernels::kPortable) return absl::OkStatus();
+    return FindHopperKernels();
   }
 
   std::string name() const override { return absl::StrCat("cuda/", traits_.architecture); }
@@ -209,12 +210,7 @@ class CudaBackend : public ComputeBackend {
   }
 
  private:
-  absl::Status ChooseWindowKernels(absl::string_view kernels) {
-    if (kernels.empty() || kernels == "portable") return absl::OkStatus();
-    if (kernels != "hopper") {
-      return absl::InvalidArgumentError(
-          absl::StrCat("cuda: window_kernels=\"", kernels, "\", want \"portable\" or \"hopper\""));
-    }
+  absl::Status FindHopperKernels() {
     if (traits_.architecture != "sm_90") {
       return absl::FailedPreconditionError(absl::StrCat("cuda: window_kernels=\"hopper\": device ",
                                                         traits_.ordinal, " is ",
@@ -292,10 +288,20 @@ class CudaBackend : public ComputeBackend {
   cuda::StreamPool streams_;
 };
 
+absl::StatusOr<cuda::WindowKernels> ParseWindowKernels(absl::string_view name) {
+  if (name.empty() || name == "portable") return cuda::WindowKernels::kPortable;
+  if (name == "hopper") return cuda::WindowKernels::kHopper;
+  return absl::InvalidArgumentError(
+      absl::StrCat("cuda: window_kernels=\"", name, "\", want \"portable\" or \"hopper\""));
+}
+
 }  // namespace
 
 // Declared by backend_registry.cc through backends.def.
 absl::StatusOr<std::unique_ptr<ComputeBackend>> NewCudaBackend(const BackendOptions& options) {
+  // A name that is wrong on every host is said so on one without a device, too.
+  KEEPSET_ASSIGN_OR_RETURN(const cuda::WindowKernels window_kernels,
+                           ParseWindowKernels(options.window_kernels));
   int num_devices = 0;
   const cudaError_t error = cudaGetDeviceCount(&num_devices);
   if (error != cudaSuccess || num_devices == 0) {
@@ -304,7 +310,7 @@ absl::StatusOr<std::unique_ptr<ComputeBackend>> NewCudaBackend(const BackendOpti
                      error == cudaSuccess ? "the driver lists none" : cudaGetErrorString(error)));
   }
   auto backend = std::make_unique<CudaBackend>();
-  KEEPSET_RETURN_IF_ERROR(backend->Init(options.window_kernels));
+  KEEPSET_RETURN_IF_ERROR(backend->Init(window_kernels));
   return backend;
 }
 

@@ -3,11 +3,16 @@
 #include <algorithm>
 #include <memory>
 #include <optional>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/container/flat_hash_map.h"
+#include "absl/strings/escaping.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
 #include "absl/synchronization/mutex.h"
 #include "base/status_macros.h"
 #include "service/memory/random_id.h"
@@ -89,6 +94,7 @@ class SessionManagerImpl : public SessionManager {
   void End(SessionPtr session, SessionEnd why) ABSL_LOCKS_EXCLUDED(mutex_);
 
   MemoryTransport* FindTransport(absl::string_view kind) const;
+  absl::Status UnknownKind(absl::string_view kind) const;
   absl::StatusOr<RegionInfo> Register(absl::string_view session_id, absl::string_view name,
                                       uint64_t fd_token, RegionDescriptor descriptor)
       ABSL_LOCKS_EXCLUDED(mutex_);
@@ -244,6 +250,26 @@ MemoryTransport* SessionManagerImpl::FindTransport(absl::string_view kind) const
   return nullptr;
 }
 
+absl::Status SessionManagerImpl::UnknownKind(absl::string_view kind) const {
+  constexpr absl::string_view kDeviceKinds = "cuda_";
+  constexpr size_t kMostEchoed = 32;
+  bool has_device = false;
+  std::vector<absl::string_view> kinds;
+  for (const auto& transport : transports_) {
+    kinds.push_back(transport->kind());
+    has_device = has_device || absl::StartsWith(transport->kind(), kDeviceKinds);
+  }
+  const std::string asked =
+      absl::StrCat("kind=\"", absl::CHexEscape(kind.substr(0, kMostEchoed)), "\"");
+  const std::string taken = absl::StrJoin(kinds, ", ");
+  if (absl::StartsWith(kind, kDeviceKinds) && !has_device) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(asked, ": this server has no device, want a server with backend \"cuda\", or ",
+                     "memory of one of: ", taken));
+  }
+  return absl::NotFoundError(absl::StrCat(asked, ": not taken here, want one of: ", taken));
+}
+
 absl::StatusOr<RegionInfo> SessionManagerImpl::RegisterRegion(absl::string_view session_id,
                                                               absl::string_view name,
                                                               uint64_t fd_token,
@@ -286,7 +312,7 @@ absl::StatusOr<RegionInfo> SessionManagerImpl::Register(absl::string_view sessio
       session->pending_fds.erase(it);
     }
     if (transport == nullptr) {
-      return absl::NotFoundError("kind: this server takes no such memory, see GetServerInfo");
+      return UnknownKind(info.kind);
     }
     if (transport->needs_fd() != passed.valid()) {
       return absl::InvalidArgumentError(

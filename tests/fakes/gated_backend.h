@@ -103,6 +103,10 @@ class GatedBackend : public kernels::ComputeBackend {
       : inner_(std::move(inner)), gate_(gate), layers_at_once_(layers_at_once) {}
 
   std::string name() const override { return inner_->name(); }
+  std::string NameFor(const kernels::OpContext& context) const override {
+    return inner_->NameFor(context);
+  }
+  kernels::DeviceInfo Device() const override { return inner_->Device(); }
   absl::Status Health() const override { return gate_.health(); }
   absl::StatusOr<std::unique_ptr<kernels::OpContext>> NewContext() override {
     return inner_->NewContext();

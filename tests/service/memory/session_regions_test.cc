@@ -122,10 +122,32 @@ TEST_F(SessionManagerTest, KindThatIsOffIsNotFound) {
   const SessionInfo session = Open('a');
   RegionDescriptor descriptor = Whole("posix_shm", PageBytes());
   descriptor.name = "/keepset";
-  EXPECT_EQ(
-      sessions_->RegisterRegion(session.session_id, "kv", 0, std::move(descriptor)).status().code(),
-      absl::StatusCode::kNotFound);
+  const absl::Status status =
+      sessions_->RegisterRegion(session.session_id, "kv", 0, std::move(descriptor)).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kNotFound);
+  EXPECT_EQ(status.message(), "kind=\"posix_shm\": not taken here, want one of: memfd");
   EXPECT_THAT(observer_.refused_kinds(), ::testing::ElementsAre("unknown"));
+}
+
+TEST_F(SessionManagerTest, KindOfADeviceFitsNoServerInHostMemory) {
+  const SessionInfo session = Open('a');
+  const absl::Status status =
+      sessions_->RegisterRegion(session.session_id, "kv", 0, Whole("cuda_ipc", PageBytes()))
+          .status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(status.message(),
+            "kind=\"cuda_ipc\": this server has no device, want a server with backend \"cuda\", or "
+            "memory of one of: memfd");
+}
+
+TEST_F(SessionManagerTest, KindThatNobodyKnowsIsEchoedInShort) {
+  const SessionInfo session = Open('a');
+  const std::string kind = "\n" + std::string(1000, 'x');
+  const absl::Status status =
+      sessions_->RegisterRegion(session.session_id, "kv", 0, Whole(kind, PageBytes())).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kNotFound);
+  EXPECT_THAT(status.message(), ::testing::StartsWith("kind=\"\\nxxx"));
+  EXPECT_LT(status.message().size(), 100u);
 }
 
 TEST_F(SessionManagerTest, MemfdWithoutADescriptorIsInvalid) {
