@@ -57,6 +57,11 @@ struct IpcHandle {
 };
 inline constexpr unsigned int kIpcLazyEnablePeerAccess = 1;
 
+inline constexpr int kDeviceAttributeUnifiedAddressing = 41;
+inline constexpr int kDeviceAttributeVmmSupported = 102;
+inline constexpr int kDeviceAttributePosixFdSupported = 103;
+inline constexpr int kDeviceAttributeIpcSupported =
+    125;  // named after events, meant for all of IPC
 inline constexpr int kDeviceAttributeMpsEnabled = 133;
 
 inline constexpr int kHandleTypePosixFd = 1;

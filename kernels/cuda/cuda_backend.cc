@@ -17,6 +17,7 @@
 #include "kernels/backend_registry.h"
 #include "kernels/compute_backend.h"
 #include "kernels/cuda/cuda_context.h"
+#include "kernels/cuda/current_device.h"
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/tensor_map.h"
 #include "kernels/cuda/window_scores.h"
@@ -30,12 +31,44 @@ constexpr int64_t kMostKeptBytes = int64_t{1} << 30;
 // The kernels use instructions of this architecture.
 constexpr int kLeastMajor = 8;
 
+std::string VersionText(int version) {
+  return absl::StrCat(version / 1000, ".", version % 1000 / 10);
+}
+
+// Why cudaGetDeviceCount found nothing. A driver that is too old answers like none at all.
+std::string WhyNoDevice(cudaError_t error) {
+  int driver_version = 0;
+  int runtime_version = 0;
+  if (error != cudaErrorInsufficientDriver ||
+      cudaDriverGetVersion(&driver_version) != cudaSuccess ||
+      cudaRuntimeGetVersion(&runtime_version) != cudaSuccess) {
+    return error == cudaSuccess ? "the driver lists none" : cudaGetErrorString(error);
+  }
+  if (driver_version == 0) return "no CUDA driver is installed";
+  return absl::StrCat("the driver supports CUDA ", VersionText(driver_version), ", want ",
+                      VersionText(runtime_version), " or later: update the driver");
+}
+
+// A context's stream, while the device is current on this thread.
+class Entered {
+ public:
+  Entered(cuda::CurrentDevice device, cuda::StreamState* state)
+      : device_(std::move(device)), state_(state) {}
+  cuda::StreamState& operator*() const { return *state_; }
+  cuda::StreamState* operator->() const { return state_; }
+
+ private:
+  cuda::CurrentDevice device_;
+  cuda::StreamState* state_;
+};
+
 class CudaBackend : public ComputeBackend {
  public:
   CudaBackend() : pool_(0, health_, kMostKeptBytes), streams_(traits_, health_, pool_) {}
 
   absl::Status Init(cuda::WindowKernels window_kernels) {
-    KEEPSET_RETURN_IF_CUDA_ERROR(health_, cudaSetDevice(traits_.ordinal));
+    KEEPSET_ASSIGN_OR_RETURN(const cuda::CurrentDevice current,
+                             cuda::CurrentDevice::Set(traits_.ordinal, health_));
     int major = 0;
     int minor = 0;
     int shared_bytes = 0;
@@ -71,7 +104,8 @@ class CudaBackend : public ComputeBackend {
 
   absl::StatusOr<std::unique_ptr<OpContext>> NewContext() override {
     KEEPSET_RETURN_IF_ERROR(health_.status());
-    KEEPSET_RETURN_IF_CUDA_ERROR(health_, cudaSetDevice(traits_.ordinal));
+    KEEPSET_ASSIGN_OR_RETURN(const cuda::CurrentDevice current,
+                             cuda::CurrentDevice::Set(traits_.ordinal, health_));
     KEEPSET_ASSIGN_OR_RETURN(std::unique_ptr<cuda::StreamState> state, streams_.Acquire());
     return std::make_unique<cuda::CudaContext>(&streams_, std::move(state));
   }
@@ -91,102 +125,102 @@ class CudaBackend : public ComputeBackend {
 
   absl::Status WindowColumns(OpContext& context, const WindowArgs& args,
                              ScoreBuffer& out) override {
-    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    KEEPSET_ASSIGN_OR_RETURN(const Entered state, Enter(context));
     return cuda::WindowColumns(*state, args, out);
   }
   absl::Status WindowColumnsOfLayers(OpContext& context, absl::Span<const WindowArgs> layers,
                                      absl::Span<ScoreBuffer* const> outs) override {
-    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    KEEPSET_ASSIGN_OR_RETURN(const Entered state, Enter(context));
     return cuda::WindowColumnsOfLayers(*state, layers, outs);
   }
   absl::Status TileColumns(OpContext& context, const TileArgs& args, ScoreBuffer& out) override {
-    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    KEEPSET_ASSIGN_OR_RETURN(const Entered state, Enter(context));
     return cuda::TileColumns(*state, args, out);
   }
   absl::Status RowNorms(OpContext& context, const KvView& x, absl::string_view what,
                         ScoreBuffer& out) override {
-    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    KEEPSET_ASSIGN_OR_RETURN(const Entered state, Enter(context));
     return cuda::RowNorms(*state, x, what, out);
   }
   absl::Status KeyNovelty(OpContext& context, const KvView& k, absl::Span<const int64_t> kv_heads,
                           absl::string_view what, ScoreBuffer& out) override {
-    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    KEEPSET_ASSIGN_OR_RETURN(const Entered state, Enter(context));
     return cuda::KeyNovelty(*state, k, kv_heads, what, out);
   }
   absl::Status NormalizeRows(OpContext& context, Normalization normalization,
                              absl::Span<const SelectArgs::Range> excluded,
                              ScoreBuffer& x) override {
-    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    KEEPSET_ASSIGN_OR_RETURN(const Entered state, Enter(context));
     return cuda::NormalizeRows(*state, normalization, excluded, x);
   }
   absl::Status DivideByRowMean(OpContext& context, float eps, ScoreBuffer& x) override {
-    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    KEEPSET_ASSIGN_OR_RETURN(const Entered state, Enter(context));
     return cuda::DivideByRowMean(*state, eps, x);
   }
   absl::Status MergeRows(OpContext& context, const ScoreBuffer& in, Merge merge,
                          absl::Span<const float> weights, ScoreBuffer& out) override {
-    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    KEEPSET_ASSIGN_OR_RETURN(const Entered state, Enter(context));
     return cuda::MergeRows(*state, in, merge, weights, out);
   }
   absl::Status Accumulate(OpContext& context, const ScoreBuffer& x, Merge merge, float weight,
                           ScoreBuffer& acc) override {
-    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    KEEPSET_ASSIGN_OR_RETURN(const Entered state, Enter(context));
     return cuda::Accumulate(*state, x, merge, weight, acc);
   }
   absl::Status Multiply(OpContext& context, const ScoreBuffer& y, float factor,
                         ScoreBuffer& x) override {
-    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    KEEPSET_ASSIGN_OR_RETURN(const Entered state, Enter(context));
     return cuda::Multiply(*state, y, factor, x);
   }
   absl::Status Pool(OpContext& context, PoolKind kind, int64_t kernel, int64_t length,
                     ScoreBuffer& x) override {
-    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    KEEPSET_ASSIGN_OR_RETURN(const Entered state, Enter(context));
     return cuda::Pool(*state, kind, kernel, length, x);
   }
   absl::Status DilateForward(OpContext& context, int64_t dilate, ScoreBuffer& x) override {
-    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    KEEPSET_ASSIGN_OR_RETURN(const Entered state, Enter(context));
     return cuda::DilateForward(*state, dilate, x);
   }
   absl::Status Fill(OpContext& context, int64_t begin, int64_t end, float value,
                     ScoreBuffer& x) override {
-    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    KEEPSET_ASSIGN_OR_RETURN(const Entered state, Enter(context));
     return cuda::Fill(*state, begin, end, value, x);
   }
   absl::StatusOr<Mass> MassAndEntropy(OpContext& context, const ScoreBuffer& x,
                                       int64_t row) override {
-    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    KEEPSET_ASSIGN_OR_RETURN(const Entered state, Enter(context));
     return cuda::MassAndEntropy(*state, x, row);
   }
   absl::StatusOr<std::vector<Mass>> MassAndEntropyOfEach(
       OpContext& context, absl::Span<const ScoreBuffer* const> buffers) override {
-    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    KEEPSET_ASSIGN_OR_RETURN(const Entered state, Enter(context));
     return cuda::MassAndEntropyOfEach(*state, buffers);
   }
   absl::StatusOr<std::vector<Selection>> Select(OpContext& context, const ScoreBuffer& scores,
                                                 absl::Span<const SelectArgs> args) override {
-    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    KEEPSET_ASSIGN_OR_RETURN(const Entered state, Enter(context));
     return cuda::Select(*state, scores, args);
   }
   absl::StatusOr<std::vector<std::vector<Selection>>> SelectEach(
       OpContext& context, absl::Span<const SelectTask> tasks) override {
-    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    KEEPSET_ASSIGN_OR_RETURN(const Entered state, Enter(context));
     return cuda::SelectEach(*state, tasks);
   }
   absl::Status GatherRows(OpContext& context, const KvView& in,
                           absl::Span<const absl::Span<const int32_t>> keep_indices,
                           const MutableKvView& out) override {
-    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    KEEPSET_ASSIGN_OR_RETURN(const Entered state, Enter(context));
     return cuda::GatherRows(*state, in, keep_indices, out);
   }
   absl::Status GatherRowsOfEach(OpContext& context, absl::Span<const GatherTask> tasks) override {
-    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    KEEPSET_ASSIGN_OR_RETURN(const Entered state, Enter(context));
     return cuda::GatherRowsOfEach(*state, tasks);
   }
 
   absl::Status CopyToHost(OpContext& context, const ScoreBuffer& x,
                           absl::Span<float> out) override {
     KEEPSET_RETURN_IF_ERROR(CheckCopySize(x, static_cast<int64_t>(out.size())));
-    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    KEEPSET_ASSIGN_OR_RETURN(const Entered state, Enter(context));
     KEEPSET_ASSIGN_OR_RETURN(const float* const from, cuda::Readable(*state, x));
     KEEPSET_RETURN_IF_CUDA_ERROR(health_,
                                  cudaMemcpyAsync(out.data(), from, out.size() * sizeof(float),
@@ -196,7 +230,7 @@ class CudaBackend : public ComputeBackend {
   absl::Status CopyFromHost(OpContext& context, absl::Span<const float> in,
                             ScoreBuffer& out) override {
     KEEPSET_RETURN_IF_ERROR(CheckCopySize(out, static_cast<int64_t>(in.size())));
-    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    KEEPSET_ASSIGN_OR_RETURN(const Entered state, Enter(context));
     float* const to = cuda::Cuda(out).Overwrite(*state);
     KEEPSET_RETURN_IF_CUDA_ERROR(health_, cudaMemcpyAsync(to, in.data(), in.size() * sizeof(float),
                                                           cudaMemcpyHostToDevice, state->stream()));
@@ -205,7 +239,7 @@ class CudaBackend : public ComputeBackend {
   }
 
   absl::Status Wait(OpContext& context) override {
-    KEEPSET_ASSIGN_OR_RETURN(cuda::StreamState* const state, Enter(context));
+    KEEPSET_ASSIGN_OR_RETURN(const Entered state, Enter(context));
     return state->Wait();
   }
 
@@ -239,10 +273,6 @@ class CudaBackend : public ComputeBackend {
     return NoteWhatIsSpecial(driver_version);
   }
 
-  static std::string VersionText(int version) {
-    return absl::StrCat(version / 1000, ".", version % 1000 / 10);
-  }
-
   // What changes how the device behaves although everything works.
   absl::Status NoteWhatIsSpecial(int driver_version) {
     int runtime_version = 0;
@@ -273,12 +303,13 @@ class CudaBackend : public ComputeBackend {
                          "cudaDeviceGetAttribute");
   }
 
-  // The context's stream, with the device current on this thread. Contexts come from this backend
-  // (contract of the interface). A faulted device answers nothing any more.
-  absl::StatusOr<cuda::StreamState*> Enter(OpContext& context) {
+  // Contexts come from this backend (contract of the interface). A faulted device answers nothing
+  // any more.
+  absl::StatusOr<Entered> Enter(OpContext& context) {
     KEEPSET_RETURN_IF_ERROR(health_.status());
-    KEEPSET_RETURN_IF_CUDA_ERROR(health_, cudaSetDevice(traits_.ordinal));
-    return &static_cast<cuda::CudaContext&>(context).state();
+    KEEPSET_ASSIGN_OR_RETURN(cuda::CurrentDevice device,
+                             cuda::CurrentDevice::Set(traits_.ordinal, health_));
+    return Entered(std::move(device), &static_cast<cuda::CudaContext&>(context).state());
   }
 
   DeviceInfo device_;
@@ -305,9 +336,7 @@ absl::StatusOr<std::unique_ptr<ComputeBackend>> NewCudaBackend(const BackendOpti
   int num_devices = 0;
   const cudaError_t error = cudaGetDeviceCount(&num_devices);
   if (error != cudaSuccess || num_devices == 0) {
-    return absl::FailedPreconditionError(
-        absl::StrCat("cuda: no device: ",
-                     error == cudaSuccess ? "the driver lists none" : cudaGetErrorString(error)));
+    return absl::FailedPreconditionError(absl::StrCat("cuda: no device: ", WhyNoDevice(error)));
   }
   auto backend = std::make_unique<CudaBackend>();
   KEEPSET_RETURN_IF_ERROR(backend->Init(window_kernels));

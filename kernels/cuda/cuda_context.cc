@@ -8,6 +8,7 @@
 
 #include "base/check.h"
 #include "base/status_macros.h"
+#include "kernels/cuda/current_device.h"
 #include "kernels/cuda/fault_code.h"
 
 namespace keepset::kernels::cuda {
@@ -179,8 +180,8 @@ absl::StatusOr<std::unique_ptr<StreamState>> StreamPool::Acquire() {
 
 void StreamPool::Release(std::unique_ptr<StreamState> state) {
   // A stream that cannot be waited for is not used again.
-  health_.Check(cudaSetDevice(traits_.ordinal), "cudaSetDevice").IgnoreError();
-  if (!state->Reset().ok()) return;
+  const absl::StatusOr<CurrentDevice> current = CurrentDevice::Set(traits_.ordinal, health_);
+  if (!current.ok() || !state->Reset().ok()) return;
   const absl::MutexLock lock(&mutex_);
   idle_.push_back(std::move(state));
 }

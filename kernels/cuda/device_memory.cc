@@ -9,6 +9,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
+#include "kernels/cuda/current_device.h"
 
 namespace keepset::kernels::cuda {
 namespace {
@@ -46,7 +47,7 @@ absl::StatusOr<DeviceBlock> DevicePool::Acquire(int64_t bytes) {
       return block;
     }
   }
-  KEEPSET_RETURN_IF_CUDA_ERROR(health_, cudaSetDevice(device_));
+  KEEPSET_ASSIGN_OR_RETURN(const CurrentDevice current, CurrentDevice::Set(device_, health_));
   void* data = nullptr;
   cudaError_t error = cudaMalloc(&data, static_cast<size_t>(size));
   if (error == cudaErrorMemoryAllocation) {

@@ -2,7 +2,10 @@
 
 #include <bit>
 #include <cstring>
+#include <initializer_list>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/cleanup/cleanup.h"
@@ -45,7 +48,19 @@ class Libcuda final : public CudaDriver {
           Check(api_.device_get_name(name, kMaxDeviceName - 1, device), "cuDeviceGetName"));
       cuda_abi::Uuid uuid = {};
       KEEPSET_RETURN_IF_ERROR(Check(api_.device_get_uuid(&uuid, device), "cuDeviceGetUuid"));
-      devices_.push_back({device, cuda_abi::UuidText(uuid), name, SharingNote(device, name)});
+      CudaDevice& found = devices_.emplace_back();
+      found.ordinal = device;
+      found.uuid = cuda_abi::UuidText(uuid);
+      found.name = name;
+      found.sharing_note = SharingNote(device, name);
+      found.ipc_obstacle = Obstacle(
+          device,
+          {{cuda_abi::kDeviceAttributeUnifiedAddressing, "it has no unified addressing"},
+           {cuda_abi::kDeviceAttributeIpcSupported, "the driver supports no CUDA IPC on it"}});
+      found.vmm_obstacle = Obstacle(
+          device, {{cuda_abi::kDeviceAttributeVmmSupported, "it has no virtual memory management"},
+                   {cuda_abi::kDeviceAttributePosixFdSupported,
+                    "its memory is not shared by descriptors"}});
     }
     const absl::MutexLock lock(&mutex_);
     contexts_.resize(devices_.size());
@@ -140,6 +155,22 @@ class Libcuda final : public CudaDriver {
   }
 
  private:
+  struct Need {
+    int attribute;
+    absl::string_view without;
+  };
+  // What the device lacks; a driver that does not know an attribute says nothing about it.
+  std::string Obstacle(cuda_abi::Device device, std::initializer_list<Need> needs) const {
+    for (const Need& need : needs) {
+      int value = 0;
+      if (api_.device_attribute(&value, need.attribute, device) == cuda_abi::kSuccess &&
+          value == 0) {
+        return std::string(need.without);
+      }
+    }
+    return "";
+  }
+
   std::string SharingNote(cuda_abi::Device device, absl::string_view name) const {
     // The driver names instances "NVIDIA H100 80GB HBM3 MIG 1g.10gb".
     if (absl::StrContains(name, " MIG ")) {

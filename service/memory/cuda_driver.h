@@ -27,6 +27,9 @@ struct CudaDevice {
   std::string uuid;  // "GPU-xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx"
   std::string name;
   std::string sharing_note;  // what is special about sharing its memory (MIG, MPS); mostly empty
+  // Why the driver maps no memory of it that way, by its own word; mostly empty.
+  std::string ipc_obstacle;
+  std::string vmm_obstacle;
 };
 
 // A mapped range of device memory.
@@ -35,6 +38,7 @@ struct DeviceRange {
   uint64_t bytes = 0;
 };
 
+// The contexts of devices cost memory: each is made with the first mapping on its device.
 class CudaDriver {
  public:
   // NotFound: no such library. FailedPrecondition: it has no device, or lacks an entry point.

@@ -33,10 +33,12 @@ class CudaIpcTransport final : public MemoryTransport {
     }
     KEEPSET_RETURN_IF_ERROR(CheckDeviceExtent(descriptor));
     KEEPSET_ASSIGN_OR_RETURN(const std::shared_ptr<Opened> opened, Driver());
-    KEEPSET_ASSIGN_OR_RETURN(const int device, FindDevice(*opened->driver, descriptor));
+    KEEPSET_ASSIGN_OR_RETURN(const CudaDevice device, FindDevice(*opened->driver, descriptor));
+    KEEPSET_RETURN_IF_ERROR(
+        RefuseForObstacle(device, device.ipc_obstacle, "cuda_vmm, or memory of the host (memfd)"));
     KEEPSET_ASSIGN_OR_RETURN(
         std::shared_ptr<IpcAllocations::Use> use,
-        opened->allocations->Open(device, descriptor.ipc_handle, descriptor.generation,
+        opened->allocations->Open(device.ordinal, descriptor.ipc_handle, descriptor.generation,
                                   descriptor.seen_generations.get()));
     const DeviceRange range = use->range();
     if (range.bytes != descriptor.allocation_bytes) {

@@ -26,7 +26,10 @@ class CudaVmmTransport final : public MemoryTransport {
   absl::StatusOr<std::unique_ptr<MappedRegion>> Open(RegionDescriptor descriptor) override {
     KEEPSET_RETURN_IF_ERROR(CheckDeviceExtent(descriptor));
     KEEPSET_ASSIGN_OR_RETURN(const std::shared_ptr<CudaDriver> driver, source_());
-    KEEPSET_ASSIGN_OR_RETURN(const int device, FindDevice(*driver, descriptor));
+    KEEPSET_ASSIGN_OR_RETURN(const CudaDevice found, FindDevice(*driver, descriptor));
+    KEEPSET_RETURN_IF_ERROR(
+        RefuseForObstacle(found, found.vmm_obstacle, "cuda_ipc, or memory of the host (memfd)"));
+    const int device = found.ordinal;
     // The driver maps nothing but what the allocation holds, so its size needs no other check.
     KEEPSET_ASSIGN_OR_RETURN(const DeviceRange range,
                              driver->MapVmm(device, descriptor.fd.get(),

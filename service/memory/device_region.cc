@@ -1,6 +1,7 @@
 #include "service/memory/device_region.h"
 
 #include <bit>
+#include <string>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -53,7 +54,8 @@ absl::Status CheckDeviceExtent(const RegionDescriptor& descriptor) {
   return absl::OkStatus();
 }
 
-absl::StatusOr<int> FindDevice(const CudaDriver& driver, const RegionDescriptor& descriptor) {
+absl::StatusOr<CudaDevice> FindDevice(const CudaDriver& driver,
+                                      const RegionDescriptor& descriptor) {
   const auto known = [&] {
     return absl::StrJoin(driver.devices(), ", ", [](std::string* out, const CudaDevice& device) {
       absl::StrAppend(out, device.uuid);
@@ -64,14 +66,22 @@ absl::StatusOr<int> FindDevice(const CudaDriver& driver, const RegionDescriptor&
         absl::StrCat("no device_uuid, want the device of the memory, one of: ", known()));
   }
   for (const CudaDevice& device : driver.devices()) {
-    if (device.uuid == descriptor.device_uuid) return device.ordinal;
+    if (device.uuid == descriptor.device_uuid) return device;
   }
   std::string message = absl::StrCat("device_uuid \"", descriptor.device_uuid,
                                      "\" is no device of this server, want one of: ", known());
   for (const CudaDevice& device : driver.devices()) {
     if (!device.sharing_note.empty()) absl::StrAppend(&message, "; ", device.sharing_note);
   }
-  return absl::NotFoundError(message);
+  return absl::FailedPreconditionError(message);
+}
+
+absl::Status RefuseForObstacle(const CudaDevice& device, absl::string_view obstacle,
+                               absl::string_view instead) {
+  if (obstacle.empty()) return absl::OkStatus();
+  return absl::FailedPreconditionError(absl::StrCat("device ", device.uuid, " \"", device.name,
+                                                    "\" cannot share memory this way: ", obstacle,
+                                                    ", want ", instead));
 }
 
 std::unique_ptr<MappedRegion> NewDeviceRegion(absl::string_view kind, const DeviceRange& range,

@@ -20,9 +20,12 @@ inline constexpr uint64_t kDeviceAlignment = 16;
 // InvalidArgument: length 0, offset + length beyond allocation_bytes (overflow included), offset
 // not a multiple of kDeviceAlignment.
 absl::Status CheckDeviceExtent(const RegionDescriptor& descriptor);
-// The ordinal of descriptor.device_uuid. InvalidArgument: none given. NotFound: not a device of
-// this host, naming those there are.
-absl::StatusOr<int> FindDevice(const CudaDriver& driver, const RegionDescriptor& descriptor);
+// The device of descriptor.device_uuid. InvalidArgument: none given. FailedPrecondition: not a
+// device of this host, naming those there are.
+absl::StatusOr<CudaDevice> FindDevice(const CudaDriver& driver, const RegionDescriptor& descriptor);
+// FailedPrecondition with `instead`, unless the obstacle (of a CudaDevice) is empty.
+absl::Status RefuseForObstacle(const CudaDevice& device, absl::string_view obstacle,
+                               absl::string_view instead);
 
 // `length` bytes at `offset` of a mapped allocation; `unmap` runs at destruction.
 std::unique_ptr<MappedRegion> NewDeviceRegion(absl::string_view kind, const DeviceRange& range,

@@ -156,9 +156,23 @@ Result cuDeviceGetName(char* name, int length, Device) {
   return kSuccess;
 }
 Result cuDeviceGetAttribute(int* value, int attribute, Device) {
-  if (attribute != kDeviceAttributeMpsEnabled) return kInvalidValue;
-  *value = std::getenv("KEEPSET_FAKE_MPS") != nullptr ? 1 : 0;
-  return kSuccess;
+  switch (attribute) {
+    case kDeviceAttributeMpsEnabled:
+      *value = std::getenv("KEEPSET_FAKE_MPS") != nullptr ? 1 : 0;
+      return kSuccess;
+    case kDeviceAttributeUnifiedAddressing:
+    case kDeviceAttributeVmmSupported:
+      *value = 1;
+      return kSuccess;
+    case kDeviceAttributeIpcSupported:
+      *value = std::getenv("KEEPSET_FAKE_NO_IPC") == nullptr ? 1 : 0;
+      return kSuccess;
+    case kDeviceAttributePosixFdSupported:
+      *value = std::getenv("KEEPSET_FAKE_NO_FD") == nullptr ? 1 : 0;
+      return kSuccess;
+    default:
+      return kInvalidValue;
+  }
 }
 Result cuDeviceGetUuid_v2(Uuid* uuid, Device device) {
   for (int i = 0; i < 16; ++i) {

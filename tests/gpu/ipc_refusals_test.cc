@@ -122,7 +122,7 @@ TEST_F(RefusedDeviceMemory, HandlesThatAreWrong) {
   const Case cases[] = {
       {"another device",
        [](RegionDescriptor& r) { r.device_uuid = "GPU-00000000-0000-0000-0000-000000000000"; },
-       absl::StatusCode::kNotFound},
+       absl::StatusCode::kFailedPrecondition},
       {"no device", [](RegionDescriptor& r) { r.device_uuid.clear(); },
        absl::StatusCode::kInvalidArgument},
       {"half the allocation", [](RegionDescriptor& r) { r.allocation_bytes /= 2; },
@@ -228,7 +228,7 @@ TEST_F(RefusedDeviceMemory, DescriptorsThatAreWrong) {
     refused(
         "another device",
         [](RegionDescriptor& r) { r.device_uuid = "GPU-00000000-0000-0000-0000-000000000000"; }, fd,
-        absl::StatusCode::kNotFound);
+        absl::StatusCode::kFailedPrecondition);
     const absl::Status status = Register("good", DescriptorOf(**exported), fd);
     EXPECT_TRUE(status.ok()) << status;
     EXPECT_EQ(MappedBytes(), static_cast<uint64_t>(kRegionBytes));

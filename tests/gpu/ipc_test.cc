@@ -32,8 +32,8 @@ class DeviceIpc : public ::testing::TestWithParam<const char*> {
  protected:
   void SetUp() override {
     if (const std::string reason = driver_.Open(); !reason.empty()) GTEST_SKIP() << reason;
-    char name[] = "/tmp/keepset-ipc-XXXXXX";
-    ASSERT_NE(::mkdtemp(name), nullptr);
+    std::string name = std::filesystem::temp_directory_path() / "keepset-ipc-XXXXXX";
+    ASSERT_NE(::mkdtemp(name.data()), nullptr) << name;
     directory_ = name;
     StartServer();
     // Contexts and pools exist before memory is counted.

@@ -436,8 +436,8 @@ int RunServiceBench(absl::Span<const char* const> arguments) {
     return absl::StrContains(error, "no device") ? kExitNoDevice : 1;
   }
   if (keepsetd.empty()) Die("want --keepsetd FILE");
-  char directory[] = "/tmp/keepset-bench-XXXXXX";
-  if (::mkdtemp(directory) == nullptr) Die("no temporary directory");
+  std::string directory = std::filesystem::temp_directory_path() / "keepset-bench-XXXXXX";
+  if (::mkdtemp(directory.data()) == nullptr) Die(absl::StrCat("cannot make ", directory));
   const std::string address = absl::StrCat("unix:", directory, "/k.sock");
   {
     const auto server = StartServer(keepsetd, directory, address);

@@ -76,6 +76,39 @@ TEST_F(EmulatedBackend, WarmOperationsAllocateNothing) {
   EXPECT_EQ(cuda::NumDeviceAllocations(), before);
 }
 
+// A program with several devices calls us on a thread whose device is another.
+TEST_F(EmulatedBackend, CallersDeviceStaysCurrent) {
+  const std::vector<int32_t> want = RunLayer();
+  ASSERT_EQ(cudaSetDevice(1), cudaSuccess);
+  const auto current = [] {
+    int device = -1;
+    EXPECT_EQ(cudaGetDevice(&device), cudaSuccess);
+    return device;
+  };
+  {
+    const auto backend = NewCudaBackend({});
+    ASSERT_TRUE(backend.ok()) << backend.status();
+    EXPECT_EQ(current(), 1);
+    const auto context = (*backend)->NewContext();
+    ASSERT_TRUE(context.ok()) << context.status();
+    EXPECT_EQ(current(), 1);
+  }
+  EXPECT_EQ(current(), 1);
+  EXPECT_EQ(RunLayer(), want);
+  EXPECT_EQ(current(), 1);
+  EXPECT_EQ(cudaSetDevice(0), cudaSuccess);
+}
+
+TEST_F(EmulatedBackend, DriverThatIsTooOldIsNamed) {
+  cuda::DescribeEmulatedDevice("emulated", cuda::Mps::kOff, 11040);
+  EXPECT_EQ(
+      NewCudaBackend({}).status().message(),
+      "cuda: no device: the driver supports CUDA 11.4, want 13.0 or later: update the driver");
+  cuda::DescribeEmulatedDevice("emulated", cuda::Mps::kOff, 0);
+  EXPECT_EQ(NewCudaBackend({}).status().message(), "cuda: no device: no CUDA driver is installed");
+  cuda::DescribeEmulatedDevice("emulated", cuda::Mps::kOff, 13000);
+}
+
 TEST_F(EmulatedBackend, ContextOfAnEndedOperationIsUsedAgain) {
   RunLayer();
   const int64_t before = cuda::NumDeviceAllocations();

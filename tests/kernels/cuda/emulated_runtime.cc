@@ -51,6 +51,9 @@ struct Device {
   std::atomic<int64_t> waits = 0;
 };
 
+// Of a second device there is nothing but that it can be current.
+thread_local int current_device = 0;
+
 Device& TheDevice() {
   static auto* const device = new Device;
   return *device;
@@ -134,6 +137,7 @@ CUresult EncodeEmulatedTensorMap(CUtensorMap* map, CUtensorMapDataType type, cuu
 
 cudaError_t QueueEmulated(cudaStream_t stream, std::function<void()> work) {
   if (State() != cudaSuccess) return State();
+  if (current_device != 0) return cudaErrorInvalidResourceHandle;
   stream->work.push_back(std::move(work));
   return cudaSuccess;
 }
@@ -203,12 +207,18 @@ using keepset::kernels::cuda::TheDevice;
 extern "C" {
 
 cudaError_t cudaGetDeviceCount(int* count) {
-  *count = 1;
+  // As a driver that is too old does, the count is left as it was.
+  if (TheDevice().driver_version < 12000) return cudaErrorInsufficientDriver;
+  *count = 2;
   return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+cudaError_t cudaSetDevice(int device) {
+  if (device != 0 && device != 1) return cudaErrorInvalidDevice;
+  keepset::kernels::cuda::current_device = device;
+  return cudaSuccess;
+}
 cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = keepset::kernels::cuda::current_device;
   return cudaSuccess;
 }
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribute, int value) {

@@ -152,11 +152,11 @@ TEST_F(CudaIpcTransportTest, EqualProcessIdsAreExplained) {
   EXPECT_THAT(status.message(), HasSubstr("cuda_vmm"));
 }
 
-TEST_F(CudaIpcTransportTest, UnknownDeviceNamesTheKnownOnes) {
+TEST_F(CudaIpcTransportTest, UnknownDeviceDoesNotFit) {
   RegionDescriptor descriptor = IpcRegion(exporter_, 0, 64);
   descriptor.device_uuid = "GPU-ffffffff-0000-0000-0000-000000000000";
   const absl::Status status = Refusal(std::move(descriptor));
-  EXPECT_EQ(status.code(), absl::StatusCode::kNotFound);
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
   EXPECT_THAT(status.message(), HasSubstr(fakes::kFakeDeviceUuid));
 }
 
@@ -306,7 +306,10 @@ class SharedDevice : public ::testing::Test {
  protected:
   ~SharedDevice() override {
     ::unsetenv("KEEPSET_FAKE_DEVICE_NAME");
-    ::unsetenv("KEEPSET_FAKE_MPS");
+    for (const char* const name :
+         {"KEEPSET_FAKE_MPS", "KEEPSET_FAKE_NO_IPC", "KEEPSET_FAKE_NO_FD"}) {
+      ::unsetenv(name);
+    }
   }
   // What a handle of freed memory is refused with, and a device that is not there.
   static std::vector<absl::Status> Refusals() {
@@ -341,6 +344,46 @@ TEST_F(SharedDevice, RefusalOfAWholeDeviceSaysNeither) {
     EXPECT_THAT(status.message(), ::testing::Not(HasSubstr("MIG")));
     EXPECT_THAT(status.message(), ::testing::Not(HasSubstr("MPS")));
   }
+}
+
+// The exporter's word is not needed: the handle is not opened at all.
+TEST_F(SharedDevice, DeviceWithoutIpcRefusesBeforeAnythingIsOpened) {
+  ::setenv("KEEPSET_FAKE_NO_IPC", "1", 1);
+  const auto transport = NewCudaIpcTransport(LoadOnce(KEEPSET_FAKE_LIBCUDA));
+  const DeviceExporter exporter(KEEPSET_FAKE_LIBCUDA, DeviceMemory::kPlain, kBytes);
+  const absl::Status status = transport->Open(IpcRegion(exporter, 0, 64)).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ(status.message(),
+            absl::StrCat("device ", fakes::kFakeDeviceUuid,
+                         " \"fake device\" cannot share memory this way: the driver supports no "
+                         "CUDA IPC on it, want cuda_vmm, or memory of the host (memfd)"));
+  EXPECT_EQ(RetainedContexts(0), 0);
+}
+
+TEST_F(SharedDevice, DeviceWithoutDescriptorsRefusesVmm) {
+  ::setenv("KEEPSET_FAKE_NO_FD", "1", 1);
+  const auto transport = NewCudaVmmTransport(LoadOnce(KEEPSET_FAKE_LIBCUDA));
+  const DeviceExporter exporter(KEEPSET_FAKE_LIBCUDA, DeviceMemory::kVmm, kBytes);
+  RegionDescriptor descriptor;
+  descriptor.kind = "cuda_vmm";
+  descriptor.fd.Reset(exporter.OpenFd());
+  descriptor.allocation_bytes = kBytes;
+  descriptor.length = 64;
+  descriptor.device_uuid = fakes::kFakeDeviceUuid;
+  const absl::Status status = transport->Open(std::move(descriptor)).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(status.message(),
+              HasSubstr("its memory is not shared by descriptors, want cuda_ipc"));
+}
+
+// What is not certain is left to the driver.
+TEST_F(SharedDevice, MigInstanceAndMpsAreTriedWhereTheDeviceIsTheSame) {
+  ::setenv("KEEPSET_FAKE_DEVICE_NAME", "NVIDIA H100 80GB HBM3 MIG 1g.10gb", 1);
+  ::setenv("KEEPSET_FAKE_MPS", "1", 1);
+  const auto transport = NewCudaIpcTransport(LoadOnce(KEEPSET_FAKE_LIBCUDA));
+  const DeviceExporter exporter(KEEPSET_FAKE_LIBCUDA, DeviceMemory::kPlain, kBytes);
+  const auto region = transport->Open(IpcRegion(exporter, 0, 64));
+  EXPECT_TRUE(region.ok()) << region.status();
 }
 
 class CudaVmmTransportTest : public ::testing::Test {
@@ -469,7 +512,7 @@ TEST(DeviceRegions, RefusedOnesLeaveTheSessionAsItWas) {
   using Spoil = void (*)(RegionDescriptor&);
   const std::pair<Spoil, absl::StatusCode> cases[] = {
       {[](RegionDescriptor& d) { d.device_uuid = "GPU-00000000-0000-0000-0000-000000000000"; },
-       absl::StatusCode::kNotFound},
+       absl::StatusCode::kFailedPrecondition},
       {[](RegionDescriptor& d) {
          const int64_t own = ::getpid();
          std::memcpy(d.ipc_handle.data(), &own, sizeof(own));

@@ -146,7 +146,7 @@ TEST_F(SessionManagerTest, KindThatNobodyKnowsIsEchoedInShort) {
   const absl::Status status =
       sessions_->RegisterRegion(session.session_id, "kv", 0, Whole(kind, PageBytes())).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kNotFound);
-  EXPECT_THAT(status.message(), ::testing::StartsWith("kind=\"\\nxxx"));
+  EXPECT_THAT(std::string(status.message()), ::testing::StartsWith("kind=\"\\nxxx"));
   EXPECT_LT(status.message().size(), 100u);
 }
 

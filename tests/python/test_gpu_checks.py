@@ -1,0 +1,159 @@
+"""run-gpu-checks.sh over programs that only say what those of a bundle say."""
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[1] / "gpu" / "run-gpu-checks.sh"
+
+BENCH = """#!/bin/sh
+case "$1" in
+  --probe) echo '{"bench": "device", "name": "a card"}' ;;
+  targets)
+    for file in bench service peers checks; do
+      if [ -e "$2/$file.jsonl" ]; then echo "{\\"target\\": \\"$file\\"}"; fi
+    done
+    echo "the table" >&2
+    ;;
+  service) echo '{"bench": "service"}' ;;
+  *)
+    echo '{"bench": "select"}'
+    printf '{"bench": "torn'
+    exit 139
+    ;;
+esac
+"""
+NO_DEVICE = """#!/bin/sh
+echo "cuda: no device: no driver" >&2
+if [ "$1" = targets ]; then exit 0; fi
+exit 3
+"""
+PASSES = "#!/bin/sh\necho '[  PASSED  ] 3 tests.'\n"
+SKIPS = "#!/bin/sh\necho '[  PASSED  ] 0 tests.'\n"
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    """A bundle whose programs find a device, in a folder with a space in its name."""
+    root = tmp_path / "the bundle"
+    (root / "bin").mkdir(parents=True)
+    (root / "run-gpu-checks.sh").write_bytes(SCRIPT.read_bytes())
+    (root / "COMMIT").write_text("abc\n")
+    (root / "peers.py").write_text("print('{\"peer\": \"torch\"}')\n")
+    (root / "exporter_check.py").write_text("import json\nprint(json.dumps({'passed': True}))\n")
+    write(root, "keepsetd", "#!/bin/sh\nexit 0\n")
+    write(root, "gpu_bench", BENCH)
+    write(root, "cuda_device_test", PASSES)
+    write(root, "gpu_ipc_test", SKIPS)
+    return root
+
+
+def write(root: Path, program: str, text: str) -> None:
+    """A program without its executable bit, as some copies leave it."""
+    (root / "bin" / program).write_text(text)
+
+
+def run(root: Path, out: Path, **environment: str) -> tuple[int, dict]:
+    """Exit code and report."""
+    tools = {"PATH": f"{root / 'tools'}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", str(root / "run-gpu-checks.sh"), str(out)],
+        env=os.environ | tools | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, json.loads((out / "gpu-report.json").read_text())
+
+
+def test_program_that_dies_leaves_its_whole_lines(bundle: Path, tmp_path: Path) -> None:
+    code, report = run(bundle, tmp_path / "out")
+    assert code == 1
+    assert report["bench_exit"] == 139
+    assert report["bench"] == [{"bench": "select"}]
+    assert report["service"] == [{"bench": "service"}]
+    assert report["exporter"] == [{"passed": True}]
+    assert report["peers"] == [{"peer": "torch"}]
+    assert report["device"]["name"] == "a card"
+
+
+def test_skipped_tests_are_no_result(bundle: Path, tmp_path: Path) -> None:
+    run(bundle, tmp_path / "out")
+    lines = [json.loads(line) for line in (tmp_path / "out" / "checks.jsonl").read_text().splitlines()]
+    assert lines == [{"check": "tests", "exit": 0}, {"check": "ipc", "skipped": "no test passed"}]
+
+
+def test_host_without_a_device_has_measured_nothing(bundle: Path, tmp_path: Path) -> None:
+    for program in ("gpu_bench", "cuda_device_test", "gpu_ipc_test"):
+        write(bundle, program, NO_DEVICE)
+    code, report = run(bundle, tmp_path / "out")
+    assert code == 3
+    assert report["device"] is None
+    assert report["reason"] == "cuda: no device: no driver"
+    assert set(report["programs"].values()) == {"no device"}
+    for phase in ("tests_exit", "ipc_exit", "exporter", "bench", "bench_exit", "service", "peers", "sanitizer"):
+        assert report[phase] == "not yet measured"
+
+
+def test_bundle_that_cannot_start_is_not_taken_for_a_host_without_a_device(bundle: Path, tmp_path: Path) -> None:
+    write(bundle, "gpu_bench", NO_DEVICE)
+    write(bundle, "cuda_device_test", "#!/bin/sh\nexit 127\n")
+    write(bundle, "gpu_ipc_test", NO_DEVICE)
+    code, report = run(bundle, tmp_path / "out")
+    assert code == 3
+    assert report["programs"]["cuda_device_test"] == "did not run, exit 127"
+    assert "cuda_device_test did not run" in report["reason"]
+
+
+def test_results_of_an_earlier_run_are_gone_and_other_files_stay(bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run(bundle, out)
+    (out / "notes.log").write_text("mine")
+    for program in ("gpu_bench", "cuda_device_test", "gpu_ipc_test"):
+        write(bundle, program, NO_DEVICE)
+    _, report = run(bundle, out)
+    assert report["targets"] == []
+    assert not (out / "bench.jsonl").exists()
+    assert (out / "notes.log").read_text() == "mine"
+
+
+def test_tools_of_the_system_do_not_get_the_bundles_libraries(bundle: Path, tmp_path: Path) -> None:
+    (bundle / "peers.py").write_text(
+        "import json, os\nprint(json.dumps({'peer': os.environ.get('LD_LIBRARY_PATH', '')}))\n"
+    )
+    _, report = run(bundle, tmp_path / "out", LD_LIBRARY_PATH="")
+    assert report["peers"] == [{"peer": ""}]
+
+
+def test_peers_without_python_are_reported(bundle: Path, tmp_path: Path) -> None:
+    tools = bundle / "tools"
+    tools.mkdir()
+    (tools / "python3").write_text("#!/bin/sh\nexit 127\n")
+    (tools / "python3").chmod(0o755)
+    _, report = run(bundle, tmp_path / "out")
+    assert report["peers_exit"] == 127
+    assert report["peers"] == []
+
+
+def test_sanitizer_runs_where_it_is(bundle: Path, tmp_path: Path) -> None:
+    tools = bundle / "tools"
+    tools.mkdir()
+    (tools / "compute-sanitizer").write_text('#!/bin/sh\ncase "$2" in racecheck) exit 9 ;; initcheck) exit 1 ;; esac\n')
+    (tools / "compute-sanitizer").chmod(0o755)
+    code, report = run(bundle, tmp_path / "out")
+    assert code == 1
+    assert report["sanitizer"] == {
+        "memcheck": "clean",
+        "racecheck": "errors",
+        "synccheck": "clean",
+        "initcheck": "did not run, exit 1",
+    }
+
+
+def test_folder_that_cannot_be_made_is_bad_usage(bundle: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = subprocess.run(["bash", str(bundle / "run-gpu-checks.sh"), str(tmp_path / "file" / "out")], timeout=60)
+    assert done.returncode == 2
