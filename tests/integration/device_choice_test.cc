@@ -14,7 +14,7 @@
 #include "kernels/backend_registry.h"
 #include "tests/integration/child_process.h"
 #include "tests/integration/server_fixture.h"
-#include "tests/integration/typed_worker.h"
+#include "tests/integration/worker.h"
 
 namespace keepset::integration {
 namespace {
