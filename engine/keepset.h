@@ -167,7 +167,7 @@ typedef struct keepset_kv_view {
 } keepset_kv_view;
 
 /* Queries [num_qo_heads, num_rows, head_dim], attention tile [num_qo_heads, num_rows, seq_len] or
- * log-sum-exp [num_qo_heads, num_rows] (natural log, last_dim 1). data NULL: absent. */
+ * log-sum-exp [num_qo_heads, num_rows] (last_dim 1). data NULL: absent. */
 typedef struct keepset_rows_view {
   const void* data;
   int64_t size_bytes;
@@ -186,6 +186,9 @@ typedef enum keepset_column_reduction {
   KEEPSET_COLUMN_SUM = 2
 } keepset_column_reduction;
 
+/* Of the logarithm in a log-sum-exp. */
+typedef enum keepset_lse_base { KEEPSET_LSE_BASE_E = 0, KEEPSET_LSE_BASE_2 = 1 } keepset_lse_base;
+
 typedef struct keepset_layer_observation {
   size_t struct_size;
   keepset_rows_view q_window;
@@ -197,9 +200,9 @@ typedef struct keepset_layer_observation {
    * policies that keepset_input_needs says "columns" of. */
   keepset_rows_view column_stats;
   int32_t column_reduction; /* keepset_column_reduction */
-  int32_t reserved;
-  /* Ascending query heads that q_window, window_lse and attn_tile hold, their num_qo_heads many; for
-   * policies that keepset_input_needs lists "qo_heads" of. NULL: all of the model's. */
+  int32_t lse_base;         /* keepset_lse_base, of window_lse */
+  /* Ascending query heads that q_window, window_lse and attn_tile hold, their num_qo_heads many;
+   * for policies that keepset_input_needs lists "qo_heads" of. NULL: all of the model's. */
   const int64_t* qo_heads;
 } keepset_layer_observation;
 

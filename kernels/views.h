@@ -105,8 +105,10 @@ struct ColumnsView {
   bool present() const { return data != nullptr; }
 };
 
-// Log-sum-exp of each observed row over its visible positions, natural log: [num_qo_heads,
-// num_rows].
+// Of the logarithm in a log-sum-exp.
+enum class LogBase { kE, kTwo };
+
+// Log-sum-exp of each observed row over its visible positions: [num_qo_heads, num_rows].
 struct LseView {
   const std::byte* data = nullptr;
   int64_t size_bytes = 0;
@@ -114,6 +116,7 @@ struct LseView {
   int64_t num_qo_heads = 0;
   int64_t num_rows = 0;
   int64_t head_stride = 0;
+  LogBase base = LogBase::kE;
 
   bool present() const { return data != nullptr; }
 };

@@ -134,6 +134,15 @@ absl::StatusOr<LayerObservation> ToObservation(const keepset_layer_observation& 
     lse.num_qo_heads = from.num_qo_heads;
     lse.num_rows = from.num_rows;
     lse.head_stride = from.head_stride;
+    // Callers that were built without the field mean base e.
+    const int32_t base = observation.struct_size >= offsetof(keepset_layer_observation, qo_heads)
+                             ? observation.lse_base
+                             : KEEPSET_LSE_BASE_E;
+    if (base != KEEPSET_LSE_BASE_E && base != KEEPSET_LSE_BASE_2) {
+      return absl::InvalidArgumentError(absl::StrCat(
+          what, ": lse_base=", base, ", want KEEPSET_LSE_BASE_E (0) or KEEPSET_LSE_BASE_2 (1)"));
+    }
+    lse.base = base == KEEPSET_LSE_BASE_2 ? kernels::LogBase::kTwo : kernels::LogBase::kE;
   }
   if (observation.attn_tile.data != nullptr) {
     const keepset_rows_view& from = observation.attn_tile;

@@ -243,7 +243,8 @@ class WindowOp {
   absl::Status ReadLse(const Row& row, int64_t place) {
     const LseView& view = args_.window_lse;
     const float lse = LoadElement(view.data, row.head * view.head_stride + row.i, view.dtype);
-    const float reference = static_cast<float>(lse * kLog2E);
+    const double log2_per_unit = view.base == LogBase::kTwo ? 1.0 : kLog2E;
+    const float reference = static_cast<float>(lse * log2_per_unit);
     if (!IsFinite(reference)) {
       return absl::InvalidArgumentError(absl::StrCat(args_.what, ": window_lse: head ", row.head,
                                                      " row ", row.i, " is not finite"));

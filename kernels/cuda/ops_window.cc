@@ -184,6 +184,7 @@ absl::Status StageQueries(StreamState& state, const WindowArgs& args, StagedLaye
   staged->shape.has_lse = true;
   staged->shape.lse_head_bytes = given.head_bytes;
   staged->shape.lse_dtype = lse.dtype;
+  staged->shape.lse_base = args.window_lse.base;
   return absl::OkStatus();
 }
 

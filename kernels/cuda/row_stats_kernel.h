@@ -40,7 +40,8 @@ KEEPSET_KERNEL_BODY void PrepareRows::Run(const Simt& simt, const Params& p) {
   const WindowRow row = p.rows[list_row];
   const float lse =
       LoadElement(layer.lse + row.head * p.shape.lse_head_bytes, row.row, p.shape.lse_dtype);
-  const auto reference = static_cast<float>(lse * kLog2E);
+  const double log2_per_unit = p.shape.lse_base == LogBase::kTwo ? 1.0 : kLog2E;
+  const auto reference = static_cast<float>(lse * log2_per_unit);
   if (!IsFiniteValue(reference)) simt.MinGlobal(layer.fault, FaultCode(FaultKind::kLse, place));
   p.references[static_cast<int64_t>(layer_index) * p.num_rows + list_row] = reference;
 }

@@ -67,7 +67,7 @@ struct WindowLayer {
   const std::byte* q = nullptr;  // [H, W, d]
   const std::byte* k = nullptr;  // [Hkv, T, d]
   const int32_t* k_table = nullptr;
-  const std::byte* lse = nullptr;  // [H, W] natural log; or null
+  const std::byte* lse = nullptr;  // [H, W]; or null
   float* out = nullptr;            // [outputs, T]
   const std::byte* v = nullptr;    // [Hkv, T, dv]; null when no norms are wanted
   const int32_t* v_table = nullptr;
@@ -90,6 +90,7 @@ struct WindowShape {
   bool has_lse = false;
   int64_t lse_head_bytes = 0;
   DType lse_dtype = DType::kF32;
+  LogBase lse_base = LogBase::kE;
 
   bool operator==(const WindowShape&) const = default;
 };

@@ -310,7 +310,7 @@ absl::StatusOr<DecodedLayer> DecodeLayer(const v1::LayerInput& wire, const Opera
   if (HasData(wire.window_lse())) {
     KEEPSET_ASSIGN_OR_RETURN(observation.window_lse,
                              DecodeLse(wire.window_lse(), wire.lse_base(), heads, spec.num_rows,
-                                       where + "window_lse", regions, layer.copies));
+                                       where + "window_lse", regions));
   }
   const KvShape k_shape = {spec.model.num_kv_heads, spec.seq_len, spec.model.head_dim};
   const KvShape v_shape = {spec.model.num_kv_heads, spec.seq_len, value_dim};

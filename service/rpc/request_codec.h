@@ -53,14 +53,13 @@ absl::StatusOr<tables::TableQuery> DecodeTableQuery(const v1::OperationSpec& wir
                                                     const engine::OperationSpec& spec,
                                                     absl::string_view table_kind);
 
-// One layer's views; `copies` owns what had to be converted.
+// One layer's views.
 struct DecodedLayer {
   engine::LayerObservation observation;
   // GATHER_DESTINATION: seq_len is the capacity in tokens. GATHER_IN_PLACE: K and V themselves.
   kernels::MutableKvView out_k;
   kernels::MutableKvView out_v;
-  std::vector<std::vector<float>> copies;
-  std::vector<int64_t> qo_heads;  // viewed by `observation`, as `copies`
+  std::vector<int64_t> qo_heads;  // viewed by `observation`
 };
 
 // `block_table` is the spec's, used by paged tensors that bring none. InvalidArgument: shape,

@@ -116,30 +116,6 @@ absl::Status DecodeLayout(const v1::KvTensor& wire, const KvShape& shape,
   return absl::OkStatus();
 }
 
-float HalfToFloat(uint16_t bits) {
-  const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16;
-  const uint32_t exponent = (bits >> 10) & 0x1f;
-  const uint32_t mantissa = bits & 0x3ff;
-  if (exponent == 0) {  // zero or subnormal: mantissa x 2^-24
-    const float magnitude = static_cast<float>(mantissa) * 0x1p-24f;
-    return sign != 0 ? -magnitude : magnitude;
-  }
-  const uint32_t wide = exponent == 31 ? 255 : exponent + 112;
-  return std::bit_cast<float>(sign | (wide << 23) | (mantissa << 13));
-}
-
-float ReadElement(const std::byte* data, kernels::DType dtype, int64_t index) {
-  if (dtype == kernels::DType::kF32) {
-    float value = 0;
-    std::memcpy(&value, data + index * 4, 4);
-    return value;
-  }
-  uint16_t bits = 0;
-  std::memcpy(&bits, data + index * 2, 2);
-  if (dtype == kernels::DType::kF16) return HalfToFloat(bits);
-  return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
-}
-
 absl::Status FindWritable(const v1::TensorData& data, absl::string_view where,
                           RegionSource& regions, kernels::MutableKvView& view) {
   if (data.source_case() != v1::TensorData::kRegion) {
@@ -198,8 +174,7 @@ absl::StatusOr<RowsSource> DecodeRows(const v1::RowsTensor& wire, const RowsShap
 
 absl::StatusOr<kernels::LseView> DecodeLse(const v1::RowsTensor& wire, v1::LseBase base,
                                            int64_t heads, int64_t rows, absl::string_view where,
-                                           RegionSource& regions,
-                                           std::vector<std::vector<float>>& copies) {
+                                           RegionSource& regions) {
   if (base != v1::LSE_BASE_E && base != v1::LSE_BASE_2) {
     return absl::InvalidArgumentError(absl::StrCat(where, ": lse_base=", static_cast<int>(base),
                                                    ", want LSE_BASE_E or LSE_BASE_2"));
@@ -212,30 +187,8 @@ absl::StatusOr<kernels::LseView> DecodeLse(const v1::RowsTensor& wire, v1::LseBa
   }
   kernels::LseView view = {source.bytes.data, source.bytes.size, source.dtype, heads, rows,
                            source.head_stride};
+  view.base = base == v1::LSE_BASE_2 ? kernels::LogBase::kTwo : kernels::LogBase::kE;
   KEEPSET_RETURN_IF_ERROR(kernels::ValidateView(view, where));
-  if (base == v1::LSE_BASE_E) return view;
-
-  if (wire.data().source_case() == v1::TensorData::kRegion) {
-    KEEPSET_ASSIGN_OR_RETURN(const MappedRegion* region,
-                             regions.Find(wire.data().region().region_id()));
-    if (region->space() == MemorySpace::kDevice) {
-      return absl::FailedPreconditionError(absl::StrCat(
-          where, ": LSE_BASE_2 in device memory is converted nowhere, want LSE_BASE_E"));
-    }
-  }
-  constexpr float kNaturalLogOf2 = 0.6931471805599453f;
-  std::vector<float> natural(static_cast<size_t>(heads * rows));
-  for (int64_t h = 0; h < heads; ++h) {
-    for (int64_t i = 0; i < rows; ++i) {
-      natural[h * rows + i] =
-          ReadElement(view.data, view.dtype, h * view.head_stride + i) * kNaturalLogOf2;
-    }
-  }
-  copies.push_back(std::move(natural));
-  view.data = reinterpret_cast<const std::byte*>(copies.back().data());
-  view.size_bytes = heads * rows * 4;
-  view.dtype = kernels::DType::kF32;
-  view.head_stride = rows;
   return view;
 }
 

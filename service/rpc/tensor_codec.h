@@ -54,11 +54,10 @@ inline bool HasData(const v1::KvTensor& tensor) {
 absl::StatusOr<RowsSource> DecodeRows(const v1::RowsTensor& wire, const RowsShape& shape,
                                       absl::string_view where, RegionSource& regions);
 
-// [heads, rows], natural log. A base-2 tensor is converted into a new entry of `copies`.
+// [heads, rows].
 absl::StatusOr<kernels::LseView> DecodeLse(const v1::RowsTensor& wire, v1::LseBase base,
                                            int64_t heads, int64_t rows, absl::string_view where,
-                                           RegionSource& regions,
-                                           std::vector<std::vector<float>>& copies);
+                                           RegionSource& regions);
 
 absl::StatusOr<kernels::KvView> DecodeKv(const v1::KvTensor& wire, const KvShape& shape,
                                          absl::Span<const int32_t> block_table,

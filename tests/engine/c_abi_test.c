@@ -156,6 +156,25 @@ static void ObservesColumnStatistics(keepset_engine* engine) {
   keepset_operation_destroy(operation);
 }
 
+static void RefusesAnUnknownBaseOfLse(keepset_engine* engine) {
+  const float lse = 1.0f;
+  keepset_operation_spec spec = Spec();
+  keepset_operation* operation = NULL;
+  keepset_layer_observation observation;
+
+  EXPECT(keepset_operation_begin(engine, &spec, &operation) == KEEPSET_OK);
+  memset(&observation, 0, sizeof(observation));
+  observation.struct_size = sizeof(observation);
+  observation.window_lse.data = &lse;
+  observation.window_lse.size_bytes = sizeof(lse);
+  observation.window_lse.dtype = KEEPSET_F32;
+  observation.window_lse.last_dim = 1;
+  observation.lse_base = 10;
+  EXPECT(keepset_operation_observe(operation, 0, &observation) == KEEPSET_INVALID_ARGUMENT);
+  EXPECT(strstr(keepset_last_error(), "layer 0: window_lse: lse_base=10, want") != NULL);
+  keepset_operation_destroy(operation);
+}
+
 static void ReportsErrors(keepset_engine* engine) {
   keepset_operation_spec spec = Spec();
   keepset_operation* operation = NULL;
@@ -251,6 +270,7 @@ int main(void) {
   EXPECT(strstr(keepset_engine_policies(engine), "compilerkv\nsnapkv") != NULL);
   RunsAndGathers(engine);
   ObservesColumnStatistics(engine);
+  RefusesAnUnknownBaseOfLse(engine);
   ReportsErrors(engine);
   WritesAndLoadsATable();
   keepset_engine_destroy(engine);

@@ -332,6 +332,20 @@ TEST(WindowColumns, GivenLogSumExpGivesTheComputedColumns) {
   }
 }
 
+TEST(WindowColumns, GivenLogSumExpMayBeToBaseTwo) {
+  const Problem problem{Shape()};
+  std::vector<float> values;
+  for (const double natural :
+       AttentionOracle(problem.q, problem.k, problem.row_positions, problem.scale).lse) {
+    values.push_back(static_cast<float>(natural / std::log(2.0)));
+  }
+  const DenseTensor lse(values, Shape().num_qo_heads, Shape().num_rows, 1, DType::kF32);
+  WindowArgs args = problem.Args(RowReduction::kMean);
+  args.window_lse = lse.lse();
+  args.window_lse.base = LogBase::kTwo;
+  ExpectClose(Columns(args), problem.Expected(RowReduction::kMean));
+}
+
 TEST(WindowColumns, PeakedRowKeepsItsMassWithoutOverflow) {
   Shape shape;
   shape.seq_len = 1000;

@@ -40,6 +40,7 @@ struct Shape {
   int64_t gap = 8;  // a multiple of 16 bytes: tensor cores; 3: the general kernels
   RowReduction reduction = RowReduction::kMean;
   Reference reference = Reference::kComputed;
+  LogBase lse_base = LogBase::kE;
   Memory memory = Memory::kDevice;
   std::vector<int64_t> row_positions = {};  // empty: the last rows
   std::vector<HeadRows> heads = {};         // empty: all heads
@@ -90,6 +91,7 @@ class WindowParity : public CudaTest {
     if (lse != nullptr) {
       device_lse.emplace(*lse);
       args.window_lse = on_device ? device_lse->lse() : lse->lse();
+      args.window_lse.base = shape.lse_base;
     }
     args.softmax_scale = tensors.scale;
     args.reduction = shape.reduction;
@@ -148,7 +150,11 @@ class WindowParity : public CudaTest {
     if (shape.reference == Reference::kGiven) {
       const Attention attention =
           AttentionOracle(tensors.q, tensors.k, tensors.row_positions, tensors.scale);
-      const std::vector<float> values(attention.lse.begin(), attention.lse.end());
+      std::vector<float> values;
+      for (const double natural : attention.lse) {
+        values.push_back(static_cast<float>(
+            shape.lse_base == LogBase::kTwo ? natural / std::log(2.0) : natural));
+      }
       lse.emplace(values, shape.num_kv_heads * shape.group, shape.num_rows, 1, DType::kF32);
     }
     const absl::StatusOr<std::vector<float>> columns =
@@ -194,6 +200,12 @@ TEST_F(WindowParity, WideHeadDimensionUsesFewerWarps) {
 }
 
 TEST_F(WindowParity, GivenLogSumExp) { ExpectNearOracle({.reference = Reference::kGiven}); }
+
+TEST_F(WindowParity, GivenLogSumExpToBaseTwo) {
+  for (const int64_t gap : {8, 3}) {
+    ExpectNearOracle({.gap = gap, .reference = Reference::kGiven, .lse_base = LogBase::kTwo});
+  }
+}
 
 TEST_F(WindowParity, GivenLogSumExpOnGeneralKernels) {
   ExpectNearOracle({.gap = 3, .reference = Reference::kGiven});

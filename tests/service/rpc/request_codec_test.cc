@@ -90,19 +90,21 @@ TEST(DecodeLayer, ContiguousInlineBytesMustFitTheShapeExactly) {
   EXPECT_THAT(std::string(status.message()), HasSubstr("33 inline bytes, want 32"));
 }
 
-TEST(DecodeLayer, SixteenBitLseOfBaseTwoIsConverted) {
+TEST(DecodeLayer, LseIsReadInItsOwnBase) {
   v1::LayerInput wire = SmallLayer();
   const uint16_t half[] = {0x3c00, 0xc000};  // 1, -2
   wire.mutable_window_lse()->mutable_data()->set_inline_(half, sizeof(half));
   wire.mutable_window_lse()->set_dtype(v1::DTYPE_F16);
-  wire.set_lse_base(v1::LSE_BASE_2);
-  const absl::StatusOr<DecodedLayer> layer = Decode(SmallSpec(), wire);
-  ASSERT_TRUE(layer.ok()) << layer.status();
-  ASSERT_EQ(layer->observation.window_lse.dtype, kernels::DType::kF32);
-  float values[2];
-  std::memcpy(values, layer->observation.window_lse.data, sizeof(values));
-  EXPECT_FLOAT_EQ(values[0], 0.69314718f);
-  EXPECT_FLOAT_EQ(values[1], -1.38629436f);
+  for (const auto& [base, want] : {std::pair(v1::LSE_BASE_E, kernels::LogBase::kE),
+                                   std::pair(v1::LSE_BASE_2, kernels::LogBase::kTwo)}) {
+    wire.set_lse_base(base);
+    const absl::StatusOr<DecodedLayer> layer = Decode(SmallSpec(), wire);
+    ASSERT_TRUE(layer.ok()) << layer.status();
+    const kernels::LseView& lse = layer->observation.window_lse;
+    EXPECT_EQ(lse.base, want);
+    EXPECT_EQ(lse.dtype, kernels::DType::kF16);
+    EXPECT_EQ(std::memcmp(lse.data, half, sizeof(half)), 0);
+  }
 }
 
 v1::LayerInput ColumnsLayer() {
