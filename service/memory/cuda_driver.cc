@@ -128,11 +128,7 @@ class Libcuda final : public CudaDriver {
       absl::Cleanup free = [&] { static_cast<void>(api_.address_free(base, bytes)); };
       KEEPSET_RETURN_IF_ERROR(Check(api_.map(base, bytes, 0, handle, 0), "cuMemMap"));
       absl::Cleanup unmap = [&] { static_cast<void>(api_.unmap(base, bytes)); };
-      const cuda_abi::AccessDescriptor descriptor = {
-          {cuda_abi::kLocationTypeDevice, device},
-          access == RegionAccess::kReadWrite ? cuda_abi::kAccessReadWrite : cuda_abi::kAccessRead};
-      KEEPSET_RETURN_IF_ERROR(
-          Check(api_.set_access(base, bytes, &descriptor, 1), "cuMemSetAccess"));
+      KEEPSET_RETURN_IF_ERROR(Check(Allow(device, base, bytes, access), "cuMemSetAccess"));
       KEEPSET_RETURN_IF_ERROR(CheckPlace(device, base));
       std::move(unmap).Cancel();
       std::move(free).Cancel();
@@ -169,6 +165,20 @@ class Libcuda final : public CudaDriver {
       }
     }
     return "";
+  }
+
+  // Not every driver maps memory of a device for reading alone. That a region which the worker
+  // registered read-only is never written is the service's own rule (MappedRegion::access).
+  cuda_abi::Result Allow(int device, cuda_abi::DevicePointer base, uint64_t bytes,
+                         RegionAccess access) const {
+    cuda_abi::AccessDescriptor descriptor = {
+        {cuda_abi::kLocationTypeDevice, device},
+        access == RegionAccess::kReadWrite ? cuda_abi::kAccessReadWrite : cuda_abi::kAccessRead};
+    const cuda_abi::Result result = api_.set_access(base, bytes, &descriptor, 1);
+    const bool is_unknown = result == cuda_abi::kNotSupported || result == cuda_abi::kInvalidValue;
+    if (!is_unknown || access == RegionAccess::kReadWrite) return result;
+    descriptor.flags = cuda_abi::kAccessReadWrite;
+    return api_.set_access(base, bytes, &descriptor, 1);
   }
 
   std::string SharingNote(cuda_abi::Device device, absl::string_view name) const {

@@ -1,7 +1,6 @@
 #include "service/rpc/tensor_codec.h"
 
 #include <bit>
-#include <cstring>
 #include <string>
 #include <utility>
 

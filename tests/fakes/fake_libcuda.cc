@@ -434,6 +434,9 @@ Result cuMemMap(DevicePointer pointer, size_t bytes, size_t, AllocationHandle ha
   return kSuccess;
 }
 Result cuMemSetAccess(DevicePointer pointer, size_t bytes, const AccessDescriptor* access, size_t) {
+  if (access->flags == kAccessRead && std::getenv("KEEPSET_FAKE_NO_READ_ONLY") != nullptr) {
+    return kNotSupported;
+  }
   const int protection = access->flags == kAccessReadWrite ? PROT_READ | PROT_WRITE : PROT_READ;
   return ::mprotect(reinterpret_cast<void*>(pointer), bytes, protection) == 0 ? kSuccess
                                                                               : kInvalidValue;

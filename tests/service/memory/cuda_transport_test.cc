@@ -411,6 +411,14 @@ TEST_F(CudaVmmTransportTest, RegionIsAPieceOfTheAllocation) {
   EXPECT_EQ((*region)->space(), MemorySpace::kDevice);
 }
 
+TEST_F(CudaVmmTransportTest, ADriverWithoutReadOnlyMappingsIsServedToo) {
+  ::setenv("KEEPSET_FAKE_NO_READ_ONLY", "1", 1);
+  const auto region = transport_->Open(Region());
+  ::unsetenv("KEEPSET_FAKE_NO_READ_ONLY");
+  ASSERT_TRUE(region.ok()) << region.status();
+  EXPECT_TRUE(HoldsPattern(**region, 32));
+}
+
 TEST_F(CudaVmmTransportTest, MappingEndsWithTheRegion) {
   { const auto region = transport_->Open(Region()); }
   EXPECT_EQ(DriverMappings(), 0);
