@@ -116,7 +116,8 @@ class RetentionPolicy {
 
   // Makes this policy score from the tensors `decider` has worked out: the same policy with the
   // same parameters under another table, which has begun, scores the layers of every call first and
-  // whose ops are waited for. Called before Begin. kAlone: it does not share, and observes for itself.
+  // whose ops are waited for. Called before Begin. kAlone: it does not share, and observes for
+  // itself.
   enum class Sharing { kAlone, kShared };
   virtual Sharing ShareStages(const RetentionPolicy& /*decider*/) { return Sharing::kAlone; }
 
