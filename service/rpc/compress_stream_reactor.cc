@@ -66,6 +66,8 @@ class CompressStreamReactor final
   }
 
   void OnCancel() override {
+    // A worker's reference may be the last one: it is dropped after this, as every reference is.
+    const std::shared_ptr<StreamPeer> held = shared_from_this();
     {
       absl::MutexLock lock(&mutex_);
       broken_ = true;
