@@ -123,5 +123,5 @@ def test_tensor_of_another_allocation_is_refused(library, plain):
 def test_server_without_a_device_names_its_transports(server, library, plain):
     with keepset.Client.connect(server.address) as client:
         region = keepset.DeviceRegion(plain, 64, library)
-        with pytest.raises(keepset.NotFound, match="GetServerInfo"):
+        with pytest.raises(keepset.Refused, match="this server has no device.*memfd"):
             client.register(region)
