@@ -69,3 +69,28 @@ def spec(**changes) -> dict:
         "ppl": 10.0,
     }
     return {**base, **changes}
+
+
+@pytest.fixture(scope="module")
+def build():
+    """The build folder's programs and library."""
+    from keepset.calibrate.__main__ import Build
+
+    return Build(binary().parent.parent)
+
+
+@pytest.fixture(scope="module")
+def engine(build):
+    from keepset.in_process import Engine
+
+    with Engine(build.library) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def small():
+    """The shipped small model with its tasks."""
+    from keepset.calibrate.small_head_tasks import SmallModelTasks
+    from keepset.eval.small_model import SmallModel
+
+    return SmallModelTasks(SmallModel.load())

@@ -12,46 +12,17 @@
 #include "kernels/backend_registry.h"
 #include "kernels/compute_backend.h"
 #include "tests/kernels/cuda/cuda_fixture.h"
+#include "tests/kernels/cuda/window_fixture.h"
 #include "tests/kernels/kernel_test_support.h"
 
 namespace keepset::kernels {
 
 absl::StatusOr<std::unique_ptr<ComputeBackend>> NewCudaBackend(const BackendOptions& options);
 
-// fp32 sums of up to 256 products, and 2^x with two units in the last place.
-constexpr double kHopperRelative = 2e-4;
-constexpr double kHopperAbsolute = 1e-7;
-
 constexpr char kByHopper[] = "cuda/sm_90/wgmma";
 constexpr char kByPortable[] = "cuda/sm_90";
 
-enum class Reference { kComputed, kGiven };
-
-struct WindowCase {
-  int64_t num_kv_heads = 2;
-  int64_t group = 2;
-  int64_t num_rows = 5;
-  int64_t seq_len = 150;
-  int64_t head_dim = 64;
-  DType dtype = DType::kBF16;
-  Layout layout = Layout::kNhd;
-  int64_t block_size = 16;
-  int64_t gap = 0;
-  RowReduction reduction = RowReduction::kMean;
-  Reference reference = Reference::kComputed;
-  std::vector<int64_t> row_positions = {};  // empty: the last rows
-  std::vector<HeadRows> heads = {};         // empty: all heads
-};
-
-struct WindowTensors {
-  DenseTensor q;
-  KvTensor k;
-  KvTensor v;
-  std::vector<int64_t> row_positions;
-  float scale;
-};
-
-WindowTensors RandomWindow(const WindowCase& shape, uint32_t seed);
+using WindowCase = WindowCaseOf<150, 64, 0>;
 
 class HopperParity : public CudaTest {
  protected:

@@ -231,7 +231,7 @@ TEST_F(HopperParity, LongRowsLieNearThePortableKernels) {
   EXPECT_EQ(name_, kByPortable);
   for (size_t i = 0; i < by_hopper->size(); ++i) {
     const float want = (*by_portable)[i];
-    ASSERT_NEAR((*by_hopper)[i], want, kHopperAbsolute + kHopperRelative * want) << i;
+    ASSERT_NEAR((*by_hopper)[i], want, kWindowAbsolute + kWindowRelative * want) << i;
   }
 }
 

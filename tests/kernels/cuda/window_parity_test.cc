@@ -15,6 +15,7 @@
 #include "kernels/compute_backend.h"
 #include "tests/fakes/test_seed.h"
 #include "tests/kernels/cuda/cuda_fixture.h"
+#include "tests/kernels/cuda/window_fixture.h"
 #include "tests/kernels/kernel_test_support.h"
 
 namespace keepset::kernels {
@@ -22,116 +23,19 @@ namespace {
 
 using ::testing::HasSubstr;
 
-// fp32 sums of up to 256 products, and 2^x with two units in the last place.
-constexpr double kRelativeTolerance = 2e-4;
-constexpr double kAbsoluteTolerance = 1e-7;
-
-enum class Reference { kComputed, kGiven };
-enum class Memory { kDevice, kHost };
-
-struct Shape {
-  int64_t num_kv_heads = 2;
-  int64_t group = 2;
-  int64_t num_rows = 5;
-  int64_t seq_len = 77;
-  int64_t head_dim = 32;
-  DType dtype = DType::kBF16;
-  Layout layout = Layout::kNhd;
-  int64_t gap = 8;  // a multiple of 16 bytes: tensor cores; 3: the general kernels
-  RowReduction reduction = RowReduction::kMean;
-  Reference reference = Reference::kComputed;
-  LogBase lse_base = LogBase::kE;
-  Memory memory = Memory::kDevice;
-  std::vector<int64_t> row_positions = {};  // empty: the last rows
-  std::vector<HeadRows> heads = {};         // empty: all heads
-};
+using Shape = WindowCaseOf<77, 32, 8>;  // a gap of 3: the general kernels, not tensor cores
 
 class WindowParity : public CudaTest {
  protected:
-  struct Tensors {
-    DenseTensor q;
-    KvTensor k;
-    KvTensor v;
-    std::vector<int64_t> row_positions;
-    float scale;
-  };
+  using Tensors = WindowTensors;
 
-  static Tensors Random(const Shape& shape, uint32_t seed) {
-    std::mt19937 rng(fakes::TestSeed(seed));
-    const int64_t heads = shape.num_kv_heads * shape.group;
-    const auto q_values =
-        RandomValues(rng, heads * shape.num_rows * shape.head_dim, shape.dtype, 1.5f);
-    const auto k_values =
-        RandomValues(rng, shape.num_kv_heads * shape.seq_len * shape.head_dim, shape.dtype);
-    const auto v_values =
-        RandomValues(rng, shape.num_kv_heads * shape.seq_len * shape.head_dim, shape.dtype);
-    return {DenseTensor(q_values, heads, shape.num_rows, shape.head_dim, shape.dtype),
-            KvTensor(k_values, shape.num_kv_heads, shape.seq_len, shape.head_dim, shape.dtype,
-                     shape.layout, 16, shape.gap),
-            KvTensor(v_values, shape.num_kv_heads, shape.seq_len, shape.head_dim, shape.dtype,
-                     shape.layout, 16, shape.gap),
-            shape.row_positions.empty() ? LastPositions(shape.num_rows, shape.seq_len)
-                                        : shape.row_positions,
-            1.0f / std::sqrt(static_cast<float>(shape.head_dim))};
-  }
+  static Tensors Random(const Shape& shape, uint32_t seed) { return RandomWindow(shape, seed); }
 
   // The columns of the CUDA backend.
   absl::StatusOr<std::vector<float>> Columns(const Shape& shape, const Tensors& tensors,
                                              const DenseTensor* lse = nullptr,
                                              std::vector<float>* norms = nullptr) {
-    const DeviceDense q(tensors.q);
-    const DeviceKv k(tensors.k);
-    const DeviceKv v(tensors.v);
-    std::optional<DeviceDense> device_lse;
-    const bool on_device = shape.memory == Memory::kDevice;
-    WindowArgs args;
-    args.q = on_device ? q.queries() : tensors.q.queries();
-    args.k = on_device ? k.view() : tensors.k.view();
-    args.row_positions = tensors.row_positions;
-    if (lse != nullptr) {
-      device_lse.emplace(*lse);
-      args.window_lse = on_device ? device_lse->lse() : lse->lse();
-      args.window_lse.base = shape.lse_base;
-    }
-    args.softmax_scale = tensors.scale;
-    args.reduction = shape.reduction;
-    args.what = "layer 3";
-    args.heads = shape.heads;
-    const int64_t heads = shape.heads.empty() ? shape.num_kv_heads * shape.group
-                                              : static_cast<int64_t>(shape.heads.size());
-    std::unique_ptr<ScoreBuffer> norm_buffer;
-    if (norms != nullptr) {
-      norm_buffer = cuda_.Buffer(shape.num_kv_heads, shape.seq_len);
-      args.v = on_device ? v.view() : tensors.v.view();
-      args.value_norms = norm_buffer.get();
-    }
-    const std::unique_ptr<ScoreBuffer> out = cuda_.Buffer(heads, shape.seq_len);
-    cuda_.PoisonKeptMemory();
-    absl::Status status = cuda_.backend->WindowColumns(*cuda_.context, args, *out);
-    if (status.ok()) status = cuda_.backend->Wait(*cuda_.context);
-    if (!status.ok()) return status;
-    if (norms != nullptr) *norms = cuda_.Values(*norm_buffer);
-    return cuda_.Values(*out);
-  }
-
-  static std::vector<double> Oracle(const Shape& shape, const Tensors& tensors) {
-    const Attention attention =
-        AttentionOracle(tensors.q, tensors.k, tensors.row_positions, tensors.scale);
-    if (!shape.heads.empty()) return ReduceListed(attention.tile, shape);
-    return ReduceOracle(attention.tile, shape.num_kv_heads * shape.group, shape.num_rows,
-                        shape.seq_len, shape.reduction);
-  }
-
-  static std::vector<double> ReduceListed(const std::vector<double>& tile, const Shape& shape) {
-    std::vector<double> columns;
-    for (const HeadRows& one : shape.heads) {
-      const auto begin = tile.begin() + (one.head * shape.num_rows + one.first_row) * shape.seq_len;
-      const std::vector<double> rows(begin, begin + one.num_rows * shape.seq_len);
-      const std::vector<double> reduced =
-          ReduceOracle(rows, 1, one.num_rows, shape.seq_len, one.reduction);
-      columns.insert(columns.end(), reduced.begin(), reduced.end());
-    }
-    return columns;
+    return WindowColumnsOn(cuda_, shape, tensors, lse, norms);
   }
 
   void ExpectValueNorms(const Shape& shape) {
@@ -146,26 +50,12 @@ class WindowParity : public CudaTest {
 
   void ExpectNearOracle(const Shape& shape, uint32_t seed = 11) {
     const Tensors tensors = Random(shape, seed);
-    std::optional<DenseTensor> lse;
-    if (shape.reference == Reference::kGiven) {
-      const Attention attention =
-          AttentionOracle(tensors.q, tensors.k, tensors.row_positions, tensors.scale);
-      std::vector<float> values;
-      for (const double natural : attention.lse) {
-        values.push_back(static_cast<float>(
-            shape.lse_base == LogBase::kTwo ? natural / std::log(2.0) : natural));
-      }
-      lse.emplace(values, shape.num_kv_heads * shape.group, shape.num_rows, 1, DType::kF32);
-    }
+    const Attention attention = AttentionOf(tensors);
+    const std::optional<DenseTensor> lse = GivenLse(shape, attention);
     const absl::StatusOr<std::vector<float>> columns =
         Columns(shape, tensors, lse.has_value() ? &*lse : nullptr);
     ASSERT_TRUE(columns.ok()) << columns.status();
-    const std::vector<double> want = Oracle(shape, tensors);
-    ASSERT_EQ(columns->size(), want.size());
-    for (size_t i = 0; i < want.size(); ++i) {
-      ASSERT_NEAR((*columns)[i], want[i], kAbsoluteTolerance + kRelativeTolerance * want[i])
-          << "head " << i / shape.seq_len << " position " << i % shape.seq_len;
-    }
+    ExpectNear(*columns, shape, attention);
   }
 };
 
@@ -411,10 +301,10 @@ TEST_F(WindowParity, LogitsFarApart) {
   }
   const absl::StatusOr<std::vector<float>> columns = Columns(shape, tensors);
   ASSERT_TRUE(columns.ok()) << columns.status();
-  const std::vector<double> want = Oracle(shape, tensors);
+  const std::vector<double> want = WindowOracle(shape, AttentionOf(tensors));
   for (size_t i = 0; i < want.size(); ++i) {
     // The logits' own rounding grows with their size.
-    ASSERT_NEAR((*columns)[i], want[i], kAbsoluteTolerance + 1e-3 * want[i]) << i;
+    ASSERT_NEAR((*columns)[i], want[i], kWindowAbsolute + 1e-3 * want[i]) << i;
   }
 }
 

@@ -21,9 +21,10 @@ using ::testing::HasSubstr;
 // One worker that is held until Release, so that what waits meanwhile has an order.
 class BusyQueue {
  public:
-  explicit BusyQueue(int64_t capacity)
-      : queue_(WorkQueue::New({.num_workers = 1, .capacity = capacity, .on_depth_change = {}},
-                              SystemClock())) {
+  explicit BusyQueue(int64_t capacity, int num_workers = 1)
+      : queue_(WorkQueue::New(
+            {.num_workers = num_workers, .capacity = capacity, .on_depth_change = {}},
+            SystemClock())) {
     EXPECT_TRUE(queue_
                     ->Submit([this] {
                       busy_.Notify();
@@ -67,23 +68,12 @@ TEST(WorkQueue, RunsTasksInOrderOnOneWorker) {
 }
 
 TEST(WorkQueue, FullQueueRefusesWithAHint) {
-  absl::Notification busy;
-  absl::Notification release;
-  const auto queue =
-      WorkQueue::New({.num_workers = 1, .capacity = 1, .on_depth_change = {}}, SystemClock());
-  ASSERT_TRUE(queue
-                  ->Submit([&] {
-                    busy.Notify();
-                    release.WaitForNotification();
-                  })
-                  .ok());
-  busy.WaitForNotification();
+  BusyQueue queue(1);
   EXPECT_TRUE(queue->Submit([] {}).ok());
   const absl::Status refused = queue->Submit([] {});
   EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted);
   EXPECT_THAT(std::string(refused.message()), HasSubstr("retry in ~"));
   EXPECT_GE(queue->RetryHint(), absl::Milliseconds(1));
-  release.Notify();
 }
 
 TEST(WorkQueue, ContinuationsAreNeverRefused) {
@@ -159,17 +149,7 @@ TEST(WorkQueue, LendsNoSeatWhileEveryWorkerIsBusy) {
 }
 
 TEST(WorkQueue, LendsNoSeatWhileATaskWaits) {
-  absl::Notification busy;
-  absl::Notification release;
-  const auto queue =
-      WorkQueue::New({.num_workers = 2, .capacity = 4, .on_depth_change = {}}, SystemClock());
-  ASSERT_TRUE(queue
-                  ->Submit([&] {
-                    busy.Notify();
-                    release.WaitForNotification();
-                  })
-                  .ok());
-  busy.WaitForNotification();
+  BusyQueue queue(4, 2);
   {
     const std::optional<WorkQueue::Seat> seat = queue->TakeSeat();
     ASSERT_TRUE(seat.has_value());
@@ -177,7 +157,6 @@ TEST(WorkQueue, LendsNoSeatWhileATaskWaits) {
     EXPECT_EQ(queue->waiting(), 1);  // the seat is the second worker's place
     EXPECT_FALSE(queue->TakeSeat().has_value());
   }
-  release.Notify();
 }
 
 TEST(WorkQueue, ATaskThatWaitedForASeatRunsWhenItIsLeft) {
