@@ -137,8 +137,10 @@ struct GatherTask {
 struct DeviceInfo {
   std::string uuid;  // "GPU-..." as the driver's tools print it
   std::string name;
-  std::string driver_version;  // CUDA version that the driver supports
-  std::string note;            // what an operator should know of it; mostly empty
+  std::string driver_version;      // CUDA version that the driver supports
+  std::string compute_capability;  // "9.0"
+  int64_t memory_bytes = 0;
+  std::string note;  // what an operator should know of it; mostly empty
 };
 
 class ComputeBackend {

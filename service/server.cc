@@ -161,10 +161,14 @@ class ServerImpl final : public Server {
           // Memory of a device is of use to a backend of that device only.
           return !absl::StartsWith(kind, "cuda_") || absl::StartsWith(backend_->name(), "cuda/");
         });
-    for (const auto& transport : transports) transport_kinds_.emplace_back(transport->kind());
+    std::vector<std::string> transport_kinds;
+    for (const auto& transport : transports) {
+      transport_kinds.emplace_back(transport->kind());
+      transport_support_.push_back({transport_kinds.back(), transport->DevicesSupported()});
+    }
     metrics_ = Metrics::New({std::string(ServerVersion()), backend_->name()},
                             {.policies = policies_->Names(),
-                             .region_kinds = transport_kinds_,
+                             .region_kinds = transport_kinds,
                              .defaulted_inputs = DefaultedInputNames(),
                              .table_sources = TableSourceNames()});
     metrics_->SetQueueCapacity(config_.limits().queue_capacity());
@@ -256,7 +260,7 @@ class ServerImpl final : public Server {
     session_service_ = SessionService::New(context, {.side_socket_path = config_.side_socket()},
                                            *registration_, *retirement_);
     server_service_ = NewServerService(
-        {.info = DescribeServer(config_, *backend_, policies_->Names(), transport_kinds_),
+        {.info = DescribeServer(config_, *backend_, policies_->Names(), transport_support_),
          .admin = config_.enable_admin() ? AdminAccess::kAllowed : AdminAccess::kDenied,
          .start_draining = [this] { StartDraining(); }},
         context, *retirement_);
@@ -404,7 +408,7 @@ class ServerImpl final : public Server {
   const std::function<void()> on_device_fault_;
   bool device_failed_ = false;  // of the timer's thread
   const std::unique_ptr<engine::PolicyRegistry> policies_;
-  std::vector<std::string> transport_kinds_;
+  std::vector<TransportSupport> transport_support_;
   std::unique_ptr<Metrics> metrics_;
   HealthBoard health_;
   std::unique_ptr<ServerSessionObserver> session_observer_;

@@ -23,8 +23,18 @@ using Json = nlohmann::ordered_json;
 Json InfoJson(const client::ServerInfo& info) {
   Json devices = Json::array();
   for (const client::ServerInfo::Device& device : info.devices) {
-    devices.push_back(
-        {{"uuid", device.uuid}, {"name", device.name}, {"driver_version", device.driver_version}});
+    Json capabilities = Json::array();
+    for (const client::ServerInfo::Device::Capability& capability : device.capabilities) {
+      capabilities.push_back({{"name", capability.name},
+                              {"available", capability.available},
+                              {"reason", capability.reason}});
+    }
+    devices.push_back({{"uuid", device.uuid},
+                       {"name", device.name},
+                       {"driver_version", device.driver_version},
+                       {"compute_capability", device.compute_capability},
+                       {"memory_bytes", device.memory_bytes},
+                       {"capabilities", capabilities}});
   }
   Json tables = Json::array();
   for (const client::TableIdentity& table : info.tables) {
@@ -56,12 +66,30 @@ Json InfoJson(const client::ServerInfo& info) {
           {"draining", info.draining}};
 }
 
+// Empty for a server without a device.
+std::string DeviceLines(const std::vector<client::ServerInfo::Device>& devices) {
+  std::string lines;
+  for (const client::ServerInfo::Device& device : devices) {
+    absl::StrAppend(&lines, "            ", device.uuid, " ", device.name);
+    if (!device.compute_capability.empty()) {
+      absl::StrAppend(&lines, ", compute capability ", device.compute_capability, ", ",
+                      device.memory_bytes >> 20, " MiB");
+    }
+    for (const client::ServerInfo::Device::Capability& capability : device.capabilities) {
+      absl::StrAppend(&lines, ", ", capability.name,
+                      capability.available ? "" : absl::StrCat(" not (", capability.reason, ")"));
+    }
+    absl::StrAppend(&lines, "\n");
+  }
+  return lines;
+}
+
 void PrintInfo(const client::ServerInfo& info, std::ostream& out) {
   out << "version     " << info.version << (info.build.empty() ? "" : absl::StrCat(" ", info.build))
       << "\n"
       << "backend     " << info.backend << "\n"
       << "device      " << info.device_status << "\n"
-      << "policies    " << absl::StrJoin(info.policies, " ") << "\n"
+      << DeviceLines(info.devices) << "policies    " << absl::StrJoin(info.policies, " ") << "\n"
       << "transports  " << absl::StrJoin(info.transports, " ") << "\n"
       << "extensions  " << absl::StrJoin(info.extensions, " ") << "\n"
       << "inline      at most " << info.limits.max_inline_bytes << " bytes\n"

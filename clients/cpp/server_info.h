@@ -23,6 +23,15 @@ struct ServerInfo {
     std::string uuid;
     std::string name;
     std::string driver_version;
+    // Of a device that the backend runs on.
+    std::string compute_capability;
+    uint64_t memory_bytes = 0;
+    struct Capability {
+      std::string name;  // "compute", or a kind of region
+      bool available = false;
+      std::string reason;  // why not
+    };
+    std::vector<Capability> capabilities;
   };
   std::vector<Device> devices;
   std::string device_status;

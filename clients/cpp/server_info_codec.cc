@@ -28,7 +28,17 @@ ServerInfo DecodeServerInfo(const v1::GetServerInfoResponse& response) {
   info.transports = Strings(response.transports());
   info.backend = response.backend();
   for (const v1::Device& device : response.devices()) {
-    info.devices.push_back({device.uuid(), device.name(), device.driver_version()});
+    ServerInfo::Device& listed = info.devices.emplace_back(
+        ServerInfo::Device{.uuid = device.uuid(),
+                           .name = device.name(),
+                           .driver_version = device.driver_version(),
+                           .compute_capability = device.compute_capability(),
+                           .memory_bytes = device.memory_bytes(),
+                           .capabilities = {}});
+    for (const v1::DeviceCapability& capability : device.capabilities()) {
+      listed.capabilities.push_back(
+          {capability.name(), capability.available(), capability.reason()});
+    }
   }
   info.device_status = response.device_status();
   const v1::Limits& limits = response.limits();

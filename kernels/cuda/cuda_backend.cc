@@ -270,6 +270,8 @@ class CudaBackend : public ComputeBackend {
                                 hex.substr(12, 4), "-", hex.substr(16, 4), "-", hex.substr(20));
     device_.name = properties.name;
     device_.driver_version = VersionText(driver_version);
+    device_.compute_capability = absl::StrCat(properties.major, ".", properties.minor);
+    device_.memory_bytes = static_cast<int64_t>(properties.totalGlobalMem);
     return NoteWhatIsSpecial(driver_version);
   }
 

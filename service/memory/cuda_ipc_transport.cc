@@ -1,5 +1,8 @@
 // Device memory by legacy CUDA IPC: works for cudaMalloc allocations, maps the whole allocation.
+#include <memory>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/base/thread_annotations.h"
 #include "absl/strings/str_cat.h"
@@ -20,6 +23,12 @@ class CudaIpcTransport final : public MemoryTransport {
 
   absl::string_view kind() const override { return kKind; }
   bool needs_fd() const override { return false; }
+
+  std::vector<DeviceSupport> DevicesSupported() override {
+    const absl::StatusOr<std::shared_ptr<Opened>> opened = Driver();
+    if (!opened.ok()) return {};
+    return ListSupport(*(*opened)->driver, &CudaDevice::ipc_obstacle);
+  }
 
   uint64_t DeviceBytes() const override {
     absl::MutexLock lock(&mutex_);

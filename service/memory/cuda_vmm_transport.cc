@@ -3,7 +3,9 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
@@ -22,6 +24,12 @@ class CudaVmmTransport final : public MemoryTransport {
   absl::string_view kind() const override { return kKind; }
   bool needs_fd() const override { return true; }
   uint64_t DeviceBytes() const override { return *mapped_bytes_; }
+
+  std::vector<DeviceSupport> DevicesSupported() override {
+    const absl::StatusOr<std::shared_ptr<CudaDriver>> driver = source_();
+    if (!driver.ok()) return {};
+    return ListSupport(**driver, &CudaDevice::vmm_obstacle);
+  }
 
   absl::StatusOr<std::unique_ptr<MappedRegion>> Open(RegionDescriptor descriptor) override {
     KEEPSET_RETURN_IF_ERROR(CheckDeviceExtent(descriptor));

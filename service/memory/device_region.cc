@@ -3,6 +3,7 @@
 #include <bit>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
@@ -74,6 +75,15 @@ absl::StatusOr<CudaDevice> FindDevice(const CudaDriver& driver,
     if (!device.sharing_note.empty()) absl::StrAppend(&message, "; ", device.sharing_note);
   }
   return absl::FailedPreconditionError(message);
+}
+
+std::vector<DeviceSupport> ListSupport(const CudaDriver& driver,
+                                       std::string CudaDevice::*obstacle) {
+  std::vector<DeviceSupport> listed;
+  for (const CudaDevice& device : driver.devices()) {
+    listed.push_back({device.uuid, device.name, device.*obstacle});
+  }
+  return listed;
 }
 
 absl::Status RefuseForObstacle(const CudaDevice& device, absl::string_view obstacle,

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -23,6 +25,9 @@ absl::Status CheckDeviceExtent(const RegionDescriptor& descriptor);
 // The device of descriptor.device_uuid. InvalidArgument: none given. FailedPrecondition: not a
 // device of this host, naming those there are.
 absl::StatusOr<CudaDevice> FindDevice(const CudaDriver& driver, const RegionDescriptor& descriptor);
+// Every device of the driver with its obstacle of that kind.
+std::vector<DeviceSupport> ListSupport(const CudaDriver& driver, std::string CudaDevice::*obstacle);
+
 // FailedPrecondition with `instead`, unless the obstacle (of a CudaDevice) is empty.
 absl::Status RefuseForObstacle(const CudaDevice& device, absl::string_view obstacle,
                                absl::string_view instead);

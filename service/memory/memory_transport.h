@@ -11,6 +11,7 @@
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
@@ -77,12 +78,22 @@ class MappedRegion {
   virtual absl::Status Verify() const = 0;
 };
 
+// Whether a transport takes memory of a device.
+struct DeviceSupport {
+  std::string uuid;
+  std::string name;
+  std::string obstacle;  // why not; mostly empty
+};
+
 class MemoryTransport {
  public:
   virtual ~MemoryTransport() = default;
 
   virtual absl::string_view kind() const = 0;
   virtual bool needs_fd() const = 0;
+
+  // Every device that the driver sees; none for memory of the host. Makes no context on any.
+  virtual std::vector<DeviceSupport> DevicesSupported() { return {}; }
 
   // Device memory of others that open regions keep allocated: whole allocations, each once.
   virtual uint64_t DeviceBytes() const { return 0; }

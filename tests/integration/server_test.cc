@@ -12,9 +12,13 @@
 #include <cstring>
 #include <fstream>
 
+#include "absl/strings/str_cat.h"
+#include "kernels/backend_registry.h"
 #include "service/server_config/server_config.h"
+#include "service/server_info.h"
 #include "tables/safetensors.h"
 #include "tables/table_file.h"
+#include "tests/fakes/gated_backend.h"
 #include "tests/integration/server_fixture.h"
 #include "tests/integration/worker.h"
 
@@ -53,6 +57,46 @@ TEST(Server, TellsWhatItIs) {
   EXPECT_THAT(info.device_status(), HasSubstr("no device"));
   EXPECT_EQ(info.limits().max_inline_bytes(), uint64_t{64} << 20);
   EXPECT_FALSE(info.draining());
+}
+
+// A backend that says it runs on a device.
+class BackendOnADevice : public fakes::GatedBackend {
+ public:
+  using GatedBackend::GatedBackend;
+  kernels::DeviceInfo Device() const override {
+    return {.uuid = "GPU-a",
+            .name = "first",
+            .driver_version = "13.0",
+            .compute_capability = "9.0",
+            .memory_bytes = 1024,
+            .note = ""};
+  }
+};
+
+std::string CapabilitiesOf(const v1::Device& device) {
+  std::string text;
+  for (const v1::DeviceCapability& capability : device.capabilities()) {
+    absl::StrAppend(&text, capability.name(),
+                    capability.available() ? " " : " no: ", capability.reason(), ";");
+  }
+  return text;
+}
+
+TEST(Server, TellsWhatEachDeviceCanDoForIt) {
+  fakes::Gate gate;
+  const BackendOnADevice backend(*kernels::NewBackend("cpu", {}), gate);
+  const v1::GetServerInfoResponse info = service::DescribeServer(
+      {}, backend, {},
+      {{.kind = "memfd", .devices = {}},
+       {.kind = "cuda_ipc", .devices = {{"GPU-a", "first", ""}, {"GPU-b", "second", "too old"}}},
+       {.kind = "cuda_vmm", .devices = {{"GPU-a", "first", ""}, {"GPU-b", "second", ""}}}});
+  ASSERT_EQ(info.devices_size(), 2);
+  EXPECT_EQ(info.devices(0).uuid(), "GPU-a");
+  EXPECT_EQ(info.devices(0).compute_capability(), "9.0");
+  EXPECT_EQ(info.devices(0).memory_bytes(), 1024u);
+  EXPECT_EQ(CapabilitiesOf(info.devices(0)), "compute ;cuda_ipc ;cuda_vmm ;");
+  EXPECT_EQ(info.devices(1).name(), "second");
+  EXPECT_EQ(CapabilitiesOf(info.devices(1)), "cuda_ipc no: too old;cuda_vmm ;");
 }
 
 TEST(Server, LogsOneReadyLineWithItsAddresses) {

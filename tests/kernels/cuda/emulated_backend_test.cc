@@ -217,6 +217,12 @@ TEST(EmulatedDevice, OrdinaryDeviceNeedsNoNote) {
   EXPECT_EQ((*NewCudaBackend({}))->Device().note, "");
 }
 
+TEST(EmulatedDevice, SaysWhatItCanComputeAndHold) {
+  const DeviceInfo device = (*NewCudaBackend({}))->Device();
+  EXPECT_EQ(device.compute_capability, "8.6");
+  EXPECT_EQ(device.memory_bytes, int64_t{4} << 30);
+}
+
 TEST(EmulatedDevice, WhatIsSpecialIsNoted) {
   cuda::DescribeEmulatedDevice("NVIDIA H100 80GB HBM3 MIG 1g.10gb", cuda::Mps::kOn, 12040);
   const std::string note = (*NewCudaBackend({}))->Device().note;

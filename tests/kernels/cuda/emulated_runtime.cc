@@ -272,6 +272,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*d
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int /*device*/) {
   std::memset(properties, 0, sizeof(*properties));
   std::strcpy(properties->name, TheDevice().name.c_str());
+  properties->totalGlobalMem = size_t{4} << 30;
+  properties->major = TheDevice().kind == EmulatedDevice::kSm86 ? 8 : 9;
+  properties->minor = TheDevice().kind == EmulatedDevice::kSm86 ? 6 : 0;
   return cudaSuccess;
 }
 cudaError_t cudaRuntimeGetVersion(int* version) {

@@ -92,6 +92,26 @@ TEST_F(SharedDevice, DeviceWithoutIpcRefusesBeforeAnythingIsOpened) {
   EXPECT_EQ(RetainedContexts(0), 0);
 }
 
+TEST_F(SharedDevice, WhatADriverSharesIsKnownWithoutAContext) {
+  ::setenv("KEEPSET_FAKE_NO_IPC", "1", 1);
+  const CudaDriverSource driver = LoadOnce(KEEPSET_FAKE_LIBCUDA);
+  const std::vector<DeviceSupport> ipc = NewCudaIpcTransport(driver)->DevicesSupported();
+  const std::vector<DeviceSupport> vmm = NewCudaVmmTransport(driver)->DevicesSupported();
+  ASSERT_EQ(ipc.size(), 2u);
+  ASSERT_EQ(vmm.size(), 2u);
+  EXPECT_EQ(ipc[0].uuid, fakes::kFakeDeviceUuid);
+  EXPECT_EQ(ipc[0].obstacle, "the driver supports no CUDA IPC on it");
+  EXPECT_EQ(vmm[0].uuid, fakes::kFakeDeviceUuid);
+  EXPECT_EQ(vmm[0].obstacle, "");
+  EXPECT_EQ(RetainedContexts(0), 0);
+}
+
+TEST_F(SharedDevice, HostWithoutADriverSharesNoDevice) {
+  const CudaDriverSource none = LoadOnce("libnone.so");
+  EXPECT_TRUE(NewCudaIpcTransport(none)->DevicesSupported().empty());
+  EXPECT_TRUE(NewCudaVmmTransport(none)->DevicesSupported().empty());
+}
+
 TEST_F(SharedDevice, DeviceWithoutDescriptorsRefusesVmm) {
   ::setenv("KEEPSET_FAKE_NO_FD", "1", 1);
   const auto transport = NewCudaVmmTransport(LoadOnce(KEEPSET_FAKE_LIBCUDA));

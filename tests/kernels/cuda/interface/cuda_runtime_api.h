@@ -69,6 +69,9 @@ struct cudaUUID_t {
 struct cudaDeviceProp {
   char name[256];
   cudaUUID_t uuid;
+  size_t totalGlobalMem;
+  int major;
+  int minor;
 };
 struct cudaPointerAttributes {
   cudaMemoryType type;
