@@ -77,7 +77,7 @@ gpu-bundle: setup
 # on there. With HF_MODEL=DIRECTORY a Hugging Face model too, for HF_MINUTES at a time (docs/observation-heads.md);
 # without, what the report says of one stays, with the command that measured it.
 HF_MINUTES ?= 60
-HF_FLAGS ?= --hf-lengths 1400 2048 4096 8192 --hf-prompts 12 6 3 2 --hf-fit-lengths 1400 \
+HF_FLAGS ?= --hf-lengths 1400 2048 4096 8192 --hf-prompts 12 6 3 2 --hf-fit-lengths 1400 --hf-compilerkv-prompts 1 \
   --hf-budgets 64 128 192 256 384 512 --hf-calibration-prompts 8 --hf-risk-prompts 6 \
   --hf-tasks number code quotation multi tracking few_shot summary later_number later_code later_quotation
 evidence-heads: configure

@@ -230,7 +230,9 @@ def test_the_evidence_of_a_model_in_small(build, engine, small, tmp_path):
                        "small_model": found | {"calibration_text": "a", "test_text": "b",
                                                "trained": [256, 2048]}}, ["picture.png"])
     assert "Not measured by this run" not in report
-    assert "| inside | code | 1 | 0.00 | KL |" in report and "(picture.png)" in report
+    assert "| inside | code | 1 | 0.00 (1) | KL |" in report and "(picture.png)" in report
+    # 4 sinks and 16 rows of the window are inside the budget.
+    assert "| inside | code | 20 | 20 |" in report
 
 
 def earlier_report(**columns: str) -> dict:

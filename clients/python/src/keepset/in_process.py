@@ -153,9 +153,14 @@ class Engine:
     def backend(self) -> str:
         return self._library.keepset_engine_backend(self._engine).decode()
 
+    @property
+    def policies(self) -> tuple[str, ...]:
+        """Names of all policies."""
+        return tuple(self._library.keepset_engine_policies(self._engine).decode().split())
+
     def decide(self, *, model: ModelFingerprint, layers: Sequence[TileLayer], table: bytes,
-               budget_tokens: int, ppl: float,
-               parameters: Mapping[str, object] | None = None, protect_window: int = 0) -> Decision:
+               budget_tokens: int, ppl: float, parameters: Mapping[str, object] | None = None,
+               protect_sink: int = 0, protect_window: int = 0) -> Decision:
         """Runs compilerkv with a table given as the bytes of its file."""
         seq_len = layers[0].attn_tile.shape[2]
         listed = [(str(k).encode(), str(v).encode()) for k, v in (parameters or {}).items()]
@@ -166,7 +171,7 @@ class Engine:
             value_head_dim=layers[0].v.shape[2], policy=b"compilerkv",
             parameters=(_Parameter * len(listed))(*listed), num_parameters=len(listed),
             budget_kind=_BUDGET_TOKENS, budget=budget_tokens,
-            protect_window=protect_window, ppl=ppl)
+            protect_sink=protect_sink, protect_window=protect_window, ppl=ppl)
         handle, operation = self._load(table), _POINTER()
         try:
             spec.table = handle
@@ -281,9 +286,10 @@ class Engine:
             raise EngineError(self._library.keepset_last_error().decode())
 
     def _declare(self) -> None:
-        for name in ("version", "last_error", "engine_backend", "result_json"):
+        for name in ("version", "last_error", "engine_backend", "engine_policies", "result_json"):
             getattr(self._library, f"keepset_{name}").restype = ctypes.c_char_p
         self._library.keepset_engine_backend.argtypes = [_POINTER]
+        self._library.keepset_engine_policies.argtypes = [_POINTER]
         self._library.keepset_result_json.argtypes = [_POINTER]
         self._library.keepset_result_num_sets.argtypes = [_POINTER]
         self._library.keepset_result_num_sets.restype = ctypes.c_int64

@@ -130,8 +130,7 @@ class RememberedTasks:
         self._known: collections.OrderedDict[tuple, HeadPrompt] = collections.OrderedDict()
 
     def prompt(self, task: str, seed: int, seq_len: int) -> HeadPrompt:
-        if time.monotonic() > self._until:
-            raise OutOfTime
+        self.check_time()
         key = task, seed, seq_len
         if key not in self._known:
             self._known[key] = self._tasks.prompt(task, seed, seq_len)
@@ -140,6 +139,11 @@ class RememberedTasks:
                 sum(one.num_bytes() for one in self._known.values()) > self._max_bytes):
             self._known.popitem(last=False)
         return self._known[key]
+
+    def check_time(self) -> None:
+        """OutOfTime, as `prompt` raises it."""
+        if time.monotonic() > self._until:
+            raise OutOfTime
 
     def repetition(self, length: int, times: int) -> HeadPrompt:
         return self._tasks.repetition(length, times)

@@ -19,7 +19,11 @@ KeepSets = list[npt.NDArray[np.integer]]
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """One prefill. `layers` is what compilerkv decides from, `loss` is teacher-forced under keep sets."""
+    """One prefill. `layers` is what compilerkv decides from, `loss` is teacher-forced under keep sets.
+
+    protect_sink, protect_window: first and last positions that stay, inside the budget; a window of None
+    is that of the rollouts.
+    """
 
     prompt_id: str
     seed: int
@@ -28,6 +32,8 @@ class Prompt:
     layers: tuple[TileLayer, ...]
     full_loss: float
     loss: Callable[[KeepSets], float]
+    protect_sink: int = 0
+    protect_window: int | None = None
 
 
 class Adapter(Protocol):

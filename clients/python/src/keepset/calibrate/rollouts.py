@@ -167,7 +167,9 @@ class Rollouts(Plan):
         decision = self._engine.decide(
             model=self._model, layers=prompt.layers, table=table,
             budget_tokens=self._budgets[budget_index], ppl=prompt.ppl, parameters=self._parameters,
-            protect_window=self._protect_window)
+            protect_sink=prompt.protect_sink,
+            protect_window=(self._protect_window if prompt.protect_window is None
+                            else prompt.protect_window))
         # A digest: the sets themselves are tens of kilobytes a candidate on a model of many layers.
         kept = hashlib.sha256(b"|".join(one.tobytes() for one in decision.keep_indices)).digest()
         losses = self._losses[prompt_index]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -84,13 +85,18 @@ def summarize(outcomes: Sequence[dict], budgets: Sequence[int], floor: float = F
     is_kl = outcomes[0]["scored"] == KL or full < floor
     good = [one for one in outcomes if is_kl or one["full"]["share"] > 0.5]
     rows: dict = {"prompts": len(outcomes), "counted": len(good), "full": full,
-                  "full_by_length": by_length, "scored": outcomes[0]["scored"],
+                  "full_by_length": by_length,
+                  "prompts_by_length": dict(Counter(str(one["length"]) for one in outcomes)),
+                  "protected_by_length": {
+                      length: [min(held), max(held)] for length, held in
+                      ((key, [one["protected"] for one in outcomes if one["length"] == int(key)])
+                       for key in by_length)}, "scored": outcomes[0]["scored"],
                   "value": "kl" if is_kl else "exact", "methods": {}}
     field = "kl" if is_kl else "share"
-    for name in good[0]["methods"] if good else ():
+    for name in dict.fromkeys(name for one in good for name in one["methods"]):
         rows["methods"][name] = {}
         for key in map(str, budgets):
-            held = [one for one in good if key in one["methods"][name]]
+            held = [one for one in good if key in one["methods"].get(name, {})]
             if not held:
                 continue
             strata = [one["length"] for one in held]
@@ -98,6 +104,7 @@ def summarize(outcomes: Sequence[dict], budgets: Sequence[int], floor: float = F
             ours = [one["methods"][OURS][key][field] for one in held]
             lengths = sorted(set(strata))
             rows["methods"][name][key] = {
+                "prompts": len(held),
                 "value": float(np.mean(values)), "interval": bootstrap_interval(values, strata=strata),
                 "by_length": {str(one): float(np.mean([v for v, s in zip(values, strata) if s == one]))
                               for one in lengths},

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import safetensors.numpy
@@ -26,6 +26,7 @@ PLAIN = ("streaming_llm", "random", "knorm", "tova", "snapkv")
 OURS, OTHERS, SHUFFLED = "observation_heads", "observation_heads, other tasks", "shuffled"
 # As many observations as asked for, chosen by recall alone.
 OTHERS_FIXED = "observation_heads, other tasks, fixed number"
+UNIFORM = "compilerkv uniform"
 # Methods of ours: not what ours is compared with.
 OWN = (OURS, OTHERS, OTHERS_FIXED, SHUFFLED)
 
@@ -84,6 +85,13 @@ def engine_run(engine: Engine, policy: str, scope: str | None = None, table: byt
     return run
 
 
+def compilerkv(engine: Engine, table: bytes) -> Run:
+    """With a table of its own weight per head."""
+    run = engine_run(engine, "compilerkv", None, table, {"alpha_scope": "head"})
+    run.identity = table_file.digest(table)
+    return run
+
+
 class HeadsRun:
     """What a table keeps."""
 
@@ -107,14 +115,17 @@ class ShuffledRun:
         return self._draws[seed % len(self._draws)](prompt, budget)
 
 
-def plain_methods(engine: Engine, tasks: Tasks) -> dict[str, Run]:
-    """What needs no compiled table, with tables that treat all heads alike among it."""
+def plain_methods(engine: Engine, tasks: Tasks, compiled: Mapping[str, Run] | None = None
+                  ) -> dict[str, Run]:
+    """What needs no table of ours, with tables that treat all heads alike among it. compiled: further
+    ones, which stand beside the uniform compilerkv."""
     model = tasks.fingerprint
     methods = {policy: engine_run(engine, policy) for policy in PLAIN}
     methods["snapkv, one set"] = engine_run(engine, "snapkv", "sequence")
-    methods["compilerkv uniform"] = engine_run(
+    methods[UNIFORM] = engine_run(
         engine, "compilerkv", None, table_file.uniform_table(model, name="uniform", version="1"),
         {"alpha_scope": "head"})
+    methods |= compiled or {}
     # GemFilter's layer, 13 of 32, in proportion; the last of two.
     at = max(1, model.num_layers * 13 // 32)
     one = range(at, at + 1)

@@ -23,6 +23,7 @@ from keepset.calibrate.observation_heads import (
     with_curve,
 )
 from keepset.evidence import head_baselines, head_methods
+from keepset.evidence.head_compilerkv import COMPILED, CompilerKvSettings, compile_table
 from keepset.evidence.head_measure import (
     FLOOR,
     everything,
@@ -46,7 +47,8 @@ class Settings:
     tests by length, failing_prompts the most of tasks that the full cache seldom answers (less than
     `floor` of their prompts), which are scored by KL alone. fit_lengths: of the prompts of the
     calibration text, some of `lengths`. fixed_heads: by column, how many observations a further table of
-    the other tasks has, neither pooled nor chosen by loss, dilated by 12.
+    the other tasks has, neither pooled nor chosen by loss, dilated by 12. compilerkv: of a compiled
+    compilerkv table, which is measured on prompts of the length that it was calibrated at.
     """
 
     tasks: dict[str, tuple[str, ...]]
@@ -64,12 +66,14 @@ class Settings:
     folds: int = 4
     fixed_heads: Mapping[str, int] = dataclasses.field(default_factory=dict)
     targets: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
+    compilerkv: CompilerKvSettings | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class HeadPart:
     """calibration and test: the same tasks on two texts; no prompt of one is a prompt of the other. Where
-    they are out of time the part says what it lacks, and another run goes on."""
+    they are out of time the part says what it lacks, and another run goes on. source: names the model
+    and the texts of the calibration."""
 
     build: Build
     engine: Engine
@@ -79,6 +83,7 @@ class HeadPart:
     probe: tuple[str, str]
     settings: Settings
     say: Say
+    source: str = ""
 
     def run(self) -> dict:
         settings = self.settings
@@ -92,9 +97,18 @@ class HeadPart:
                      "calibration_prompts": settings.calibration_prompts,
                      "test_seeds": [_TEST_SEED, _TEST_SEED + max(settings.prompts)],
                      "prompts": list(settings.prompts), "columns": {}, "missing": []}
+        compiled: dict[str, Run] = {}
+        if settings.compilerkv:
+            try:
+                table, out["compilerkv"] = compile_table(
+                    self.build, self.calibration, self.source, settings.compilerkv,
+                    self.work / "compilerkv", self.say)
+                compiled = {COMPILED: head_methods.compilerkv(self.engine, table)}
+            except OutOfTime:
+                self.say("compilerkv: out of time before its table")
         for column, names in settings.tasks.items():
             try:
-                out["columns"][column] = self._column(column, names, out["missing"])
+                out["columns"][column] = self._column(column, names, compiled, out["missing"])
             except OutOfTime:
                 out["missing"] += [{"column": column, "task": task, "length": length, "prompts": 0,
                                     "wanted": count} for task in names
@@ -102,14 +116,15 @@ class HeadPart:
                 self.say(f"{column}: out of time before its tables")
         return out
 
-    def _column(self, column: str, names: Sequence[str], missing: list[dict]) -> dict:
+    def _column(self, column: str, names: Sequence[str], compiled: dict[str, Run],
+                missing: list[dict]) -> dict:
         gate = {task: self._gate(task) for task in names}
         able = tuple(task for task in names if gate[task] >= self.settings.floor)
         self.say(f"{column}: the full cache answers {', '.join(able) or 'no task'}")
         # Without a task to learn from, the whole list is what there is.
         learn = able or tuple(names)
         every = self._compile(column, learn)
-        plain = self._plain(column, learn)
+        plain = self._plain(column, learn, compiled)
         tables, methods = {"all tasks": every}, {}
         for task in names:
             methods[task] = plain | {OURS: head_methods.HeadsRun(self.engine, every.table)}
@@ -125,7 +140,8 @@ class HeadPart:
         outcomes: dict[str, list[dict]] = {task: [] for task in names}
         risk: list[dict] = []
         for length, task in itertools.product(self.settings.lengths, names):
-            found, wanted = self._outcomes(column, task, length, task in able, methods[task])
+            found, wanted = self._outcomes(column, task, length, task in able,
+                                           self._at(length, methods[task]))
             outcomes[task] += found
             if task in able and every.untold is None:
                 risk += self._risk(column, task, length, every.table)
@@ -138,9 +154,15 @@ class HeadPart:
                 "gate": gate, "tables": {name: describe(found) for name, found in tables.items()},
                 "risk": summarize_risk(risk) | {"untold": every.untold}}
 
-    def _plain(self, column: str, learn: tuple[str, ...]) -> dict[str, Run]:
+    def _at(self, length: int, methods: dict[str, Run]) -> dict[str, Run]:
+        """Those that are measured at a length."""
+        settings = self.settings.compilerkv
+        return {name: run for name, run in methods.items()
+                if name != COMPILED or (settings and settings.length == length)}
+
+    def _plain(self, column: str, learn: tuple[str, ...], compiled: dict[str, Run]) -> dict[str, Run]:
         """What is compared; heads that retrieve are told by the records of `learn`."""
-        plain = head_methods.plain_methods(self.engine, self.calibration)
+        plain = head_methods.plain_methods(self.engine, self.calibration, compiled)
         if column == AGNOSTIC:
             plain |= head_methods.agnostic_methods(self.engine, self.calibration, self.probe)
         retrieval = head_baselines.retrieval_scores(self._records(learn), self.test.fingerprint)

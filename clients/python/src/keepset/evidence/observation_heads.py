@@ -32,6 +32,7 @@ from keepset.eval import constructed, vocabulary
 from keepset.eval.small_model import SmallModel
 from keepset.evidence import head_baselines
 from keepset.evidence.earlier_run import keep_earlier
+from keepset.evidence.head_compilerkv import CompilerKvSettings
 from keepset.evidence.head_measure import measure, summarize
 from keepset.evidence.head_methods import OURS, SHUFFLED, HeadsRun, all_heads, engine_run, shuffled
 from keepset.evidence.head_part import AGNOSTIC, HeadPart, Settings, describe
@@ -82,11 +83,15 @@ def hf_part(build: Build, engine: Engine, options: argparse.Namespace, say: Say)
                         tuple(options.hf_fit_lengths or lengths), options.hf_floor,
                         options.hf_calibration_prompts, options.hf_risk_prompts, options.hf_max_heads,
                         options.hf_folds,
-                        {"needles": options.hf_fixed_heads} if options.hf_fixed_heads else {})
+                        {"needles": options.hf_fixed_heads} if options.hf_fixed_heads else {},
+                        compilerkv=CompilerKvSettings(
+                            tuple(options.hf_compilerkv_tasks), lengths[0],
+                            tuple(options.hf_fit_budgets), options.hf_compilerkv_prompts)
+                        if options.hf_compilerkv_prompts else None)
     until = time.monotonic() + 60 * options.hf_minutes
     part = HeadPart(build, engine, options.work / f"hf-{learned.fingerprint.revision}",
                     RememberedTasks(learned, until), RememberedTasks(tested, until), HfTasks.PROBE,
-                    settings, say)
+                    settings, say, f"{learned.fingerprint.revision} {learned.name}")
     model = learned.model.model
     return part.run() | {
         "calibration_text": learned.name, "test_text": tested.name,
@@ -166,6 +171,12 @@ def _options() -> argparse.Namespace:
                     help="calibration prompts that tell whether the full cache answers a task")
     hf.add_argument("--hf-floor", type=float, default=0.4,
                     help="share of them that it must answer")
+    hf.add_argument("--hf-compilerkv-tasks", nargs="+",
+                    default=["number", "code", "quotation", "multi", "few_shot", "summary"],
+                    help="that a compilerkv table is calibrated on, at the first of --hf-lengths")
+    hf.add_argument("--hf-compilerkv-prompts", type=int, default=0,
+                    help="of each of them; 0: no such table. Every prompt costs 480 runs of a model of "
+                    "48 KV heads")
     hf.add_argument("--hf-minutes", type=float, default=math.inf,
                     help="start no prompt after so long; the report says what is missing and the same "
                     "command goes on")
@@ -197,6 +208,7 @@ def main() -> int:
         with Engine(build.library) as engine:
             found: dict = {
                 "command": _command(options),
+                "policies": list(engine.policies),
                 "versions": {"keepset": engine.version, "backend": engine.backend,
                              "numpy": np.__version__, "python": platform.python_version()},
             }
@@ -251,7 +263,7 @@ def _command(options: argparse.Namespace) -> str:
         told["hf_fit_lengths"] = " ".join(map(str, options.hf_fit_lengths))
     told |= {name: str(getattr(options, name)) for name in (
         "hf_calibration_prompts", "hf_risk_prompts", "hf_gate_prompts", "hf_floor", "hf_max_heads",
-        "hf_fixed_heads", "hf_folds", "hf_window", "hf_dtype", "hf_threads")}
+        "hf_fixed_heads", "hf_compilerkv_prompts", "hf_folds", "hf_window", "hf_dtype", "hf_threads")}
     return " ".join([command, "--hf-model DIRECTORY",
                      *(f"--{name.replace('_', '-')} {value}" for name, value in told.items())])
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
-from keepset.evidence.head_methods import OTHERS, OTHERS_FIXED, OURS, OWN, SHUFFLED
+from keepset.evidence.head_compilerkv import COMPILED
+from keepset.evidence.head_methods import OTHERS, OTHERS_FIXED, OURS, OWN, SHUFFLED, UNIFORM
 
 _COLUMNS = {
     "needles": "Needles, the question stands in the prompt",
@@ -14,6 +15,21 @@ _COLUMNS = {
 }
 # Fewer prompts have no interval to speak of.
 _FEWEST = 4
+# Where the engine's policies are found among the methods, and what of each is not measured.
+_POLICIES = {
+    "compilerkv": (f"`{UNIFORM}`, `{COMPILED}`",
+                   "`alpha_scope` global and layer: one weight for all heads, or all heads of a layer, "
+                   "of the same scores"),
+    "snapkv": ("`snapkv`, `snapkv, one set`",
+               "one set per layer (scope layer_equal), between these two"),
+    "streaming_llm": ("`streaming_llm`", ""),
+    "tova": ("`tova`; over all layers: `all heads, last row`", ""),
+    "knorm": ("`knorm`", "one set for all layers"),
+    "random": ("`random`", ""),
+    "full": ("table \"What the full cache answers\"", ""),
+    "observation_heads": (f"`{OURS}`, `{OTHERS}`, `{SHUFFLED}`, and tables that treat all heads alike",
+                          "layer groups and merging by maximum: read by the policy, not compiled"),
+}
 _SMALL_TASKS = {
     "number": "two numbers of a fact", "multi": "two facts asked",
     "code": "a fact of two words instead of numbers",
@@ -40,6 +56,7 @@ def markdown(found: dict, pictures: Sequence[str]) -> str:
     parts = [(title, found[key], key) for key, title in (
         ("small_model", "Small model"), ("hf_model", "Hugging Face model")) if key in found]
     lines += _short([one[:2] for one in parts])
+    lines += _policies(found.get("policies", ()))
     if "hf_model" not in found:
         lines += ["No Hugging Face model was given: whether tables of this kind help on a real model is "
                   "not yet measured by this command. `--hf-model DIRECTORY` adds it.", ""]
@@ -73,15 +90,20 @@ def _difference(one: dict) -> str:
 def _best_other(rows: dict, budget: str) -> tuple[str, dict]:
     """Chosen in hindsight on these very prompts, which favours the others."""
     others = {name: one[budget] for name, one in rows["methods"].items()
-              if name not in OWN and budget in one}
+              if name not in OWN and budget in one and not _is_partial(rows, one[budget])}
     sign = -1 if rows["value"] == "exact" else 1
     best = min(others, key=lambda name: sign * others[name]["value"])
     return best, others[best]
 
 
-def _reading(rows: dict, difference: dict) -> str:
-    """Where the interval excludes 0; a divergence is better below it."""
-    if rows["counted"] < _FEWEST:
+def _is_partial(rows: dict, cell: dict) -> bool:
+    """A method that was measured on some of the prompts alone."""
+    return cell.get("prompts", rows["counted"]) < rows["counted"]
+
+
+def _reading(rows: dict, difference: dict, prompts: int | None = None) -> str:
+    """Where the interval excludes 0; a divergence is better below it. prompts: all by default."""
+    if (rows["counted"] if prompts is None else prompts) < _FEWEST:
         return "too few prompts"
     low, high = difference["low"], difference["high"]
     if rows["value"] != "exact":
@@ -119,20 +141,36 @@ def _short(parts: Sequence[tuple[str, dict]]) -> Iterator[str]:
                          if one[2]["value"] == value and one[2]["counted"] >= _FEWEST]
                 if not cells:
                     continue
-                rivals = ["best other", "snapkv", "tova", "compilerkv uniform", "keydiff, per head",
+                rivals = ["best other", "snapkv", "tova", UNIFORM, COMPILED, "keydiff, per head",
                           SHUFFLED]
                 if column == "agnostic":
-                    rivals.insert(4, "expected attention, per head")
+                    rivals.insert(5, "expected attention, per head")
                 for rival in rivals:
                     against = [(rows, _best_other(rows, budget)[1] if rival == "best other" else
                                 rows["methods"][rival][budget]) for _, budget, rows in cells
                                if rival == "best other" or budget in rows["methods"].get(rival, {})]
-                    counts = [Counter(_reading(rows, one[key]) for rows, one in against if one[key])
+                    if not against:
+                        continue
+                    counts = [Counter(_reading(rows, one[key], one.get("prompts"))
+                                      for rows, one in against if one[key])
                               for key in ("ours_minus_this", "other_tasks_minus_this")]
                     told = (str(count[word]) if count else "-" for count in counts
                             for word in ("better", "worse", "no difference shown"))
                     yield (f"| {title}, {column} | {name} | {rival} | {len(against)} | "
                            f"{' | '.join(told)} |")
+    yield ""
+
+
+def _policies(names: Sequence[str]) -> Iterator[str]:
+    if not names:
+        return
+    yield "## Every policy of the engine"
+    yield ""
+    yield "| policy | here | not measured here |"
+    yield "|---|---|---|"
+    for name in names:
+        here, left_out = _POLICIES.get(name, ("-", "the policy"))
+        yield f"| `{name}` | {here} | {left_out or '-'} |"
     yield ""
 
 
@@ -173,7 +211,9 @@ def _part(title: str, part: dict, pictures: Sequence[str], kept: dict[str, dict]
                + ". So other tasks are near relatives of the tested one; how far a table carries over "
                "to unlike tasks shows on a real model alone.")
         yield ""
+    yield from _compilerkv(part)
     yield from _full_cache(part)
+    yield from _free(part)
     for column in part["columns"]:
         yield from _column(part, column, kept.get(column))
     yield from _tables(part)
@@ -204,19 +244,68 @@ def _missing(part: dict) -> Iterator[str]:
     yield ""
 
 
+def _compilerkv(part: dict) -> Iterator[str]:
+    found = part.get("compilerkv")
+    if not found:
+        return
+    heads, gates, states = found["changed_states"][-1]
+    yield (f"`{COMPILED}`: a table of `keepset tables compile` from {found['records']:,} calibration "
+           f"records ({found['prompts']} prompt of each of {', '.join(found['tasks'])} of the calibration "
+           f"text at {found['length']:,} tokens, budgets {' and '.join(map(str, found['budgets']))}, every "
+           f"{found['action_step']}th action of the paper's grids, one entropy and one perplexity bin). It "
+           f"alternated {found['rounds']} of at most {found['rounds_asked']} rounds of heads and gate and had "
+           f"{'settled' if found['settled'] else 'not settled'}: the last round changed {heads + gates} of "
+           f"{states} states. More records might make a better table. It is measured on prompts of "
+           f"{found['length']:,} tokens alone.")
+    yield ""
+
+
+def _free(part: dict) -> Iterator[str]:
+    """Arithmetic that decides small budgets."""
+    budgets = part["budgets"]
+    rows_of = [(column, task, rows) for column, found in part["columns"].items()
+               for task, rows in found["tasks"].items() if rows.get("protected_by_length")]
+    if not rows_of:
+        return
+    yield "### Positions that a method may choose"
+    yield ""
+    yield ("What is protected (sinks, last window, question and what the template puts behind it) is "
+           "inside the budget, so of it only the rest can be chosen: least and most over the prompts of all "
+           "lengths; a budget that is filled is not measured. A table that dilates by 12 spends up to 13 "
+           "positions on one place.")
+    yield ""
+    yield f"| column | task | protected | {' | '.join(f'free of {one}' for one in budgets)} |"
+    yield "|---|---|---|" + "---|" * len(budgets)
+    for column, task, rows in rows_of:
+        least = min(low for low, _ in rows["protected_by_length"].values())
+        most = max(high for _, high in rows["protected_by_length"].values())
+        cells = (_span(max(0, one - most), max(0, one - least)) for one in budgets)
+        yield f"| {column} | {task} | {_span(least, most)} | {' | '.join(cells)} |"
+    yield ""
+
+
+def _span(least: int, most: int) -> str:
+    return str(least) if least == most else f"{least}..{most}"
+
+
 def _full_cache(part: dict) -> Iterator[str]:
     lengths = [str(one) for one in part["lengths"]]
     yield "### What the full cache answers"
     yield ""
     yield (f"Share of exact answers with nothing dropped. Below {part['floor']:.1f} (over the prompts "
-           "of the calibration text) a task is neither learned from nor compared by answers.")
+           "of the calibration text) a task is neither learned from nor compared by answers. In brackets "
+           f"the prompts of each length: with fewer than {_FEWEST} a figure is no more than a direction, "
+           "and - is not measured.")
     yield ""
     yield f"| column | task | prompts | {' | '.join(lengths)} | compared by |"
     yield "|---|---|---|" + "---|" * (len(lengths) + 1)
     for column, rows_of in part["columns"].items():
         for task, rows in rows_of["tasks"].items():
-            shares = [f"{rows['full_by_length'][one]:.2f}" if rows["scored"] == "exact"
-                      and one in rows["full_by_length"] else "-" for one in lengths]
+            counts = rows.get("prompts_by_length", {})
+            shares = [" ".join(filter(None, (
+                          f"{rows['full_by_length'][one]:.2f}" if rows["scored"] == "exact" else "no answer",
+                          f"({counts[one]})" if one in counts else "")))
+                      if one in rows["full_by_length"] else "-" for one in lengths]
             by = "answers" if rows["value"] == "exact" else "KL"
             yield f"| {column} | {task} | {rows['prompts']} | {' | '.join(shares)} | {by} |"
     yield ""
@@ -270,9 +359,11 @@ def _methods(part: dict, column: str, task: str, rows: dict) -> Iterator[str]:
     yield f"| method | {' | '.join(budgets)} |"
     yield "|---|" + "---|" * len(budgets)
     for name, values in rows["methods"].items():
-        cells = [f"{one['value']:.2f} [{one['interval'][0]:.2f}, {one['interval'][1]:.2f}]"
-                 for one in (values[budget] for budget in budgets)]
-        yield f"| {name} | " + " | ".join(cells) + " |"
+        cells = [f"{one['value']:.2f} [{one['interval'][0]:.2f}, {one['interval'][1]:.2f}]" if one else "-"
+                 for one in map(values.get, budgets)]
+        some = [one for one in values.values() if _is_partial(rows, one)]
+        told = f"{name} (prompts of {', '.join(some[0]['by_length'])} tokens alone: {some[0]['prompts']})" if some else name
+        yield f"| {told} | " + " | ".join(cells) + " |"
     yield ""
 
 
