@@ -155,14 +155,18 @@ enum class ColumnReduction {
   kSum,
 };
 
+// Of the logarithm in a log-sum-exp: FlashAttention gives base e, FlashInfer base 2.
+enum class LseBase { kE, kTwo };
+
 struct LayerInput {
   int64_t layer = 0;
   // Ascending query heads that q_window, window_lse and attn_tile hold, where InputNeeds lists
   // some; empty: all.
   std::vector<int64_t> qo_heads;
   RowsTensor q_window;
-  RowsTensor window_lse;  // natural log
-  RowsTensor attn_tile;   // wins over q_window
+  RowsTensor window_lse;
+  LseBase lse_base = LseBase::kE;
+  RowsTensor attn_tile;  // wins over q_window
   // [H, T], row_stride unused: instead of q_window and attn_tile, where InputNeeds says so.
   RowsTensor column_stats;
   ColumnReduction column_reduction = ColumnReduction::kMean;

@@ -252,7 +252,7 @@ absl::Status EncodeLayer(const LayerInput& layer, const RegionResolver& resolve,
   if (layer.window_lse.data != nullptr) {
     KEEPSET_RETURN_IF_ERROR(
         EncodeRows(l, "window_lse", layer.window_lse, resolve, out->mutable_window_lse()));
-    out->set_lse_base(v1::LSE_BASE_E);
+    out->set_lse_base(layer.lse_base == LseBase::kTwo ? v1::LSE_BASE_2 : v1::LSE_BASE_E);
   }
   if (layer.attn_tile.data != nullptr) {
     KEEPSET_RETURN_IF_ERROR(

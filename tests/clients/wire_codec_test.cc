@@ -234,9 +234,13 @@ TEST(EncodeLayer, StatesTheBaseOfALogSumExp) {
   LayerInput layer;
   layer.window_lse.data = data;
   layer.window_lse.size_bytes = sizeof(data);
-  v1::LayerInput out;
-  ASSERT_TRUE(EncodeLayer(layer, NoRegion, KvPlacement::kAnywhere, &out).ok());
-  EXPECT_EQ(out.lse_base(), v1::LSE_BASE_E);
+  for (const auto& [base, want] :
+       {std::pair(LseBase::kE, v1::LSE_BASE_E), std::pair(LseBase::kTwo, v1::LSE_BASE_2)}) {
+    layer.lse_base = base;
+    v1::LayerInput out;
+    ASSERT_TRUE(EncodeLayer(layer, NoRegion, KvPlacement::kAnywhere, &out).ok());
+    EXPECT_EQ(out.lse_base(), want);
+  }
 }
 
 }  // namespace

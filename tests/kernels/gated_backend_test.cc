@@ -15,7 +15,9 @@ class VariedBackend : public fakes::GatedBackend {
  public:
   using GatedBackend::GatedBackend;
   std::string NameFor(const OpContext& /*context*/) const override { return "cuda/sm_90/wgmma"; }
-  DeviceInfo Device() const override { return {"GPU-1", "a device", "13.0", "a note"}; }
+  DeviceInfo Device() const override {
+    return {.uuid = "GPU-1", .name = "a device", .driver_version = "13.0", .note = "a note"};
+  }
 };
 
 TEST(GatedBackend, NamesWhatTheInnerBackendDid) {

@@ -22,6 +22,7 @@ _COLUMN_REDUCTIONS = {
     "mean": compression_pb2.COLUMN_REDUCTION_MEAN,
     "sum": compression_pb2.COLUMN_REDUCTION_SUM,
 }
+_LSE_BASES = {"e": compression_pb2.LSE_BASE_E, "2": compression_pb2.LSE_BASE_2}
 _ATTENTION = {
     "full": compression_pb2.ATTENTION_KIND_FULL,
     "sliding_window": compression_pb2.ATTENTION_KIND_SLIDING_WINDOW,
@@ -101,6 +102,12 @@ def column_reduction(name: str, what: str) -> compression_pb2.ColumnReduction:
     if name not in _COLUMN_REDUCTIONS:
         raise ValueError(f"{what}: column_reduction {name!r}, want 'mean' or 'sum'")
     return _COLUMN_REDUCTIONS[name]
+
+
+def lse_base(name: str, what: str) -> compression_pb2.LseBase:
+    if name not in _LSE_BASES:
+        raise ValueError(f"{what}: lse_base {name!r}, want 'e' or '2'")
+    return _LSE_BASES[name]
 
 
 def budget_message(budget: types.Budget) -> compression_pb2.Budget:

@@ -147,7 +147,7 @@ class Request:
             message.window_lse.CopyFrom(
                 _codec.rows_tensor(self._data(lse), lse, self._dtype(lse, layer), f"{where}: window_lse")
             )
-            message.lse_base = compression_pb2.LSE_BASE_E
+            message.lse_base = _codec.lse_base(layer.lse_base, where)
         if layer.column_stats is not None:
             columns = layer.column_stats
             what = f"{where}: column_stats"

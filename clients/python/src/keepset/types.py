@@ -154,7 +154,7 @@ class PagedKv:
 class Layer:
     """What one layer brings. Arrays in a SharedRegion are passed by reference.
 
-    q_window [H, W, d]; window_lse [H, W] natural log; attn_tile [H, W, T]; k and v [Hkv, T, d], any
+    q_window [H, W, d]; window_lse [H, W], by lse_base "e" or "2"; attn_tile [H, W, T]; k and v [Hkv, T, d], any
     strides with the last one contiguous, or PagedKv. dtype names the type of uint16 arrays ("bfloat16").
     column_stats [H, T] instead of q_window and attn_tile: their attention added up over the W observed
     rows ("sum") or divided by W too ("mean"); `num_rows` of the operation says W.
@@ -171,6 +171,7 @@ class Layer:
     column_reduction: str = "mean"
     dtype: str | None = None
     qo_heads: Sequence[int] | None = None
+    lse_base: str = "e"
 
 
 @dataclasses.dataclass
