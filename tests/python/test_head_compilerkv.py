@@ -1,5 +1,6 @@
 """A compilerkv table among the methods of the observation_heads report."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -11,6 +12,7 @@ from keepset.calibrate.task_prompts import TaskAdapter
 from keepset.evidence.head_compilerkv import COMPILED, CompilerKvSettings, compile_table
 from keepset.evidence.head_measure import measure, summarize
 from keepset.evidence.head_methods import OURS, compilerkv
+from keepset.evidence.head_part import HeadPart, Settings
 from keepset.evidence.observation_heads_report import _POLICIES, _best_other, _methods
 
 LENGTH = 256
@@ -82,6 +84,18 @@ def test_a_method_of_some_prompts_is_no_rival_of_all(tmp_path, small):
     assert _best_other(rows, "40")[0] == "nothing"
     told = "\n".join(_methods({"budgets": [40]}, "inside", "number", rows))
     assert f"| {COMPILED} (prompts of 256 tokens alone: 1) | 1.00 [" in told
+
+
+def test_without_time_for_the_table_the_other_methods_stand(tmp_path, small):
+    methods = {OURS: lambda prompt, budget: [np.arange(prompt.seq_len)] * 2}
+    settings = Settings({"inside": ("number",)}, (LENGTH,), (40,), (40,), prompts=(1,), failing_prompts=1,
+                        gate_prompts=1, fit_lengths=(LENGTH,))
+    part = HeadPart(None, None, tmp_path, RememberedTasks(small), RememberedTasks(small), small.PROBE,
+                    settings, silent)
+    before, _ = part._outcomes("inside", "number", LENGTH, True, methods)
+    late = dataclasses.replace(part, test=RememberedTasks(small, until=-math.inf))
+    after, wanted = late._outcomes("inside", "number", LENGTH, True, methods | {COMPILED: methods[OURS]})
+    assert after == before and wanted == 1
 
 
 def test_the_report_says_where_every_policy_is(engine):

@@ -172,7 +172,7 @@ def _options() -> argparse.Namespace:
     hf.add_argument("--hf-floor", type=float, default=0.4,
                     help="share of them that it must answer")
     hf.add_argument("--hf-compilerkv-tasks", nargs="+",
-                    default=["number", "code", "quotation", "multi", "few_shot", "summary"],
+                    default=["number", "quotation", "multi", "few_shot"],
                     help="that a compilerkv table is calibrated on, at the first of --hf-lengths")
     hf.add_argument("--hf-compilerkv-prompts", type=int, default=0,
                     help="of each of them; 0: no such table. Every prompt costs 480 runs of a model of "
@@ -258,7 +258,7 @@ def _command(options: argparse.Namespace) -> str:
     if options.hf_model is None:
         return command
     told = {name: " ".join(map(str, getattr(options, name))) for name in (
-        "hf_tasks", "hf_lengths", "hf_budgets", "hf_fit_budgets", "hf_prompts")}
+        "hf_tasks", "hf_compilerkv_tasks", "hf_lengths", "hf_budgets", "hf_fit_budgets", "hf_prompts")}
     if options.hf_fit_lengths:
         told["hf_fit_lengths"] = " ".join(map(str, options.hf_fit_lengths))
     told |= {name: str(getattr(options, name)) for name in (
