@@ -223,6 +223,9 @@ def test_the_evidence_of_a_model_in_small(build, engine, small, tmp_path):
         number["methods"])
     assert {"expected attention, per head", "all heads, probe"} < set(
         found["columns"]["agnostic"]["tasks"]["later_number"]["methods"])
+    table = found["columns"]["inside"]["tables"]["all tasks"]
+    least = min(table["measured_losses"], key=lambda one: table["measured_losses"][one])
+    assert set(table["loss_errors"]) == set(table["measured_losses"]) and table["loss_errors"][least] == 0
     risk = found["columns"]["inside"]["risk"]
     assert risk["untold"] or risk["targets"][0]["target"] == 0.1
     report = markdown({"command": "c", "versions": {"keepset": "1", "backend": "b", "numpy": "n"},

@@ -57,7 +57,8 @@ _STEP = 1e-6
 class CompiledHeads:
     """The table's bytes, the compiler's report, and measured losses by "NUMBER at POOLING, DILATION".
 
-    untold: why the table has no risk curve, or None.
+    loss_errors: by the same names the standard error of the mean difference from the least of them, paired
+    over the prompts. untold: why the table has no risk curve, or None.
     """
 
     table: bytes
@@ -65,6 +66,7 @@ class CompiledHeads:
     measured_losses: dict[str, float]
     risk: list[dict]
     untold: str | None = None
+    loss_errors: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
 def write_record(prompt: HeadPrompt, path: pathlib.Path) -> None:
@@ -251,7 +253,9 @@ def compile_heads(build: Build, engine: Engine, tasks: Tasks, mixture: Mixture, 
     elif points:
         table = with_curve(table, risk_curve(points))[0]
     means = {size: float(np.mean(values)) for size, values in losses.items()}
-    return CompiledHeads(table, report, means, points, untold)
+    least = losses[min(means, key=lambda one: means[one])]
+    errors = {size: _difference(values, least)[1] for size, values in losses.items()}
+    return CompiledHeads(table, report, means, points, untold, errors)
 
 
 def _best(losses: dict[str, list[float]], tables: dict[str, tuple[bytes, dict]]) -> str:
@@ -265,8 +269,8 @@ def _best(losses: dict[str, list[float]], tables: dict[str, tuple[bytes, dict]])
     best = min(means, key=lambda one: means[one])
 
     def is_equal(one: str) -> bool:
-        more = np.subtract(losses[one], losses[best])
-        return float(more.mean()) <= float(more.std()) / math.sqrt(len(more))
+        more, error = _difference(losses[one], losses[best])
+        return more <= error
 
     def transfer(one: str) -> tuple[float, float, int]:
         chosen = tables[one][1]["chosen"]
@@ -274,6 +278,12 @@ def _best(losses: dict[str, list[float]], tables: dict[str, tuple[bytes, dict]])
                 chosen["unseen_task_recall_by_num_heads"][chosen["num_heads"] - 1], int(one.split()[0]))
 
     return max(filter(is_equal, losses), key=transfer)
+
+
+def _difference(losses: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
+    """Mean of the paired differences and its standard error."""
+    more = np.subtract(losses, base)
+    return float(more.mean()), float(more.std()) / math.sqrt(len(more))
 
 
 def fit_heads(build: Build, records: Sequence[pathlib.Path], table: pathlib.Path, *, name: str,

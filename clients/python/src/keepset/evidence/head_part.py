@@ -251,5 +251,5 @@ def describe(found: CompiledHeads) -> dict:
         "held_out_recall_by_task_and_length", "worst_task", "worst_task_recall",
         "worst_task_and_length", "uniform_recall", "shuffled_recall", "oracle_recall")} | {
             "unseen_task_recall": report["unseen_task_recall"] or {},
-            "measured_losses": found.measured_losses, "risk_points": len(found.risk),
+            "measured_losses": found.measured_losses, "loss_errors": found.loss_errors, "risk_points": len(found.risk),
             "settings": with_curve(found.table, None)[1]["observation_heads"]}

@@ -377,7 +377,8 @@ def _tables(part: dict) -> Iterator[str]:
     yield ""
     yield ("Recall of needed mass on held-out calibration prompts, tasks and lengths alike; `unseen task`: "
            "on the worst task whose prompts were all held out; `all alike`, `shuffled` and `best possible` "
-           "on all prompts.")
+           "on all prompts. A measured loss has the standard error of its paired difference from the least "
+           "of its row: tables within it count as equals, and recall of held-out tasks chooses among them.")
     yield ""
     yield ("| column | compiled on | observations (layer, head) rows weight | pool, dilate | held out | "
            "unseen task | worst task | worst task and length | all alike | shuffled | best possible | measured loss of "
@@ -385,7 +386,8 @@ def _tables(part: dict) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
     for column, rows in part["columns"].items():
         for key, table in rows["tables"].items():
-            losses = ", ".join(f"{way}: {value:.2f}"
+            errors = table.get("loss_errors", {})
+            losses = ", ".join(f"{way}: {value:.2f}" + (f" ± {errors[way]:.2f}" if errors.get(way) else "")
                                for way, value in table["measured_losses"].items())
             worst = table["worst_task_and_length"]
             unseen = table.get("unseen_task_recall")
