@@ -245,6 +245,11 @@ typedef struct keepset_operation_spec {
   size_t num_window_logprobs;
   const keepset_table* table; /* NULL: none; kept by reference until the operation is destroyed */
   int32_t shadow;             /* 1: decide and report, never apply */
+  /* Of backend "cuda": a cudaStream_t of its device, which stays the caller's, alive and out of
+   * capture until the operation is destroyed; cudaStreamLegacy or cudaStreamPerThread for a default
+   * stream. NULL: one of the engine's own. Kernels are queued behind what the caller queued there;
+   * calls return when the stream has done what they queued. struct_size may end before. */
+  void* cuda_stream;
 } keepset_operation_spec;
 
 keepset_status keepset_operation_begin(keepset_engine* engine, const keepset_operation_spec* spec,

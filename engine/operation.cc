@@ -408,6 +408,9 @@ absl::StatusOr<std::unique_ptr<OperationImpl>> MakeShadow(const OperationSpec& s
   shadow.table = std::move(shadow.shadow_table);
   shadow.shadow_table = nullptr;
   shadow.mode = Mode::kShadow;
+  // It may be asked when the caller's stream is gone, and reads nothing that is still queued there:
+  // the layers it observes have been scored.
+  shadow.device_stream = nullptr;
   shadow.deadline = absl::InfiniteDuration();
   KEEPSET_ASSIGN_OR_RETURN(OperationPlan plan, PlanOperation(std::move(shadow), policies, backend));
   return std::make_unique<OperationImpl>(std::move(plan), backend, clock);

@@ -46,7 +46,7 @@ absl::StatusOr<OperationPlan> PlanOperation(OperationSpec spec, const PolicyRegi
                                                    "of ",
                                                    plan.budget_tokens));
   }
-  KEEPSET_ASSIGN_OR_RETURN(plan.op_context, backend.NewContext());
+  KEEPSET_ASSIGN_OR_RETURN(plan.op_context, backend.NewContext({plan.spec.device_stream}));
   return plan;
 }
 

@@ -86,6 +86,10 @@ struct OperationSpec {
   // Asked too, from the same observations, and never applied (engine/shadow.h); nullptr: none.
   std::shared_ptr<const tables::DecisionTable> shadow_table;
 
+  // A cudaStream_t on which the operation's kernels are queued, alive and not in capture until the
+  // operation is gone; nullptr: one of the backend's own.
+  void* device_stream = nullptr;
+
   Mode mode = Mode::kDecide;
   // Monotonic time (Clock::Monotonic) after which the operation answers kept_full, reason deadline.
   absl::Duration deadline = absl::InfiniteDuration();

@@ -44,6 +44,13 @@ class OpContext {
   virtual ~OpContext() = default;
 };
 
+// What a new OpContext is to be.
+struct ContextOptions {
+  // A cudaStream_t of the backend's device, not in capture, on which the context's ops are queued;
+  // its owner keeps it, out of capture, while the context lives. nullptr: one of the backend's own.
+  void* stream = nullptr;
+};
+
 // How the observed rows of one query head become one value per position.
 enum class RowReduction { kMean, kSum, kMax, kLast };
 // How query heads of a group, KV heads or layers are merged.
@@ -158,7 +165,10 @@ class ComputeBackend {
   // OK, or the error after which the device answers nothing until the process is restarted.
   virtual absl::Status Health() const { return absl::OkStatus(); }
 
-  virtual absl::StatusOr<std::unique_ptr<OpContext>> NewContext() = 0;
+  // InvalidArgument for a stream of another device, one that the runtime does not know, or where
+  // the backend has none; FailedPrecondition for one that is captured into a graph.
+  virtual absl::StatusOr<std::unique_ptr<OpContext>> NewContext(const ContextOptions& options) = 0;
+  absl::StatusOr<std::unique_ptr<OpContext>> NewContext() { return NewContext(ContextOptions()); }
   // How many layers of an operation gain by being queued before one Wait; 1: none does.
   virtual int64_t layers_at_once() const { return 1; }
 

@@ -73,6 +73,7 @@ absl::StatusOr<int64_t> GatheredBytes(int64_t heads, int64_t tokens, int64_t hea
 }  // namespace keepset::engine
 
 using ::keepset::engine::Guard;
+using ::keepset::engine::kLeastSpecBytes;
 using ::keepset::engine::RequirePointer;
 using ::keepset::engine::RequireStruct;
 
@@ -102,7 +103,7 @@ keepset_status keepset_capture_fill_spec(const keepset_capture* capture,
     KEEPSET_RETURN_IF_ERROR(RequirePointer(capture, "capture"));
     KEEPSET_RETURN_IF_ERROR(RequirePointer(spec, "spec"));
     KEEPSET_RETURN_IF_ERROR(
-        RequireStruct(spec->struct_size, sizeof(*spec), "keepset_operation_spec"));
+        RequireStruct(spec->struct_size, kLeastSpecBytes, "keepset_operation_spec"));
     const keepset::tables::CaptureInfo& info = capture->file->info();
     spec->model_json = capture->model_json.c_str();
     spec->seq_len = info.seq_len;

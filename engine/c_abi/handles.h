@@ -2,6 +2,7 @@
 #ifndef KEEPSET_ENGINE_C_ABI_HANDLES_H_
 #define KEEPSET_ENGINE_C_ABI_HANDLES_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <exception>
 #include <memory>
@@ -74,6 +75,9 @@ keepset_status Guard(const Call& call) {
     return ReportStatus(absl::InternalError(error.what()));
   }
 }
+
+// keepset_operation_spec of the first callers ends here.
+inline constexpr size_t kLeastSpecBytes = offsetof(keepset_operation_spec, cuda_stream);
 
 // InvalidArgument naming the argument that is NULL.
 absl::Status RequirePointer(const void* pointer, absl::string_view name);

@@ -96,6 +96,7 @@ absl::StatusOr<OperationSpec> ToSpec(const keepset_operation_spec& from) {
     return absl::InvalidArgumentError(absl::StrCat("shadow=", from.shadow, ", want 0 or 1"));
   }
   spec.mode = from.shadow == 1 ? Mode::kShadow : Mode::kDecide;
+  if (from.struct_size >= sizeof(from)) spec.device_stream = from.cuda_stream;
   return spec;
 }
 
@@ -129,6 +130,7 @@ absl::StatusOr<LayerGather> ReadGather(int64_t layer, const keepset_kv_view* k,
 }  // namespace keepset::engine
 
 using ::keepset::engine::Guard;
+using ::keepset::engine::kLeastSpecBytes;
 using ::keepset::engine::ReadGather;
 using ::keepset::engine::ReadObservation;
 using ::keepset::engine::RequirePointer;
@@ -143,7 +145,7 @@ keepset_status keepset_operation_begin(keepset_engine* engine, const keepset_ope
     KEEPSET_RETURN_IF_ERROR(RequirePointer(spec, "spec"));
     KEEPSET_RETURN_IF_ERROR(RequirePointer(out, "out"));
     KEEPSET_RETURN_IF_ERROR(
-        RequireStruct(spec->struct_size, sizeof(*spec), "keepset_operation_spec"));
+        RequireStruct(spec->struct_size, kLeastSpecBytes, "keepset_operation_spec"));
     KEEPSET_ASSIGN_OR_RETURN(keepset::engine::OperationSpec converted,
                              keepset::engine::ToSpec(*spec));
     auto operation = std::make_unique<keepset_operation>();
@@ -162,7 +164,7 @@ keepset_status keepset_input_needs(keepset_engine* engine, const keepset_operati
     KEEPSET_RETURN_IF_ERROR(RequirePointer(spec, "spec"));
     KEEPSET_RETURN_IF_ERROR(RequirePointer(out, "out"));
     KEEPSET_RETURN_IF_ERROR(
-        RequireStruct(spec->struct_size, sizeof(*spec), "keepset_operation_spec"));
+        RequireStruct(spec->struct_size, kLeastSpecBytes, "keepset_operation_spec"));
     KEEPSET_ASSIGN_OR_RETURN(const keepset::engine::OperationSpec converted,
                              keepset::engine::ToSpec(*spec));
     KEEPSET_ASSIGN_OR_RETURN(const keepset::engine::InputNeeds needs,

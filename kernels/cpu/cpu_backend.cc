@@ -26,7 +26,11 @@ class CpuBackend : public ComputeBackend {
 
   std::string name() const override { return absl::StrCat("cpu/", cpu::SimdTargetName()); }
 
-  absl::StatusOr<std::unique_ptr<OpContext>> NewContext() override {
+  absl::StatusOr<std::unique_ptr<OpContext>> NewContext(const ContextOptions& options) override {
+    if (options.stream != nullptr) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("stream: backend ", name(), " has none, want backend cuda or no stream"));
+    }
     return std::make_unique<cpu::CpuContext>(arena_.get());
   }
   absl::StatusOr<std::unique_ptr<ScoreBuffer>> NewBuffer(int64_t rows, int64_t cols) override {

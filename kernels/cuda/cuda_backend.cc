@@ -16,6 +16,7 @@
 #include "base/status_macros.h"
 #include "kernels/backend_registry.h"
 #include "kernels/compute_backend.h"
+#include "kernels/cuda/callers_stream.h"
 #include "kernels/cuda/cuda_context.h"
 #include "kernels/cuda/current_device.h"
 #include "kernels/cuda/ops.h"
@@ -102,11 +103,13 @@ class CudaBackend : public ComputeBackend {
   DeviceInfo Device() const override { return device_; }
   absl::Status Health() const override { return health_.status(); }
 
-  absl::StatusOr<std::unique_ptr<OpContext>> NewContext() override {
+  absl::StatusOr<std::unique_ptr<OpContext>> NewContext(const ContextOptions& options) override {
     KEEPSET_RETURN_IF_ERROR(health_.status());
     KEEPSET_ASSIGN_OR_RETURN(const cuda::CurrentDevice current,
                              cuda::CurrentDevice::Set(traits_.ordinal, health_));
-    KEEPSET_ASSIGN_OR_RETURN(std::unique_ptr<cuda::StreamState> state, streams_.Acquire());
+    auto* const stream = static_cast<cudaStream_t>(options.stream);
+    KEEPSET_RETURN_IF_ERROR(cuda::CheckCallersStream(stream, traits_.ordinal));
+    KEEPSET_ASSIGN_OR_RETURN(std::unique_ptr<cuda::StreamState> state, streams_.Acquire(stream));
     return std::make_unique<cuda::CudaContext>(&streams_, std::move(state));
   }
 
@@ -311,7 +314,9 @@ class CudaBackend : public ComputeBackend {
     KEEPSET_RETURN_IF_ERROR(health_.status());
     KEEPSET_ASSIGN_OR_RETURN(cuda::CurrentDevice device,
                              cuda::CurrentDevice::Set(traits_.ordinal, health_));
-    return Entered(std::move(device), &static_cast<cuda::CudaContext&>(context).state());
+    cuda::StreamState& state = static_cast<cuda::CudaContext&>(context).state();
+    KEEPSET_RETURN_IF_ERROR(cuda::CheckNotInCapture(state.callers_stream()));
+    return Entered(std::move(device), &state);
   }
 
   DeviceInfo device_;

@@ -28,10 +28,10 @@ StreamState::StreamState(const DeviceTraits& traits, DeviceHealth& health, Devic
     : traits_(traits), health_(health), pool_(pool), results_(health), faults_host_(health) {}
 
 StreamState::~StreamState() {
-  if (stream_ == nullptr) return;
-  health_.Check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize").IgnoreError();
+  if (own_stream_ == nullptr) return;
+  health_.Check(cudaStreamSynchronize(stream()), "cudaStreamSynchronize").IgnoreError();
   deferred_->Close();
-  health_.Check(cudaStreamDestroy(stream_), "cudaStreamDestroy").IgnoreError();
+  health_.Check(cudaStreamDestroy(own_stream_), "cudaStreamDestroy").IgnoreError();
 }
 
 absl::Status StreamState::Init() {
@@ -41,10 +41,16 @@ absl::Status StreamState::Init() {
       health_, cudaDeviceGetStreamPriorityRange(&least_priority, &greatest_priority));
   // In the engine's process its own streams go first.
   KEEPSET_RETURN_IF_CUDA_ERROR(
-      health_, cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, least_priority));
+      health_, cudaStreamCreateWithPriority(&own_stream_, cudaStreamNonBlocking, least_priority));
   KEEPSET_RETURN_IF_ERROR(faults_host_.Reserve(kFaultBytes));
+  return absl::OkStatus();
+}
+
+absl::Status StreamState::Begin(cudaStream_t stream) {
+  callers_stream_ = stream;
+  if (faults_.bytes() > 0) return absl::OkStatus();
   KEEPSET_ASSIGN_OR_RETURN(faults_, pool_.Acquire(kFaultBytes));
-  return health_.Check(cudaMemsetAsync(faults_.data(), kAllOnes, kFaultBytes, stream_),
+  return health_.Check(cudaMemsetAsync(faults_.data(), kAllOnes, kFaultBytes, this->stream()),
                        "cudaMemsetAsync");
 }
 
@@ -87,7 +93,7 @@ absl::StatusOr<const std::byte*> StreamState::Upload(const void* data, int64_t b
   if (bytes > 0) {
     std::memcpy(host, data, static_cast<size_t>(bytes));
     KEEPSET_RETURN_IF_CUDA_ERROR(health_, cudaMemcpyAsync(device, host, static_cast<size_t>(bytes),
-                                                          cudaMemcpyHostToDevice, stream_));
+                                                          cudaMemcpyHostToDevice, stream()));
   }
   ring_used_ += Aligned(bytes);
   return device;
@@ -134,12 +140,12 @@ absl::Status StreamState::Wait() {
   if (!describe_.empty()) {
     const size_t bytes = describe_.size() * sizeof(uint64_t);
     status = health_.Check(cudaMemcpyAsync(faults_host_.data(), faults_.data(), bytes,
-                                           cudaMemcpyDeviceToHost, stream_),
+                                           cudaMemcpyDeviceToHost, stream()),
                            "cudaMemcpyAsync");
-    status.Update(health_.Check(cudaMemsetAsync(faults_.data(), kAllOnes, bytes, stream_),
+    status.Update(health_.Check(cudaMemsetAsync(faults_.data(), kAllOnes, bytes, stream()),
                                 "cudaMemsetAsync"));
   }
-  status.Update(health_.Check(cudaStreamSynchronize(stream_), "cudaStreamSynchronize"));
+  status.Update(health_.Check(cudaStreamSynchronize(stream()), "cudaStreamSynchronize"));
   absl::Status earlier = std::move(pending_);
   pending_ = absl::OkStatus();
   if (status.ok()) status = earlier;
@@ -157,24 +163,29 @@ absl::Status StreamState::Reset() {
   pending_ = absl::OkStatus();
   if (has_faults) {
     KEEPSET_RETURN_IF_CUDA_ERROR(health_,
-                                 cudaMemsetAsync(faults_.data(), kAllOnes, kFaultBytes, stream_));
+                                 cudaMemsetAsync(faults_.data(), kAllOnes, kFaultBytes, stream()));
   }
-  KEEPSET_RETURN_IF_CUDA_ERROR(health_, cudaStreamSynchronize(stream_));
+  KEEPSET_RETURN_IF_CUDA_ERROR(health_, cudaStreamSynchronize(stream()));
   ForgetQueued();
+  callers_stream_ = nullptr;
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::unique_ptr<StreamState>> StreamPool::Acquire() {
-  {
-    const absl::MutexLock lock(&mutex_);
-    if (!idle_.empty()) {
-      std::unique_ptr<StreamState> state = std::move(idle_.back());
-      idle_.pop_back();
-      return state;
-    }
+absl::StatusOr<std::unique_ptr<StreamState>> StreamPool::Acquire(cudaStream_t stream) {
+  std::unique_ptr<StreamState> state = TakeIdle();
+  if (state == nullptr) {
+    state = std::make_unique<StreamState>(traits_, health_, pool_);
+    KEEPSET_RETURN_IF_ERROR(state->Init());
   }
-  auto state = std::make_unique<StreamState>(traits_, health_, pool_);
-  KEEPSET_RETURN_IF_ERROR(state->Init());
+  KEEPSET_RETURN_IF_ERROR(state->Begin(stream));
+  return state;
+}
+
+std::unique_ptr<StreamState> StreamPool::TakeIdle() {
+  const absl::MutexLock lock(&mutex_);
+  if (idle_.empty()) return nullptr;
+  std::unique_ptr<StreamState> state = std::move(idle_.back());
+  idle_.pop_back();
   return state;
 }
 

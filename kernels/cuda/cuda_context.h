@@ -48,7 +48,7 @@ constexpr int64_t kMaxFaults = 256;
 // Copies of tensors in host memory between two waits: a further op waits first.
 constexpr int64_t kMaxTemporaryBytes = int64_t{256} << 20;
 
-// What one stream needs; kept between operations.
+// What one stream needs; kept between operations. An operation on its caller's stream borrows it.
 class StreamState {
  public:
   StreamState(const DeviceTraits& traits, DeviceHealth& health, DevicePool& pool);
@@ -57,10 +57,14 @@ class StreamState {
   ~StreamState();
 
   absl::Status Init();
+  // Queues everything on `stream` until Reset; null: on its own.
+  absl::Status Begin(cudaStream_t stream);
 
   DeviceHealth& health() { return health_; }
   const DeviceTraits& traits() const { return traits_; }
-  cudaStream_t stream() const { return stream_; }
+  cudaStream_t stream() const { return callers_stream_ != nullptr ? callers_stream_ : own_stream_; }
+  // Null: it is its own.
+  cudaStream_t callers_stream() const { return callers_stream_; }
 
   // Device memory for one op, aligned to 256 bytes; the next call hands out the same again.
   absl::StatusOr<std::byte*> Workspace(int64_t bytes);
@@ -92,7 +96,7 @@ class StreamState {
   absl::Status Wait();
 
   const std::shared_ptr<DeferredBlocks>& deferred() const { return deferred_; }
-  // Waits, and forgets what the operation left.
+  // Waits, and forgets what the operation left and whose stream it was.
   absl::Status Reset();
 
  private:
@@ -104,7 +108,8 @@ class StreamState {
   const DeviceTraits& traits_;
   DeviceHealth& health_;
   DevicePool& pool_;
-  cudaStream_t stream_ = nullptr;
+  cudaStream_t own_stream_ = nullptr;
+  cudaStream_t callers_stream_ = nullptr;
   DeviceBlock workspace_;
   DeviceBlock ring_;  // uploads, and their copies on the host
   std::unique_ptr<PinnedBuffer> ring_host_;
@@ -121,16 +126,20 @@ class StreamState {
   std::shared_ptr<DeferredBlocks> deferred_ = std::make_shared<DeferredBlocks>();
 };
 
-// Streams that no operation uses. Thread-safe.
+// States that no operation uses. Thread-safe.
 class StreamPool {
  public:
   StreamPool(const DeviceTraits& traits, DeviceHealth& health, DevicePool& pool)
       : traits_(traits), health_(health), pool_(pool) {}
 
-  absl::StatusOr<std::unique_ptr<StreamState>> Acquire();
+  // Begun on `stream`, the caller's, or on its own where that is null.
+  absl::StatusOr<std::unique_ptr<StreamState>> Acquire(cudaStream_t stream);
   void Release(std::unique_ptr<StreamState> state);
 
  private:
+  // Null when there is none.
+  std::unique_ptr<StreamState> TakeIdle();
+
   const DeviceTraits& traits_;
   DeviceHealth& health_;
   DevicePool& pool_;

@@ -198,6 +198,15 @@ static void ReportsErrors(keepset_engine* engine) {
   EXPECT(keepset_operation_begin(engine, &spec, &operation) == KEEPSET_INVALID_ARGUMENT);
   EXPECT(strstr(keepset_last_error(), "struct_size=8") != NULL);
   spec = Spec();
+  spec.cuda_stream = &spec;
+  EXPECT(keepset_operation_begin(engine, &spec, &operation) == KEEPSET_INVALID_ARGUMENT);
+  EXPECT(strstr(keepset_last_error(), "want backend cuda or no stream") != NULL);
+  /* A caller that was built before the field. */
+  spec.struct_size = offsetof(keepset_operation_spec, cuda_stream);
+  EXPECT(keepset_operation_begin(engine, &spec, &operation) == KEEPSET_OK);
+  keepset_operation_destroy(operation);
+  operation = NULL;
+  spec = Spec();
   spec.kv_dtype = 9;
   EXPECT(keepset_operation_begin(engine, &spec, &operation) == KEEPSET_INVALID_ARGUMENT);
   EXPECT(strstr(keepset_last_error(), "dtype=9") != NULL);

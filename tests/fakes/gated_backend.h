@@ -108,8 +108,10 @@ class GatedBackend : public kernels::ComputeBackend {
   }
   kernels::DeviceInfo Device() const override { return inner_->Device(); }
   absl::Status Health() const override { return gate_.health(); }
-  absl::StatusOr<std::unique_ptr<kernels::OpContext>> NewContext() override {
-    return inner_->NewContext();
+  using ComputeBackend::NewContext;
+  absl::StatusOr<std::unique_ptr<kernels::OpContext>> NewContext(
+      const kernels::ContextOptions& options) override {
+    return inner_->NewContext(options);
   }
   int64_t layers_at_once() const override { return layers_at_once_; }
   absl::StatusOr<std::unique_ptr<kernels::ScoreBuffer>> NewBuffer(int64_t rows,

@@ -10,6 +10,7 @@
 #include <deque>
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
 #include <utility>
 
@@ -20,6 +21,8 @@
 
 struct CUstream_st {
   std::deque<std::function<void()>> work;
+  int device = 0;
+  bool is_captured = false;
 };
 
 namespace keepset::kernels::cuda {
@@ -34,8 +37,10 @@ struct Allocation {
 // The emulated device of this process.
 struct Device {
   std::mutex mutex;
-  std::map<uintptr_t, Allocation> allocations;  // by address
-  std::map<const void*, int> shared_limits;     // by function
+  std::map<uintptr_t, Allocation> memory;    // by address
+  std::map<const void*, int> shared_limits;  // by function
+  std::set<cudaStream_t> streams;            // not destroyed
+  CUstream_st legacy_stream;
   std::function<void()> after_shared_limit;
   EmulatedDevice kind = EmulatedDevice::kSm86;
   const void* elsewhere = nullptr;
@@ -49,10 +54,14 @@ struct Device {
   std::atomic<int64_t> launches = 0;
   std::atomic<int64_t> products[2] = {};
   std::atomic<int64_t> waits = 0;
+  std::atomic<int64_t> allocations = 0;
+  std::atomic<int64_t> frees = 0;
+  std::atomic<int64_t> host_allocations = 0;
 };
 
 // Of a second device there is nothing but that it can be current.
 thread_local int current_device = 0;
+thread_local CUstream_st per_thread_stream;
 
 Device& TheDevice() {
   static auto* const device = new Device;
@@ -71,8 +80,17 @@ void* Allocate(size_t bytes) {
   std::memset(data, 0xff, bytes);
   Device& device = TheDevice();
   const std::lock_guard<std::mutex> lock(device.mutex);
-  device.allocations[reinterpret_cast<uintptr_t>(data)] = {mapped, used + page, bytes};
+  device.memory[reinterpret_cast<uintptr_t>(data)] = {mapped, used + page, bytes};
   return data;
+}
+
+// The stream that a handle means; null for one that is destroyed.
+cudaStream_t Find(cudaStream_t stream) {
+  Device& device = TheDevice();
+  if (stream == nullptr || stream == cudaStreamLegacy) return &device.legacy_stream;
+  if (stream == cudaStreamPerThread) return &per_thread_stream;
+  const std::lock_guard<std::mutex> lock(device.mutex);
+  return device.streams.contains(stream) ? stream : nullptr;
 }
 
 void RunQueued(cudaStream_t stream) {
@@ -137,9 +155,18 @@ CUresult EncodeEmulatedTensorMap(CUtensorMap* map, CUtensorMapDataType type, cuu
 
 cudaError_t QueueEmulated(cudaStream_t stream, std::function<void()> work) {
   if (State() != cudaSuccess) return State();
-  if (current_device != 0) return cudaErrorInvalidResourceHandle;
+  stream = Find(stream);
+  if (stream == nullptr || current_device != 0 || stream->device != 0) {
+    return cudaErrorInvalidResourceHandle;
+  }
+  // Into the graph, whatever it is.
+  if (stream->is_captured) return cudaSuccess;
   stream->work.push_back(std::move(work));
   return cudaSuccess;
+}
+
+void SetEmulatedCapture(cudaStream_t stream, Capture capture) {
+  Find(stream)->is_captured = capture == Capture::kOn;
 }
 
 void SetEmulatedDevice(EmulatedDevice device) { TheDevice().kind = device; }
@@ -161,7 +188,8 @@ void AfterNextSharedLimit(std::function<void()> work) {
 
 EmulatedCounts CountsSoFar() {
   const Device& device = TheDevice();
-  return {device.launches, device.waits, {device.products[0], device.products[1]}};
+  return {device.launches,    device.waits, {device.products[0], device.products[1]},
+          device.allocations, device.frees, device.host_allocations};
 }
 
 void DescribeEmulatedDevice(const std::string& name, Mps mps, int driver_version) {
@@ -193,7 +221,7 @@ void PlaceElsewhere(const void* data) { TheDevice().elsewhere = data; }
 int64_t NumDeviceAllocations() {
   Device& device = TheDevice();
   const std::lock_guard<std::mutex> lock(device.mutex);
-  return static_cast<int64_t>(device.allocations.size());
+  return static_cast<int64_t>(device.memory.size());
 }
 
 }  // namespace keepset::kernels::cuda
@@ -306,16 +334,37 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned /*flags*/,
                                          int /*priority*/) {
   *stream = new CUstream_st;
+  (*stream)->device = keepset::kernels::cuda::current_device;
+  auto& device = TheDevice();
+  const std::lock_guard<std::mutex> lock(device.mutex);
+  device.streams.insert(*stream);
   return State();
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  auto& device = TheDevice();
+  const std::lock_guard<std::mutex> lock(device.mutex);
+  if (device.streams.erase(stream) == 0) return cudaErrorInvalidResourceHandle;
   delete stream;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamGetDevice(cudaStream_t stream, int* device) {
+  stream = keepset::kernels::cuda::Find(stream);
+  if (stream == nullptr) return cudaErrorInvalidResourceHandle;
+  *device = stream->device;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
+  stream = keepset::kernels::cuda::Find(stream);
+  if (stream == nullptr) return cudaErrorInvalidResourceHandle;
+  *status = stream->is_captured ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   auto& device = TheDevice();
   ++device.waits;
   if (State() != cudaSuccess) return State();
+  stream = keepset::kernels::cuda::Find(stream);
+  if (stream == nullptr) return cudaErrorInvalidResourceHandle;
   keepset::kernels::cuda::RunQueued(stream);
   const cudaError_t error = std::exchange(device.next_wait, cudaSuccess);
   if (IsStickyError(error)) device.sticky = error;
@@ -323,20 +372,23 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
 }
 
 cudaError_t cudaMalloc(void** data, size_t bytes) {
+  ++TheDevice().allocations;
   if (State() != cudaSuccess) return State();
   *data = keepset::kernels::cuda::Allocate(bytes);
   return cudaSuccess;
 }
 cudaError_t cudaFree(void* data) {
   auto& device = TheDevice();
+  ++device.frees;
   const std::lock_guard<std::mutex> lock(device.mutex);
-  const auto found = device.allocations.find(reinterpret_cast<uintptr_t>(data));
-  if (found == device.allocations.end()) return cudaErrorInvalidValue;
+  const auto found = device.memory.find(reinterpret_cast<uintptr_t>(data));
+  if (found == device.memory.end()) return cudaErrorInvalidValue;
   munmap(found->second.mapped, found->second.mapped_bytes);
-  device.allocations.erase(found);
+  device.memory.erase(found);
   return State();
 }
 cudaError_t cudaHostAlloc(void** data, size_t bytes, unsigned /*flags*/) {
+  ++TheDevice().host_allocations;
   *data = std::malloc(bytes);
   return State();
 }
@@ -371,10 +423,10 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
   auto& device = TheDevice();
   const std::lock_guard<std::mutex> lock(device.mutex);
   const auto address = reinterpret_cast<uintptr_t>(pointer);
-  auto after = device.allocations.upper_bound(address);
+  auto after = device.memory.upper_bound(address);
   attributes->type = cudaMemoryTypeUnregistered;
   attributes->device = pointer != nullptr && pointer == device.elsewhere ? 1 : 0;
-  if (after != device.allocations.begin()) {
+  if (after != device.memory.begin()) {
     --after;
     if (address < after->first + after->second.bytes) attributes->type = cudaMemoryTypeDevice;
   }

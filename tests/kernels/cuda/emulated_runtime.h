@@ -27,6 +27,10 @@ int64_t EmulatedSharedLimit(const void* function);
 // Called once, by the next thread that has set such a limit and not launched yet.
 void AfterNextSharedLimit(std::function<void()> work);
 
+// Whether `stream`, which is not destroyed, is being captured into a graph.
+enum class Capture { kOff, kOn };
+void SetEmulatedCapture(cudaStream_t stream, Capture capture);
+
 cudaError_t QueueEmulated(cudaStream_t stream, std::function<void()> work);
 
 // The next wait for a stream returns `error`, as do all calls after it when the error is sticky.
@@ -42,6 +46,9 @@ struct EmulatedCounts {
   int64_t waits = 0;     // for a stream
   // wgmma of the second and the third warp group of all blocks: those that do mathematics.
   int64_t products[2] = {};
+  int64_t allocations = 0;  // cudaMalloc
+  int64_t frees = 0;        // cudaFree
+  int64_t host_allocations = 0;
 };
 EmulatedCounts CountsSoFar();
 // What the launch is to return.

@@ -72,6 +72,7 @@ class _OperationSpec(ctypes.Structure):
         ("protect_spans", _POINTER), ("num_protect_spans", ctypes.c_size_t),
         ("ppl", ctypes.c_double), ("window_logprobs", _POINTER),
         ("num_window_logprobs", ctypes.c_size_t), ("table", _POINTER), ("shadow", ctypes.c_int32),
+        ("cuda_stream", _POINTER),
     ]  # fmt: skip
 
 
@@ -121,15 +122,16 @@ class Decision:
 
 
 class Engine:
-    """One engine on the CPU backend. Use from one thread; close it or use it as a context manager."""
+    """One engine on `backend`. Use from one thread; close it or use it as a context manager."""
 
-    def __init__(self, library: str | os.PathLike, num_threads: int = 1):
+    def __init__(self, library: str | os.PathLike, num_threads: int = 1, backend: str = "cpu"):
         self._library = ctypes.CDLL(str(library))
         self._declare()
         if self._library.keepset_abi_version() != _ABI_VERSION:
             raise EngineError(f"{library}: ABI {self._library.keepset_abi_version()}, "
                               f"want {_ABI_VERSION}")
-        options = _EngineOptions(ctypes.sizeof(_EngineOptions), None, num_threads)
+        options = _EngineOptions(ctypes.sizeof(_EngineOptions), backend.encode(),
+                                 num_threads)
         self._engine = _POINTER()
         self._check(self._library.keepset_engine_create(
             ctypes.byref(options), ctypes.byref(self._engine)))
@@ -193,8 +195,12 @@ class Engine:
              seq_len: int, budget_tokens: int, softmax_scale: float,
              row_positions: Sequence[int] | np.ndarray, table: bytes | None = None,
              parameters: Mapping[str, object] | None = None, scope: str | None = None,
-             protect_sink: int = 0, protect_window: int = 0, ppl: float = float("nan")) -> Kept:
-        """Runs any policy; `layers` by index, those that the policy reads (`input_needs`)."""
+             protect_sink: int = 0, protect_window: int = 0, ppl: float = float("nan"),
+             cuda_stream: int = 0) -> Kept:
+        """Runs any policy; `layers` by index, those that the policy reads (`input_needs`).
+
+        cuda_stream: a cudaStream_t for the operation's kernels (backend cuda); 0: the engine's own.
+        """
         rows = np.ascontiguousarray(row_positions, np.int64)
         spec = self._spec(model, policy, parameters)
         spec.seq_len, spec.num_rows, spec.row_positions = seq_len, len(rows), rows.ctypes.data
@@ -202,6 +208,7 @@ class Engine:
         spec.budget_kind, spec.budget = _BUDGET_TOKENS, budget_tokens
         spec.scope = None if scope is None else scope.encode()
         spec.protect_sink, spec.protect_window, spec.ppl = protect_sink, protect_window, ppl
+        spec.cuda_stream = cuda_stream or None
         handle, operation = _POINTER(), _POINTER()
         try:
             if table is not None:
