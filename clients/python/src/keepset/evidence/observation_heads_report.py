@@ -19,7 +19,7 @@ _FEWEST = 4
 _POLICIES = {
     "compilerkv": (f"`{UNIFORM}`, `{COMPILED}`",
                    "`alpha_scope` global and layer: one weight for all heads, or all heads of a layer, "
-                   "of the same scores"),
+                   "of the same scores. The small model's compiled table is in [evidence.md](evidence.md)"),
     "snapkv": ("`snapkv`, `snapkv, one set`",
                "one set per layer (scope layer_equal), between these two"),
     "streaming_llm": ("`streaming_llm`", ""),
