@@ -90,15 +90,15 @@ def _difference(one: dict) -> str:
 def _best_other(rows: dict, budget: str) -> tuple[str, dict]:
     """Chosen in hindsight on these very prompts, which favours the others."""
     others = {name: one[budget] for name, one in rows["methods"].items()
-              if name not in OWN and budget in one and not _is_partial(rows, one[budget])}
+              if name not in OWN and budget in one and not _is_partial(rows, one[budget], budget)}
     sign = -1 if rows["value"] == "exact" else 1
     best = min(others, key=lambda name: sign * others[name]["value"])
     return best, others[best]
 
 
-def _is_partial(rows: dict, cell: dict) -> bool:
-    """A method that was measured on some of the prompts alone."""
-    return cell.get("prompts", rows["counted"]) < rows["counted"]
+def _is_partial(rows: dict, cell: dict, budget: str) -> bool:
+    """A method that was measured on some of the prompts alone: fewer than ours at that budget."""
+    return cell.get("prompts", 0) < rows["methods"][OURS][budget].get("prompts", 0)
 
 
 def _reading(rows: dict, difference: dict, prompts: int | None = None) -> str:
@@ -361,7 +361,7 @@ def _methods(part: dict, column: str, task: str, rows: dict) -> Iterator[str]:
     for name, values in rows["methods"].items():
         cells = [f"{one['value']:.2f} [{one['interval'][0]:.2f}, {one['interval'][1]:.2f}]" if one else "-"
                  for one in map(values.get, budgets)]
-        some = [one for one in values.values() if _is_partial(rows, one)]
+        some = [one for budget, one in values.items() if _is_partial(rows, one, budget)]
         told = f"{name} (prompts of {', '.join(some[0]['by_length'])} tokens alone: {some[0]['prompts']})" if some else name
         yield f"| {told} | " + " | ".join(cells) + " |"
     yield ""
