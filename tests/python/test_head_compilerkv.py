@@ -49,7 +49,7 @@ def test_rollouts_decide_what_the_method_keeps(engine, small):
         np.testing.assert_array_equal(one, other)
 
 
-def test_a_table_is_compiled_once_and_an_interrupted_run_goes_on(build, small, tmp_path):
+def test_a_table_is_compiled_once_and_an_interrupted_run_goes_on(build, engine, small, tmp_path):
     late = RememberedTasks(small)
     asked = []
 
@@ -65,6 +65,8 @@ def test_a_table_is_compiled_once_and_an_interrupted_run_goes_on(build, small, t
     assert content.head_weights.shape == (1, 2, 4) and report["rounds"] == 1
     # Both gates twice and both weights once, of 2 layers and 4 KV heads, on 2 prompts.
     assert report["records"] == 2 * (2 * 2 * 2 + 4 * 2)
+    # It serves budgets that it was not compiled at too.
+    assert np.mean([len(one) for one in compilerkv(engine, table)(small.prompt("code", 0, LENGTH), 64)]) <= 64
     again = compile_table(build, RememberedTasks(small, until=-math.inf), "small", SETTINGS, tmp_path,
                           silent)
     assert again == (table, report)

@@ -86,8 +86,10 @@ def engine_run(engine: Engine, policy: str, scope: str | None = None, table: byt
 
 
 def compilerkv(engine: Engine, table: bytes) -> Run:
-    """With a table of its own weight per head."""
-    run = engine_run(engine, "compilerkv", None, table, {"alpha_scope": "head"})
+    """With a table of its own weight per head; at each budget the rows of the nearest that it was compiled
+    at."""
+    run = engine_run(engine, "compilerkv", None, table,
+                     {"alpha_scope": "head", "table_budget": "nearest"})
     run.identity = table_file.digest(table)
     return run
 

@@ -255,7 +255,8 @@ def _compilerkv(part: dict) -> Iterator[str]:
            f"{found['action_step']}th action of the paper's grids, one entropy and one perplexity bin). It "
            f"alternated {found['rounds']} of at most {found['rounds_asked']} rounds of heads and gate and had "
            f"{'settled' if found['settled'] else 'not settled'}: the last round changed {heads + gates} of "
-           f"{states} states. More records might make a better table. It is measured on prompts of "
+           f"{states} states. More records might make a better table. At other "
+           "budgets it uses the nearest of these. It is measured on prompts of "
            f"{found['length']:,} tokens alone.")
     yield ""
 
