@@ -3,6 +3,8 @@
 # No program links libcuda or cuBLAS: cudart is static, the rest is resolved at run time, so that one
 # binary runs on hosts with and without a device.
 set(KEEPSET_HAS_CUDA OFF)
+# Whether window kernels "cublas" are in it: the toolkit has cuBLAS' declarations.
+set(KEEPSET_HAS_CUBLAS OFF)
 if(NOT KEEPSET_CUDA STREQUAL "OFF")
   find_program(KEEPSET_NVCC nvcc HINTS ENV CUDACXX ENV CUDA_PATH /usr/local/cuda PATH_SUFFIXES bin)
   if(KEEPSET_NVCC)
@@ -27,6 +29,11 @@ if(KEEPSET_HAS_CUDA)
   set(CMAKE_CUDA_STANDARD 20)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
   find_package(CUDAToolkit REQUIRED)
+  foreach(directory ${CUDAToolkit_INCLUDE_DIRS})
+    if(EXISTS ${directory}/cublas_v2.h)
+      set(KEEPSET_HAS_CUBLAS ON)
+    endif()
+  endforeach()
 
   # One translation to PTX, from which the assembler makes the code of each architecture and which
   # later devices compile themselves.
@@ -60,4 +67,4 @@ if(KEEPSET_HAS_CUDA)
     $<$<COMPILE_LANGUAGE:CUDA>:--generate-code=arch=compute_90a,code=sm_90a>
     ${KEEPSET_CUDA_COMMON_OPTIONS})
 endif()
-message(STATUS "CUDA backend: ${KEEPSET_HAS_CUDA}")
+message(STATUS "CUDA backend: ${KEEPSET_HAS_CUDA}, with cuBLAS: ${KEEPSET_HAS_CUBLAS}")

@@ -73,7 +73,8 @@ typedef struct keepset_engine_options {
   size_t struct_size;
   const char* backend; /* NULL: "cpu" */
   int32_t num_threads; /* 0: all cores this process may use */
-  /* Of backend "cuda": NULL or "portable", or "hopper" (sm_90 only). struct_size may end before. */
+  /* Of backend "cuda": NULL or "portable", "hopper" (sm_90 only), or "cublas" (where cuBLAS can be
+   * loaded). struct_size may end before. */
   const char* window_kernels;
 } keepset_engine_options;
 

@@ -14,9 +14,12 @@ namespace keepset::kernels {
 
 struct BackendOptions {
   int num_threads = 0;  // CPU worker threads of one op; 0 = all cores this process may use
-  // Window scores of the GPU: "portable" (also when empty), or "hopper": TMA and wgmma, sm_90 only,
-  // refused elsewhere. Other backends want it empty.
+  // Window scores of the GPU: "portable" (also when empty), "hopper": TMA and wgmma, sm_90 only,
+  // refused elsewhere, or "cublas": products by cuBLAS, refused where it cannot be loaded. Other
+  // backends want it empty.
   std::string window_kernels = {};
+  // The file of cuBLAS; empty: by its name, where the dynamic linker looks.
+  std::string cublas_library = {};
 };
 
 // Names as listed in backends.def, in that order.

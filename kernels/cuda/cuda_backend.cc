@@ -17,6 +17,7 @@
 #include "kernels/backend_registry.h"
 #include "kernels/compute_backend.h"
 #include "kernels/cuda/callers_stream.h"
+#include "kernels/cuda/cublas_products.h"
 #include "kernels/cuda/cuda_context.h"
 #include "kernels/cuda/current_device.h"
 #include "kernels/cuda/ops.h"
@@ -67,7 +68,7 @@ class CudaBackend : public ComputeBackend {
  public:
   CudaBackend() : pool_(0, health_, kMostKeptBytes), streams_(traits_, health_, pool_) {}
 
-  absl::Status Init(cuda::WindowKernels window_kernels) {
+  absl::Status Init(cuda::WindowKernels window_kernels, const std::string& cublas_library) {
     KEEPSET_ASSIGN_OR_RETURN(const cuda::CurrentDevice current,
                              cuda::CurrentDevice::Set(traits_.ordinal, health_));
     int major = 0;
@@ -90,12 +91,14 @@ class CudaBackend : public ComputeBackend {
           "cuda: device ", traits_.ordinal, " is ", traits_.architecture, ", want sm_80 or later"));
     }
     if (window_kernels == cuda::WindowKernels::kPortable) return absl::OkStatus();
+    if (window_kernels == cuda::WindowKernels::kCublas) return LoadCublas(cublas_library);
     return FindHopperKernels();
   }
 
   std::string name() const override { return absl::StrCat("cuda/", traits_.architecture); }
   std::string NameFor(const OpContext& context) const override {
     const cuda::StreamState& state = static_cast<const cuda::CudaContext&>(context).state();
+    if (state.HasUsed(cuda::WindowKernels::kCublas)) return absl::StrCat(name(), "/cublas");
     if (!state.HasUsed(cuda::WindowKernels::kHopper)) return name();
     return absl::StrCat(
         name(), state.HasUsed(cuda::WindowKernels::kPortable) ? "/wgmma+portable" : "/wgmma");
@@ -262,6 +265,19 @@ class CudaBackend : public ComputeBackend {
     return absl::OkStatus();
   }
 
+  // Here, so that a server that lacks the library does not start.
+  absl::Status LoadCublas(const std::string& path) {
+    auto products = cuda::NewCublasProducts(path, health_);
+    if (!products.ok()) {
+      return absl::Status(
+          products.status().code(),
+          absl::StrCat("cuda: window_kernels=\"cublas\": ", products.status().message()));
+    }
+    products_ = *std::move(products);
+    traits_.products = products_.get();
+    return absl::OkStatus();
+  }
+
   absl::Status ReadDevice() {
     cudaDeviceProp properties = {};
     int driver_version = 0;
@@ -323,14 +339,19 @@ class CudaBackend : public ComputeBackend {
   cuda::DeviceTraits traits_;
   cuda::DeviceHealth health_;
   cuda::DevicePool pool_;
+  std::unique_ptr<cuda::LogitProducts> products_;  // outlives the streams
   cuda::StreamPool streams_;
 };
 
 absl::StatusOr<cuda::WindowKernels> ParseWindowKernels(absl::string_view name) {
   if (name.empty() || name == "portable") return cuda::WindowKernels::kPortable;
   if (name == "hopper") return cuda::WindowKernels::kHopper;
-  return absl::InvalidArgumentError(
-      absl::StrCat("cuda: window_kernels=\"", name, "\", want \"portable\" or \"hopper\""));
+  if (name == "cublas") {
+    KEEPSET_RETURN_IF_ERROR(cuda::CheckCublasIsBuilt());
+    return cuda::WindowKernels::kCublas;
+  }
+  return absl::InvalidArgumentError(absl::StrCat(
+      "cuda: window_kernels=\"", name, "\", want \"portable\", \"hopper\" or \"cublas\""));
 }
 
 }  // namespace
@@ -346,7 +367,7 @@ absl::StatusOr<std::unique_ptr<ComputeBackend>> NewCudaBackend(const BackendOpti
     return absl::FailedPreconditionError(absl::StrCat("cuda: no device: ", WhyNoDevice(error)));
   }
   auto backend = std::make_unique<CudaBackend>();
-  KEEPSET_RETURN_IF_ERROR(backend->Init(window_kernels));
+  KEEPSET_RETURN_IF_ERROR(backend->Init(window_kernels, options.cublas_library));
   return backend;
 }
 

@@ -155,8 +155,7 @@ absl::Status StreamState::Wait() {
 }
 
 absl::Status StreamState::Reset() {
-  used_portable_ = false;
-  used_hopper_ = false;
+  used_.fill(false);
   // Whatever the operation found concerns nobody any more, but the device's own errors do.
   const bool has_faults = !describe_.empty();
   describe_.clear();

@@ -9,6 +9,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -22,6 +23,7 @@
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "kernels/compute_backend.h"
+#include "kernels/cuda/cublas_products.h"
 #include "kernels/cuda/cuda_status.h"
 #include "kernels/cuda/device_memory.h"
 #include "kernels/cuda/tensor_map.h"
@@ -37,10 +39,13 @@ struct DeviceTraits {
   int multiprocessors = 0;
   // Of the Hopper window kernels; null: the portable ones are used.
   TensorMapEncoder tensor_maps = nullptr;
+  // Of window kernels "cublas", which take every shape then; else null.
+  LogitProducts* products = nullptr;
 };
 
 // Which kernels computed window scores.
-enum class WindowKernels { kPortable, kHopper };
+enum class WindowKernels { kPortable, kHopper, kCublas };
+constexpr int kNumWindowKernels = 3;
 
 // Ops with faults between two waits.
 constexpr int64_t kMaxFaults = 256;
@@ -85,12 +90,8 @@ class StreamState {
   uint64_t* NewFault(std::function<absl::Status(uint64_t code)> describe);
 
   // Remembers, until Reset, that kernels of this kind were queued.
-  void NoteWindowKernels(WindowKernels kernels) {
-    (kernels == WindowKernels::kHopper ? used_hopper_ : used_portable_) = true;
-  }
-  bool HasUsed(WindowKernels kernels) const {
-    return kernels == WindowKernels::kHopper ? used_hopper_ : used_portable_;
-  }
+  void NoteWindowKernels(WindowKernels kernels) { used_[static_cast<int>(kernels)] = true; }
+  bool HasUsed(WindowKernels kernels) const { return used_[static_cast<int>(kernels)]; }
 
   // Waits for the stream; returns the error of the oldest op that reported a fault.
   absl::Status Wait();
@@ -120,9 +121,8 @@ class StreamState {
   DeviceBlock faults_;
   PinnedBuffer faults_host_;
   std::vector<std::function<absl::Status(uint64_t)>> describe_;
-  bool used_portable_ = false;
-  bool used_hopper_ = false;
-  absl::Status pending_;  // found before the next Wait was called
+  std::array<bool, kNumWindowKernels> used_ = {};  // by WindowKernels
+  absl::Status pending_;                           // found before the next Wait was called
   std::shared_ptr<DeferredBlocks> deferred_ = std::make_shared<DeferredBlocks>();
 };
 

@@ -9,6 +9,7 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
+#include "kernels/cuda/cublas_window.h"
 #include "kernels/cuda/fault_code.h"
 #include "kernels/cuda/hopper_window.h"
 #include "kernels/cuda/op_limits.h"
@@ -240,6 +241,17 @@ absl::Status QueueHopper(StreamState& state, const WindowParams& params, const H
       "window scores");
 }
 
+// The layers of params with products by cuBLAS.
+absl::Status QueueCublas(StreamState& state, const WindowParams& params,
+                         absl::Span<const WindowUnit> units, absl::string_view what) {
+  KEEPSET_ASSIGN_OR_RETURN(const CublasPlan plan, PlanCublas(params, what));
+  KEEPSET_ASSIGN_OR_RETURN(std::byte* const workspace,
+                           state.Workspace(CublasWorkspaceBytes(params, plan)));
+  state.NoteWindowKernels(WindowKernels::kCublas);
+  return QueueCublasWindowScores(params, plan, units, workspace, *state.traits().products,
+                                 state.health(), state.stream());
+}
+
 // Queues the layers of params, which share one list. keys: of each layer.
 absl::Status QueueLayers(StreamState& state, const WindowArgs& first,
                          absl::Span<const KeyMemory> keys, WindowParams* params) {
@@ -253,6 +265,7 @@ absl::Status QueueLayers(StreamState& state, const WindowArgs& first,
     params->max_unit_rows = std::max(params->max_unit_rows, unit.num_rows);
   }
   const DeviceTraits& traits = state.traits();
+  if (traits.products != nullptr) return QueueCublas(state, *params, list.units, first.what);
   WindowPlan plan = PlanWindow(*params, traits.max_shared_bytes, traits.l2_bytes);
   std::optional<HopperPlan> hopper;
   if (traits.tensor_maps != nullptr) {

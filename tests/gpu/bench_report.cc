@@ -45,6 +45,7 @@ std::vector<double> RepeatHostMilliseconds(int repetitions, const std::function<
 
 std::string WindowPath(absl::string_view computed_by) {
   if (absl::EndsWith(computed_by, "/wgmma")) return "hopper";
+  if (absl::EndsWith(computed_by, "/cublas")) return "cublas";
   return absl::StrContains(computed_by, "wgmma") ? "mixed" : "portable";
 }
 

@@ -31,6 +31,7 @@ TEST(AddTimes, GivesMedianAndP99) {
 TEST(WindowPath, SaysWhoComputedEverything) {
   EXPECT_EQ(WindowPath("cuda/sm_90"), "portable");
   EXPECT_EQ(WindowPath("cuda/sm_90/wgmma"), "hopper");
+  EXPECT_EQ(WindowPath("cuda/sm_90/cublas"), "cublas");
   EXPECT_EQ(WindowPath("cuda/sm_90/wgmma+portable"), "mixed");
 }
 

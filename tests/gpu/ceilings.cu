@@ -1,12 +1,12 @@
 #include <cublas_v2.h>
 #include <cuda_runtime.h>
-#include <dlfcn.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <string>
 
 #include "tests/gpu/ceilings.h"
+#include "tests/gpu/cublas_functions.h"
 
 namespace keepset::gpu {
 namespace {
@@ -110,47 +110,8 @@ std::string MeasureExp2(double* per_ns) {
   return error;
 }
 
-// Overloaded in C++, one function in the library.
-using GemmEx = cublasStatus_t(cublasHandle_t, cublasOperation_t, cublasOperation_t, int, int, int,
-                              const void*, const void*, cudaDataType, int, const void*,
-                              cudaDataType, int, const void*, void*, cudaDataType, int,
-                              cublasComputeType_t, cublasGemmAlgo_t);
-
-using BatchedGemmEx = cublasStatus_t(cublasHandle_t, cublasOperation_t, cublasOperation_t, int, int,
-                                     int, const void*, const void*, cudaDataType, int, long long,
-                                     const void*, cudaDataType, int, long long, const void*, void*,
-                                     cudaDataType, int, long long, int, cublasComputeType_t,
-                                     cublasGemmAlgo_t);
-
-// cuBLAS is no part of the bundle: half a gigabyte that many machines have anyway.
-struct Cublas {
-  GemmEx* gemm = nullptr;
-  BatchedGemmEx* batched_gemm = nullptr;
-  cublasHandle_t handle = nullptr;
-};
-
-// Empty, or why there is none.
-std::string OpenCublas(Cublas* cublas) {
-  void* library = nullptr;
-  for (const char* name : {"libcublas.so.13", "libcublas.so.12", "libcublas.so"}) {
-    library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
-    if (library != nullptr) break;
-  }
-  if (library == nullptr) return "no libcublas found";
-  const auto create =
-      reinterpret_cast<decltype(&cublasCreate_v2)>(dlsym(library, "cublasCreate_v2"));
-  cublas->gemm = reinterpret_cast<GemmEx*>(dlsym(library, "cublasGemmEx"));
-  cublas->batched_gemm =
-      reinterpret_cast<BatchedGemmEx*>(dlsym(library, "cublasGemmStridedBatchedEx"));
-  if (create == nullptr || cublas->gemm == nullptr || cublas->batched_gemm == nullptr ||
-      create(&cublas->handle) != CUBLAS_STATUS_SUCCESS) {
-    return "libcublas refuses this device";
-  }
-  return {};
-}
-
 std::string MeasureGemm(Ceilings* ceilings) {
-  Cublas cublas;
+  CublasFunctions cublas;
   ceilings->gemm_note = OpenCublas(&cublas);
   if (!ceilings->gemm_note.empty()) return {};
   constexpr int64_t kSize = 8192;
@@ -192,7 +153,7 @@ std::string MeasureLaunch(double* microseconds) {
 }  // namespace
 
 std::string MeasureLogitsByGemm(const LogitsShape& shape, double* milliseconds, std::string* note) {
-  Cublas cublas;
+  CublasFunctions cublas;
   *note = OpenCublas(&cublas);
   if (!note->empty()) return {};
   const int64_t k_values = shape.num_kv_heads * shape.seq_len * shape.head_dim;

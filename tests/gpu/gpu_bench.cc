@@ -56,27 +56,50 @@ void BenchLengths(const BenchMachine& machine, int64_t longest, absl::Span<const
   }
 }
 
+// Of the other head dimensions of models.
+void BenchHeadDims(const BenchMachine& machine, int64_t longest) {
+  for (const int64_t seq_len : {4096, 32768}) {
+    if (seq_len > longest) continue;
+    for (const int64_t head_dim : {80, 96, 128, 192, 256}) {
+      BenchWindowScores(machine, {seq_len, head_dim});
+    }
+  }
+}
+
+// A backend with the kernels named; or null, with a line that says why.
+std::unique_ptr<kernels::ComputeBackend> BackendWith(const char* window_kernels) {
+  auto backend = kernels::NewBackend("cuda", {.window_kernels = window_kernels});
+  if (backend.ok()) return *std::move(backend);
+  Report({{"bench", "window_scores"},
+          {"path", window_kernels},
+          {"skipped", std::string(backend.status().message())}});
+  return nullptr;
+}
+
 // The kernels with Hopper's own instructions, all layers in one call.
 void BenchHopper(const Ceilings& ceilings, int repetitions, int64_t longest) {
-  auto backend = kernels::NewBackend("cuda", {.window_kernels = "hopper"});
-  if (!backend.ok()) {
-    return Report({{"bench", "window_scores"},
-                   {"path", "hopper"},
-                   {"skipped", std::string(backend.status().message())}});
-  }
-  BenchLengths({**backend, ceilings, repetitions}, longest, {Calls::kAllLayers});
+  const auto backend = BackendWith("hopper");
+  if (backend == nullptr) return;
+  BenchLengths({*backend, ceilings, repetitions}, longest, {Calls::kAllLayers});
+}
+
+// Products by cuBLAS, all layers in one call: the peer among our own kernels.
+void BenchCublas(const Ceilings& ceilings, int repetitions, int64_t longest) {
+  const auto backend = BackendWith("cublas");
+  if (backend == nullptr) return;
+  const BenchMachine machine = {*backend, ceilings, repetitions};
+  BenchLengths(machine, longest, {Calls::kAllLayers});
+  BenchHeadDims(machine, longest);
 }
 
 void BenchPortable(kernels::ComputeBackend& backend, const Ceilings& ceilings,
                    const Repetitions& repetitions, int64_t longest) {
   const BenchMachine windows = {backend, ceilings, repetitions.window_scores};
   BenchLengths(windows, longest, {Calls::kPerLayer, Calls::kAllLayers});
+  BenchHeadDims(windows, longest);
   for (const int64_t seq_len : {4096, 32768}) {
     if (seq_len > longest) continue;
-    for (const int64_t head_dim : {80, 96, 128, 192, 256}) {
-      BenchWindowScores(windows, {seq_len, head_dim});
-      BenchLogits(seq_len, head_dim);
-    }
+    for (const int64_t head_dim : {80, 96, 128, 192, 256}) BenchLogits(seq_len, head_dim);
   }
   const BenchMachine selections = {backend, ceilings, repetitions.selection};
   BenchSelect(selections, 32, 32768, 512);
@@ -127,6 +150,7 @@ int Main(absl::Span<const char* const> arguments) {
   const int64_t longest = is_quick ? kLongestQuick : kLengths[std::size(kLengths) - 1];
   BenchPortable(**backend, ceilings, repetitions, longest);
   BenchHopper(ceilings, repetitions.window_scores, longest);
+  BenchCublas(ceilings, repetitions.window_scores, longest);
   return 0;
 }
 

@@ -238,6 +238,17 @@ void AddConduct(std::vector<Target>* targets) {
 }
 
 void AddPeers(std::vector<Target>* targets) {
+  // In the tree: our kernels around cuBLAS' products.
+  for (const int64_t seq_len : kLengths) {
+    for (const bool has_lse : {false, true}) {
+      for (const bool is_paged : {false, true}) {
+        const std::string name = absl::StrCat("peer with cuBLAS", has_lse ? " and window_lse" : "",
+                                              is_paged ? ", paged" : "", ", ms, T ", seq_len);
+        targets->push_back(
+            Stated(name, WindowLine("cublas", seq_len, has_lse, is_paged), "device_ms"));
+      }
+    }
+  }
   for (const int64_t seq_len : kLengths) {
     for (const char* const peer : {"repeat_kv", "grouped", "grouped_compiled"}) {
       const Json line = {{"peer", peer}, {"seq_len", seq_len}};

@@ -97,6 +97,16 @@ TEST(Targets, HopperIsNotReachedByPortableKernels) {
   EXPECT_EQ(VerdictOn(kHopper, {Window("hopper", 1.0)}).verdict, kReached);
 }
 
+TEST(Targets, PeerWithoutItsLibraryIsNotYetMeasured) {
+  const std::string target = "peer with cuBLAS, ms, T 32768";
+  const Json skipped = {
+      {"bench", "window_scores"}, {"path", "cublas"}, {"skipped", "no libcublas.so.13"}};
+  const Verdict without = VerdictOn(target, {skipped, Window("portable", 1.0)});
+  EXPECT_EQ(without.verdict, kNotMeasured);
+  EXPECT_EQ(without.note, "no libcublas.so.13");
+  EXPECT_DOUBLE_EQ(VerdictOn(target, {Window("cublas", 9.0)}).measured.value_or(0.0), 4.0);
+}
+
 TEST(Targets, ValueThatCannotBeAFigureIsNone) {
   for (const Json& value : {Json(nullptr), Json("1.0"), Json(true), Json(0.0), Json(-1.0),
                             Json(std::numeric_limits<double>::quiet_NaN()),

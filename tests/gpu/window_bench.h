@@ -25,7 +25,7 @@ struct WindowCase {
 // Reports one line. Its `path` says which kernels computed.
 void BenchWindowScores(const BenchMachine& machine, const WindowCase& shape);
 
-// cuBLAS' products of the same shape as a peer.
+// cuBLAS' products alone of the same shape, as a floor of what goes through it.
 void BenchLogits(int64_t seq_len, int64_t head_dim);
 
 }  // namespace keepset::gpu

@@ -59,7 +59,7 @@ TEST_F(DeviceChoice, UnknownWindowKernelsAreRefused) {
   if (!IsBuiltWithCuda()) GTEST_SKIP() << "built without CUDA";
   int exit_code = 0;
   EXPECT_EQ(ComplaintOf("backend: \"cuda\" window_kernels: \"fastest\"", &exit_code),
-            "keepsetd: cuda: window_kernels=\"fastest\", want \"portable\" or \"hopper\"");
+            "keepsetd: cuda: window_kernels=\"fastest\", want \"portable\", \"hopper\" or \"cublas\"");
   EXPECT_EQ(exit_code, kExitRefused);
 }
 
@@ -81,7 +81,7 @@ TEST_F(DeviceChoice, UnknownBackendIsRefused) {
 TEST_F(DeviceChoice, ServerOfAnAbsentDeviceDoesNotStart) {
   if (!IsBuiltWithCuda()) GTEST_SKIP() << "built without CUDA";
   if (kernels::NewBackend("cuda", {}).ok()) GTEST_SKIP() << "there is a device";
-  for (const std::string kernels : {"", "portable", "hopper"}) {
+  for (const std::string kernels : {"", "portable", "hopper", "cublas"}) {
     int exit_code = 0;
     const std::string config = absl::StrCat("backend: \"cuda\" window_kernels: \"", kernels, "\"");
     EXPECT_THAT(ComplaintOf(config, &exit_code), HasSubstr("keepsetd: cuda: no device: "));

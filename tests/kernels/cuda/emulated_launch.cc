@@ -1,5 +1,6 @@
 // The launches of kernels/cuda on the emulator: queued on an emulated stream like the real ones.
 #include "kernels/cuda/columns_kernel.h"
+#include "kernels/cuda/cublas_kernel.h"
 #include "kernels/cuda/hopper_columns_kernel.h"
 #include "kernels/cuda/hopper_row_stats_kernel.h"
 #include "kernels/cuda/hopper_window.h"
@@ -66,6 +67,10 @@ KEEPSET_LAUNCH(FmaRowStats);
 KEEPSET_LAUNCH(MmaColumns<DType::kBF16>);
 KEEPSET_LAUNCH(MmaColumns<DType::kF16>);
 KEEPSET_LAUNCH(FmaColumns);
+KEEPSET_LAUNCH(PackQueries);
+KEEPSET_LAUNCH(PackKeys);
+KEEPSET_LAUNCH(PieceStats);
+KEEPSET_LAUNCH(PieceColumns);
 KEEPSET_LAUNCH(NoveltyLengths);
 KEEPSET_LAUNCH(NoveltyChunkSums);
 KEEPSET_LAUNCH(NoveltyMeans);

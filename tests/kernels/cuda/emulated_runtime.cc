@@ -216,6 +216,8 @@ void CountProducts(int warp_group, int64_t count) {
 
 void FailNextWait(cudaError_t error) { TheDevice().next_wait = error; }
 
+void FaultNow(cudaError_t error) { TheDevice().sticky = error; }
+
 void PlaceElsewhere(const void* data) { TheDevice().elsewhere = data; }
 
 int64_t NumDeviceAllocations() {
@@ -264,7 +266,7 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
   if (after) after();
   return cudaSuccess;
 }
-cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaGetLastError() { return State(); }
 const char* cudaGetErrorName(cudaError_t error) {
   return error == cudaErrorIllegalAddress ? "cudaErrorIllegalAddress" : "cudaErrorEmulated";
 }

@@ -35,6 +35,8 @@ cudaError_t QueueEmulated(cudaStream_t stream, std::function<void()> work);
 
 // The next wait for a stream returns `error`, as do all calls after it when the error is sticky.
 void FailNextWait(cudaError_t error);
+// From now on every call fails with `error`, a sticky one.
+void FaultNow(cudaError_t error);
 // From now on the runtime says that the memory at `data` is of another device; null: none is.
 void PlaceElsewhere(const void* data);
 // Blocks of device memory that are allocated now.

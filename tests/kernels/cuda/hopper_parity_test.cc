@@ -253,7 +253,7 @@ TEST(HopperSelection, ADriverWithoutTensorMapsIsRefused) {
 
 TEST(HopperSelection, AnotherNameIsRefused) {
   EXPECT_EQ(NewCudaBackend({.window_kernels = "fastest"}).status().message(),
-            "cuda: window_kernels=\"fastest\", want \"portable\" or \"hopper\"");
+            "cuda: window_kernels=\"fastest\", want \"portable\", \"hopper\" or \"cublas\"");
 }
 
 #endif

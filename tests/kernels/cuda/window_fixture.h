@@ -121,7 +121,8 @@ absl::StatusOr<std::vector<float>> WindowColumnsOn(const Machine& machine, const
   const std::unique_ptr<ScoreBuffer> out = machine.Buffer(shape.num_outputs(), shape.seq_len);
   machine.PoisonKeptMemory();
   absl::Status status = machine.backend->WindowColumns(*machine.context, args, *out);
-  if (status.ok()) status = machine.backend->Wait(*machine.context);
+  // In any case: what was queued before an error still reads the tensors.
+  status.Update(machine.backend->Wait(*machine.context));
   if (!status.ok()) return status;
   if (norms != nullptr) *norms = machine.Values(*norm_buffer);
   return machine.Values(*out);
