@@ -85,6 +85,7 @@ def test_a_method_of_some_prompts_is_no_rival_of_all(tmp_path, small):
     assert rows["prompts_by_length"] == {"256": 1, "512": 1}
     assert _best_other(rows, "40")[0] == "nothing"
     told = "\n".join(_methods({"budgets": [40]}, "inside", "number", rows))
+    assert "less than the budget: nothing 4 of 40." in told
     assert f"| {COMPILED} (prompts of 256 tokens alone: 1) | 1.00 [" in told
 
 

@@ -15,6 +15,8 @@ _COLUMNS = {
 }
 # Fewer prompts have no interval to speak of.
 _FEWEST = 4
+# Share of the budget that counts as spent.
+_SPENT = 0.95
 # Where the engine's policies are found among the methods, and what of each is not measured.
 _POLICIES = {
     "compilerkv": (f"`{UNIFORM}`, `{COMPILED}`",
@@ -366,6 +368,19 @@ def _methods(part: dict, column: str, task: str, rows: dict) -> Iterator[str]:
         told = f"{name} (prompts of {', '.join(some[0]['by_length'])} tokens alone: {some[0]['prompts']})" if some else name
         yield f"| {told} | " + " | ".join(cells) + " |"
     yield ""
+    yield from _unspent(rows, budgets)
+
+
+def _unspent(rows: dict, budgets: Sequence[str]) -> Iterator[str]:
+    """Methods that leave a part of the budget: what they lose there is not for want of positions."""
+    spent = {name: {budget: values[budget]["kept"] for budget in budgets if budget in values
+                    and values[budget]["kept"] < _SPENT * int(budget)}
+             for name, values in rows["methods"].items()}
+    told = [f"{name} {', '.join(f'{kept:.0f} of {budget}' for budget, kept in found.items())}"
+            for name, found in spent.items() if found]
+    if told:
+        yield f"Positions kept on average, where it is less than the budget: {'; '.join(told)}."
+        yield ""
 
 
 def _observations(table: dict) -> str:
