@@ -5,6 +5,7 @@
 #include <grpcpp/server_builder.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <cmath>
@@ -187,7 +188,10 @@ class ServerImpl final : public Server {
          .max_regions_per_session =
              static_cast<int64_t>(config_.memory().max_regions_per_session()),
          .max_region_bytes_per_session = config_.memory().max_region_bytes_per_session(),
-         .default_lease = absl::Seconds(config_.memory().lease_seconds())},
+         .default_lease = absl::Seconds(config_.memory().lease_seconds()),
+         .max_owned_bytes = config_.memory().max_owned_bytes(),
+         .max_owned_bytes_per_session = config_.memory().max_owned_bytes_per_session(),
+         .quarantine = absl::Seconds(config_.memory().quarantine_seconds())},
         std::move(transports), clock_, session_observer_.get());
     KEEPSET_ASSIGN_OR_RETURN(
         server_tables_, ServerTables::Start(config_, tables_, clock_, *metrics_, *table_observer_));
@@ -360,6 +364,16 @@ class ServerImpl final : public Server {
     if (on_device_fault_) on_device_fault_();
   }
 
+  // Not on this thread, which leases and gauges wait for: a device may take its time.
+  void SweepQuarantine() {
+    if (is_sweeping_.exchange(true)) return;
+    const absl::Status queued = retirement_->Submit([this] {
+      sessions_->SweepQuarantine();
+      is_sweeping_ = false;
+    });
+    if (!queued.ok()) is_sweeping_ = false;
+  }
+
   void RunTimer() {
     for (int64_t tick = 0;; ++tick) {
       sessions_->ReapExpired();
@@ -368,8 +382,12 @@ class ServerImpl final : public Server {
       for (const SessionCounts::ByKind& kind : counts.regions) {
         metrics_->SetRegions(kind.kind, kind.regions, kind.bytes);
         metrics_->SetDeviceMemory(kind.kind, kind.device_bytes);
+        metrics_->SetOwnedMemory(kind.kind, {.bytes = kind.owned_bytes,
+                                             .quarantined_regions = kind.quarantined_regions,
+                                             .quarantined_bytes = kind.quarantined_bytes});
       }
       WatchDevice();
+      SweepQuarantine();
       if (tick % kTicksPerUsage == 0) metrics_->SetProcessUsage(ReadProcessUsage());
       if (stop_timer_.WaitForNotificationWithTimeout(kTimerPeriod)) return;
     }
@@ -439,6 +457,7 @@ class ServerImpl final : public Server {
   std::vector<std::string> addresses_;
   std::string metrics_address_;
   std::string health_address_;
+  std::atomic<bool> is_sweeping_ = false;
   absl::Notification stop_timer_;
   std::thread timer_;
 };

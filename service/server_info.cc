@@ -65,6 +65,7 @@ v1::GetServerInfoResponse DescribeServer(const v1::ServerConfig& config,
   info.set_version(std::string(ServerVersion()));
   info.set_build(KEEPSET_BUILD);
   for (const char* const extension : kExtensions) info.add_extensions(extension);
+  if (config.memory().max_owned_bytes() > 0) info.add_extensions("owned_regions");
   info.add_transports("inline");
   for (const TransportSupport& transport : transports) {
     info.add_extensions(transport.kind);

@@ -27,6 +27,18 @@ absl::string_view EndName(SessionEnd why) {
   return "unknown";
 }
 
+absl::string_view QuarantineEndName(QuarantineEnd until) {
+  switch (until) {
+    case QuarantineEnd::kNothing:
+      return "operations_end";
+    case QuarantineEnd::kProcess:
+      return "process_end";
+    case QuarantineEnd::kTime:
+      return "quarantine_seconds";
+  }
+  return "unknown";
+}
+
 }  // namespace
 
 // Session ids open the session's regions, so that they stay out of the log.
@@ -48,13 +60,20 @@ void ServerSessionObserver::OnSessionEnded(absl::string_view session_id, Session
 
 void ServerSessionObserver::OnRegionRegistered(absl::string_view /*session_id*/,
                                                const RegionInfo& region) {
-  log_.Info("region_registered", {{"kind", region.kind}, {"bytes", absl::StrCat(region.length)}});
+  log_.Info(region.owned_bytes > 0 ? "region_allocated" : "region_registered",
+            {{"kind", region.kind}, {"bytes", absl::StrCat(region.length)}});
 }
 
 void ServerSessionObserver::OnRegionRefused(absl::string_view kind, const absl::Status& why) {
   metrics_.RecordImportFailure(kind);
   log_.Warning("region_refused",
                {{"kind", std::string(kind)}, {"error", std::string(why.message())}});
+}
+
+void ServerSessionObserver::OnRegionQuarantined(const RegionInfo& region, QuarantineEnd until) {
+  log_.Info("region_quarantined", {{"kind", region.kind},
+                                   {"bytes", absl::StrCat(region.owned_bytes)},
+                                   {"until", std::string(QuarantineEndName(until))}});
 }
 
 TableInfoSample TableSampleOf(const tables::DecisionTable& table) {

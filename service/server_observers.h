@@ -28,6 +28,7 @@ class ServerSessionObserver final : public SessionObserver {
   void OnSessionEnded(absl::string_view session_id, SessionEnd why, int64_t regions) override;
   void OnRegionRegistered(absl::string_view session_id, const RegionInfo& region) override;
   void OnRegionRefused(absl::string_view kind, const absl::Status& why) override;
+  void OnRegionQuarantined(const RegionInfo& region, QuarantineEnd until) override;
 
  private:
   Metrics& metrics_;

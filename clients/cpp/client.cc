@@ -113,6 +113,17 @@ class GrpcClient final : public Client {
     return session->RegisterRegion(region, name, access);
   }
 
+  absl::StatusOr<std::unique_ptr<ServiceRegion>> AllocateRegion(
+      const std::string& name, const ServiceMemory& memory) override {
+    const std::shared_ptr<Session> session = CurrentSession();
+    if (session == nullptr) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("region \"", name, "\": the server's memory cannot travel inline (", reason_,
+                       "), want a Unix socket and transport memfd"));
+    }
+    return session->AllocateRegion(name, memory);
+  }
+
   absl::Status RetireRegion(const std::string& name) override {
     const std::shared_ptr<Session> session = CurrentSession();
     if (session == nullptr) return absl::OkStatus();

@@ -26,6 +26,7 @@
 #include "clients/cpp/device_memory.h"
 #include "clients/cpp/operation.h"
 #include "clients/cpp/server_info.h"
+#include "clients/cpp/service_region.h"
 #include "clients/cpp/shared_region.h"
 
 namespace keepset::client {
@@ -109,6 +110,13 @@ class Client {
   // FailedPrecondition: no session (inline transport).
   virtual absl::Status RegisterRegion(const DeviceRegion& region, const std::string& name,
                                       RegionAccess access) = 0;
+  // Fresh zeroed memory of the server's own as a read-write region of this client, mapped here: a
+  // place for results that the server keeps from others until it is retired, also when this
+  // process dies. The client must outlive it. ResourceExhausted: a limit of the server's, named.
+  // FailedPrecondition: the server gives none of this kind, or the client has no session (inline
+  // transport).
+  virtual absl::StatusOr<std::unique_ptr<ServiceRegion>> AllocateRegion(
+      const std::string& name, const ServiceMemory& memory) = 0;
   // Answers when no operation uses the region any more. NotFound: no such name.
   virtual absl::Status RetireRegion(const std::string& name) = 0;
 
@@ -126,8 +134,9 @@ class Client {
 
   // OK while the session lives. NotFound or Unavailable after a restart of the server: Reopen.
   virtual absl::Status SessionStatus() const = 0;
-  // Opens the session again under the same client uuid and registers every region again. Harmless
-  // when the session still lives: it is replaced. Not while operations are running.
+  // Opens the session again under the same client uuid and registers every region again; memory of
+  // the server's own is lost (ServiceRegion::status). Harmless when the session still lives: it is
+  // replaced. Not while operations are running.
   virtual absl::Status Reopen() = 0;
 };
 

@@ -3,8 +3,10 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <type_traits>
 #include <utility>
 
+#include "absl/cleanup/cleanup.h"
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "clients/cpp/rpc_status.h"
@@ -14,6 +16,14 @@ namespace {
 
 // A goodbye that does not go through costs nothing: the hang-up ends the session as well.
 constexpr absl::Duration kCloseTimeout = absl::Seconds(2);
+
+absl::Status Retire(v1::SessionService::Stub* stub, const v1::RetireRegionRequest& request,
+                    absl::Duration timeout) {
+  v1::RetireRegionResponse response;
+  grpc::ClientContext context;
+  context.set_deadline(absl::ToChronoTime(absl::Now() + timeout));
+  return FromRpcStatus(stub->RetireRegion(&context, request, &response));
+}
 
 }  // namespace
 
@@ -114,14 +124,78 @@ absl::Status Session::RetireRegion(const std::string& name) {
     if (found == regions_.end()) {
       return absl::NotFoundError(absl::StrCat("region \"", name, "\" is not registered"));
     }
+    if (std::holds_alternative<const ServiceRegion*>(found->second.memory)) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("region \"", name, "\" is the server's, want ServiceRegion::Retire"));
+    }
     request.set_region_id(found->second.region_id);
     regions_.erase(found);
   }
   request.set_session_id(id_);
-  v1::RetireRegionResponse response;
+  return Retire(stub_, request, call_timeout_);
+}
+
+absl::StatusOr<std::unique_ptr<ServiceMapping>> Session::Map(
+    const ServiceMemory& memory, const v1::AllocateRegionResponse& response) {
+  MappingSource source;
+  source.kind = memory.kind;
+  source.ipc_handle = response.ipc_handle();
+  source.allocation_bytes = response.allocation_bytes();
+  source.device_uuid = memory.device_uuid;
+  source.library = memory.library;
+  if (response.descriptor_case() == v1::AllocateRegionResponse::kFdToken) {
+    KEEPSET_ASSIGN_OR_RETURN(source.fd, side_socket_->FetchFd(response.fd_token()));
+  }
+  const absl::Cleanup close_fd = [&] {
+    if (source.fd >= 0) ::close(source.fd);
+  };
+  return ServiceMapping::Open(source);
+}
+
+absl::StatusOr<std::unique_ptr<ServiceRegion>> Session::AllocateRegion(
+    const std::string& name, const ServiceMemory& memory) {
+  if (memory.size_bytes < 1) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("region \"", name, "\": size_bytes=", memory.size_bytes, ", want 1 or more"));
+  }
+  v1::AllocateRegionRequest request;
+  request.set_session_id(id_);
+  request.set_name(name);
+  request.set_kind(memory.kind);
+  request.set_length(static_cast<uint64_t>(memory.size_bytes));
+  request.set_device_uuid(memory.device_uuid);
+  v1::AllocateRegionResponse response;
   grpc::ClientContext context;
   context.set_deadline(absl::ToChronoTime(absl::Now() + call_timeout_));
-  return FromRpcStatus(stub_->RetireRegion(&context, request, &response));
+  KEEPSET_RETURN_IF_ERROR(FromRpcStatus(stub_->AllocateRegion(&context, request, &response)));
+  const std::string region_id = response.region_id();
+  v1::RetireRegionRequest retire;
+  retire.set_session_id(id_);
+  retire.set_region_id(region_id);
+  // Also for a session that is gone: the server may have kept the memory for this word.
+  auto tell_server = [stub = stub_, retire, timeout = call_timeout_] {
+    return Retire(stub, retire, timeout);
+  };
+  absl::StatusOr<std::unique_ptr<ServiceMapping>> mapping = Map(memory, response);
+  if (!mapping.ok()) {
+    static_cast<void>(tell_server());
+    return mapping.status();
+  }
+  std::unique_ptr<ServiceRegion> region(new ServiceRegion(
+      name, memory, static_cast<int64_t>(response.offset()), *std::move(mapping),
+      [session = weak_from_this(), name, region_id] {
+        if (const auto alive = session.lock()) alive->Forget(name, region_id);
+      },
+      std::move(tell_server)));
+  absl::MutexLock lock(&mutex_);
+  regions_[name] = {region.get(), RegionAccess::kReadWrite, region_id};
+  return region;
+}
+
+void Session::Forget(const std::string& name, const std::string& region_id) {
+  absl::MutexLock lock(&mutex_);
+  const auto found = regions_.find(name);
+  if (found != regions_.end() && found->second.region_id == region_id) regions_.erase(found);
 }
 
 absl::Status Session::AdoptRegions(const Session& other) {
@@ -133,7 +207,12 @@ absl::Status Session::AdoptRegions(const Session& other) {
   for (const auto& [name, region] : regions) {
     KEEPSET_RETURN_IF_ERROR(std::visit(
         [&, &name = name, access = region.access](const auto* memory) {
-          return RegisterRegion(*memory, name, access);
+          if constexpr (std::is_same_v<decltype(memory), const ServiceRegion*>) {
+            memory->NoteLost();
+            return absl::OkStatus();
+          } else {
+            return RegisterRegion(*memory, name, access);
+          }
         },
         region.memory));
   }

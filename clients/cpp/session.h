@@ -1,4 +1,4 @@
-// One open session: id, side-socket connection, lease thread, and the regions registered in it.
+// One open session: id, side-socket connection, lease thread, and its regions. Held by shared_ptr.
 // Destruction ends the session on the server. Thread-safe.
 #ifndef KEEPSET_CLIENTS_CPP_SESSION_H_
 #define KEEPSET_CLIENTS_CPP_SESSION_H_
@@ -15,13 +15,15 @@
 #include "absl/synchronization/mutex.h"
 #include "clients/cpp/client.h"
 #include "clients/cpp/lease_keeper.h"
+#include "clients/cpp/service_mapping.h"
+#include "clients/cpp/service_region.h"
 #include "clients/cpp/side_socket.h"
 #include "keepset/v1/common.pb.h"
 #include "keepset/v1/session.grpc.pb.h"
 
 namespace keepset::client {
 
-class Session {
+class Session : public std::enable_shared_from_this<Session> {
  public:
   // `stub` must outlive the session. FailedPrecondition: the server passes no descriptors, so
   // memfd regions are impossible.
@@ -38,7 +40,10 @@ class Session {
   absl::Status RegisterRegion(const DeviceRegion& region, const std::string& name,
                               RegionAccess access);
   absl::Status RetireRegion(const std::string& name);
-  // Registers in this session whatever `other` had.
+  // As Client::AllocateRegion.
+  absl::StatusOr<std::unique_ptr<ServiceRegion>> AllocateRegion(const std::string& name,
+                                                                const ServiceMemory& memory);
+  // Registers in this session whatever `other` had; memory of the server's own is lost.
   absl::Status AdoptRegions(const Session& other);
 
   // The slice of the registered region that holds [data, data + size_bytes), if any does.
@@ -46,10 +51,14 @@ class Session {
 
  private:
   struct Region {
-    std::variant<const SharedRegion*, const DeviceRegion*> memory;
+    std::variant<const SharedRegion*, const DeviceRegion*, const ServiceRegion*> memory;
     RegionAccess access;
     std::string region_id;
   };
+  // The mapping of what AllocateRegion answered.
+  absl::StatusOr<std::unique_ptr<ServiceMapping>> Map(const ServiceMemory& memory,
+                                                      const v1::AllocateRegionResponse& response);
+  void Forget(const std::string& name, const std::string& region_id);
   absl::Status Register(v1::RegisterRegionRequest request, const std::string& name, Region region);
 
   Session(v1::SessionService::Stub* stub, const ClientOptions& options)

@@ -8,8 +8,10 @@
 #include <cerrno>
 #include <cstring>
 
+#include "absl/cleanup/cleanup.h"
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
 #include "proto/side_socket_wire.h"
 
 namespace keepset::client {
@@ -24,8 +26,45 @@ absl::Status SocketError(absl::string_view where, int error) {
   return absl::UnavailableError(message);
 }
 
+// The descriptor that came with a message, kNoDescriptor when none did.
+int TakeDescriptor(msghdr& message) {
+  int taken = kNoDescriptor;
+  for (cmsghdr* header = CMSG_FIRSTHDR(&message); header != nullptr;
+       header = CMSG_NXTHDR(&message, header)) {
+    if (header->cmsg_level != SOL_SOCKET || header->cmsg_type != SCM_RIGHTS) continue;
+    const size_t count = (header->cmsg_len - CMSG_LEN(0)) / sizeof(int);
+    for (size_t i = 0; i < count; ++i) {
+      int fd = kNoDescriptor;
+      std::memcpy(&fd, CMSG_DATA(header) + i * sizeof(int), sizeof(int));
+      if (taken == kNoDescriptor) {
+        taken = fd;
+      } else {
+        close(fd);
+      }
+    }
+  }
+  return taken;
+}
+
+absl::string_view RefusalOf(wire::SideSocketFrameType type) {
+  switch (type) {
+    case wire::SideSocketFrameType::kHello:
+      return "side socket: the server refused the session token";
+    case wire::SideSocketFrameType::kPassFd:
+      return "side socket: the server refused the descriptor";
+    case wire::SideSocketFrameType::kFetchFd:
+      return "side socket: the server has no descriptor for this token";
+  }
+  return "side socket: refused";
+}
+
+struct Answer {
+  uint64_t fd_token = 0;
+  int fd = kNoDescriptor;  // the receiver's to close
+};
+
 // One frame, with `fd` attached unless it is kNoDescriptor, and its reply.
-absl::StatusOr<uint64_t> Exchange(int socket, const wire::SideSocketRequest& request, int fd) {
+absl::StatusOr<Answer> Exchange(int socket, const wire::SideSocketRequest& request, int fd) {
   iovec bytes = {const_cast<wire::SideSocketRequest*>(&request), sizeof(request)};
   alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
   msghdr message = {};
@@ -47,11 +86,23 @@ absl::StatusOr<uint64_t> Exchange(int socket, const wire::SideSocketRequest& req
   if (sent < 0) return SocketError("send", errno);
 
   wire::SideSocketReply reply;
+  iovec reply_bytes = {&reply, sizeof(reply)};
+  alignas(cmsghdr) char reply_control[CMSG_SPACE(sizeof(int))];
+  msghdr reply_message = {};
+  reply_message.msg_iov = &reply_bytes;
+  reply_message.msg_iovlen = 1;
+  reply_message.msg_control = reply_control;
+  reply_message.msg_controllen = sizeof(reply_control);
   ssize_t received;
   do {
-    received = recv(socket, &reply, sizeof(reply), 0);
+    received = recvmsg(socket, &reply_message, MSG_CMSG_CLOEXEC);
   } while (received < 0 && errno == EINTR);
   if (received < 0) return SocketError("receive", errno);
+  Answer answer;
+  answer.fd = TakeDescriptor(reply_message);
+  absl::Cleanup close_fd = [&] {
+    if (answer.fd != kNoDescriptor) close(answer.fd);
+  };
   if (received == 0) return absl::UnavailableError("side socket: closed by the server");
   if (received != sizeof(reply) || reply.magic != wire::kSideSocketMagic) {
     return absl::InternalError(absl::StrCat("side socket: reply of ", received,
@@ -59,12 +110,11 @@ absl::StatusOr<uint64_t> Exchange(int socket, const wire::SideSocketRequest& req
                                             " bytes"));
   }
   if (reply.code != 0) {
-    return absl::Status(static_cast<absl::StatusCode>(reply.code),
-                        request.type == wire::SideSocketFrameType::kHello
-                            ? "side socket: the server refused the session token"
-                            : "side socket: the server refused the descriptor");
+    return absl::Status(static_cast<absl::StatusCode>(reply.code), RefusalOf(request.type));
   }
-  return reply.fd_token;
+  answer.fd_token = reply.fd_token;
+  std::move(close_fd).Cancel();
+  return answer;
 }
 
 }  // namespace
@@ -105,7 +155,22 @@ absl::StatusOr<uint64_t> SideSocket::PassFd(int fd) {
   wire::SideSocketRequest request;
   request.type = wire::SideSocketFrameType::kPassFd;
   absl::MutexLock lock(&exchange_mutex_);
-  return Exchange(socket_, request, fd);
+  KEEPSET_ASSIGN_OR_RETURN(const Answer answer, Exchange(socket_, request, fd));
+  return answer.fd_token;
+}
+
+absl::StatusOr<int> SideSocket::FetchFd(uint64_t fd_token) {
+  wire::SideSocketRequest request;
+  request.type = wire::SideSocketFrameType::kFetchFd;
+  request.fd_token = fd_token;
+  absl::MutexLock lock(&exchange_mutex_);
+  KEEPSET_ASSIGN_OR_RETURN(const Answer answer, Exchange(socket_, request, kNoDescriptor));
+  if (answer.fd == kNoDescriptor) {
+    return absl::ResourceExhaustedError(
+        "side socket: the descriptor did not arrive, this process is out of descriptors "
+        "(RLIMIT_NOFILE)");
+  }
+  return answer.fd;
 }
 
 }  // namespace keepset::client

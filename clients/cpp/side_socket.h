@@ -1,4 +1,4 @@
-// The client's end of the side socket, which hands file descriptors to keepsetd
+// The client's end of the side socket, which hands file descriptors to keepsetd and back
 // (proto/side_socket_wire.h). The connection stands for the session: closing it ends the session.
 #ifndef KEEPSET_CLIENTS_CPP_SIDE_SOCKET_H_
 #define KEEPSET_CLIENTS_CPP_SIDE_SOCKET_H_
@@ -30,6 +30,9 @@ class SideSocket {
 
   // Passes a duplicate of `fd`; the answer is the token RegisterRegion names.
   absl::StatusOr<uint64_t> PassFd(int fd);
+  // The descriptor behind a token of AllocateRegion, once; the caller closes it. NotFound: not a
+  // token of this session, or it was used.
+  absl::StatusOr<int> FetchFd(uint64_t fd_token);
 
  private:
   explicit SideSocket(int socket) : socket_(socket) {}

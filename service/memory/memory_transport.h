@@ -1,8 +1,9 @@
-// How memory of a worker becomes readable here: one transport per kind of handle, listed in
-// transports.def.
+// How memory of a worker becomes readable here, and memory of ours there: one transport per kind of
+// handle, listed in transports.def.
 //
-// A transport turns a descriptor into a mapping and nothing else; sessions, quotas and leases are
-// the SessionManager's. Transports are thread-safe and stateless unless they say otherwise.
+// A transport turns a descriptor into a mapping, or makes memory and its descriptor, and nothing
+// else; sessions, quotas and leases are the SessionManager's. Transports are thread-safe and
+// stateless unless they say otherwise.
 #ifndef KEEPSET_SERVICE_MEMORY_MEMORY_TRANSPORT_H_
 #define KEEPSET_SERVICE_MEMORY_MEMORY_TRANSPORT_H_
 
@@ -85,6 +86,20 @@ struct DeviceSupport {
   std::string obstacle;  // why not; mostly empty
 };
 
+// Memory of this process for one worker to map. Never used before, never pooled.
+struct OwnedMemory {
+  std::unique_ptr<MappedRegion> region;  // zeros, read-write; its end frees the memory
+  UniqueFd fd;                           // descriptor transports: for the worker
+  std::string ipc_handle;                // "cuda_ipc"
+  uint64_t offset = 0;                   // of the region in what the worker maps
+};
+
+// What freeing memory of ours does to a worker that still has it mapped.
+enum class EarlyFree {
+  kHarmless,   // somebody counts the users: the memory lives until the last one has unmapped it
+  kForbidden,  // undefined, or not known to be harmless
+};
+
 class MemoryTransport {
  public:
   virtual ~MemoryTransport() = default;
@@ -102,6 +117,14 @@ class MemoryTransport {
   // that is not sealed against shrinking, not a memfd at all. Messages never tell names or
   // addresses of others.
   virtual absl::StatusOr<std::unique_ptr<MappedRegion>> Open(RegionDescriptor descriptor) = 0;
+
+  // Bytes that a worker maps for `length` (at most 2^62) of Create.
+  virtual uint64_t AllocationBytes(uint64_t length) const { return length; }
+  virtual EarlyFree early_free() const { return EarlyFree::kForbidden; }
+  // Fresh zeroed memory for a worker, AllocationBytes(length) of it. `device_uuid` empty: host
+  // memory. InvalidArgument: no memory is made in this way, a device that does not belong to the
+  // kind. FailedPrecondition: not a device of this host. ResourceExhausted: no memory left.
+  virtual absl::StatusOr<OwnedMemory> Create(uint64_t length, const std::string& device_uuid);
 };
 
 }  // namespace keepset::service

@@ -158,13 +158,22 @@ void RegionTable::CountInto(std::vector<SessionCounts::ByKind>& counts) const {
   }
 }
 
-std::vector<std::shared_ptr<RegionSlot>> RegionTable::TakeAll() {
-  std::vector<std::shared_ptr<RegionSlot>> slots;
+uint64_t RegionTable::OwnedBytes() const {
+  uint64_t bytes = 0;
+  for (const auto& [id, entry] : entries_) {
+    if (!IsGone(entry)) bytes += entry.info.owned_bytes;
+  }
+  return bytes;
+}
+
+std::vector<RegionTable::Taken> RegionTable::TakeAll() {
+  std::vector<Taken> taken;
   for (auto& [id, entry] : entries_) {
-    if (entry.slot != nullptr && !IsGone(entry)) slots.push_back(std::move(entry.slot));
+    if (entry.slot == nullptr || IsGone(entry)) continue;
+    taken.push_back({std::move(entry.info), std::move(entry.slot)});
   }
   entries_.clear();
-  return slots;
+  return taken;
 }
 
 }  // namespace keepset::service

@@ -70,8 +70,15 @@ class RegionTable {
   std::vector<RegionInfo> List() const;
   // Adds the mapped regions to `counts` under their kinds; kinds not listed there are left out.
   void CountInto(std::vector<SessionCounts::ByKind>& counts) const;
-  // Every slot; the table is empty afterwards.
-  std::vector<std::shared_ptr<RegionSlot>> TakeAll();
+  // Memory of the server's own among the regions, those being made included.
+  uint64_t OwnedBytes() const;
+
+  struct Taken {
+    RegionInfo info;
+    std::shared_ptr<RegionSlot> slot;
+  };
+  // Every mapped region; the table is empty afterwards.
+  std::vector<Taken> TakeAll();
 
  private:
   struct Entry {

@@ -3,7 +3,8 @@
 // A session with a side-socket connection lives as long as that; one without ends when its lease
 // runs out. CloseSession, hang-up, expiry, replacement and Shutdown run the same code: no new
 // leases, and a region is unmapped with the last lease that operations hold on it (none: at once).
-// None of them blocks; RetireRegion does. Region and session ids are random and mean nothing
+// None of them blocks; RetireRegion does. Memory of the server's own (AllocateRegion) that was not
+// retired is quarantined instead (quarantine.h). Region and session ids are random and mean nothing
 // outside their session. Thread-safe.
 #ifndef KEEPSET_SERVICE_MEMORY_SESSION_MANAGER_H_
 #define KEEPSET_SERVICE_MEMORY_SESSION_MANAGER_H_
@@ -50,6 +51,10 @@ struct SessionLimits {
   uint64_t max_region_bytes_per_session = uint64_t{1} << 40;
   absl::Duration default_lease = absl::Seconds(120);
   absl::Duration max_lease = absl::Minutes(60);
+  // Memory of the server's own; 0: none.
+  uint64_t max_owned_bytes = uint64_t{1} << 30;
+  uint64_t max_owned_bytes_per_session = uint64_t{1} << 28;
+  absl::Duration quarantine = absl::Seconds(60);  // where no process can be watched
 };
 
 struct OpenSessionArgs {
@@ -74,8 +79,16 @@ struct RegionInfo {
   uint64_t length = 0;
   RegionAccess access = RegionAccess::kReadOnly;
   uint64_t generation = 0;
+  uint64_t owned_bytes = 0;  // allocated here for it; 0: the worker's memory
   bool retiring = false;
   int64_t leases = 0;
+};
+
+struct AllocatedRegion {
+  RegionInfo info;
+  uint64_t offset = 0;     // of the region in its info.owned_bytes
+  uint64_t fd_token = 0;   // FetchFd answers the descriptor; 0: ipc_handle
+  std::string ipc_handle;  // "cuda_ipc"
 };
 
 struct SessionCounts {
@@ -85,12 +98,18 @@ struct SessionCounts {
     int64_t regions = 0;
     uint64_t bytes = 0;
     uint64_t device_bytes = 0;  // MemoryTransport::DeviceBytes
+    uint64_t owned_bytes = 0;   // of the server's own, quarantined_bytes included
+    int64_t quarantined_regions = 0;
+    uint64_t quarantined_bytes = 0;
   };
   std::vector<ByKind> regions;  // every known kind, zero included
 };
 
 // Why a session ended.
 enum class SessionEnd { kClosed, kReplaced, kHangUp, kLeaseExpired, kShutdown };
+
+// What quarantined memory waits for, beside the operations that use it.
+enum class QuarantineEnd { kNothing, kProcess, kTime };
 
 // What the session room tells metrics and the log; called without locks held, from any thread.
 class SessionObserver {
@@ -101,6 +120,7 @@ class SessionObserver {
                               int64_t /*regions*/) {}
   virtual void OnRegionRegistered(absl::string_view /*session_id*/, const RegionInfo& /*region*/) {}
   virtual void OnRegionRefused(absl::string_view /*kind*/, const absl::Status& /*why*/) {}
+  virtual void OnRegionQuarantined(const RegionInfo& /*region*/, QuarantineEnd /*until*/) {}
 };
 
 class SessionManager {
@@ -118,8 +138,10 @@ class SessionManager {
   virtual absl::Status Beat(absl::string_view session_id) = 0;
   virtual absl::Status CloseSession(absl::string_view session_id) = 0;
 
-  // Side socket: redeems a one-time token. PermissionDenied: unknown or used.
-  virtual absl::StatusOr<std::string> RedeemToken(const SideSocketToken& token) = 0;
+  // Side socket: redeems a one-time token. process: pidfd of the peer, null where it has none.
+  // PermissionDenied: unknown or used.
+  virtual absl::StatusOr<std::string> RedeemToken(const SideSocketToken& token,
+                                                  std::shared_ptr<const UniqueFd> process) = 0;
   // Stores a passed descriptor until RegisterRegion names its token. ResourceExhausted: too many
   // pending.
   virtual absl::StatusOr<uint64_t> DepositFd(absl::string_view session_id, UniqueFd fd) = 0;
@@ -131,7 +153,19 @@ class SessionManager {
   virtual absl::StatusOr<RegionInfo> RegisterRegion(absl::string_view session_id,
                                                     absl::string_view name, uint64_t fd_token,
                                                     RegionDescriptor descriptor) = 0;
-  // Waits up to `timeout` for the leases to drop. DeadlineExceeded leaves it retiring.
+  // Fresh zeroed memory of the server's own as a read-write region. FailedPrecondition: the server
+  // gives none, or none of this kind. ResourceExhausted: a limit, named. Otherwise the errors of
+  // RegisterRegion and MemoryTransport::Create.
+  virtual absl::StatusOr<AllocatedRegion> AllocateRegion(absl::string_view session_id,
+                                                         absl::string_view name,
+                                                         const std::string& kind, uint64_t length,
+                                                         const std::string& device_uuid) = 0;
+  // Side socket: the descriptor of an AllocatedRegion. NotFound: no such token in this session, or
+  // it was used.
+  virtual absl::StatusOr<UniqueFd> FetchFd(absl::string_view session_id, uint64_t fd_token) = 0;
+  // Waits up to `timeout` for the leases to drop. DeadlineExceeded leaves it retiring. Of a region
+  // that is the server's own it is the worker's word that it has unmapped it, and is taken after
+  // the end of the session, too.
   virtual absl::Status RetireRegion(absl::string_view session_id, absl::string_view region_id,
                                     absl::Duration timeout) = 0;
   virtual absl::StatusOr<std::vector<RegionInfo>> ListRegions(absl::string_view session_id) = 0;
@@ -146,6 +180,8 @@ class SessionManager {
 
   // Ends sessions whose lease has run out; returns how many. Called by the server's timer thread.
   virtual int64_t ReapExpired() = 0;
+  // Frees quarantined memory whose time has come; may wait for devices.
+  virtual void SweepQuarantine() = 0;
   virtual SessionCounts Counts() const = 0;
   virtual void Shutdown() = 0;
 };

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <memory>
 #include <system_error>
 #include <thread>
 #include <utility>
@@ -36,7 +37,8 @@ enum class Fate { kKeep, kClose };
 
 struct Connection {
   UniqueFd socket;
-  UniqueFd process;  // pidfd of the peer; invalid where the kernel or a namespace hides it
+  // pidfd of the peer, shared with its session; null where the kernel or a namespace hides it.
+  std::shared_ptr<const UniqueFd> process;
   absl::Duration hello_deadline;
   SideSocketPhase phase = SideSocketPhase::kAwaitingHello;
   std::string session_id;  // kBound
@@ -88,12 +90,30 @@ bool OutOfDescriptors(int any_fd) {
   return !probe.valid() && (errno == EMFILE || errno == ENFILE);
 }
 
-// False when the peer does not take its replies.
-bool Reply(const Connection& connection, absl::StatusCode code, uint64_t fd_token) {
+constexpr int kNoDescriptor = -1;
+
+// With a duplicate of `fd` unless it is kNoDescriptor. False when the peer does not take its
+// replies.
+bool Reply(const Connection& connection, absl::StatusCode code, uint64_t fd_token,
+           int fd = kNoDescriptor) {
   wire::SideSocketReply reply;
   reply.code = static_cast<int32_t>(code);
   reply.fd_token = fd_token;
-  return ::send(connection.socket.get(), &reply, sizeof(reply), MSG_DONTWAIT | MSG_NOSIGNAL) ==
+  iovec data = {&reply, sizeof(reply)};
+  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
+  msghdr message = {};
+  message.msg_iov = &data;
+  message.msg_iovlen = 1;
+  if (fd != kNoDescriptor) {
+    message.msg_control = control;
+    message.msg_controllen = sizeof(control);
+    cmsghdr* const header = CMSG_FIRSTHDR(&message);
+    header->cmsg_level = SOL_SOCKET;
+    header->cmsg_type = SCM_RIGHTS;
+    header->cmsg_len = CMSG_LEN(sizeof(int));
+    std::memcpy(CMSG_DATA(header), &fd, sizeof(int));
+  }
+  return ::sendmsg(connection.socket.get(), &message, MSG_DONTWAIT | MSG_NOSIGNAL) ==
          static_cast<ssize_t>(sizeof(reply));
 }
 
@@ -156,7 +176,9 @@ void SideSocketServerImpl::Serve() {
     polled.push_back({listener_.fd(), POLLIN, 0});
     for (const Connection& connection : connections_) {
       polled.push_back({connection.socket.get(), POLLIN, 0});
-      polled.push_back({connection.process.get(), POLLIN, 0});  // -1 is ignored by poll
+      // poll ignores -1.
+      const int process = connection.process == nullptr ? -1 : connection.process->get();
+      polled.push_back({process, POLLIN, 0});
     }
     if (::poll(polled.data(), polled.size(), PollTimeoutMs()) < 0) continue;  // EINTR
     if (polled[0].revents != 0) break;
@@ -233,7 +255,8 @@ void SideSocketServerImpl::Admit(UniqueFd socket) {
   }
 #ifdef SYS_pidfd_open
   if (peer.pid > 0) {
-    connection.process.Reset(static_cast<int>(::syscall(SYS_pidfd_open, peer.pid, 0)));
+    UniqueFd process(static_cast<int>(::syscall(SYS_pidfd_open, peer.pid, 0)));
+    if (process.valid()) connection.process = std::make_shared<const UniqueFd>(std::move(process));
   }
 #endif
   connection.hello_deadline = SystemClock().Monotonic() + options_.hello_timeout;
@@ -278,7 +301,8 @@ Fate SideSocketServerImpl::Handle(Connection& connection, Received received) {
   }
   switch (frame->type) {
     case wire::SideSocketFrameType::kHello: {
-      absl::StatusOr<std::string> session_id = sessions_.RedeemToken(frame->token);
+      absl::StatusOr<std::string> session_id =
+          sessions_.RedeemToken(frame->token, connection.process);
       if (!session_id.ok()) {
         Reply(connection, session_id.status().code(), 0);
         return Fate::kClose;
@@ -293,6 +317,13 @@ Fate SideSocketServerImpl::Handle(Connection& connection, Received received) {
       const bool sent = Reply(connection, token.status().code(), token.value_or(0));
       // The session ended some other way: nothing is left for this connection to do.
       return sent && !absl::IsNotFound(token.status()) ? Fate::kKeep : Fate::kClose;
+    }
+    case wire::SideSocketFrameType::kFetchFd: {
+      const absl::StatusOr<UniqueFd> fd = sessions_.FetchFd(connection.session_id, frame->fd_token);
+      return Reply(connection, fd.status().code(), frame->fd_token,
+                   fd.ok() ? fd->get() : kNoDescriptor)
+                 ? Fate::kKeep
+                 : Fate::kClose;
     }
   }
   return Fate::kClose;

@@ -1,5 +1,6 @@
 // The AF_UNIX socket that passes file descriptors into sessions (proto/side_socket_wire.h).
 //
+// Descriptors of memory that the server owns go the other way, on the connection of their session.
 // One thread serves all connections with poll; a connection that does not send its token in time,
 // sends a malformed frame, or belongs to another user than `allowed_uid` (and is not root) is
 // closed. A connection that redeemed its token is its session's life: when the peer hangs up, sends

@@ -19,11 +19,12 @@ enum class SideSocketPhase {
 struct SideSocketFrame {
   wire::SideSocketFrameType type = wire::SideSocketFrameType::kHello;
   SideSocketToken token = {};  // kHello
+  uint64_t fd_token = 0;       // kFetchFd
 };
 
 // InvalidArgument: not exactly one request frame, unknown type, reserved bytes set, a frame that
-// does not belong in `phase`, or another number of descriptors than it carries (kHello 0,
-// kPassFd 1).
+// does not belong in `phase`, or another number of descriptors than it carries (kPassFd 1, others
+// 0).
 absl::StatusOr<SideSocketFrame> ParseSideSocketFrame(absl::Span<const uint8_t> bytes, int num_fds,
                                                      SideSocketPhase phase);
 

@@ -3,12 +3,21 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
 #include "base/check.h"
 #include "service/memory/memory_transport.h"
 #include "service/memory/session_manager.h"
 
 namespace keepset::service {
+
+absl::StatusOr<OwnedMemory> MemoryTransport::Create(uint64_t /*length*/,
+                                                    const std::string& /*device_uuid*/) {
+  return absl::InvalidArgumentError(
+      absl::StrCat("kind=\"", kind(),
+                   "\": the server makes no memory of this kind, want memfd, cuda_ipc or "
+                   "cuda_vmm"));
+}
 
 #define KEEPSET_TRANSPORT(kind, factory) std::unique_ptr<MemoryTransport> factory();
 #include "service/memory/transports.def"

@@ -109,11 +109,20 @@ inline constexpr MetricInfo kRegionBytes = {"keepset_region_bytes", MetricType::
                                             "Bytes of registered memory regions."};
 inline constexpr MetricInfo kRegionImportFailuresTotal = {
     "keepset_region_import_failures_total", MetricType::kCounter, "kind",
-    "Region registrations that were refused."};
+    "Registrations and allocations of regions that were refused."};
 inline constexpr MetricInfo kDeviceMemoryBytes = {
     "keepset_device_memory_bytes", MetricType::kGauge, "kind",
     "Device memory of workers that mappings of this server keep allocated: whole allocations, of "
     "which regions are parts."};
+inline constexpr MetricInfo kOwnedRegionBytes = {
+    "keepset_owned_region_bytes", MetricType::kGauge, "kind",
+    "Memory of this server's own that it made for workers, quarantined memory included."};
+inline constexpr MetricInfo kQuarantinedRegions = {
+    "keepset_quarantined_regions", MetricType::kGauge, "kind",
+    "Regions of this server's own that nobody may use and a worker may still have mapped."};
+inline constexpr MetricInfo kQuarantinedBytes = {
+    "keepset_quarantined_bytes", MetricType::kGauge, "kind",
+    "Memory of this server's own that nobody may use and a worker may still have mapped."};
 inline constexpr MetricInfo kCreditsOutstanding = {
     "keepset_credits_outstanding", MetricType::kGauge, "",
     "Layer inputs that workers may send on their open streams: granted and not used."};
@@ -181,6 +190,9 @@ inline constexpr MetricInfo kAllMetrics[] = {kCompressOperationsTotal,
                                              kRegionBytes,
                                              kRegionImportFailuresTotal,
                                              kDeviceMemoryBytes,
+                                             kOwnedRegionBytes,
+                                             kQuarantinedRegions,
+                                             kQuarantinedBytes,
                                              kCreditsOutstanding,
                                              kQueueDepth,
                                              kQueueCapacity,

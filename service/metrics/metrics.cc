@@ -81,6 +81,12 @@ class PrometheusMetrics : public Metrics {
                          kRegionImportFailuresTotal, values.region_kinds),
         device_memory_(GaugeFamily(*registry_, kDeviceMemoryBytes), kDeviceMemoryBytes,
                        values.region_kinds),
+        owned_bytes_(GaugeFamily(*registry_, kOwnedRegionBytes), kOwnedRegionBytes,
+                     values.region_kinds),
+        quarantined_regions_(GaugeFamily(*registry_, kQuarantinedRegions), kQuarantinedRegions,
+                             values.region_kinds),
+        quarantined_bytes_(GaugeFamily(*registry_, kQuarantinedBytes), kQuarantinedBytes,
+                           values.region_kinds),
         credits_(GaugeFamily(*registry_, kCreditsOutstanding).Add({})),
         queue_depth_(GaugeFamily(*registry_, kQueueDepth).Add({})),
         queue_capacity_(GaugeFamily(*registry_, kQueueCapacity).Add({})),
@@ -178,6 +184,11 @@ class PrometheusMetrics : public Metrics {
   }
   void SetDeviceMemory(absl::string_view kind, uint64_t bytes) override {
     device_memory_.Of(kind).Set(static_cast<double>(bytes));
+  }
+  void SetOwnedMemory(absl::string_view kind, const OwnedMemorySample& sample) override {
+    owned_bytes_.Of(kind).Set(static_cast<double>(sample.bytes));
+    quarantined_regions_.Of(kind).Set(static_cast<double>(sample.quarantined_regions));
+    quarantined_bytes_.Of(kind).Set(static_cast<double>(sample.quarantined_bytes));
   }
   void RecordSessionEnd(absl::string_view why) override { sessions_ended_.Of(why).Increment(); }
   void RecordImportFailure(absl::string_view kind) override {
@@ -282,6 +293,9 @@ class PrometheusMetrics : public Metrics {
   const LabelledSeries<Gauge> region_bytes_;
   const LabelledSeries<Counter> import_failures_;
   const LabelledSeries<Gauge> device_memory_;
+  const LabelledSeries<Gauge> owned_bytes_;
+  const LabelledSeries<Gauge> quarantined_regions_;
+  const LabelledSeries<Gauge> quarantined_bytes_;
   Gauge& credits_;
   Gauge& queue_depth_;
   Gauge& queue_capacity_;

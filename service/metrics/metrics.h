@@ -74,6 +74,13 @@ struct TableInfoSample {
   int64_t num_ppl_bins = 0;
 };
 
+// Memory of the server's own that workers may map.
+struct OwnedMemorySample {
+  uint64_t bytes = 0;  // quarantined_bytes included
+  int64_t quarantined_regions = 0;
+  uint64_t quarantined_bytes = 0;
+};
+
 enum class Reject {
   kQueueFull,
   kInlineTooLarge,
@@ -121,6 +128,7 @@ class Metrics {
   virtual void SetSessions(int64_t sessions) = 0;
   virtual void SetRegions(absl::string_view kind, int64_t regions, uint64_t bytes) = 0;
   virtual void SetDeviceMemory(absl::string_view kind, uint64_t bytes) = 0;
+  virtual void SetOwnedMemory(absl::string_view kind, const OwnedMemorySample& sample) = 0;
   virtual void RecordSessionEnd(absl::string_view why) = 0;  // "closed", "replaced", "hang_up", ...
   virtual void RecordImportFailure(absl::string_view kind) = 0;
 

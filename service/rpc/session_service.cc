@@ -76,6 +76,13 @@ class SessionServiceImpl final : public SessionService {
                  [this, request, response] { return Register(*request, response); });
   }
 
+  grpc::ServerUnaryReactor* AllocateRegion(grpc::CallbackServerContext* call,
+                                           const v1::AllocateRegionRequest* request,
+                                           v1::AllocateRegionResponse* response) override {
+    return RunOn(registration_, call, "AllocateRegion",
+                 [this, request, response] { return Allocate(*request, response); });
+  }
+
   grpc::ServerUnaryReactor* RetireRegion(grpc::CallbackServerContext* call,
                                          const v1::RetireRegionRequest* request,
                                          v1::RetireRegionResponse* /*response*/) override {
@@ -183,6 +190,24 @@ class SessionServiceImpl final : public SessionService {
     response->set_region_id(info.region_id);
     response->set_path(info.kind);
     response->set_mapped_bytes(info.length);
+    return absl::OkStatus();
+  }
+
+  absl::Status Allocate(const v1::AllocateRegionRequest& request,
+                        v1::AllocateRegionResponse* response) {
+    KEEPSET_ASSIGN_OR_RETURN(
+        const AllocatedRegion region,
+        context_.sessions.AllocateRegion(request.session_id(), request.name(), request.kind(),
+                                         request.length(), request.device_uuid()));
+    response->set_region_id(region.info.region_id);
+    response->set_generation(region.info.generation);
+    response->set_allocation_bytes(region.info.owned_bytes);
+    response->set_offset(region.offset);
+    if (region.fd_token != 0) {
+      response->set_fd_token(region.fd_token);
+    } else {
+      response->set_ipc_handle(region.ipc_handle);
+    }
     return absl::OkStatus();
   }
 

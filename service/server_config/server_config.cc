@@ -123,6 +123,11 @@ void FillMemory(v1::ServerConfig::Memory& memory) {
     memory.set_max_region_bytes_per_session(uint64_t{1} << 40);
   }
   if (memory.lease_seconds() == 0) memory.set_lease_seconds(120);
+  if (!memory.has_max_owned_bytes()) memory.set_max_owned_bytes(uint64_t{1} << 30);
+  if (memory.max_owned_bytes_per_session() == 0) {
+    memory.set_max_owned_bytes_per_session(memory.max_owned_bytes() / 4);
+  }
+  if (memory.quarantine_seconds() == 0) memory.set_quarantine_seconds(60);
 }
 
 void FillEtcd(v1::ServerConfig::Etcd& etcd) {
@@ -236,6 +241,8 @@ absl::Status ResolveServerConfig(v1::ServerConfig& config) {
   }
   KEEPSET_RETURN_IF_ERROR(CheckRange<uint32_t>("num_workers", config.num_workers(), 1, 1024));
   KEEPSET_RETURN_IF_ERROR(CheckRange<uint32_t>("num_threads", config.num_threads(), 0, 4096));
+  KEEPSET_RETURN_IF_ERROR(CheckRange<uint32_t>("memory.quarantine_seconds",
+                                               config.memory().quarantine_seconds(), 1, 86'400));
   return CheckRange<uint32_t>("memory.lease_seconds", config.memory().lease_seconds(), 3, 3600);
 }
 

@@ -28,10 +28,12 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   SideSocketRequest again;
   again.type = frame->type;
   std::memcpy(again.token, frame->token.data(), sizeof(again.token));
+  again.fd_token = frame->fd_token;
   KEEPSET_CHECK(bytes.size() == sizeof(again));
   KEEPSET_CHECK(std::memcmp(bytes.data(), &again, sizeof(again)) == 0);
   const bool is_hello = frame->type == SideSocketFrameType::kHello;
-  KEEPSET_CHECK(num_fds == (is_hello ? 0 : 1));
+  KEEPSET_CHECK(num_fds == (frame->type == SideSocketFrameType::kPassFd ? 1 : 0));
+  KEEPSET_CHECK((frame->fd_token != 0) == (frame->type == SideSocketFrameType::kFetchFd));
   KEEPSET_CHECK(phase == (is_hello ? SideSocketPhase::kAwaitingHello : SideSocketPhase::kBound));
   return 0;
 }

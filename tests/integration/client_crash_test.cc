@@ -34,7 +34,7 @@ class ClientCrash : public ::testing::Test {
  protected:
   // A worker that stands in `phase`.
   ChildProcess& Start(const std::string& phase) {
-    memory_ = "crash-" + phase;
+    memory_ = phase.rfind("owned", 0) == 0 ? "keepset-owned" : "crash-" + phase;
     child_ = std::make_unique<ChildProcess>(
         std::vector<std::string>{KEEPSET_CRASH_CLIENT, server_.address(), phase},
         ChildProcess::Output::kStdout);
@@ -53,6 +53,12 @@ class ClientCrash : public ::testing::Test {
     const fakes::SyntheticPrompt prompt({});
     const grpc::Status status = Compress(server_, WireRequest(prompt, "snapkv", kBudget), nullptr);
     EXPECT_TRUE(status.ok()) << status.error_message();
+  }
+
+  // Whether the metrics page comes to hold `sample`.
+  bool AwaitMetric(const std::string& sample) {
+    return Eventually(
+        [&] { return server_.server().RenderMetrics().find(sample + "\n") != std::string::npos; });
   }
 
   TestServer server_;
@@ -104,6 +110,30 @@ TEST_F(ClientCrash, WhileTheOperationRunsItsMemoryStaysMappedUntilItEnds) {
   EXPECT_TRUE(HoldsMemory(memory_));
   server_.gate().Open();
   ExpectNothingLeft();
+}
+
+TEST_F(ClientCrash, MemoryOfTheServersOwnThatItMappedGoes) {
+  ChildProcess& child = Start("owned");
+  EXPECT_TRUE(HoldsMemory(memory_));
+  child.Kill();
+  EXPECT_TRUE(server_.log().AwaitLine({"session_ended", "why=hang_up", "regions=1"}));
+  ExpectNothingLeft();
+  EXPECT_TRUE(AwaitMetric("keepset_owned_region_bytes{kind=\"memfd\"} 0"));
+}
+
+TEST_F(ClientCrash, MemoryOfTheServersOwnIsQuarantinedWhileItsOperationRuns) {
+  server_.gate().Close();
+  ChildProcess& child = Start("owned_running");
+  ASSERT_TRUE(server_.gate().AwaitWaiting(1));
+  child.Kill();
+  EXPECT_TRUE(server_.log().AwaitLine({"region_quarantined", "until=operations_end"}));
+  EXPECT_TRUE(AwaitMetric("keepset_quarantined_bytes{kind=\"memfd\"} 1048576"));
+  EXPECT_TRUE(AwaitMetric("keepset_quarantined_regions{kind=\"memfd\"} 1"));
+  EXPECT_TRUE(HoldsMemory(memory_));
+  server_.gate().Open();
+  ExpectNothingLeft();
+  EXPECT_TRUE(AwaitMetric("keepset_quarantined_bytes{kind=\"memfd\"} 0"));
+  EXPECT_TRUE(AwaitMetric("keepset_owned_region_bytes{kind=\"memfd\"} 0"));
 }
 
 TEST_F(ClientCrash, BeforeTheResultIsReadNothingIsLeft) {

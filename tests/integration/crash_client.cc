@@ -3,8 +3,9 @@
 //   crash_client ADDRESS PHASE
 //
 // prints one line when it stands in PHASE and then waits for ever. Its memory is named after the
-// phase, so that the server's side can be searched for it.
+// phase, so that the server's side can be searched for it; in phases "owned..." it is the server's.
 #include <grpcpp/create_channel.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <cstdlib>
@@ -22,6 +23,8 @@
 namespace keepset::integration {
 namespace {
 
+constexpr int64_t kRegionBytes = 1 << 20;
+
 [[noreturn]] void StandStill() {
   std::cout << "ready" << std::endl;
   while (true) ::pause();
@@ -34,6 +37,48 @@ void Want(bool holds, const std::string& what) {
 }
 
 void Want(const grpc::Status& status) { Want(status.ok(), status.error_message()); }
+
+WorkerSession::Region Register(v1::SessionService::Stub& sessions, const std::string& session_id,
+                               const client::SharedRegion& memory, uint64_t fd_token) {
+  v1::RegisterRegionRequest registration;
+  registration.set_session_id(session_id);
+  registration.set_name("kv");
+  registration.set_kind("memfd");
+  registration.set_fd_token(fd_token);
+  registration.set_allocation_bytes(memory.size_bytes());
+  registration.set_length(memory.size_bytes());
+  registration.set_access(v1::REGION_ACCESS_READ_WRITE);
+  v1::RegisterRegionResponse response;
+  grpc::ClientContext context;
+  Want(sessions.RegisterRegion(&context, registration, &response));
+  WorkerSession::Region region;
+  region.id = response.region_id();
+  region.data = memory.data();
+  region.bytes = memory.size_bytes();
+  return region;
+}
+
+WorkerSession::Region Allocate(v1::SessionService::Stub& sessions, const std::string& session_id,
+                               client::SideSocket& side_socket) {
+  v1::AllocateRegionRequest request;
+  request.set_session_id(session_id);
+  request.set_name("kv");
+  request.set_kind("memfd");
+  request.set_length(kRegionBytes);
+  v1::AllocateRegionResponse response;
+  grpc::ClientContext context;
+  Want(sessions.AllocateRegion(&context, request, &response));
+  const absl::StatusOr<int> fd = side_socket.FetchFd(response.fd_token());
+  Want(fd.ok(), "fetch");
+  void* const data = ::mmap(nullptr, kRegionBytes, PROT_READ | PROT_WRITE, MAP_SHARED, *fd, 0);
+  Want(data != MAP_FAILED, "mmap");
+  WorkerSession::Region region;
+  region.id = response.region_id();
+  region.data = static_cast<std::byte*>(data);
+  region.bytes = kRegionBytes;
+  region.fd.Reset(*fd);
+  return region;
+}
 
 int Main(const std::string& address, const std::string& phase) {
   const auto channel = grpc::CreateChannel(address, grpc::InsecureChannelCredentials());
@@ -56,32 +101,22 @@ int Main(const std::string& address, const std::string& phase) {
   Want(side_socket.ok(), "hello");
   if (phase == "hello") StandStill();
 
-  const auto memory = client::SharedRegion::Create("crash-" + phase, 1 << 20);
-  Want(memory.ok(), "memory");
-  const absl::StatusOr<uint64_t> fd_token = (*side_socket)->PassFd((*memory)->fd());
-  Want(fd_token.ok(), "descriptor");
-  if (phase == "deposit") StandStill();
-
-  v1::RegisterRegionRequest registration;
-  registration.set_session_id(session.session_id());
-  registration.set_name("kv");
-  registration.set_kind("memfd");
-  registration.set_fd_token(*fd_token);
-  registration.set_allocation_bytes((*memory)->size_bytes());
-  registration.set_length((*memory)->size_bytes());
-  registration.set_access(v1::REGION_ACCESS_READ_WRITE);
-  v1::RegisterRegionResponse region;
-  {
-    grpc::ClientContext context;
-    Want(sessions->RegisterRegion(&context, registration, &region));
+  absl::StatusOr<std::unique_ptr<client::SharedRegion>> memory;
+  WorkerSession::Region lent;
+  if (phase.rfind("owned", 0) == 0) {
+    lent = Allocate(*sessions, session.session_id(), **side_socket);
+    if (phase == "owned") StandStill();
+  } else {
+    memory = client::SharedRegion::Create("crash-" + phase, kRegionBytes);
+    Want(memory.ok(), "memory");
+    const absl::StatusOr<uint64_t> fd_token = (*side_socket)->PassFd((*memory)->fd());
+    Want(fd_token.ok(), "descriptor");
+    if (phase == "deposit") StandStill();
+    lent = Register(*sessions, session.session_id(), **memory, *fd_token);
+    if (phase == "region") StandStill();
   }
-  if (phase == "region") StandStill();
 
   const fakes::SyntheticPrompt prompt({});
-  WorkerSession::Region lent;
-  lent.id = region.region_id();
-  lent.data = (*memory)->data();
-  lent.bytes = (*memory)->size_bytes();
   const v1::CompressRequest request =
       ToRegion(WireRequest(prompt, "snapkv", 24), session.session_id(), lent);
   grpc::ClientContext context;

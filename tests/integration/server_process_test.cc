@@ -107,6 +107,26 @@ TEST_F(ServerProcess, ClientOfAKilledServerOpensItsSessionAgain) {
   }
 }
 
+TEST_F(ServerProcess, MemoryOfAKilledServersOwnIsLostByATypedError) {
+  Start();
+  const auto client = Connect();
+  ASSERT_NE(client, nullptr);
+  client::ServiceMemory memory;
+  memory.size_bytes = 1 << 20;
+  const auto region = client->AllocateRegion("out", memory);
+  ASSERT_TRUE(region.ok()) << region.status();
+  (*region)->data()[1] = std::byte{1};
+
+  process_->Kill();
+  EXPECT_EQ(client->AllocateRegion("more", memory).status().code(), absl::StatusCode::kUnavailable);
+  Start();
+  ASSERT_TRUE(Eventually([&] { return client->Reopen().ok(); }));
+  EXPECT_EQ((*region)->status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_EQ((*region)->data()[1], std::byte{1}) << "what was in it can be read";
+  EXPECT_EQ((*region)->Retire().code(), absl::StatusCode::kNotFound);
+  EXPECT_TRUE(client->AllocateRegion("out", memory).ok());
+}
+
 TEST_F(ServerProcess, SigtermAnswersWhatRunsRefusesWhatIsNewAndExitsZero) {
   Start();
   const auto region = *client::SharedRegion::Create("drain", 1 << 20);

@@ -96,11 +96,32 @@ bool RawSideSocketClient::SendFds(std::initializer_list<int> fds) {
   return Send(&request, sizeof(request), fds);
 }
 
-std::optional<wire::SideSocketReply> RawSideSocketClient::Receive() {
+bool RawSideSocketClient::SendFetch(uint64_t fd_token) {
+  wire::SideSocketRequest request;
+  request.type = wire::SideSocketFrameType::kFetchFd;
+  request.fd_token = fd_token;
+  return Send(&request, sizeof(request));
+}
+
+std::optional<wire::SideSocketReply> RawSideSocketClient::Receive(UniqueFd* fd) {
   wire::SideSocketReply reply;
-  if (::recv(fd_.get(), &reply, sizeof(reply), 0) != static_cast<ssize_t>(sizeof(reply))) {
-    return std::nullopt;
+  iovec io = {&reply, sizeof(reply)};
+  alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))];
+  msghdr message = {};
+  message.msg_iov = &io;
+  message.msg_iovlen = 1;
+  message.msg_control = control;
+  message.msg_controllen = sizeof(control);
+  const ssize_t received = ::recvmsg(fd_.get(), &message, MSG_CMSG_CLOEXEC);
+  UniqueFd passed;
+  if (const cmsghdr* const header = received < 0 ? nullptr : CMSG_FIRSTHDR(&message);
+      header != nullptr && header->cmsg_type == SCM_RIGHTS) {
+    int number = -1;
+    std::memcpy(&number, CMSG_DATA(header), sizeof(number));
+    passed.Reset(number);
   }
+  if (fd != nullptr) *fd = std::move(passed);
+  if (received != static_cast<ssize_t>(sizeof(reply))) return std::nullopt;
   return reply;
 }
 

@@ -53,8 +53,10 @@ class RawSideSocketClient {
   bool Send(const void* bytes, size_t size, std::initializer_list<int> fds = {});
   bool SendHello(const SideSocketToken& token, std::initializer_list<int> fds = {});
   bool SendFds(std::initializer_list<int> fds);
-  // Waits for a reply; empty when the server closed the connection instead.
-  std::optional<wire::SideSocketReply> Receive();
+  bool SendFetch(uint64_t fd_token);
+  // Waits for a reply; empty when the server closed the connection instead. A descriptor that came
+  // with it is `fd`, else closed.
+  std::optional<wire::SideSocketReply> Receive(UniqueFd* fd = nullptr);
 
  private:
   UniqueFd fd_;

@@ -118,7 +118,7 @@ TEST_F(SessionManagerTest, EveryCallOfTheSessionRenewsItsLease) {
 
 TEST_F(SessionManagerTest, SideSocketConnectionHoldsTheSession) {
   const SessionInfo session = Open('a');
-  ASSERT_TRUE(sessions_->RedeemToken(session.token).ok());
+  ASSERT_TRUE(sessions_->RedeemToken(session.token, nullptr).ok());
   clock_.Advance(100 * session.lease);
   EXPECT_EQ(sessions_->ReapExpired(), 0);
   sessions_->OnHangUp(session.session_id);
@@ -127,22 +127,22 @@ TEST_F(SessionManagerTest, SideSocketConnectionHoldsTheSession) {
 
 TEST_F(SessionManagerTest, TokenServesOnce) {
   const SessionInfo session = Open('a');
-  EXPECT_EQ(sessions_->RedeemToken(session.token).value(), session.session_id);
-  EXPECT_EQ(sessions_->RedeemToken(session.token).status().code(),
+  EXPECT_EQ(sessions_->RedeemToken(session.token, nullptr).value(), session.session_id);
+  EXPECT_EQ(sessions_->RedeemToken(session.token, nullptr).status().code(),
             absl::StatusCode::kPermissionDenied);
 }
 
 TEST_F(SessionManagerTest, TokenOfAnEndedSessionIsRefused) {
   const SessionInfo session = Open('a');
   ASSERT_TRUE(sessions_->CloseSession(session.session_id).ok());
-  EXPECT_EQ(sessions_->RedeemToken(session.token).status().code(),
+  EXPECT_EQ(sessions_->RedeemToken(session.token, nullptr).status().code(),
             absl::StatusCode::kPermissionDenied);
 }
 
 TEST_F(SessionManagerTest, TokenWithOneBitFlippedIsRefused) {
   SessionInfo session = Open('a');
   session.token[31] ^= 1;
-  EXPECT_EQ(sessions_->RedeemToken(session.token).status().code(),
+  EXPECT_EQ(sessions_->RedeemToken(session.token, nullptr).status().code(),
             absl::StatusCode::kPermissionDenied);
 }
 

@@ -24,6 +24,44 @@ SideSocketRequest PassFd() {
   return request;
 }
 
+SideSocketRequest FetchFd(uint64_t fd_token) {
+  SideSocketRequest request;
+  request.type = SideSocketFrameType::kFetchFd;
+  request.fd_token = fd_token;
+  return request;
+}
+
+TEST(SideSocketFrame, FetchFdCarriesItsToken) {
+  const auto frame = Parse(FetchFd(0x0123456789abcdef), 0, SideSocketPhase::kBound);
+  ASSERT_TRUE(frame.ok()) << frame.status();
+  EXPECT_EQ(frame->type, SideSocketFrameType::kFetchFd);
+  EXPECT_EQ(frame->fd_token, 0x0123456789abcdefu);
+}
+
+TEST(SideSocketFrame, FetchFdWantsNoDescriptorAndAHelloBefore) {
+  EXPECT_FALSE(Parse(FetchFd(1), 1, SideSocketPhase::kBound).ok());
+  EXPECT_FALSE(Parse(FetchFd(1), 0, SideSocketPhase::kAwaitingHello).ok());
+}
+
+TEST(SideSocketFrame, FetchFdWithoutAnFdTokenIsRefused) {
+  EXPECT_FALSE(Parse(FetchFd(0), 0, SideSocketPhase::kBound).ok());
+}
+
+TEST(SideSocketFrame, FetchFdWithASessionTokenIsRefused) {
+  SideSocketRequest request = FetchFd(1);
+  request.token[31] = 1;
+  EXPECT_FALSE(Parse(request, 0, SideSocketPhase::kBound).ok());
+}
+
+TEST(SideSocketFrame, OnlyAFetchNamesAnFdToken) {
+  SideSocketRequest request = PassFd();
+  request.fd_token = 1;
+  EXPECT_FALSE(Parse(request, 1, SideSocketPhase::kBound).ok());
+  SideSocketRequest hello;
+  hello.fd_token = 1;
+  EXPECT_FALSE(Parse(hello, 0, SideSocketPhase::kAwaitingHello).ok());
+}
+
 TEST(SideSocketFrame, HelloCarriesItsToken) {
   SideSocketRequest request;
   for (int i = 0; i < 32; ++i) request.token[i] = static_cast<uint8_t>(i + 1);
@@ -46,7 +84,7 @@ TEST(SideSocketFrame, PhasesAcceptTheirOwnFrameOnly) {
 
 TEST(SideSocketFrame, ReservedBytesMustBeZero) {
   SideSocketRequest request = PassFd();
-  request.reserved[23] = 1;
+  request.reserved[15] = 1;
   EXPECT_FALSE(Parse(request, 1, SideSocketPhase::kBound).ok());
 }
 
@@ -58,9 +96,10 @@ TEST(SideSocketFrame, PassFdWithATokenIsRefused) {
 
 TEST(SideSocketFrame, UnknownTypeIsRefused) {
   SideSocketRequest request;
-  request.type = static_cast<SideSocketFrameType>(3);
+  request.type = static_cast<SideSocketFrameType>(4);
   const auto frame = Parse(request, 0, SideSocketPhase::kAwaitingHello);
-  EXPECT_EQ(frame.status().message(), "frame type 3, want 1 (hello) or 2 (pass descriptor)");
+  EXPECT_EQ(frame.status().message(),
+            "frame type 4, want 1 (hello), 2 (pass descriptor) or 3 (fetch descriptor)");
 }
 
 TEST(SideSocketFrame, EverySizeButOneIsRefused) {

@@ -54,6 +54,19 @@ TEST(Metrics, CreditsAddUpOverStreams) {
   EXPECT_EQ(ValueOf(ParsePage(metrics->Render()), "keepset_credits_outstanding"), 31);
 }
 
+TEST(Metrics, OwnedAndQuarantinedMemoryIsShownByKind) {
+  const auto metrics = NewTestMetrics();
+  const auto value = [&](const std::string& name) {
+    return ValueOf(ParsePage(metrics->Render()), name + "{kind=\"memfd\"}");
+  };
+  EXPECT_EQ(value("keepset_owned_region_bytes"), 0);
+  metrics->SetOwnedMemory("memfd",
+                          {.bytes = 8192, .quarantined_regions = 1, .quarantined_bytes = 4096});
+  EXPECT_EQ(value("keepset_owned_region_bytes"), 8192);
+  EXPECT_EQ(value("keepset_quarantined_regions"), 1);
+  EXPECT_EQ(value("keepset_quarantined_bytes"), 4096);
+}
+
 TEST(Metrics, DeviceMemoryIsThereFromTheStartByKind) {
   const auto metrics = NewTestMetrics();
   EXPECT_EQ(ValueOf(ParsePage(metrics->Render()), "keepset_device_memory_bytes{kind=\"memfd\"}"),

@@ -92,6 +92,23 @@ TEST(ResolveServerConfig, RefusesPlainTcpUnlessAllowed) {
   EXPECT_EQ(config.side_socket(), "");
 }
 
+TEST(ResolveServerConfig, MemoryOfTheServersOwnIsAGibibyteUnlessItIsTurnedOff) {
+  v1::ServerConfig config = Config("");
+  ASSERT_TRUE(ResolveServerConfig(config).ok());
+  EXPECT_EQ(config.memory().max_owned_bytes(), uint64_t{1} << 30);
+  EXPECT_EQ(config.memory().max_owned_bytes_per_session(), uint64_t{1} << 28);
+  EXPECT_EQ(config.memory().quarantine_seconds(), 60u);
+  v1::ServerConfig off = Config("memory { max_owned_bytes: 0 }");
+  ASSERT_TRUE(ResolveServerConfig(off).ok());
+  EXPECT_EQ(off.memory().max_owned_bytes(), 0u);
+}
+
+TEST(ResolveServerConfig, QuarantineIsAtMostADay) {
+  v1::ServerConfig config = Config("memory { quarantine_seconds: 86401 }");
+  EXPECT_EQ(ResolveServerConfig(config).message(),
+            "memory.quarantine_seconds=86401, want 1..86400");
+}
+
 TEST(ResolveServerConfig, NamesFieldValueAndRange) {
   v1::ServerConfig config = Config("memory { lease_seconds: 1 }");
   EXPECT_EQ(ResolveServerConfig(config).message(), "memory.lease_seconds=1, want 3..3600");

@@ -1,0 +1,59 @@
+#include "clients/cpp/service_region.h"
+
+#include "absl/strings/str_cat.h"
+#include "clients/cpp/service_mapping.h"
+
+namespace keepset::client {
+
+ServiceRegion::ServiceRegion(std::string name, ServiceMemory memory, int64_t offset,
+                             std::unique_ptr<ServiceMapping> mapping, std::function<void()> forget,
+                             std::function<absl::Status()> tell_server)
+    : name_(std::move(name)),
+      memory_(std::move(memory)),
+      offset_(offset),
+      forget_(std::move(forget)),
+      tell_server_(std::move(tell_server)),
+      mapping_(std::move(mapping)) {}
+
+ServiceRegion::~ServiceRegion() { static_cast<void>(Retire()); }
+
+std::byte* ServiceRegion::data() const {
+  absl::MutexLock lock(&mutex_);
+  return mapping_ == nullptr ? nullptr : mapping_->data() + offset_;
+}
+
+bool ServiceRegion::Contains(const void* data, int64_t size_bytes) const {
+  const auto begin = reinterpret_cast<uintptr_t>(this->data());
+  const auto first = reinterpret_cast<uintptr_t>(data);
+  return begin != 0 && size_bytes >= 0 && first >= begin && size_bytes <= memory_.size_bytes &&
+         first - begin <= static_cast<uintptr_t>(memory_.size_bytes - size_bytes);
+}
+
+absl::Status ServiceRegion::status() const {
+  absl::MutexLock lock(&mutex_);
+  return status_;
+}
+
+void ServiceRegion::NoteLost() const {
+  absl::MutexLock lock(&mutex_);
+  if (!status_.ok()) return;
+  status_ = absl::FailedPreconditionError(
+      absl::StrCat("region \"", name_,
+                   "\": it belonged to the session before this one, copy what is needed, retire it "
+                   "and allocate another"));
+}
+
+absl::Status ServiceRegion::Retire() {
+  forget_();
+  std::unique_ptr<ServiceMapping> mapping;
+  {
+    absl::MutexLock lock(&mutex_);
+    if (mapping_ == nullptr) return absl::OkStatus();
+    mapping = std::move(mapping_);
+    status_ = absl::FailedPreconditionError(absl::StrCat("region \"", name_, "\" is retired"));
+  }
+  mapping.reset();
+  return tell_server_();
+}
+
+}  // namespace keepset::client

@@ -1,0 +1,65 @@
+// Memory of the server's own whose session ended before the worker retired it: nobody gets it, and
+// it is not freed, before a safe point.
+//
+// Freeing exported memory that an importer has open is undefined, and a worker that lost its
+// connection may be alive, its GPU work under way. Safe are, in this order:
+//   - the worker's retire (by session and region id, also after the session);
+//   - memory whose users the kernel counts (EarlyFree::kHarmless): at once;
+//   - the end of the process that held the session's side socket, seen on its pidfd: it has no
+//     mapping any more. A process that it handed the memory on to is not seen;
+//   - where there is no pidfd (no side socket, a pid namespace that hides the process, an old
+//     kernel): a fixed time after the session's end. This one is a guess: a worker that stood still
+//     for longer may still have the memory mapped.
+// Memory that operations use waits for them in every case. What is freed goes back to the kernel or
+// the driver, never to another region.
+#ifndef KEEPSET_SERVICE_MEMORY_QUARANTINE_H_
+#define KEEPSET_SERVICE_MEMORY_QUARANTINE_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/strings/string_view.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "service/memory/memory_transport.h"
+#include "service/memory/region_table.h"
+#include "service/memory/session_manager.h"
+
+namespace keepset::service {
+
+// Thread-safe. Its end frees everything.
+class Quarantine {
+ public:
+  explicit Quarantine(absl::Duration time) : time_(time) {}
+
+  // process: pidfd of the worker, null where it cannot be watched.
+  QuarantineEnd Hold(const std::string& session_id, RegionTable::Taken region, EarlyFree early_free,
+                     std::shared_ptr<const UniqueFd> process, absl::Duration now);
+  // nullptr: holds no such region.
+  std::shared_ptr<RegionSlot> Find(absl::string_view session_id, absl::string_view region_id) const;
+  // Frees what may be freed; may wait for the memory's device.
+  void Sweep(absl::Duration now);
+  // Adds what is held under its kind.
+  void CountInto(std::vector<SessionCounts::ByKind>& counts) const;
+
+ private:
+  struct Held {
+    std::string session_id;
+    RegionTable::Taken region;
+    QuarantineEnd until;
+    std::shared_ptr<const UniqueFd> process;  // kProcess
+    absl::Duration end;                       // kTime
+  };
+  static bool IsSafe(const Held& held, absl::Duration now);
+
+  const absl::Duration time_;
+  mutable absl::Mutex mutex_;
+  std::vector<Held> held_ ABSL_GUARDED_BY(mutex_);
+};
+
+}  // namespace keepset::service
+
+#endif  // KEEPSET_SERVICE_MEMORY_QUARANTINE_H_

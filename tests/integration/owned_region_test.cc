@@ -1,0 +1,245 @@
+// Results in memory of the server's own: the typed client, one server in this process.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <algorithm>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "tests/integration/server_fixture.h"
+#include "tests/integration/typed_worker.h"
+
+namespace keepset::integration {
+namespace {
+
+using ::testing::Contains;
+using ::testing::HasSubstr;
+using ::testing::Not;
+
+constexpr int64_t kBudget = 20;
+constexpr int64_t kBytes = 1 << 20;
+
+// Kept positions and rows of every layer and head.
+std::string RowsOf(const client::OperationResult& result, int64_t row_bytes) {
+  std::string rows;
+  for (const client::LayerResult& layer : result.layers) {
+    for (const client::KeepSet& set : layer.sets) {
+      for (const int32_t position : set.keep_indices) absl::StrAppend(&rows, position, " ");
+    }
+    for (const client::GatheredHead& head : layer.gathered) {
+      for (int64_t i = 0; i < head.num_tokens; ++i) {
+        rows.append(reinterpret_cast<const char*>(head.k + i * head.k_row_bytes), row_bytes);
+        rows.append(reinterpret_cast<const char*>(head.v + i * head.v_row_bytes), row_bytes);
+      }
+    }
+  }
+  return rows;
+}
+
+class OwnedRegion : public ::testing::Test {
+ protected:
+  explicit OwnedRegion(const std::string& config = "") : server_(config) {}
+
+  std::unique_ptr<client::Client> Connect(client::Transport transport = client::Transport::kMemfd) {
+    return ConnectTo(server_.address(), transport);
+  }
+  static client::ServiceMemory Memory(int64_t bytes = kBytes) {
+    client::ServiceMemory memory;
+    memory.size_bytes = bytes;
+    return memory;
+  }
+  int64_t row_bytes() const { return prompt_.shape().head_dim * 4; }
+  client::OperationSpec Spec(client::GatherMode gather) const {
+    client::OperationSpec spec = TypedSpec(prompt_, "snapkv", kBudget);
+    spec.gather = gather;
+    return spec;
+  }
+  // Destinations one after the other in `memory`.
+  void PlaceResults(std::byte* memory, std::vector<client::LayerInput>& layers) const {
+    for (client::LayerInput& layer : layers) {
+      client::Destination destination;
+      destination.capacity_tokens = kBudget;
+      for (client::KvTensor* tensor : {&destination.k, &destination.v}) {
+        tensor->size_bytes = prompt_.shape().num_kv_heads * kBudget * row_bytes();
+        tensor->data = memory;
+        memory += tensor->size_bytes;
+      }
+      layer.destination = destination;
+    }
+  }
+  // Whether the metrics page comes to hold `sample`.
+  bool AwaitMetric(const std::string& sample) {
+    return Eventually(
+        [&] { return server_.server().RenderMetrics().find(sample + "\n") != std::string::npos; });
+  }
+
+  TestServer server_;
+  const fakes::SyntheticPrompt prompt_{{.num_layers = 2}};
+};
+
+TEST_F(OwnedRegion, RowsGatheredIntoItAreThoseOfAnInlineReply) {
+  const auto inline_client = Connect(client::Transport::kInline);
+  const auto inline_result =
+      inline_client->CompressUnary(Spec(client::GatherMode::kInline), TypedLayers(prompt_));
+  ASSERT_TRUE(inline_result.ok()) << inline_result.status();
+  const auto client = Connect();
+  const auto inputs = *client::SharedRegion::Create("inputs", 1 << 21);
+  std::vector<client::LayerInput> layers = TypedLayers(prompt_);
+  MoveInto(*inputs, layers);
+  ASSERT_TRUE(client->RegisterRegion(*inputs, "in", client::RegionAccess::kReadOnly).ok());
+  const auto region = client->AllocateRegion("out", Memory());
+  ASSERT_TRUE(region.ok()) << region.status();
+  PlaceResults((*region)->data(), layers);
+  const auto result = client->CompressUnary(Spec(client::GatherMode::kDestination), layers);
+  ASSERT_TRUE(result.ok()) << result.status();
+  const std::string rows = RowsOf(*result, row_bytes());
+  EXPECT_GT(rows.size(), static_cast<size_t>(2 * kBudget * row_bytes()));
+  EXPECT_EQ(rows, RowsOf(*inline_result, row_bytes()));
+}
+
+TEST_F(OwnedRegion, KeysAndValuesMayComeFromIt) {
+  const auto client = Connect();
+  const auto region = client->AllocateRegion("kv", Memory());
+  ASSERT_TRUE(region.ok()) << region.status();
+  std::vector<client::LayerInput> layers = TypedLayers(prompt_);
+  std::byte* next = (*region)->data();
+  for (client::LayerInput& layer : layers) {
+    for (client::KvTensor* const tensor : {&layer.k, &layer.v}) {
+      const auto* const bytes = static_cast<const std::byte*>(tensor->data);
+      std::copy(bytes, bytes + tensor->size_bytes, next);
+      tensor->data = next;
+      next += tensor->size_bytes;
+    }
+  }
+  const auto result = client->CompressUnary(Spec(client::GatherMode::kInline), layers);
+  ASSERT_TRUE(result.ok()) << result.status();
+  const auto inline_result =
+      Connect(client::Transport::kInline)
+          ->CompressUnary(Spec(client::GatherMode::kInline), TypedLayers(prompt_));
+  ASSERT_TRUE(inline_result.ok()) << inline_result.status();
+  EXPECT_EQ(RowsOf(*result, row_bytes()), RowsOf(*inline_result, row_bytes()));
+}
+
+TEST_F(OwnedRegion, RetireUnmapsItAndGivesItBack) {
+  const auto client = Connect();
+  auto region = client->AllocateRegion("out", Memory());
+  ASSERT_TRUE(region.ok()) << region.status();
+  EXPECT_TRUE(AwaitMetric(absl::StrCat("keepset_owned_region_bytes{kind=\"memfd\"} ", kBytes)));
+  EXPECT_TRUE((*region)->Retire().ok());
+  EXPECT_EQ((*region)->data(), nullptr);
+  EXPECT_EQ((*region)->status().code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_TRUE((*region)->Retire().ok()) << "a second time";
+  EXPECT_TRUE(AwaitMetric("keepset_owned_region_bytes{kind=\"memfd\"} 0"));
+  EXPECT_TRUE(client->AllocateRegion("out", Memory()).ok()) << "the name is free";
+}
+
+TEST_F(OwnedRegion, TheEndOfTheObjectRetiresIt) {
+  const auto client = Connect();
+  ASSERT_TRUE(client->AllocateRegion("out", Memory()).ok());
+  EXPECT_TRUE(client->AllocateRegion("out", Memory()).ok());
+}
+
+TEST_F(OwnedRegion, ARetireWaitsForTheOperationThatWritesIt) {
+  const auto client = Connect();
+  const auto inputs = *client::SharedRegion::Create("inputs", 1 << 21);
+  std::vector<client::LayerInput> layers = TypedLayers(prompt_);
+  MoveInto(*inputs, layers);
+  ASSERT_TRUE(client->RegisterRegion(*inputs, "in", client::RegionAccess::kReadOnly).ok());
+  const auto region = client->AllocateRegion("out", Memory());
+  ASSERT_TRUE(region.ok()) << region.status();
+  PlaceResults((*region)->data(), layers);
+  server_.gate().Close();
+  absl::Status answered;
+  std::thread caller([&] {
+    answered = client->CompressUnary(Spec(client::GatherMode::kDestination), layers).status();
+  });
+  EXPECT_TRUE(server_.gate().AwaitWaiting(1));
+  absl::Status retired;
+  std::thread retirer([&] { retired = (*region)->Retire(); });
+  EXPECT_TRUE(AwaitMetric(absl::StrCat("keepset_owned_region_bytes{kind=\"memfd\"} ", kBytes)));
+  server_.gate().Open();
+  caller.join();
+  retirer.join();
+  EXPECT_TRUE(answered.ok()) << answered;
+  EXPECT_TRUE(retired.ok()) << retired;
+  EXPECT_TRUE(AwaitMetric("keepset_owned_region_bytes{kind=\"memfd\"} 0"));
+}
+
+TEST_F(OwnedRegion, AReopenedSessionHasLostItAndItsMemoryCanStillBeReadAndRetired) {
+  const auto client = Connect();
+  const auto region = client->AllocateRegion("out", Memory());
+  ASSERT_TRUE(region.ok()) << region.status();
+  (*region)->data()[5] = std::byte{5};
+  ASSERT_TRUE(client->Reopen().ok());
+  const absl::Status lost = (*region)->status();
+  EXPECT_EQ(lost.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(lost.message()), HasSubstr("allocate another"));
+  EXPECT_EQ((*region)->data()[5], std::byte{5});
+  std::vector<client::LayerInput> layers = TypedLayers(prompt_);
+  PlaceResults((*region)->data(), layers);
+  EXPECT_EQ(client->CompressUnary(Spec(client::GatherMode::kDestination), layers).status().code(),
+            absl::StatusCode::kFailedPrecondition);
+  static_cast<void>((*region)->Retire());
+  EXPECT_EQ((*region)->data(), nullptr);
+  EXPECT_TRUE(client->AllocateRegion("out", Memory()).ok());
+}
+
+TEST_F(OwnedRegion, ARegionOfTheServersIsNotRetiredByName) {
+  const auto client = Connect();
+  const auto region = client->AllocateRegion("out", Memory());
+  ASSERT_TRUE(region.ok()) << region.status();
+  EXPECT_EQ(client->RetireRegion("out").code(), absl::StatusCode::kFailedPrecondition);
+}
+
+TEST_F(OwnedRegion, AnInlineClientHasNone) {
+  EXPECT_EQ(Connect(client::Transport::kInline)->AllocateRegion("out", Memory()).status().code(),
+            absl::StatusCode::kFailedPrecondition);
+}
+
+TEST_F(OwnedRegion, AServerInHostMemorySaysThatItHasNoDevice) {
+  client::ServiceMemory memory = Memory();
+  memory.kind = "cuda_ipc";
+  memory.device_uuid = "GPU-0";
+  const absl::Status status = Connect()->AllocateRegion("out", memory).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("this server has no device"));
+}
+
+TEST_F(OwnedRegion, ADefaultServerListsTheExtension) {
+  const auto info = Connect()->GetServerInfo();
+  ASSERT_TRUE(info.ok()) << info.status();
+  EXPECT_THAT(info->extensions, Contains("owned_regions"));
+}
+
+class NoOwnedRegions : public OwnedRegion {
+ protected:
+  NoOwnedRegions() : OwnedRegion("memory { max_owned_bytes: 0 }") {}
+};
+
+TEST_F(NoOwnedRegions, TheServerNamesTheKeyAndDoesNotListTheExtension) {
+  const auto client = Connect();
+  const absl::Status status = client->AllocateRegion("out", Memory()).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("memory.max_owned_bytes"));
+  EXPECT_THAT(client->GetServerInfo()->extensions, Not(Contains("owned_regions")));
+}
+
+class FewOwnedBytes : public OwnedRegion {
+ protected:
+  FewOwnedBytes() : OwnedRegion("memory { max_owned_bytes: 4194304 }") {}
+};
+
+TEST_F(FewOwnedBytes, ASessionHasAQuarterOfTheServersLimit) {
+  const auto client = Connect();
+  const auto region = client->AllocateRegion("out", Memory(1 << 20));
+  ASSERT_TRUE(region.ok()) << region.status();
+  const absl::Status status = client->AllocateRegion("more", Memory(1)).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("memory.max_owned_bytes_per_session"));
+}
+
+}  // namespace
+}  // namespace keepset::integration
