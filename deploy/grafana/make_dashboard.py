@@ -156,6 +156,13 @@ ROWS = [
             "{{kind}}": f"sum by (kind) (keepset_region_bytes{I})",
             "{{kind}}, allocations on the device": f"sum by (kind) (keepset_device_memory_bytes{I}) > 0",
         }, "bytes"),
+        panel("Memory of the server's own", {
+            "{{kind}}": f"sum by (kind) (keepset_owned_region_bytes{I})",
+            "{{kind}}, quarantined": f"sum by (kind) (keepset_quarantined_bytes{I}) > 0",
+        }, "bytes"),
+        panel("Quarantined regions", {
+            "{{kind}}": f"sum by (kind) (keepset_quarantined_regions{I})",
+        }),
         panel("Resident and locked memory", {
             "{{instance}} resident": f"keepset_process_resident_memory_bytes{I}",
             "{{instance}} locked": f"keepset_process_locked_memory_bytes{I}",
