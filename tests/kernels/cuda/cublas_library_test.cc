@@ -156,6 +156,17 @@ TEST_F(CublasParity, LogitsOfAPromptOfOnePieceAreFormedOnce) {
   EXPECT_EQ(TheFakeCublas().gemms, 1);
 }
 
+TEST_F(CublasParity, LaunchThatFailsIsReported) {
+  // Rows, copies of queries and keys, statistics, their end, columns.
+  for (int64_t launch = 0; launch < 6; ++launch) {
+    const Shape shape = {.layout = Layout::kPaged};
+    const WindowTensors tensors = RandomWindow(shape, 2);
+    cuda::FailLaunchAfter(launch, cudaErrorInvalidConfiguration);
+    EXPECT_EQ(Columns(shape, tensors).status().code(), absl::StatusCode::kInternal) << launch;
+  }
+  ExpectNearOracle({});
+}
+
 TEST_F(CublasParity, WarmBackendAllocatesNothing) {
   const Shape shape = {.layout = Layout::kPaged, .memory = Memory::kHost};
   const WindowTensors tensors = RandomWindow(shape, 2);

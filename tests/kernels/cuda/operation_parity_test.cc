@@ -19,6 +19,7 @@
 #include "tests/engine/oracle.h"
 #include "tests/engine/run_operation.h"
 #include "tests/fakes/test_seed.h"
+#include "tests/kernels/cuda/cublas_fixture.h"
 #include "tests/kernels/cuda/cuda_fixture.h"
 #include "tests/kernels/cuda/device_prompt.h"
 
@@ -50,6 +51,9 @@ struct PolicyCase {
   std::string policy;
   std::map<std::string, std::string> parameters;
   bool is_pooled = false;
+  std::string window_kernels = {};
+
+  std::string TestName() const { return name + (window_kernels.empty() ? "" : "ByCublas"); }
 };
 
 std::vector<PolicyCase> Policies() {
@@ -61,7 +65,10 @@ std::vector<PolicyCase> Policies() {
       {"CompilerKvOfLayers", "compilerkv", {{"alpha_scope", "layer"}, {"pool_kernel", "3"}}, true},
       {"CompilerKvOfHeads", "compilerkv", {{"alpha_scope", "head"}}},
       {"ObservationHeads", "observation_heads", {}, true},
-      {"Knorm", "knorm", {}}};
+      {"Knorm", "knorm", {}},
+      {"SnapKv", "snapkv", {}, true, "cublas"},
+      {"CompilerKv", "compilerkv", {}, false, "cublas"},
+      {"ObservationHeads", "observation_heads", {}, true, "cublas"}};
 }
 
 std::vector<Set> SetsOf(const OperationResult& result) {
@@ -99,7 +106,12 @@ class OperationParity : public CudaTest, public ::testing::WithParamInterface<Po
  protected:
   void SetUp() override {
     CudaTest::SetUp();
-    if (!IsSkipped()) device_.emplace(*NewCudaBackend({}));
+    if (IsSkipped()) return;
+    const bool is_cublas = GetParam().window_kernels == "cublas";
+    auto backend = NewCudaBackend(is_cublas ? CublasOptions() : BackendOptions());
+    if (!backend.ok() && !kIsEmulated) GTEST_SKIP() << backend.status().message();
+    ASSERT_TRUE(backend.ok()) << backend.status();
+    device_.emplace(*std::move(backend));
   }
 
   OperationResult OnDevice(const OperationSpec& spec, const fakes::SyntheticPrompt& prompt) {
@@ -114,6 +126,9 @@ class OperationParity : public CudaTest, public ::testing::WithParamInterface<Po
       return finished.status();
     }();
     EXPECT_TRUE(status.ok()) << status;
+    if (!GetParam().window_kernels.empty()) {
+      EXPECT_THAT(result.backend, ::testing::EndsWith("/cublas"));
+    }
     return result;
   }
   OperationResult OnHost(const OperationSpec& spec, const fakes::SyntheticPrompt& prompt) {
@@ -312,7 +327,7 @@ TEST_P(OperationParity, BadLayerIsNamedAsOnTheHost) {
 }
 
 INSTANTIATE_TEST_SUITE_P(EveryPolicy, OperationParity, ::testing::ValuesIn(Policies()),
-                         [](const auto& info) { return info.param.name; });
+                         [](const auto& info) { return info.param.TestName(); });
 
 }  // namespace
 }  // namespace keepset::kernels
