@@ -55,6 +55,13 @@ absl::StatusOr<ExportApi> LoadExportApi(const std::string& library) {
   return api;
 }
 
+absl::StatusOr<AllocateApi> LoadAllocateApi(const std::string& library) {
+  KEEPSET_ASSIGN_OR_RETURN(void* const handle, Open(library));
+  AllocateApi api;
+  KEEPSET_CUDA_ALLOCATE_ENTRIES(KEEPSET_CUDA_FIND)
+  return api;
+}
+
 #undef KEEPSET_CUDA_FIND
 
 }  // namespace keepset::cuda_abi

@@ -18,6 +18,7 @@ using Device = int;
 using Context = void*;
 using DevicePointer = unsigned long long;
 using AllocationHandle = unsigned long long;
+using Stream = void*;
 
 inline constexpr Result kSuccess = 0;
 inline constexpr Result kInvalidValue = 1;
@@ -56,6 +57,7 @@ struct IpcHandle {
   unsigned char reserved[64];
 };
 inline constexpr unsigned int kIpcLazyEnablePeerAccess = 1;
+inline constexpr unsigned int kStreamNonBlocking = 1;  // waits for no other stream
 
 inline constexpr int kDeviceAttributeUnifiedAddressing = 41;
 inline constexpr int kDeviceAttributeVmmSupported = 102;
@@ -76,6 +78,19 @@ struct AccessDescriptor {
   Location location;
   int flags;
 };
+inline constexpr int kAllocationTypePinned = 1;  // stays on its device
+// CUmemAllocationProp.
+struct AllocationProperties {
+  int type = kAllocationTypePinned;
+  int handle_types = kHandleTypePosixFd;
+  Location location = {kLocationTypeDevice, 0};
+  void* windows_only = nullptr;
+  unsigned char flags[8] = {};
+};
+static_assert(sizeof(AllocationProperties) == 32);
+// Plain allocations of whole granules share no block with others, which an IPC handle would expose;
+// VMM allocations are whole granules.
+inline constexpr uint64_t kAllocationGranularity = uint64_t{2} << 20;
 
 inline constexpr int kPointerAttributeMemoryType = 2;
 inline constexpr int kPointerAttributeBufferId =
@@ -135,12 +150,32 @@ inline constexpr unsigned int kMemoryTypeDevice = 2;
       export_handle, "cuMemExportToShareableHandle",                                            \
       (void* os_handle, AllocationHandle handle, int type, unsigned long long flags))
 
+// What makes memory of this process that others map. The stream is for filling it.
+#define KEEPSET_CUDA_ALLOCATE_ENTRIES(KEEPSET_CUDA_ENTRY)                                       \
+  KEEPSET_CUDA_ENTRY(allocate, "cuMemAlloc_v2", (DevicePointer * pointer, size_t bytes))        \
+  KEEPSET_CUDA_ENTRY(free, "cuMemFree_v2", (DevicePointer pointer))                             \
+  KEEPSET_CUDA_ENTRY(ipc_get, "cuIpcGetMemHandle", (IpcHandle * handle, DevicePointer pointer)) \
+  KEEPSET_CUDA_ENTRY(create, "cuMemCreate",                                                     \
+                     (AllocationHandle * handle, size_t bytes,                                  \
+                      const AllocationProperties* properties, unsigned long long flags))        \
+  KEEPSET_CUDA_ENTRY(                                                                           \
+      export_handle, "cuMemExportToShareableHandle",                                            \
+      (void* os_handle, AllocationHandle handle, int type, unsigned long long flags))           \
+  KEEPSET_CUDA_ENTRY(stream_create, "cuStreamCreate", (Stream * stream, unsigned int flags))    \
+  KEEPSET_CUDA_ENTRY(stream_destroy, "cuStreamDestroy_v2", (Stream stream))                     \
+  KEEPSET_CUDA_ENTRY(stream_synchronize, "cuStreamSynchronize", (Stream stream))                \
+  KEEPSET_CUDA_ENTRY(fill, "cuMemsetD8Async",                                                   \
+                     (DevicePointer pointer, unsigned char value, size_t bytes, Stream stream))
+
 #define KEEPSET_CUDA_MEMBER(member, symbol, parameters) Result(*member) parameters = nullptr;
 struct ImportApi {
   KEEPSET_CUDA_IMPORT_ENTRIES(KEEPSET_CUDA_MEMBER)
 };
 struct ExportApi {
   KEEPSET_CUDA_EXPORT_ENTRIES(KEEPSET_CUDA_MEMBER)
+};
+struct AllocateApi {
+  KEEPSET_CUDA_ALLOCATE_ENTRIES(KEEPSET_CUDA_MEMBER)
 };
 #undef KEEPSET_CUDA_MEMBER
 
@@ -149,6 +184,7 @@ struct ExportApi {
 // point. Thread-safe.
 absl::StatusOr<ImportApi> LoadImportApi(const std::string& library);
 absl::StatusOr<ExportApi> LoadExportApi(const std::string& library);
+absl::StatusOr<AllocateApi> LoadAllocateApi(const std::string& library);
 
 // "CUDA_ERROR_INVALID_VALUE (1)", or "error 1" where the driver knows no name.
 template <typename Api>

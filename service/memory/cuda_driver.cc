@@ -24,7 +24,8 @@ constexpr size_t kMaxDeviceName = 256;
 
 class Libcuda final : public CudaDriver {
  public:
-  explicit Libcuda(const cuda_abi::ImportApi& api) : api_(api) {}
+  Libcuda(const cuda_abi::ImportApi& api, const cuda_abi::AllocateApi& memory)
+      : api_(api), memory_(memory) {}
 
   ~Libcuda() override {
     const absl::MutexLock lock(&mutex_);
@@ -120,19 +121,8 @@ class Libcuda final : public CudaDriver {
       KEEPSET_RETURN_IF_ERROR(
           Check(api_.import_handle(&handle, os_handle, cuda_abi::kHandleTypePosixFd),
                 "cuMemImportFromShareableHandle"));
-      // The mapping keeps the memory; the handle is not needed beside it.
       const absl::Cleanup release = [&] { static_cast<void>(api_.release(handle)); };
-      cuda_abi::DevicePointer base = 0;
-      KEEPSET_RETURN_IF_ERROR(
-          Check(api_.address_reserve(&base, bytes, 0, 0, 0), "cuMemAddressReserve"));
-      absl::Cleanup free = [&] { static_cast<void>(api_.address_free(base, bytes)); };
-      KEEPSET_RETURN_IF_ERROR(Check(api_.map(base, bytes, 0, handle, 0), "cuMemMap"));
-      absl::Cleanup unmap = [&] { static_cast<void>(api_.unmap(base, bytes)); };
-      KEEPSET_RETURN_IF_ERROR(Check(Allow(device, base, bytes, access), "cuMemSetAccess"));
-      KEEPSET_RETURN_IF_ERROR(CheckPlace(device, base));
-      std::move(unmap).Cancel();
-      std::move(free).Cancel();
-      return DeviceRange{base, bytes};
+      return MapHandle(device, handle, bytes, access);
     });
   }
 
@@ -150,7 +140,90 @@ class Libcuda final : public CudaDriver {
         .status();
   }
 
+  absl::StatusOr<ExportedIpc> AllocateIpc(int device, uint64_t bytes) override {
+    return In<ExportedIpc>(device, [&]() -> absl::StatusOr<ExportedIpc> {
+      cuda_abi::DevicePointer base = 0;
+      KEEPSET_RETURN_IF_ERROR(Check(memory_.allocate(&base, bytes), "cuMemAlloc"));
+      absl::Cleanup free = [&] { static_cast<void>(memory_.free(base)); };
+      KEEPSET_RETURN_IF_ERROR(Zero(base, bytes));
+      cuda_abi::IpcHandle handle = {};
+      KEEPSET_RETURN_IF_ERROR(Check(memory_.ipc_get(&handle, base), "cuIpcGetMemHandle"));
+      cuda_abi::DevicePointer range_base = 0;
+      size_t range_bytes = 0;
+      KEEPSET_RETURN_IF_ERROR(
+          Check(api_.address_range(&range_base, &range_bytes, base), "cuMemGetAddressRange"));
+      // What the handle opens, and the size that the worker is told.
+      if (range_base != base || range_bytes != bytes) {
+        return absl::InternalError(absl::StrCat(
+            "cuMemAlloc of ", bytes, " bytes answered a part of a block of ", range_bytes));
+      }
+      std::move(free).Cancel();
+      return ExportedIpc{
+          {base, bytes},
+          std::string(reinterpret_cast<const char*>(handle.reserved), sizeof(handle.reserved))};
+    });
+  }
+
+  absl::Status FreeIpc(int device, uint64_t base) override {
+    return In<bool>(device,
+                    [&]() -> absl::StatusOr<bool> {
+                      KEEPSET_RETURN_IF_ERROR(Check(memory_.free(base), "cuMemFree"));
+                      return true;
+                    })
+        .status();
+  }
+
+  absl::StatusOr<ExportedVmm> AllocateVmm(int device, uint64_t bytes) override {
+    return In<ExportedVmm>(device, [&]() -> absl::StatusOr<ExportedVmm> {
+      cuda_abi::AllocationProperties properties;
+      properties.location.id = device;
+      cuda_abi::AllocationHandle handle = 0;
+      KEEPSET_RETURN_IF_ERROR(Check(memory_.create(&handle, bytes, &properties, 0), "cuMemCreate"));
+      // Mapping and descriptor keep the memory.
+      const absl::Cleanup release = [&] { static_cast<void>(api_.release(handle)); };
+      KEEPSET_ASSIGN_OR_RETURN(const DeviceRange range,
+                               MapHandle(device, handle, bytes, RegionAccess::kReadWrite));
+      absl::Cleanup unmap = [&] {
+        static_cast<void>(api_.unmap(range.base, range.bytes));
+        static_cast<void>(api_.address_free(range.base, range.bytes));
+      };
+      KEEPSET_RETURN_IF_ERROR(Zero(range.base, bytes));
+      int fd = -1;
+      KEEPSET_RETURN_IF_ERROR(
+          Check(memory_.export_handle(&fd, handle, cuda_abi::kHandleTypePosixFd, 0),
+                "cuMemExportToShareableHandle"));
+      std::move(unmap).Cancel();
+      return ExportedVmm{range, UniqueFd(fd)};
+    });
+  }
+
  private:
+  // On a stream of its own: work of others on the device is neither waited for nor held up.
+  absl::Status Zero(cuda_abi::DevicePointer base, uint64_t bytes) const {
+    cuda_abi::Stream stream = nullptr;
+    KEEPSET_RETURN_IF_ERROR(
+        Check(memory_.stream_create(&stream, cuda_abi::kStreamNonBlocking), "cuStreamCreate"));
+    const absl::Cleanup destroy = [&] { static_cast<void>(memory_.stream_destroy(stream)); };
+    KEEPSET_RETURN_IF_ERROR(Check(memory_.fill(base, 0, bytes, stream), "cuMemsetD8Async"));
+    return Check(memory_.stream_synchronize(stream), "cuStreamSynchronize");
+  }
+
+  // In the device's context. The mapping keeps the memory without the handle.
+  absl::StatusOr<DeviceRange> MapHandle(int device, cuda_abi::AllocationHandle handle,
+                                        uint64_t bytes, RegionAccess access) const {
+    cuda_abi::DevicePointer base = 0;
+    KEEPSET_RETURN_IF_ERROR(
+        Check(api_.address_reserve(&base, bytes, 0, 0, 0), "cuMemAddressReserve"));
+    absl::Cleanup free = [&] { static_cast<void>(api_.address_free(base, bytes)); };
+    KEEPSET_RETURN_IF_ERROR(Check(api_.map(base, bytes, 0, handle, 0), "cuMemMap"));
+    absl::Cleanup unmap = [&] { static_cast<void>(api_.unmap(base, bytes)); };
+    KEEPSET_RETURN_IF_ERROR(Check(Allow(device, base, bytes, access), "cuMemSetAccess"));
+    KEEPSET_RETURN_IF_ERROR(CheckPlace(device, base));
+    std::move(unmap).Cancel();
+    std::move(free).Cancel();
+    return DeviceRange{base, bytes};
+  }
+
   struct Need {
     int attribute;
     absl::string_view without;
@@ -320,6 +393,7 @@ class Libcuda final : public CudaDriver {
   }
 
   const cuda_abi::ImportApi api_;
+  const cuda_abi::AllocateApi memory_;
   std::vector<CudaDevice> devices_;
   absl::Mutex mutex_;
   // Beside devices_; null until first needed.
@@ -330,7 +404,8 @@ class Libcuda final : public CudaDriver {
 
 absl::StatusOr<std::shared_ptr<CudaDriver>> CudaDriver::Load(const std::string& library) {
   KEEPSET_ASSIGN_OR_RETURN(const cuda_abi::ImportApi api, cuda_abi::LoadImportApi(library));
-  auto driver = std::make_shared<Libcuda>(api);
+  KEEPSET_ASSIGN_OR_RETURN(const cuda_abi::AllocateApi memory, cuda_abi::LoadAllocateApi(library));
+  auto driver = std::make_shared<Libcuda>(api, memory);
   KEEPSET_RETURN_IF_ERROR(driver->Init());
   return driver;
 }

@@ -38,6 +38,16 @@ struct DeviceRange {
   uint64_t bytes = 0;
 };
 
+// Memory of this process, and what another one needs to map it.
+struct ExportedIpc {
+  DeviceRange range;
+  std::string handle;  // kIpcHandleBytes
+};
+struct ExportedVmm {
+  DeviceRange range;
+  UniqueFd fd;
+};
+
 // The contexts of devices cost memory: each is made with the first mapping on its device.
 class CudaDriver {
  public:
@@ -63,6 +73,14 @@ class CudaDriver {
   virtual absl::StatusOr<DeviceRange> MapVmm(int device, int fd, uint64_t bytes,
                                              RegionAccess access) = 0;
   virtual absl::Status UnmapVmm(int device, const DeviceRange& range) = 0;
+
+  // Fresh memory of this process for others to map, `bytes` (a multiple of
+  // cuda_abi::kAllocationGranularity) of zeros, written when this returns. ResourceExhausted: the
+  // device has none left. Otherwise as OpenIpc.
+  virtual absl::StatusOr<ExportedIpc> AllocateIpc(int device, uint64_t bytes) = 0;
+  virtual absl::Status FreeIpc(int device, uint64_t base) = 0;
+  // UnmapVmm frees it.
+  virtual absl::StatusOr<ExportedVmm> AllocateVmm(int device, uint64_t bytes) = 0;
 };
 
 }  // namespace keepset::service

@@ -58,6 +58,28 @@ class CudaIpcTransport final : public MemoryTransport {
                            [use = std::move(use)]() mutable { use.reset(); });
   }
 
+  uint64_t AllocationBytes(uint64_t length) const override { return DeviceAllocationBytes(length); }
+
+  absl::StatusOr<OwnedMemory> Create(uint64_t length, const std::string& device_uuid) override {
+    const RegionDescriptor descriptor = OwnedDescriptor(length, device_uuid);
+    KEEPSET_ASSIGN_OR_RETURN(const std::shared_ptr<Opened> opened, Driver());
+    KEEPSET_ASSIGN_OR_RETURN(const CudaDevice device, FindDevice(*opened->driver, descriptor));
+    KEEPSET_RETURN_IF_ERROR(
+        RefuseForObstacle(device, device.ipc_obstacle, "cuda_vmm, or memory of the host (memfd)"));
+    KEEPSET_ASSIGN_OR_RETURN(
+        ExportedIpc exported,
+        opened->driver->AllocateIpc(device.ordinal, descriptor.allocation_bytes));
+    OwnedMemory memory;
+    memory.ipc_handle = std::move(exported.handle);
+    memory.region = NewDeviceRegion(
+        kKind, exported.range, descriptor,
+        [driver = opened->driver, ordinal = device.ordinal, base = exported.range.base] {
+          // A driver that refuses has lost the memory already (the device failed).
+          static_cast<void>(driver->FreeIpc(ordinal, base));
+        });
+    return memory;
+  }
+
  private:
   struct Opened {
     std::shared_ptr<CudaDriver> driver;

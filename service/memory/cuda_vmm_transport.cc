@@ -52,6 +52,26 @@ class CudaVmmTransport final : public MemoryTransport {
                            });
   }
 
+  uint64_t AllocationBytes(uint64_t length) const override { return DeviceAllocationBytes(length); }
+
+  absl::StatusOr<OwnedMemory> Create(uint64_t length, const std::string& device_uuid) override {
+    const RegionDescriptor descriptor = OwnedDescriptor(length, device_uuid);
+    KEEPSET_ASSIGN_OR_RETURN(const std::shared_ptr<CudaDriver> driver, source_());
+    KEEPSET_ASSIGN_OR_RETURN(const CudaDevice found, FindDevice(*driver, descriptor));
+    KEEPSET_RETURN_IF_ERROR(
+        RefuseForObstacle(found, found.vmm_obstacle, "cuda_ipc, or memory of the host (memfd)"));
+    const int device = found.ordinal;
+    KEEPSET_ASSIGN_OR_RETURN(ExportedVmm exported,
+                             driver->AllocateVmm(device, descriptor.allocation_bytes));
+    OwnedMemory memory;
+    memory.fd = std::move(exported.fd);
+    memory.region = NewDeviceRegion(kKind, exported.range, descriptor,
+                                    [driver, device, range = exported.range] {
+                                      static_cast<void>(driver->UnmapVmm(device, range));
+                                    });
+    return memory;
+  }
+
  private:
   const CudaDriverSource source_;
   // Regions outlive the transport.

@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "base/cuda_abi.h"
 
 namespace keepset::service {
 namespace {
@@ -84,6 +85,20 @@ std::vector<DeviceSupport> ListSupport(const CudaDriver& driver,
     listed.push_back({device.uuid, device.name, device.*obstacle});
   }
   return listed;
+}
+
+uint64_t DeviceAllocationBytes(uint64_t length) {
+  constexpr uint64_t kGranule = cuda_abi::kAllocationGranularity;
+  return (length + kGranule - 1) / kGranule * kGranule;
+}
+
+RegionDescriptor OwnedDescriptor(uint64_t length, const std::string& device_uuid) {
+  RegionDescriptor descriptor;
+  descriptor.allocation_bytes = DeviceAllocationBytes(length);
+  descriptor.length = length;
+  descriptor.device_uuid = device_uuid;
+  descriptor.access = RegionAccess::kReadWrite;
+  return descriptor;
 }
 
 absl::Status RefuseForObstacle(const CudaDevice& device, absl::string_view obstacle,

@@ -28,6 +28,11 @@ absl::StatusOr<CudaDevice> FindDevice(const CudaDriver& driver, const RegionDesc
 // Every device of the driver with its obstacle of that kind.
 std::vector<DeviceSupport> ListSupport(const CudaDriver& driver, std::string CudaDevice::*obstacle);
 
+// Of memory of our own: whole granules of the driver (cuda_abi::kAllocationGranularity).
+uint64_t DeviceAllocationBytes(uint64_t length);
+// Read-write, from the beginning of an allocation of that size.
+RegionDescriptor OwnedDescriptor(uint64_t length, const std::string& device_uuid);
+
 // FailedPrecondition with `instead`, unless the obstacle (of a CudaDevice) is empty.
 absl::Status RefuseForObstacle(const CudaDevice& device, absl::string_view obstacle,
                                absl::string_view instead);

@@ -105,6 +105,16 @@ int NewMemory(size_t bytes) {
     ::close(fd);
     return -1;
   }
+  // As on a device, where it holds what its last user left.
+  if (std::getenv("KEEPSET_FAKE_DIRTY_MEMORY") != nullptr) {
+    const std::vector<unsigned char> dirt(kGranularity, 0xa5);
+    for (size_t at = 0; fd >= 0 && at < bytes; at += dirt.size()) {
+      if (::pwrite(fd, dirt.data(), std::min(dirt.size(), bytes - at), static_cast<off_t>(at)) <
+          0) {
+        break;
+      }
+    }
+  }
   return fd;
 }
 
@@ -217,6 +227,22 @@ Result cuMemFree_v2(DevicePointer pointer) {
   ::munmap(reinterpret_cast<void*>(pointer), it->second.bytes);
   ::close(it->second.fd);
   state().mapped.erase(it);
+  return kSuccess;
+}
+
+// Work of a stream is done when it is queued.
+Result cuStreamCreate(Stream* stream, unsigned int) {
+  if (current_contexts().empty()) return kInvalidContext;
+  *stream = new char;
+  return kSuccess;
+}
+Result cuStreamDestroy_v2(Stream stream) {
+  delete static_cast<char*>(stream);
+  return kSuccess;
+}
+Result cuStreamSynchronize(Stream) { return kSuccess; }
+Result cuMemsetD8Async(DevicePointer to, unsigned char value, size_t bytes, Stream) {
+  std::memset(reinterpret_cast<void*>(to), value, bytes);
   return kSuccess;
 }
 

@@ -26,7 +26,9 @@ class HostDevice : public fakes::GatedBackend {
  public:
   using GatedBackend::GatedBackend;
   std::string name() const override { return "cuda/host"; }
-  kernels::DeviceInfo Device() const override { return {fakes::kFakeDeviceUuid, "host", "0.0"}; }
+  kernels::DeviceInfo Device() const override {
+    return {.uuid = fakes::kFakeDeviceUuid, .name = "host", .driver_version = "0.0"};
+  }
 };
 
 int Main(const std::string& address) {

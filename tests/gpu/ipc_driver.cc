@@ -9,18 +9,6 @@ namespace {
 
 using cuda_abi::kSuccess;
 
-constexpr int kPinned = 1;  // CU_MEM_ALLOCATION_TYPE_PINNED: device memory that stays where it is
-
-// CUmemAllocationProp of the driver's interface.
-struct AllocationProperties {
-  int type = kPinned;
-  int handle_types = cuda_abi::kHandleTypePosixFd;
-  cuda_abi::Location location = {cuda_abi::kLocationTypeDevice, 0};
-  void* windows_only = nullptr;
-  unsigned char flags[8] = {};
-};
-static_assert(sizeof(AllocationProperties) == 32);
-
 }  // namespace
 
 std::string Driver::Open() {
@@ -37,7 +25,8 @@ std::string Driver::Open() {
   if (!entry("cuInit", init) || !entry("cuDeviceGetCount", count) ||
       !entry("cuDevicePrimaryCtxRetain", retain) || !entry("cuCtxPushCurrent_v2", push) ||
       !entry("cuMemAlloc_v2", allocate_) || !entry("cuMemFree_v2", free_) ||
-      !entry("cuMemGetInfo_v2", info_) || !entry("cuMemCreate", create_) ||
+      !entry("cuMemGetInfo_v2", info_) || !entry("cuMemcpyHtoD_v2", write_) ||
+      !entry("cuMemcpyDtoH_v2", read_) || !entry("cuMemCreate", create_) ||
       !entry("cuMemRelease", release_) || !entry("cuMemAddressReserve", reserve_) ||
       !entry("cuMemAddressFree", give_back_) || !entry("cuMemMap", map_) ||
       !entry("cuMemUnmap", unmap_) || !entry("cuMemSetAccess", set_access_)) {
@@ -76,7 +65,7 @@ std::byte* Driver::Allocate(const std::string& kind, int64_t bytes) {
 }
 
 bool Driver::AllocateVmm(size_t bytes, cuda_abi::DevicePointer* pointer) const {
-  const AllocationProperties properties;
+  const cuda_abi::AllocationProperties properties;
   cuda_abi::AllocationHandle handle = 0;
   if (create_(&handle, bytes, &properties, 0) != kSuccess) return false;
   const cuda_abi::AccessDescriptor access = {properties.location, cuda_abi::kAccessReadWrite};
@@ -85,6 +74,16 @@ bool Driver::AllocateVmm(size_t bytes, cuda_abi::DevicePointer* pointer) const {
                          set_access_(*pointer, bytes, &access, 1) == kSuccess;
   // The mapping holds the memory from here on.
   return release_(handle) == kSuccess && is_mapped;
+}
+
+bool Driver::Write(std::byte* to, const void* from, int64_t bytes) const {
+  return write_(reinterpret_cast<cuda_abi::DevicePointer>(to), from, static_cast<size_t>(bytes)) ==
+         kSuccess;
+}
+
+bool Driver::Read(void* to, const std::byte* from, int64_t bytes) const {
+  return read_(to, reinterpret_cast<cuda_abi::DevicePointer>(from), static_cast<size_t>(bytes)) ==
+         kSuccess;
 }
 
 bool Driver::Free(std::byte* memory) {

@@ -28,6 +28,9 @@ class Driver {
   // Zeros, written when this returns. `bytes`: a multiple of 2 MiB. Null when there is no memory.
   std::byte* Allocate(const std::string& kind, int64_t bytes);
   bool Free(std::byte* memory);
+  // Between device memory and memory of this process; done when they return.
+  bool Write(std::byte* to, const void* from, int64_t bytes) const;
+  bool Read(void* to, const std::byte* from, int64_t bytes) const;
 
  private:
   bool AllocateVmm(size_t bytes, cuda_abi::DevicePointer* pointer) const;
@@ -37,6 +40,8 @@ class Driver {
   cuda_abi::Result (*allocate_)(cuda_abi::DevicePointer*, size_t) = nullptr;
   cuda_abi::Result (*free_)(cuda_abi::DevicePointer) = nullptr;
   cuda_abi::Result (*info_)(size_t*, size_t*) = nullptr;
+  cuda_abi::Result (*write_)(cuda_abi::DevicePointer, const void*, size_t) = nullptr;
+  cuda_abi::Result (*read_)(void*, cuda_abi::DevicePointer, size_t) = nullptr;
   // Null in a driver of host memory, which is zero and needs no wait.
   cuda_abi::Result (*set_)(cuda_abi::DevicePointer, unsigned char, size_t) = nullptr;
   cuda_abi::Result (*synchronize_)() = nullptr;

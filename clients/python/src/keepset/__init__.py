@@ -26,7 +26,7 @@ from keepset.types import (
 if TYPE_CHECKING:
     from keepset.channel import TlsFiles
     from keepset.client import Client
-    from keepset.device_memory import DeviceRegion
+    from keepset.device_memory import DeviceRegion, ServiceDeviceRegion
     from keepset.errors import (
         InvalidInput,
         KeepsetError,
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 _NEEDS_GRPC = {
     "Client": "keepset.client",
     "DeviceRegion": "keepset.device_memory",
+    "ServiceDeviceRegion": "keepset.device_memory",
     "TableRegistry": "keepset.registry",
     "TlsFiles": "keepset.channel",
     "Operation": "keepset.operation",
@@ -70,6 +71,7 @@ __all__ = [
     "PagedKv",
     "Refused",
     "Result",
+    "ServiceDeviceRegion",
     "ShadowResult",
     "SharedRegion",
     "Span",

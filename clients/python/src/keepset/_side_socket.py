@@ -1,17 +1,18 @@
-"""Client end of the side socket (proto/side_socket_wire.h): passes memfd descriptors to the server."""
+"""Client end of the side socket (proto/side_socket_wire.h): descriptors to the server and back."""
 
 from __future__ import annotations
 
 import array
+import os
 import socket
 import struct
 
 from keepset.errors import KeepsetError, error_of
 
 _MAGIC = 0x3153504B
-_HELLO, _PASS_FD = 1, 2
+_HELLO, _PASS_FD, _FETCH_FD = 1, 2, 3
 _UNAVAILABLE = 14
-_REQUEST = struct.Struct("<II32s24x")
+_REQUEST = struct.Struct("<II32sQ16x")
 _REPLY = struct.Struct("<IiQ16x")
 
 
@@ -23,7 +24,7 @@ class SideSocket:
         self._socket.settimeout(timeout_seconds)
         try:
             self._socket.connect(path)
-            self._call(_HELLO, token, None)
+            self._call(_HELLO, token=token)
         except OSError as error:
             self._socket.close()
             raise error_of(_UNAVAILABLE, f"side socket {path}: {error}") from error
@@ -33,20 +34,43 @@ class SideSocket:
 
     def pass_fd(self, fd: int) -> int:
         """Sends a descriptor; returns the token RegisterRegion names."""
-        return self._call(_PASS_FD, bytes(32), fd)
+        return self._call(_PASS_FD, fd=fd)[0]
+
+    def fetch_fd(self, fd_token: int) -> int:
+        """The descriptor behind a token of AllocateRegion, once; the caller closes it."""
+        descriptors = self._call(_FETCH_FD, fd_token=fd_token)[1]
+        if len(descriptors) != 1:
+            raise KeepsetError(
+                "RESOURCE_EXHAUSTED",
+                "the descriptor did not arrive: this process is out of descriptors (RLIMIT_NOFILE)",
+            )
+        return descriptors[0]
 
     def close(self) -> None:
         self._socket.close()
 
-    def _call(self, kind: int, token: bytes, fd: int | None) -> int:
+    def _call(self, kind: int, *, token: bytes = bytes(32), fd: int | None = None,
+              fd_token: int = 0) -> tuple[int, list[int]]:
+        """The token and the descriptors of the reply."""
         ancillary = []
         if fd is not None:
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
         try:
-            self._socket.sendmsg([_REQUEST.pack(_MAGIC, kind, token)], ancillary)
-            reply = self._socket.recv(_REPLY.size)
+            self._socket.sendmsg([_REQUEST.pack(_MAGIC, kind, token, fd_token)], ancillary)
+            reply, descriptors, _, _ = socket.recv_fds(
+                self._socket, _REPLY.size, 1, socket.MSG_CMSG_CLOEXEC
+            )
         except OSError as error:
             raise error_of(_UNAVAILABLE, f"side socket: {error}") from error
+        try:
+            return self._check(reply), descriptors
+        except KeepsetError:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise
+
+    @staticmethod
+    def _check(reply: bytes) -> int:
         if len(reply) != _REPLY.size:
             raise KeepsetError("PERMISSION_DENIED", "the side socket closed the connection")
         magic, code, fd_token = _REPLY.unpack(reply)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 import os
 import threading
 import uuid
@@ -15,7 +17,7 @@ from keepset import _codec, types
 from keepset._request import Request
 from keepset._side_socket import SideSocket
 from keepset.channel import TlsFiles, open_channel
-from keepset.device_memory import DeviceRegion
+from keepset.device_memory import LIBCUDA, DeviceRegion, ServiceDeviceRegion
 from keepset.errors import InvalidInput, KeepsetError, error_of_rpc
 from keepset.memory import SharedRegion
 from keepset.operation import Operation
@@ -46,7 +48,7 @@ class Client:
         self.compression_stub = compression_pb2_grpc.CompressionServiceStub(channel)
         self._sessions = session_pb2_grpc.SessionServiceStub(channel)
         self._server = server_pb2_grpc.ServerServiceStub(channel)
-        self._regions: list[tuple[SharedRegion | DeviceRegion, str]] = []
+        self._regions: list[tuple[SharedRegion | DeviceRegion | ServiceDeviceRegion, str]] = []
         self._spare: list[SharedRegion] = []
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -100,6 +102,12 @@ class Client:
         if self._closed.is_set():
             return
         self._closed.set()
+        with self._lock:
+            owned = [entry for entry in self._regions if entry[0].owned_by_server]
+        for region, _ in owned:
+            # What the server does not hear it keeps from others until this process ends.
+            with contextlib.suppress(KeepsetError):
+                self.retire(region)
         try:
             self._call(
                 self._sessions.CloseSession,
@@ -156,6 +164,46 @@ class Client:
             request.ipc_handle = region.ipc_handle
         self._register(region, request, writable_by_server)
 
+    def allocate_region(self, num_bytes: int, *, kind: str = "memfd", device_uuid: str = "",
+                        library: str = LIBCUDA) -> SharedRegion | ServiceDeviceRegion:
+        """Fresh zeroed memory of the server's own that it may write: what it keeps from others until `retire`.
+
+        kind: "memfd", or "cuda_ipc" with the `device_uuid` of one of server_info().devices. Arrays made in it
+        travel by reference; no array of it is to be used after `retire` or `close`. library: the CUDA driver.
+        Raises Overloaded where a limit of the server's is reached, KeepsetError FAILED_PRECONDITION where it
+        gives no such memory.
+        """
+        if self._side is None:
+            raise KeepsetError("FAILED_PRECONDITION", "the server's memory needs transport 'memfd'")
+        if num_bytes < 1:
+            raise InvalidInput("INVALID_ARGUMENT", f"num_bytes={num_bytes}, want at least 1")
+        if kind == "cuda_vmm":
+            raise KeepsetError(
+                "FAILED_PRECONDITION",
+                "kind 'cuda_vmm' of the server's memory is not mapped by this package, want 'cuda_ipc', "
+                "or 'memfd' on the host",
+            )
+        if kind == "memfd":
+            num_bytes = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        reply = self._call(
+            self._sessions.AllocateRegion,
+            session_pb2.AllocateRegionRequest(
+                session_id=self.session_id, name=f"region-{uuid.uuid4().hex[:12]}", kind=kind,
+                length=num_bytes, device_uuid=device_uuid,
+            ),
+        )
+        try:
+            if reply.WhichOneof("descriptor") == "fd_token":
+                region = SharedRegion.of_server(self._side.fetch_fd(reply.fd_token), num_bytes)
+            else:
+                region = ServiceDeviceRegion(reply.ipc_handle, num_bytes, device_uuid, library)
+        except BaseException:
+            self._retire_id(reply.region_id)
+            raise
+        with self._lock:
+            self._regions.append((region, reply.region_id))
+        return region
+
     def _register(self, region: SharedRegion | DeviceRegion,
                   request: session_pb2.RegisterRegionRequest, writable_by_server: bool) -> None:
         request.session_id = self.session_id
@@ -169,19 +217,31 @@ class Client:
         with self._lock:
             self._regions.append((region, registered.region_id))
 
-    def retire(self, region: SharedRegion | DeviceRegion) -> None:
-        """Unregisters a region; returns when no operation uses it any more."""
+    def retire(self, region: SharedRegion | DeviceRegion | ServiceDeviceRegion) -> None:
+        """Unregisters a region; returns when no operation uses it any more.
+
+        Memory of the server's own is unmapped before the server, which frees it then, is told.
+        """
         with self._lock:
             found = next((r for r in self._regions if r[0] is region), None)
         if found is None:
             raise InvalidInput("INVALID_ARGUMENT", "this region is not registered with this client")
-        self._call(
-            self._sessions.RetireRegion,
-            session_pb2.RetireRegionRequest(session_id=self.session_id, region_id=found[1]),
-        )
+        if region.owned_by_server:
+            with self._lock:
+                self._regions.remove(found)
+            region.close()
+            self._retire_id(found[1])
+            return
+        self._retire_id(found[1])
         with self._lock:
             self._regions.remove(found)
         region.close()
+
+    def _retire_id(self, region_id: str) -> None:
+        self._call(
+            self._sessions.RetireRegion,
+            session_pb2.RetireRegionRequest(session_id=self.session_id, region_id=region_id),
+        )
 
     def server_info(self) -> server_pb2.GetServerInfoResponse:
         """Version, transports, policies, limits and active tables of the server."""

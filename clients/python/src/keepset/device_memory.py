@@ -1,4 +1,5 @@
-"""Sharing device memory of this process with a server: by CUDA IPC or by VMM descriptor, over ctypes.
+"""Sharing device memory with a server, over ctypes: of this process by CUDA IPC or by VMM descriptor, of the
+server's own by CUDA IPC.
 
 The driver library is loaded when first needed; torch is never imported, a tensor is read through `data_ptr`,
 `shape`, `stride` and `dtype`.
@@ -10,7 +11,7 @@ import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -21,6 +22,7 @@ LIBCUDA = "libcuda.so.1"
 _ALIGNMENT = 16
 _DEVICE_MEMORY = 2
 _POSIX_FD = 1
+_LAZY_PEER_ACCESS = 1
 # CUpointer_attribute of NVIDIA's driver API reference.
 _MEMORY_TYPE, _BUFFER_ID, _DEVICE_ORDINAL = 2, 7, 9
 _IS_LEGACY_IPC_CAPABLE, _ALLOWED_HANDLE_TYPES = 10, 14
@@ -64,6 +66,27 @@ def _current_device(driver: ctypes.CDLL, ordinal: int) -> Iterator[ctypes.c_int]
         driver.cuDevicePrimaryCtxRelease_v2(device)
 
 
+def _uuid_of(driver: ctypes.CDLL, device: ctypes.c_int) -> str:
+    uuid = (ctypes.c_ubyte * 16)()
+    _check(driver.cuDeviceGetUuid_v2(ctypes.byref(uuid), device), "cuDeviceGetUuid")
+    digits = bytes(uuid).hex()
+    return "GPU-" + "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
+
+
+def _ordinal_of(driver: ctypes.CDLL, uuid: str) -> int:
+    count, device = ctypes.c_int(), ctypes.c_int()
+    _check(driver.cuDeviceGetCount(ctypes.byref(count)), "cuDeviceGetCount")
+    for ordinal in range(count.value):
+        _check(driver.cuDeviceGet(ctypes.byref(device), ordinal), "cuDeviceGet")
+        if _uuid_of(driver, device) == uuid:
+            return ordinal
+    raise KeepsetError(
+        "FAILED_PRECONDITION",
+        f"device {uuid!r} is none of the {count.value} devices of this process: let its "
+        "CUDA_VISIBLE_DEVICES list it",
+    )
+
+
 class DeviceRegion:
     """`num_bytes` of device memory from `pointer` on, to be registered with `Client.register`.
 
@@ -72,6 +95,8 @@ class DeviceRegion:
     Raises KeepsetError: NOT_FOUND no driver; INVALID_ARGUMENT no device memory, or bytes beyond the allocation;
     FAILED_PRECONDITION memory its allocator made impossible to share, with what to change.
     """
+
+    owned_by_server = False
 
     def __init__(self, pointer: int, num_bytes: int, library: str = LIBCUDA):
         self.pointer, self.size_bytes = pointer, num_bytes
@@ -90,12 +115,7 @@ class DeviceRegion:
             )
         ordinal = self._attribute(driver, _DEVICE_ORDINAL, ctypes.c_int) or 0
         with _current_device(driver, ordinal) as device:
-            uuid = (ctypes.c_ubyte * 16)()
-            _check(driver.cuDeviceGetUuid_v2(ctypes.byref(uuid), device), "cuDeviceGetUuid")
-            digits = bytes(uuid).hex()
-            self.device_uuid = "GPU-" + "-".join(
-                (digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:])
-            )
+            self.device_uuid = _uuid_of(driver, device)
             # The driver's number of the allocation: unique while this process lives.
             self.generation = self._attribute(driver, _BUFFER_ID, ctypes.c_uint64) or 0
             self._export(driver, self._locate(driver))
@@ -191,6 +211,76 @@ class DeviceRegion:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+
+
+class ServiceDeviceRegion:
+    """Device memory that a server made for this client, mapped here by CUDA IPC (`Client.allocate_region`).
+
+    `pointer` is its address here. Work on the device that uses it must have ended before `Client.retire` or
+    `Client.close`, which unmap it. Not thread-safe.
+    Raises KeepsetError: NOT_FOUND no driver; FAILED_PRECONDITION this process does not see the device.
+    """
+
+    owned_by_server = True
+    kind = "cuda_ipc"
+
+    def __init__(self, ipc_handle: bytes, num_bytes: int, device_uuid: str, library: str = LIBCUDA):
+        self.size_bytes, self.device_uuid, self.pointer = num_bytes, device_uuid, 0
+        self._used = 0
+        self._driver = _driver(library)
+        self._ordinal = _ordinal_of(self._driver, device_uuid)
+        # Mapped for as long as its context lives, which this retain sees to.
+        self._device, context = ctypes.c_int(), ctypes.c_void_p()
+        _check(self._driver.cuDeviceGet(ctypes.byref(self._device), self._ordinal), "cuDeviceGet")
+        status = self._driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), self._device)
+        _check(status, "cuDevicePrimaryCtxRetain")
+        try:
+            with _current_device(self._driver, self._ordinal):
+                pointer = ctypes.c_uint64()
+                status = self._driver.cuIpcOpenMemHandle_v2(
+                    ctypes.byref(pointer), _IpcHandle.from_buffer_copy(ipc_handle), _LAZY_PEER_ACCESS
+                )
+                _check(status, "cuIpcOpenMemHandle")
+                self.pointer = pointer.value
+        except BaseException:
+            self._driver.cuDevicePrimaryCtxRelease_v2(self._device)
+            raise
+
+    def empty(self, shape: Sequence[int], dtype: str | np.dtype | type) -> np.ndarray:
+        """Room inside the region as an array of device addresses: for Layer's fields, never to be read here.
+
+        MemoryError when it does not fit.
+        """
+        dtype = np.dtype(dtype)
+        num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+        begin = -(-self._used // _ALIGNMENT) * _ALIGNMENT
+        if begin + num_bytes > self.size_bytes:
+            raise MemoryError(
+                f"region of {self.size_bytes} bytes: {num_bytes} asked at offset {begin}, "
+                f"{max(0, self.size_bytes - begin)} free"
+            )
+        self._used = begin + num_bytes
+        strides = tuple(
+            int(np.prod(shape[axis + 1 :], dtype=np.int64)) * dtype.itemsize
+            for axis in range(len(shape))
+        )
+        return np.asarray(_Addresses(self.pointer + begin, tuple(shape), strides, dtype))
+
+    def offset_of(self, array: np.ndarray) -> int | None:
+        """Where in the region `array` begins; None when it does not lie inside."""
+        begin = array.__array_interface__["data"][0] - self.pointer
+        extent = sum((n - 1) * s for n, s in zip(array.shape, array.strides, strict=True))
+        inside = 0 <= begin and begin + extent + array.itemsize <= self.size_bytes
+        return begin if inside and self.pointer else None
+
+    def close(self) -> None:
+        """Unmaps the memory. The server frees it upon the retire that comes after."""
+        if not self.pointer:
+            return
+        with _current_device(self._driver, self._ordinal):
+            self._driver.cuIpcCloseMemHandle(ctypes.c_uint64(self.pointer))
+        self._driver.cuDevicePrimaryCtxRelease_v2(self._device)
+        self.pointer = 0
 
 
 class _Addresses:

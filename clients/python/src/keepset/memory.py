@@ -23,18 +23,36 @@ class SharedRegion:
     (`Client.close` does).
     """
 
+    owned_by_server = False
+
     def __init__(self, num_bytes: int, name: str = "keepset"):
         if num_bytes < 1:
             raise ValueError(f"num_bytes={num_bytes}, want at least 1")
         size = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        self.fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        fd = os.memfd_create(name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.ftruncate(self.fd, size)
-            fcntl.fcntl(self.fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
-            self._map = mmap.mmap(self.fd, size)
+            os.ftruncate(fd, size)
+            fcntl.fcntl(fd, _F_ADD_SEALS, _F_SEAL_SHRINK | _F_SEAL_GROW)
         except BaseException:
-            os.close(self.fd)
+            os.close(fd)
             raise
+        self._take(fd, size)
+
+    @classmethod
+    def of_server(cls, fd: int, num_bytes: int) -> SharedRegion:
+        """Memory that a server made (`Client.allocate_region`); takes the descriptor over."""
+        region = cls.__new__(cls)
+        region._take(fd, num_bytes)
+        region.owned_by_server = True
+        return region
+
+    def _take(self, fd: int, size: int) -> None:
+        try:
+            self._map = mmap.mmap(fd, size)
+        except BaseException:
+            os.close(fd)
+            raise
+        self.fd = fd
         self.size_bytes = size
         self._bytes = np.frombuffer(self._map, dtype=np.uint8)
         self._base = self._bytes.__array_interface__["data"][0]

@@ -1,0 +1,176 @@
+"""Memory of the server's own (`Client.allocate_region`)."""
+
+import ctypes
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import tempfile
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+from conftest import MODEL, binary, random_layers, spec
+
+import keepset
+from keepset.server_process import ServerProcess
+
+FAKE_DEVICE = "GPU-00112233-4455-6677-8899-aabbccddeeff"
+MIB = 1 << 20
+
+
+@pytest.fixture
+def worker(server):
+    with keepset.Client.connect(server.address, transport="memfd") as client:
+        yield client
+
+
+def metric(server: ServerProcess, name: str) -> float:
+    page = urllib.request.urlopen(server.metrics_url, timeout=10).read().decode()
+    return float(re.search(rf'^{name}{{kind="memfd"}} (\S+)$', page, re.MULTILINE).group(1))
+
+
+def await_metric(server: ServerProcess, name: str, value: float) -> bool:
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        if metric(server, name) == value:
+            return True
+    return False
+
+
+def test_it_is_zero_and_whole_pages(worker):
+    region = worker.allocate_region(5000)
+    assert region.size_bytes == 8192
+    assert not region.empty((8192,), np.uint8).any()
+
+
+def test_a_worker_cannot_resize_it(worker):
+    region = worker.allocate_region(4096)
+    with pytest.raises(PermissionError):
+        os.ftruncate(region.fd, 0)
+
+
+def test_rows_gathered_into_it_are_the_rows_of_the_cache(worker):
+    layers = random_layers()
+    region = worker.allocate_region(MIB)
+    placed = [keepset.Layer(layer.q_window, region.place(layer.k), region.place(layer.v))
+              for layer in layers]
+    result = worker.compress(layers=placed, gather="in_place", **spec(policy="snapkv"))
+    assert result.outcome == "compressed"
+    for layer, own, kept in zip(layers, placed, result.layers, strict=True):
+        for head in range(MODEL.num_kv_heads):
+            indices = kept.sets[head % len(kept.sets)].indices
+            assert np.array_equal(own.k[head, : len(indices)], layer.k[head][indices])
+            assert np.array_equal(own.v[head, : len(indices)], layer.v[head][indices])
+
+
+def test_retire_gives_it_back(server, worker):
+    region = worker.allocate_region(3 * MIB)
+    assert await_metric(server, "keepset_owned_region_bytes", 3 * MIB)
+    worker.retire(region)
+    assert await_metric(server, "keepset_owned_region_bytes", 0)
+    with pytest.raises(keepset.InvalidInput, match="not registered with this client"):
+        worker.retire(region)
+
+
+def test_closing_the_client_gives_it_back(server):
+    with keepset.Client.connect(server.address, transport="memfd") as client:
+        client.allocate_region(3 * MIB)
+        assert await_metric(server, "keepset_owned_region_bytes", 3 * MIB)
+    assert await_metric(server, "keepset_owned_region_bytes", 0)
+
+
+def test_a_limit_is_named(worker):
+    with pytest.raises(keepset.Overloaded, match="memory.max_owned_bytes_per_session is 268435456"):
+        worker.allocate_region((256 << 20) + 1)
+
+
+def test_a_server_without_a_device_says_so(worker):
+    with pytest.raises(keepset.Refused, match="this server has no device"):
+        worker.allocate_region(MIB, kind="cuda_ipc", device_uuid=FAKE_DEVICE)
+
+
+def test_what_this_package_does_not_map_names_what_it_does(worker):
+    with pytest.raises(keepset.KeepsetError, match="want 'cuda_ipc', or 'memfd'"):
+        worker.allocate_region(MIB, kind="cuda_vmm", device_uuid=FAKE_DEVICE)
+
+
+def test_no_bytes_are_refused(worker):
+    with pytest.raises(keepset.InvalidInput, match="num_bytes=0"):
+        worker.allocate_region(0)
+
+
+def test_an_inline_client_has_none(server):
+    with keepset.Client.connect(server.address, transport="inline") as client:
+        with pytest.raises(keepset.KeepsetError, match="needs transport 'memfd'"):
+            client.allocate_region(MIB)
+
+
+def test_memory_of_a_killed_server_is_lost_by_a_typed_error():
+    with ServerProcess(binary()) as server:
+        with keepset.Client.connect(server.address, transport="memfd") as client:
+            region = client.allocate_region(MIB)
+            placed = region.place(np.arange(4.0))
+            server.kill()
+            with pytest.raises(keepset.Unreachable):
+                client.allocate_region(MIB)
+            assert placed.sum() == 6.0
+
+
+@pytest.fixture(scope="module")
+def device_server():
+    """The address of keepsetd over a driver of host memory, and that driver's library."""
+    program = binary().parent.parent / "tests" / "gpu" / "host_device_server"
+    if not program.exists():
+        pytest.skip("this build has no CUDA")
+    library = program.parent / "fake_driver" / "libcuda.so.1"
+    with tempfile.TemporaryDirectory(prefix="keepset-") as directory:
+        address = f"unix:{pathlib.Path(directory) / 'k.sock'}"
+        process = subprocess.Popen(
+            [str(program), "--listen", address], stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "LD_LIBRARY_PATH": str(library.parent)},
+        )
+        try:
+            assert any(re.search(r"\bready\b", line) for line in process.stderr)
+            yield address, str(library)
+        finally:
+            process.send_signal(signal.SIGTERM)
+            process.communicate(timeout=30)
+
+
+def test_device_memory_is_mapped_and_takes_rows(device_server):
+    address, library = device_server
+    layers = random_layers()
+    with keepset.Client.connect(address, transport="memfd") as client:
+        region = client.allocate_region(
+            MIB, kind="cuda_ipc", device_uuid=FAKE_DEVICE, library=library
+        )
+        assert not any(ctypes.string_at(region.pointer, MIB))
+
+        def place(array: np.ndarray) -> np.ndarray:
+            placed = region.empty(array.shape, array.dtype)
+            address = placed.__array_interface__["data"][0]
+            ctypes.memmove(address, np.ascontiguousarray(array).ctypes.data, array.nbytes)
+            return placed
+
+        placed = [keepset.Layer(place(layer.q_window), place(layer.k), place(layer.v))
+                  for layer in layers]
+        result = client.compress(layers=placed, gather="in_place", **spec(policy="snapkv"))
+        assert result.outcome == "compressed"
+        head_bytes = layers[0].k[0].nbytes
+        for layer, own, kept in zip(layers, placed, result.layers, strict=True):
+            begin = own.k.__array_interface__["data"][0]
+            for head in range(MODEL.num_kv_heads):
+                rows = layer.k[head][kept.sets[head % len(kept.sets)].indices]
+                assert ctypes.string_at(begin + head * head_bytes, rows.nbytes) == rows.tobytes()
+        client.retire(region)
+        assert region.pointer == 0
+
+
+def test_a_device_that_is_not_here_is_named(device_server):
+    address, library = device_server
+    with keepset.Client.connect(address, transport="memfd") as client:
+        with pytest.raises(keepset.Refused, match=FAKE_DEVICE):
+            client.allocate_region(MIB, kind="cuda_ipc", device_uuid="GPU-0", library=library)

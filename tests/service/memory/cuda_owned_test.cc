@@ -1,0 +1,151 @@
+// Device memory of our own for workers, over a driver of host memory (tests/fakes/fake_libcuda.cc).
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+#include <sys/mman.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <functional>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base/clock.h"
+#include "service/memory/cuda_driver.h"
+#include "service/memory/cuda_transports.h"
+#include "service/memory/session_manager.h"
+#include "tests/fakes/device_exporter.h"
+#include "tests/service/memory/cuda_test_support.h"
+#include "tests/service/memory/memory_test_support.h"
+
+namespace keepset::service {
+namespace {
+
+using fakes::kFakeDeviceUuid;
+using fakes::kSecondFakeDeviceUuid;
+using ::testing::HasSubstr;
+
+constexpr uint64_t kGranule = 2 << 20;
+
+// By the kind of memory. What the driver hands out holds rubbish, as on a device.
+class CudaOwned : public ::testing::TestWithParam<const char*> {
+ protected:
+  CudaOwned() {
+    ::setenv("KEEPSET_FAKE_DIRTY_MEMORY", "1", 1);
+    transport_ = IsIpc() ? NewCudaIpcTransport(LoadOnce(KEEPSET_FAKE_LIBCUDA))
+                         : NewCudaVmmTransport(LoadOnce(KEEPSET_FAKE_LIBCUDA));
+  }
+  ~CudaOwned() override { ::unsetenv("KEEPSET_FAKE_DIRTY_MEMORY"); }
+
+  static bool IsIpc() { return std::string(GetParam()) == "cuda_ipc"; }
+  absl::StatusOr<OwnedMemory> Create(uint64_t length,
+                                     const std::string& device_uuid = kFakeDeviceUuid) {
+    return transport_->Create(length, device_uuid);
+  }
+
+  std::unique_ptr<MemoryTransport> transport_;
+};
+
+// Maps the memory in a process of its own, as a worker does, and runs `work` on it there.
+bool InAWorker(const OwnedMemory& memory, uint64_t bytes,
+               const std::function<bool(unsigned char*)>& work) {
+  const pid_t process = ::fork();
+  if (process == 0) {
+    const auto driver = CudaDriver::Load(KEEPSET_FAKE_LIBCUDA);
+    if (!driver.ok()) ::_exit(2);
+    const auto range = memory.fd.valid()
+                           ? (*driver)->MapVmm(0, memory.fd.get(), bytes, RegionAccess::kReadWrite)
+                           : (*driver)->OpenIpc(0, memory.ipc_handle);
+    if (!range.ok() || range->bytes != bytes) ::_exit(3);
+    ::_exit(work(reinterpret_cast<unsigned char*>(range->base)) ? 0 : 1);
+  }
+  int status = 0;
+  return ::waitpid(process, &status, 0) == process && WIFEXITED(status) && WEXITSTATUS(status) == 0;
+}
+
+TEST_P(CudaOwned, AWorkerMapsZerosAndBothSeeWhatIsWritten) {
+  const auto memory = Create(kGranule);
+  ASSERT_TRUE(memory.ok()) << memory.status();
+  const MappedRegion& region = *memory->region;
+  EXPECT_EQ(region.kind(), GetParam());
+  EXPECT_EQ(region.space(), MemorySpace::kDevice);
+  EXPECT_EQ(region.access(), RegionAccess::kReadWrite);
+  region.data()[5] = std::byte{7};
+  EXPECT_TRUE(InAWorker(*memory, kGranule, [](unsigned char* data) {
+    const bool is_ours = data[5] == 7;
+    data[5] = 0;
+    const bool is_zero = std::all_of(data, data + kGranule, [](unsigned char c) { return c == 0; });
+    data[6] = 8;
+    return is_ours && is_zero;
+  }));
+  EXPECT_EQ(region.data()[6], std::byte{8});
+}
+
+TEST_P(CudaOwned, AllocationsAreWholeGranules) {
+  EXPECT_EQ(transport_->AllocationBytes(1), kGranule);
+  EXPECT_EQ(transport_->AllocationBytes(kGranule), kGranule);
+  EXPECT_EQ(transport_->AllocationBytes(kGranule + 1), 2 * kGranule);
+  const auto memory = Create(kGranule + 1);
+  ASSERT_TRUE(memory.ok()) << memory.status();
+  EXPECT_EQ(memory->region->size_bytes(), static_cast<int64_t>(kGranule + 1));
+  EXPECT_TRUE(InAWorker(*memory, 2 * kGranule, [](unsigned char*) { return true; }));
+}
+
+TEST_P(CudaOwned, ItsEndGivesTheMemoryBackToTheDriver) {
+  auto memory = Create(kGranule);
+  ASSERT_TRUE(memory.ok()) << memory.status();
+  EXPECT_EQ(DriverMappings(), 1);
+  memory->region.reset();
+  EXPECT_EQ(DriverMappings(), 0);
+  EXPECT_EQ(CallFake("fake_cuda_context_depth"), 0);
+}
+
+TEST_P(CudaOwned, OnlyTheNamedDeviceGetsAContext) {
+  const auto memory = Create(kGranule, kSecondFakeDeviceUuid);
+  ASSERT_TRUE(memory.ok()) << memory.status();
+  EXPECT_EQ(RetainedContexts(0), 0);
+  EXPECT_EQ(RetainedContexts(1), 1);
+}
+
+TEST_P(CudaOwned, ADeviceThatIsNotHereIsNamedWithThoseThatAre) {
+  const absl::Status status = Create(kGranule, "GPU-0").status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(status.message()), HasSubstr(kFakeDeviceUuid));
+}
+
+TEST_P(CudaOwned, WithoutADeviceItIsRefused) {
+  EXPECT_EQ(Create(kGranule, "").status().code(), absl::StatusCode::kInvalidArgument);
+}
+
+TEST_P(CudaOwned, MemoryIsQuarantinedUntilTheWorkersWord) {
+  std::vector<std::unique_ptr<MemoryTransport>> transports;
+  transports.push_back(std::move(transport_));
+  const auto sessions = SessionManager::New({}, std::move(transports), SystemClock(), nullptr);
+  const auto session = sessions->OpenSession(testing::ArgsOf('a'));
+  ASSERT_TRUE(session.ok());
+  const auto region = sessions->AllocateRegion(session->session_id, "out", GetParam(), kGranule + 1,
+                                               kFakeDeviceUuid);
+  ASSERT_TRUE(region.ok()) << region.status();
+  EXPECT_EQ(region->info.owned_bytes, 2 * kGranule);
+  EXPECT_EQ(region->ipc_handle.empty(), !IsIpc());
+  EXPECT_EQ(region->fd_token == 0, IsIpc());
+  ASSERT_TRUE(sessions->CloseSession(session->session_id).ok());
+  sessions->SweepQuarantine();
+  EXPECT_EQ(DriverMappings(), 1);
+  EXPECT_EQ(sessions->Counts().regions[0].quarantined_bytes, 2 * kGranule);
+  EXPECT_TRUE(
+      sessions->RetireRegion(session->session_id, region->info.region_id, absl::ZeroDuration())
+          .ok());
+  EXPECT_EQ(DriverMappings(), 0);
+}
+
+INSTANTIATE_TEST_SUITE_P(EveryKind, CudaOwned, ::testing::Values("cuda_ipc", "cuda_vmm"),
+                         [](const auto& info) {
+                           return std::string(info.param) == "cuda_ipc" ? "ByIpc" : "ByDescriptor";
+                         });
+
+}  // namespace
+}  // namespace keepset::service
