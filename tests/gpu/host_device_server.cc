@@ -27,7 +27,11 @@ class HostDevice : public fakes::GatedBackend {
   using GatedBackend::GatedBackend;
   std::string name() const override { return "cuda/host"; }
   kernels::DeviceInfo Device() const override {
-    return {.uuid = fakes::kFakeDeviceUuid, .name = "host", .driver_version = "0.0"};
+    kernels::DeviceInfo device;
+    device.uuid = fakes::kFakeDeviceUuid;
+    device.name = "host";
+    device.driver_version = "0.0";
+    return device;
   }
 };
 
