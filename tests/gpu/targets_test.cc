@@ -138,6 +138,15 @@ TEST(Targets, OneLineInWhichTheHostWaitedIsEnough) {
   EXPECT_EQ(VerdictOn(target, {ahead, With(ahead, "host_ahead", 0.01)}).verdict, kNotReached);
 }
 
+// Its launches are more than a stream holds.
+TEST(Targets, HostThatWaitsBehindTheCublasPeerIsNoFigure) {
+  const std::string target = "window scores queued before the device begins";
+  const Json ahead = With(Window("portable", 1.0), "host_ahead", 1.0);
+  const Json peer = With(Window("cublas", 9.0), "host_ahead", 0.0);
+  EXPECT_EQ(VerdictOn(target, {ahead, peer}).verdict, kReached);
+  EXPECT_EQ(VerdictOn(target, {peer}).verdict, kNotMeasured);
+}
+
 TEST(Targets, MillisecondsCountOnTheDeviceTheyAreStatedFor) {
   const std::string target = "portable, T 32768";
   const Json line = Window("portable", 2.0);
