@@ -2,7 +2,9 @@
 // so that it takes the "device memory" of tests/fakes/fake_libcuda.cc. For tests of the life of
 // memory between processes.
 //
-//   host_device_server ... --listen ADDRESS ...      other words are ignored; ends with SIGTERM
+//   host_device_server ... --listen ADDRESS ... [--metrics-listen HOST:PORT]
+//
+// Other words are ignored; ends with SIGTERM.
 #include <signal.h>
 
 #include <cstdlib>
@@ -35,15 +37,16 @@ class HostDevice : public fakes::GatedBackend {
   }
 };
 
-int Main(const std::string& address) {
+int Main(const std::string& address, const std::string& metrics) {
   sigset_t signals;
   sigemptyset(&signals);
   sigaddset(&signals, SIGTERM);
   pthread_sigmask(SIG_BLOCK, &signals, nullptr);
-  auto config = service::ParseServerConfig("metrics_listen: \"off\"", "test");
+  auto config = service::ParseServerConfig("", "test");
   auto backend = kernels::NewBackend("cpu", {.num_threads = 1});
   if (!config.ok() || !backend.ok()) return EXIT_FAILURE;
   config->add_listen(address);
+  config->set_metrics_listen(metrics);
   if (!service::ResolveServerConfig(*config).ok()) return EXIT_FAILURE;
   Logger log(&std::cerr, LogFormat::kText, SystemClock());
   fakes::Gate gate;
@@ -66,8 +69,11 @@ int Main(const std::string& address) {
 }  // namespace keepset::gpu
 
 int main(int argc, char** argv) {
+  std::string address;
+  std::string metrics = "off";
   for (int i = 1; i + 1 < argc; ++i) {
-    if (std::string(argv[i]) == "--listen") return keepset::gpu::Main(argv[i + 1]);
+    if (std::string(argv[i]) == "--listen") address = argv[i + 1];
+    if (std::string(argv[i]) == "--metrics-listen") metrics = argv[i + 1];
   }
-  return EXIT_FAILURE;
+  return address.empty() ? EXIT_FAILURE : keepset::gpu::Main(address, metrics);
 }

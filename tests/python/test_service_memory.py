@@ -6,6 +6,7 @@ import pathlib
 import re
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 import urllib.request
@@ -27,16 +28,15 @@ def worker(server):
         yield client
 
 
-def metric(server: ServerProcess, name: str) -> float:
-    page = urllib.request.urlopen(server.metrics_url, timeout=10).read().decode()
-    return float(re.search(rf'^{name}{{kind="memfd"}} (\S+)$', page, re.MULTILINE).group(1))
-
-
-def await_metric(server: ServerProcess, name: str, value: float) -> bool:
+def await_metric(metrics_url: str, name: str, value: float, kind: str = "memfd") -> bool:
+    """Whether the gauge comes to have this value."""
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        if metric(server, name) == value:
+        page = urllib.request.urlopen(metrics_url, timeout=10).read().decode()
+        found = re.search(rf'^{name}{{kind="{kind}"}} (\S+)$', page, re.MULTILINE)
+        if found and float(found.group(1)) == value:
             return True
+        time.sleep(0.01)
     return False
 
 
@@ -68,9 +68,9 @@ def test_rows_gathered_into_it_are_the_rows_of_the_cache(worker):
 
 def test_retire_gives_it_back(server, worker):
     region = worker.allocate_region(3 * MIB)
-    assert await_metric(server, "keepset_owned_region_bytes", 3 * MIB)
+    assert await_metric(server.metrics_url, "keepset_owned_region_bytes", 3 * MIB)
     worker.retire(region)
-    assert await_metric(server, "keepset_owned_region_bytes", 0)
+    assert await_metric(server.metrics_url, "keepset_owned_region_bytes", 0)
     with pytest.raises(keepset.InvalidInput, match="not registered with this client"):
         worker.retire(region)
 
@@ -78,8 +78,8 @@ def test_retire_gives_it_back(server, worker):
 def test_closing_the_client_gives_it_back(server):
     with keepset.Client.connect(server.address, transport="memfd") as client:
         client.allocate_region(3 * MIB)
-        assert await_metric(server, "keepset_owned_region_bytes", 3 * MIB)
-    assert await_metric(server, "keepset_owned_region_bytes", 0)
+        assert await_metric(server.metrics_url, "keepset_owned_region_bytes", 3 * MIB)
+    assert await_metric(server.metrics_url, "keepset_owned_region_bytes", 0)
 
 
 def test_a_limit_is_named(worker):
@@ -121,7 +121,7 @@ def test_memory_of_a_killed_server_is_lost_by_a_typed_error():
 
 @pytest.fixture(scope="module")
 def device_server():
-    """The address of keepsetd over a driver of host memory, and that driver's library."""
+    """keepsetd over a driver of host memory: its address, that driver's library, its metrics page."""
     program = binary().parent.parent / "tests" / "gpu" / "host_device_server"
     if not program.exists():
         pytest.skip("this build has no CUDA")
@@ -129,19 +129,21 @@ def device_server():
     with tempfile.TemporaryDirectory(prefix="keepset-") as directory:
         address = f"unix:{pathlib.Path(directory) / 'k.sock'}"
         process = subprocess.Popen(
-            [str(program), "--listen", address], stderr=subprocess.PIPE, text=True,
+            [str(program), "--listen", address, "--metrics-listen", "127.0.0.1:0"],
+            stderr=subprocess.PIPE, text=True,
             env={**os.environ, "LD_LIBRARY_PATH": str(library.parent)},
         )
         try:
-            assert any(re.search(r"\bready\b", line) for line in process.stderr)
-            yield address, str(library)
+            ready = next(line for line in process.stderr if re.search(r"\bready\b", line))
+            metrics = re.search(r"\bmetrics=(\S+)", ready).group(1)
+            yield address, str(library), f"http://{metrics}/metrics"
         finally:
             process.send_signal(signal.SIGTERM)
             process.communicate(timeout=30)
 
 
 def test_device_memory_is_mapped_and_takes_rows(device_server):
-    address, library = device_server
+    address, library, _ = device_server
     layers = random_layers()
     with keepset.Client.connect(address, transport="memfd") as client:
         region = client.allocate_region(
@@ -169,8 +171,40 @@ def test_device_memory_is_mapped_and_takes_rows(device_server):
         assert region.pointer == 0
 
 
+# Ends its session without a retire, and goes on with the memory mapped.
+FORGETFUL_CLIENT = """
+import signal, sys
+import keepset
+from keepset.v1 import session_pb2
+client = keepset.Client.connect(sys.argv[1], transport="memfd")
+region = client.allocate_region(1 << 20, kind="cuda_ipc", device_uuid=sys.argv[2], library=sys.argv[3])
+client._sessions.CloseSession(session_pb2.CloseSessionRequest(session_id=client.session_id))
+print("closed", flush=True)
+signal.pause()
+"""
+
+
+def test_memory_of_a_session_that_ended_is_quarantined_while_its_process_lives(device_server):
+    address, library, metrics = device_server
+    worker = subprocess.Popen(
+        [sys.executable, "-c", FORGETFUL_CLIENT, address, FAKE_DEVICE, library],
+        stdout=subprocess.PIPE, text=True,
+    )
+    try:
+        assert worker.stdout.readline() == "closed\n"
+        assert await_metric(metrics, "keepset_quarantined_bytes", 2 * MIB, "cuda_ipc")
+        assert await_metric(metrics, "keepset_quarantined_regions", 1, "cuda_ipc")
+        assert await_metric(metrics, "keepset_owned_region_bytes", 2 * MIB, "cuda_ipc")
+    finally:
+        worker.kill()
+        worker.communicate(timeout=30)
+    assert await_metric(metrics, "keepset_quarantined_bytes", 0, "cuda_ipc")
+    assert await_metric(metrics, "keepset_quarantined_regions", 0, "cuda_ipc")
+    assert await_metric(metrics, "keepset_owned_region_bytes", 0, "cuda_ipc")
+
+
 def test_a_device_that_is_not_here_is_named(device_server):
-    address, library = device_server
+    address, library, _ = device_server
     with keepset.Client.connect(address, transport="memfd") as client:
         with pytest.raises(keepset.Refused, match=FAKE_DEVICE):
             client.allocate_region(MIB, kind="cuda_ipc", device_uuid="GPU-0", library=library)
