@@ -10,7 +10,7 @@ from keepset import table_file
 from keepset.calibrate.head_prompts import OutOfTime, RememberedTasks
 from keepset.calibrate.task_prompts import TaskAdapter
 from keepset.evidence.head_compilerkv import COMPILED, CompilerKvSettings, compile_table
-from keepset.evidence.head_measure import measure, summarize
+from keepset.evidence.head_measure import measure, strata_of, summarize
 from keepset.evidence.head_methods import OURS, compilerkv
 from keepset.evidence.head_part import HeadPart, Settings
 from keepset.evidence.observation_heads_report import _POLICIES, _best_other, _methods
@@ -99,6 +99,12 @@ def test_without_time_for_the_table_the_other_methods_stand(tmp_path, small):
     late = dataclasses.replace(part, test=RememberedTasks(small, until=-math.inf))
     after, wanted = late._outcomes("inside", "number", LENGTH, True, methods | {COMPILED: methods[OURS]})
     assert after == before and wanted == 1
+
+
+def test_lengths_of_few_prompts_are_drawn_with_shorter_ones():
+    assert strata_of([1] * 12 + [2] * 6 + [4] * 3 + [8] * 2) == [1] * 12 + [2] * 6 + [4] * 5
+    assert strata_of([1] * 8 + [2] * 2 + [4]) == [1] * 11
+    assert strata_of([1, 1, 2, 2, 2, 2]) == [1, 1, 2, 2, 2, 2]
 
 
 def test_the_report_says_where_every_policy_is(engine):

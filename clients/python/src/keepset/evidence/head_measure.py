@@ -18,6 +18,8 @@ from keepset.in_process import Engine
 
 # A task whose full cache gives fewer exact answers is not compared by answers.
 FLOOR = 0.6
+# Fewer prompts of a length have no interval to speak of.
+FEWEST = 4
 
 
 def everything(prompt: HeadPrompt) -> list[np.ndarray]:
@@ -74,10 +76,22 @@ def mean_kept(sets: list) -> float:
     return float(np.mean(counts))
 
 
+def strata_of(lengths: Sequence[int], fewest: int = FEWEST) -> list[int]:
+    """Of each prompt the length that it is drawn with: its own or, where that has fewer than `fewest` prompts,
+    the next shorter one. Prompts drawn from one or two say nothing of how they scatter."""
+    stratum = {}
+    for one in sorted(set(lengths), reverse=True):
+        members = [length for length in stratum if stratum[length] == one] + [one]
+        shorter = [length for length in set(lengths) if length < one]
+        target = max(shorter) if shorter and sum(map(lengths.count, members)) < fewest else one
+        stratum |= dict.fromkeys(members, target)
+    return [stratum[one] for one in lengths]
+
+
 def summarize(outcomes: Sequence[dict], budgets: Sequence[int], floor: float = FLOOR) -> dict:
     """Per method and budget the share of exact answers over the prompts that the full cache answers, or
     the mean KL divergence where a task has no answer or the full cache seldom gives it; against ours
-    paired, prompts drawn within their lengths."""
+    paired, prompts drawn within their lengths as far as these have enough."""
     by_length = {str(length): float(np.mean([one["full"]["share"] for one in outcomes
                                              if one["length"] == length]))
                  for length in sorted({one["length"] for one in outcomes})}
@@ -99,14 +113,15 @@ def summarize(outcomes: Sequence[dict], budgets: Sequence[int], floor: float = F
             held = [one for one in good if key in one["methods"].get(name, {})]
             if not held:
                 continue
-            strata = [one["length"] for one in held]
+            strata = strata_of([one["length"] for one in held])
             values = [one["methods"][name][key][field] for one in held]
             ours = [one["methods"][OURS][key][field] for one in held]
-            lengths = sorted(set(strata))
+            of_length = [one["length"] for one in held]
+            lengths = sorted(set(of_length))
             rows["methods"][name][key] = {
                 "prompts": len(held),
                 "value": float(np.mean(values)), "interval": bootstrap_interval(values, strata=strata),
-                "by_length": {str(one): float(np.mean([v for v, s in zip(values, strata) if s == one]))
+                "by_length": {str(one): float(np.mean([v for v, s in zip(values, of_length) if s == one]))
                               for one in lengths},
                 "loss": float(np.mean([one["methods"][name][key]["loss"] for one in held])),
                 "kl": float(np.mean([one["methods"][name][key]["kl"] for one in held])),

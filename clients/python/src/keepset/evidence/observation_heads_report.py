@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from keepset.evidence.head_compilerkv import COMPILED
+from keepset.evidence.head_measure import FEWEST
 from keepset.evidence.head_methods import OTHERS, OTHERS_FIXED, OURS, OWN, SHUFFLED, UNIFORM
 
 _COLUMNS = {
@@ -13,8 +14,6 @@ _COLUMNS = {
     "inside": "The question stands in the prompt",
     "agnostic": "Query-agnostic: the question is asked after compression",
 }
-# Fewer prompts have no interval to speak of.
-_FEWEST = 4
 # Share of the budget that counts as spent.
 _SPENT = 0.95
 # Where the engine's policies are found among the methods, and what of each is not measured.
@@ -105,7 +104,7 @@ def _is_partial(rows: dict, cell: dict, budget: str) -> bool:
 
 def _reading(rows: dict, difference: dict, prompts: int | None = None) -> str:
     """Where the interval excludes 0; a divergence is better below it. prompts: all by default."""
-    if (rows["counted"] if prompts is None else prompts) < _FEWEST:
+    if (rows["counted"] if prompts is None else prompts) < FEWEST:
         return "too few prompts"
     low, high = difference["low"], difference["high"]
     if rows["value"] != "exact":
@@ -131,7 +130,9 @@ def _short(parts: Sequence[tuple[str, dict]]) -> Iterator[str]:
            "worse are cells whose paired 95 % interval excludes 0. Tasks that the full cache seldom "
            "answers and summaries are compared by KL divergence from the full cache, the others by exact "
            "answers. Tables: compiled on all tasks of the column; on its other tasks, so that none is "
-           f"both learned from and tested. Cells of fewer than {_FEWEST} prompts are left out here.")
+           f"both learned from and tested. Prompts are drawn within their lengths; a length of fewer than "
+           f"{FEWEST} is drawn together with the next shorter one. Cells of fewer than {FEWEST} prompts are left "
+           "out here.")
     yield ""
     yield ("| model, column | scored by | against | cells | all tasks: better | worse | no difference "
            "shown | other tasks: better | worse | no difference shown |")
@@ -140,7 +141,7 @@ def _short(parts: Sequence[tuple[str, dict]]) -> Iterator[str]:
         for column in part["columns"]:
             for value, name in (("exact", "exact answers"), ("kl", "KL divergence")):
                 cells = [one for one in _cells(part, column)
-                         if one[2]["value"] == value and one[2]["counted"] >= _FEWEST]
+                         if one[2]["value"] == value and one[2]["counted"] >= FEWEST]
                 if not cells:
                     continue
                 rivals = ["best other", "snapkv", "tova", UNIFORM, COMPILED, "keydiff, per head",
@@ -297,7 +298,7 @@ def _full_cache(part: dict) -> Iterator[str]:
     yield ""
     yield (f"Share of exact answers with nothing dropped. Below {part['floor']:.1f} (over the prompts "
            "of the calibration text) a task is neither learned from nor compared by answers. In brackets "
-           f"the prompts of each length: with fewer than {_FEWEST} a figure is no more than a direction, "
+           f"the prompts of each length: with fewer than {FEWEST} a figure is no more than a direction, "
            "and - is not measured.")
     yield ""
     yield f"| column | task | prompts | {' | '.join(lengths)} | compared by |"
