@@ -3,7 +3,7 @@
 # No program links libcuda or cuBLAS: cudart is static, the rest is resolved at run time, so that one
 # binary runs on hosts with and without a device.
 set(KEEPSET_HAS_CUDA OFF)
-# Whether window kernels "cublas" are in it: the toolkit has cuBLAS' declarations.
+# Whether window kernels "cublas" are in it: the toolkit has cuBLAS' declarations, and KEEPSET_CUBLAS is ON.
 set(KEEPSET_HAS_CUBLAS OFF)
 if(NOT KEEPSET_CUDA STREQUAL "OFF")
   find_program(KEEPSET_NVCC nvcc HINTS ENV CUDACXX ENV CUDA_PATH /usr/local/cuda PATH_SUFFIXES bin)
@@ -30,7 +30,7 @@ if(KEEPSET_HAS_CUDA)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
   find_package(CUDAToolkit REQUIRED)
   foreach(directory ${CUDAToolkit_INCLUDE_DIRS})
-    if(EXISTS ${directory}/cublas_v2.h)
+    if(KEEPSET_CUBLAS AND EXISTS ${directory}/cublas_v2.h)
       set(KEEPSET_HAS_CUBLAS ON)
     endif()
   endforeach()

@@ -163,8 +163,9 @@ namespace keepset::kernels::cuda {
 
 absl::Status CheckCublasIsBuilt() {
   return absl::InvalidArgumentError(
-      "cuda: window_kernels=\"cublas\": not in this build, whose toolkit had no cublas_v2.h, want "
-      "a build with it or \"portable\"");
+      "cuda: window_kernels=\"cublas\": not in this build (KEEPSET_CUBLAS=OFF, or a toolkit "
+      "without "
+      "cublas_v2.h), want a build with it or \"portable\"");
 }
 
 absl::StatusOr<std::unique_ptr<LogitProducts>> NewCublasProducts(const std::string& /*path*/,

@@ -17,8 +17,8 @@ TEST(CublasAbsent, AskingForItIsRefused) {
   const absl::Status status = CheckCublasIsBuilt();
   EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
   EXPECT_EQ(status.message(),
-            "cuda: window_kernels=\"cublas\": not in this build, whose toolkit had no cublas_v2.h, "
-            "want a build with it or \"portable\"");
+            "cuda: window_kernels=\"cublas\": not in this build (KEEPSET_CUBLAS=OFF, or a toolkit "
+            "without cublas_v2.h), want a build with it or \"portable\"");
   DeviceHealth health;
   EXPECT_EQ(NewCublasProducts("", health).status(), status);
 }

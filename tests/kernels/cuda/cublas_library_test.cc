@@ -4,6 +4,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
@@ -13,6 +14,7 @@
 #include "kernels/cuda/cublas_window.h"
 #include "tests/kernels/cuda/cublas_fixture.h"
 #include "tests/kernels/cuda/emulated_runtime.h"
+#include "tests/kernels/cuda/simt_emulator.h"
 
 namespace keepset::kernels {
 
@@ -165,6 +167,41 @@ TEST_F(CublasParity, LaunchThatFailsIsReported) {
     EXPECT_EQ(Columns(shape, tensors).status().code(), absl::StatusCode::kInternal) << launch;
   }
   ExpectNearOracle({});
+}
+
+TEST_F(CublasParity, OrderOfThreadsDoesNotShow) {
+  const Shape shape = {.num_rows = 9, .seq_len = 301, .head_dim = 16, .layout = Layout::kPaged};
+  const WindowTensors tensors = RandomWindow(shape, 2);
+  const std::vector<float> first = *Columns(shape, tensors);
+  for (const uint32_t seed : {2u, 3u, 4u}) {
+    cuda::SetEmulationSeed(seed);
+    EXPECT_EQ(*Columns(shape, tensors), first) << "seed " << seed;
+  }
+  cuda::SetEmulationSeed(1);
+}
+
+// One handle, two streams: what is queued on one runs when that one is waited for.
+TEST_F(CublasParity, ContextsOfOneBackendQueueOnTheirOwnStreams) {
+  const Shape shape;
+  const WindowTensors tensors[] = {RandomWindow(shape, 2), RandomWindow(shape, 3)};
+  const std::vector<float> alone[] = {*Columns(shape, tensors[0]), *Columns(shape, tensors[1])};
+  const std::unique_ptr<OpContext> other = *cuda_.backend->NewContext();
+  OpContext* const contexts[] = {cuda_.context.get(), other.get()};
+  std::vector<std::unique_ptr<ScoreBuffer>> outs;
+  for (size_t i = 0; i < 2; ++i) {
+    outs.push_back(cuda_.Buffer(shape.num_qo_heads(), shape.seq_len));
+    WindowArgs args;
+    args.q = tensors[i].q.queries();
+    args.k = tensors[i].k.view();
+    args.row_positions = tensors[i].row_positions;
+    args.softmax_scale = tensors[i].scale;
+    ASSERT_TRUE(cuda_.backend->WindowColumns(*contexts[i], args, *outs[i]).ok());
+  }
+  for (const size_t i : {1, 0}) {
+    std::vector<float> values(alone[i].size());
+    ASSERT_TRUE(cuda_.backend->CopyToHost(*contexts[i], *outs[i], absl::MakeSpan(values)).ok());
+    EXPECT_EQ(values, alone[i]) << i;
+  }
 }
 
 TEST_F(CublasParity, WarmBackendAllocatesNothing) {
