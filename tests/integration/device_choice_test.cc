@@ -59,8 +59,9 @@ class DeviceChoice : public ::testing::Test {
 TEST_F(DeviceChoice, UnknownWindowKernelsAreRefused) {
   if (!IsBuiltWithCuda()) GTEST_SKIP() << "built without CUDA";
   int exit_code = 0;
-  EXPECT_EQ(ComplaintOf("backend: \"cuda\" window_kernels: \"fastest\"", &exit_code),
-            "keepsetd: cuda: window_kernels=\"fastest\", want \"portable\", \"hopper\" or \"cublas\"");
+  EXPECT_EQ(
+      ComplaintOf("backend: \"cuda\" window_kernels: \"fastest\"", &exit_code),
+      "keepsetd: cuda: window_kernels=\"fastest\", want \"portable\", \"hopper\" or \"cublas\"");
   EXPECT_EQ(exit_code, kExitRefused);
 }
 
