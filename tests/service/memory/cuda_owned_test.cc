@@ -1,7 +1,6 @@
 // Device memory of our own for workers, over a driver of host memory (tests/fakes/fake_libcuda.cc).
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
-#include <sys/mman.h>
 #include <sys/wait.h>
 #include <unistd.h>
 

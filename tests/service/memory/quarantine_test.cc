@@ -11,7 +11,6 @@
 #include <utility>
 #include <vector>
 
-#include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "service/memory/session_manager.h"
 #include "tests/fakes/fake_clock.h"

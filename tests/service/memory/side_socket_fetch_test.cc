@@ -1,10 +1,7 @@
-// Descriptors of the server's own memory over the side socket, and whose process the server
-// watches.
-#include <signal.h>
+// Descriptors of the server's own memory over the side socket.
 #include <sys/mman.h>
-#include <sys/wait.h>
-#include <unistd.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <string>
 
