@@ -76,6 +76,13 @@ typedef struct keepset_engine_options {
   /* Of backend "cuda": NULL or "portable", "hopper" (sm_90 only), or "cublas" (where cuBLAS can be
    * loaded). struct_size may end before. */
   const char* window_kernels;
+  /* Of backend "cuda": device memory for operations, at least 512 KiB. It is allocated now, or is
+   * device_memory, and no more is ever allocated; an operation that finds no room ends with
+   * KEEPSET_RESOURCE_EXHAUSTED. 0: it grows as operations need it. struct_size may end before. */
+  int64_t device_memory_bytes;
+  /* NULL, or so many bytes of memory of the engine's device at a multiple of 256; they stay the
+   * caller's and outlive the engine. */
+  void* device_memory;
 } keepset_engine_options;
 
 keepset_status keepset_engine_create(const keepset_engine_options* options, keepset_engine** out);

@@ -32,7 +32,8 @@ class OperationImpl final : public Operation {
         builder_(plan_, backend_, clock_) {}
 
   absl::Status BeginPolicy() {
-    KEEPSET_RETURN_IF_ERROR(builder_.Begin());
+    const absl::Status begun = builder_.Begin();
+    if (!KeepsFullFor(begun)) KEEPSET_RETURN_IF_ERROR(begun);
     keeps_all_ = policy().keeps_everything() ||
                  (plan_.budget_tokens >= seq_len() && !policy().applies_below_budget());
     return absl::OkStatus();
@@ -42,11 +43,12 @@ class OperationImpl final : public Operation {
 
   absl::Status Observe(int64_t layer, const LayerObservation& observation) override {
     KEEPSET_RETURN_IF_ERROR(CheckLayer(next_layer_, layer, observation));
-    if (policy().NeedsLayer(layer) && !keeps_all_ && !DeadlinePassed() && DeviceWorks()) {
+    if (policy().NeedsLayer(layer) && !keeps_all_ && !DeadlinePassed() && DeviceWorks() &&
+        !short_of_memory_) {
       const ObservedLayer observed = {layer, observation};
       absl::Status status = builder_.Score(absl::MakeConstSpan(&observed, 1));
       // A layer that a broken device could not score is no fault of the caller.
-      if (!status.ok() && DeviceWorks()) return status;
+      if (!status.ok() && DeviceWorks() && !KeepsFullFor(status)) return status;
       if (status.ok()) ObserveShadow(absl::MakeConstSpan(&observed, 1));
     }
     next_layer_ = layer + 1;
@@ -72,7 +74,7 @@ class OperationImpl final : public Operation {
   }
 
   const LayerResult* EarlyResult(int64_t layer) const override {
-    if (finished_ || layer < 0 || layer >= next_layer_) return nullptr;
+    if (finished_ || short_of_memory_ || layer < 0 || layer >= next_layer_) return nullptr;
     const std::optional<LayerResult>& result = builder_.layer_result(layer);
     return result.has_value() ? &*result : nullptr;
   }
@@ -89,11 +91,16 @@ class OperationImpl final : public Operation {
       return &FinishKeptFull(policy().keeps_everything() ? Reason::kNone : Reason::kBelowBudget);
     }
     if (!DeviceWorks()) return &FinishKeptFull(Reason::kDeviceFault);
+    if (short_of_memory_) return &FinishKeptFull(Reason::kShed);
     if (DeadlinePassed()) return &FinishKeptFull(Reason::kDeadline);
     finish_status_ = builder_.Finish();
     if (!finish_status_.ok() && !DeviceWorks()) {
       finish_status_ = absl::OkStatus();
       return &FinishKeptFull(Reason::kDeviceFault);
+    }
+    if (KeepsFullFor(finish_status_)) {
+      finish_status_ = absl::OkStatus();
+      return &FinishKeptFull(Reason::kShed);
     }
     KEEPSET_RETURN_IF_ERROR(finish_status_);
     FillResult();
@@ -125,8 +132,10 @@ class OperationImpl final : public Operation {
   }
 
   const OperationResult& FinishKeptFull(Reason reason) override {
-    // A device that fails in the gather takes back what was decided.
-    if (finished_ && reason != Reason::kDeviceFault) return result_;
+    // A device that fails in the gather, or has no memory for it, takes back what was decided.
+    const bool takes_back =
+        reason == Reason::kDeviceFault || (reason == Reason::kShed && short_of_memory_);
+    if (finished_ && !takes_back) return result_;
     std::vector<int32_t> everything(seq_len());
     std::iota(everything.begin(), everything.end(), 0);
     const int64_t sets = plan_.scope == Scope::kKvHead ? spec().model.num_kv_heads : 1;
@@ -173,10 +182,14 @@ class OperationImpl final : public Operation {
     for (const GatherSource& source : sources) {
       tasks.push_back({source.in, source.sets, source.out, source.what});
     }
-    KEEPSET_RETURN_IF_ERROR(backend_.GatherRowsOfEach(*plan_.op_context, tasks));
+    const absl::Status gathered = backend_.GatherRowsOfEach(*plan_.op_context, tasks);
+    KeepsFullFor(gathered);
+    KEEPSET_RETURN_IF_ERROR(gathered);
     result_.times.gather += clock_.Monotonic() - start;
     return absl::OkStatus();
   }
+
+  bool is_short_of_memory() const override { return short_of_memory_; }
 
   absl::Status GatherInPlace(int64_t layer, const kernels::MutableKvView& k,
                              const kernels::MutableKvView& v) override {
@@ -223,7 +236,7 @@ class OperationImpl final : public Operation {
   // False when anything is wrong with any of them: nothing is observed then, and one by one they
   // tell which it is.
   bool ObserveTogether(absl::Span<const ObservedLayer> layers) {
-    if (DeadlinePassed() || !DeviceWorks()) return false;
+    if (DeadlinePassed() || !DeviceWorks() || short_of_memory_) return false;
     const absl::StatusOr<std::vector<ObservedLayer>> scored = ScoreTogether(layers);
     if (!scored.ok()) return false;
     if (!scored->empty()) ObserveShadow(*scored);
@@ -255,6 +268,14 @@ class OperationImpl final : public Operation {
   bool DeadlinePassed() {
     deadline_passed_ = deadline_passed_ || clock_.Monotonic() >= spec().deadline;
     return deadline_passed_;
+  }
+
+  // Remembers that memory is short where that ends the operation as kept_full.
+  bool KeepsFullFor(const absl::Status& status) {
+    if (spec().on_short_memory != OnShortMemory::kKeepFull) return false;
+    if (!absl::IsResourceExhausted(status)) return false;
+    short_of_memory_ = true;
+    return true;
   }
 
   bool DeviceWorks() const { return backend_.Health().ok(); }
@@ -390,6 +411,7 @@ class OperationImpl final : public Operation {
   KeepSetBuilder builder_;
   bool keeps_all_ = false;
   bool deadline_passed_ = false;
+  bool short_of_memory_ = false;
   bool finished_ = false;
   absl::Status finish_status_;
   int64_t next_layer_ = 0;
@@ -411,6 +433,7 @@ absl::StatusOr<std::unique_ptr<OperationImpl>> MakeShadow(const OperationSpec& s
   // It may be asked when the caller's stream is gone, and reads nothing that is still queued there:
   // the layers it observes have been scored.
   shadow.device_stream = nullptr;
+  shadow.on_short_memory = OnShortMemory::kFail;
   shadow.deadline = absl::InfiniteDuration();
   KEEPSET_ASSIGN_OR_RETURN(OperationPlan plan, PlanOperation(std::move(shadow), policies, backend));
   return std::make_unique<OperationImpl>(std::move(plan), backend, clock);

@@ -58,7 +58,7 @@ class Operation {
 
   // FailedPrecondition when layers are missing. Idempotent: later calls return the same result.
   // When the backend's device failed meanwhile, the outcome is kept_full with the reason
-  // device_fault.
+  // device_fault; when it has no memory and OnShortMemory::kKeepFull is asked for, with shed.
   virtual absl::StatusOr<const OperationResult*> Finish() = 0;
 
   // Rows a destination must hold for `layer`: the largest kept count over its KV heads. After
@@ -70,6 +70,10 @@ class Operation {
   virtual absl::Status Gather(int64_t layer, const kernels::KvView& k, const kernels::KvView& v,
                               const kernels::MutableKvView& out_k,
                               const kernels::MutableKvView& out_v) = 0;
+
+  // With OnShortMemory::kKeepFull: whether the backend had no memory for this operation. When that
+  // was in a Gather, FinishKeptFull(shed) replaces the result.
+  virtual bool is_short_of_memory() const = 0;
 
   // The same within the worker's own tensors: kept rows move to the front, rows behind them stay.
   // InvalidArgument and FailedPrecondition: nothing has moved. After any other error K and V of the
@@ -87,8 +91,8 @@ class Operation {
   virtual absl::StatusOr<std::unique_ptr<ShadowDecision>> TakeShadow() = 0;
 
   // The answer when somebody else decides not to compress (load shedding, a device fault): every
-  // position of every layer. Ends the operation. Of a finished operation only device_fault replaces
-  // the result.
+  // position of every layer. Ends the operation. Of a finished operation only device_fault
+  // replaces the result, and shed where memory was short.
   virtual const OperationResult& FinishKeptFull(Reason reason) = 0;
 };
 

@@ -33,6 +33,12 @@ enum class Mode {
   kShadow,  // decided and reported, never applied: Gather is refused
 };
 
+// What becomes of an operation that the backend has no memory for.
+enum class OnShortMemory {
+  kFail,      // ResourceExhausted
+  kKeepFull,  // outcome kept_full, reason shed
+};
+
 enum class Outcome { kCompressed, kKeptFull, kShadow };
 
 // Why an outcome is what it is; kNone for an ordinary compression and for policy `full`.
@@ -90,6 +96,7 @@ struct OperationSpec {
   // operation is gone; nullptr: one of the backend's own.
   void* device_stream = nullptr;
 
+  OnShortMemory on_short_memory = OnShortMemory::kFail;
   Mode mode = Mode::kDecide;
   // Monotonic time (Clock::Monotonic) after which the operation answers kept_full, reason deadline.
   absl::Duration deadline = absl::InfiniteDuration();

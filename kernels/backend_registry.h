@@ -2,6 +2,7 @@
 #ifndef KEEPSET_KERNELS_BACKEND_REGISTRY_H_
 #define KEEPSET_KERNELS_BACKEND_REGISTRY_H_
 
+#include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
@@ -20,6 +21,14 @@ struct BackendOptions {
   std::string window_kernels = {};
   // The file of cuBLAS; empty: by its name, where the dynamic linker looks.
   std::string cublas_library = {};
+  // Device memory of a GPU's ops and score buffers, at least 512 KiB. Not 0: it is allocated when
+  // the backend is made, or is device_memory, and no more is ever allocated; an op that finds no
+  // room ends with ResourceExhausted. 0: it grows as ops need it. Page-locked host memory grows
+  // anyway. Other backends want 0.
+  int64_t device_memory_bytes = 0;
+  // So many bytes of the backend's device, at a multiple of 256, that stay the caller's and outlive
+  // the backend; nullptr: the backend's own.
+  void* device_memory = nullptr;
 };
 
 // Names as listed in backends.def, in that order.

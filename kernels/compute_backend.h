@@ -150,6 +150,14 @@ struct DeviceInfo {
   std::string note;  // what an operator should know of it; mostly empty
 };
 
+// Device memory of a backend for ops and score buffers; all 0 for host memory.
+struct DeviceMemoryUse {
+  int64_t reserved_bytes = 0;  // allocated
+  int64_t used_bytes = 0;      // of it, by ops and buffers
+  // The most that was used at a time; of memory of a fixed size, how much of it would have done.
+  int64_t peak_bytes = 0;
+};
+
 class ComputeBackend {
  public:
   virtual ~ComputeBackend() = default;
@@ -161,6 +169,8 @@ class ComputeBackend {
   virtual std::string NameFor(const OpContext& /*context*/) const { return name(); }
 
   virtual DeviceInfo Device() const { return {}; }
+
+  virtual DeviceMemoryUse MemoryUse() const { return {}; }
 
   // OK, or the error after which the device answers nothing until the process is restarted.
   virtual absl::Status Health() const { return absl::OkStatus(); }

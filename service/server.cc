@@ -148,8 +148,10 @@ class ServerImpl final : public Server {
   absl::Status Init() {
     if (backend_ == nullptr) {
       absl::StatusOr<std::unique_ptr<kernels::ComputeBackend>> backend = kernels::NewBackend(
-          config_.backend(), {.num_threads = static_cast<int>(config_.num_threads()),
-                              .window_kernels = config_.window_kernels()});
+          config_.backend(),
+          {.num_threads = static_cast<int>(config_.num_threads()),
+           .window_kernels = config_.window_kernels(),
+           .device_memory_bytes = static_cast<int64_t>(config_.device_memory_bytes())});
       // No start of this program will find it.
       if (absl::IsNotFound(backend.status())) {
         return absl::InvalidArgumentError(backend.status().message());
@@ -174,6 +176,7 @@ class ServerImpl final : public Server {
                              .table_sources = TableSourceNames()});
     metrics_->SetQueueCapacity(config_.limits().queue_capacity());
     metrics_->SetProcessUsage(ReadProcessUsage());
+    SetDeviceWorkspace();
     session_observer_ = std::make_unique<ServerSessionObserver>(
         *metrics_, log_, [this](absl::string_view session_id) {
           fences_.Forget(session_id);
@@ -374,6 +377,11 @@ class ServerImpl final : public Server {
     if (!queued.ok()) is_sweeping_ = false;
   }
 
+  void SetDeviceWorkspace() {
+    const kernels::DeviceMemoryUse use = backend_->MemoryUse();
+    metrics_->SetDeviceWorkspace({use.reserved_bytes, use.used_bytes, use.peak_bytes});
+  }
+
   void RunTimer() {
     for (int64_t tick = 0;; ++tick) {
       sessions_->ReapExpired();
@@ -386,6 +394,7 @@ class ServerImpl final : public Server {
                                              .quarantined_regions = kind.quarantined_regions,
                                              .quarantined_bytes = kind.quarantined_bytes});
       }
+      SetDeviceWorkspace();
       WatchDevice();
       SweepQuarantine();
       if (tick % kTicksPerUsage == 0) metrics_->SetProcessUsage(ReadProcessUsage());

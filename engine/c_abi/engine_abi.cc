@@ -65,8 +65,13 @@ keepset_status keepset_engine_create(const keepset_engine_options* options, keep
             absl::StrCat("num_threads=", options->num_threads, ", want 0 (all cores) or more"));
       }
       backend_options.num_threads = options->num_threads;
-      if (options->struct_size >= sizeof(*options) && options->window_kernels != nullptr) {
+      if (options->struct_size >= offsetof(keepset_engine_options, device_memory_bytes) &&
+          options->window_kernels != nullptr) {
         backend_options.window_kernels = options->window_kernels;
+      }
+      if (options->struct_size >= sizeof(*options)) {
+        backend_options.device_memory_bytes = options->device_memory_bytes;
+        backend_options.device_memory = options->device_memory;
       }
     }
     auto engine = std::make_unique<keepset_engine>();

@@ -136,6 +136,10 @@ absl::StatusOr<std::unique_ptr<ComputeBackend>> NewCpuBackend(const BackendOptio
     return absl::InvalidArgumentError(absl::StrCat("window_kernels=\"", options.window_kernels,
                                                    "\", want none with backend cpu"));
   }
+  if (options.device_memory_bytes != 0 || options.device_memory != nullptr) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "device_memory_bytes=", options.device_memory_bytes, ", want none with backend cpu"));
+  }
   return std::make_unique<CpuBackend>(options.num_threads == 0 ? cpu::NumUsableCores()
                                                                : options.num_threads);
 }

@@ -20,6 +20,7 @@
 #include "kernels/cuda/cublas_products.h"
 #include "kernels/cuda/cuda_context.h"
 #include "kernels/cuda/current_device.h"
+#include "kernels/cuda/device_region.h"
 #include "kernels/cuda/ops.h"
 #include "kernels/cuda/tensor_map.h"
 #include "kernels/cuda/window_scores.h"
@@ -95,6 +96,17 @@ class CudaBackend : public ComputeBackend {
     return FindHopperKernels();
   }
 
+  // Before the first context and buffer; options are checked.
+  absl::Status ReserveMemory(const BackendOptions& options) {
+    if (options.device_memory_bytes == 0) return absl::OkStatus();
+    KEEPSET_ASSIGN_OR_RETURN(const cuda::CurrentDevice current,
+                             cuda::CurrentDevice::Set(traits_.ordinal, health_));
+    KEEPSET_ASSIGN_OR_RETURN(std::unique_ptr<cuda::DeviceRegion> region,
+                             cuda::DeviceRegion::New(options, traits_.ordinal, health_));
+    pool_.UseRegion(std::move(region));
+    return absl::OkStatus();
+  }
+
   std::string name() const override { return absl::StrCat("cuda/", traits_.architecture); }
   std::string NameFor(const OpContext& context) const override {
     const cuda::StreamState& state = static_cast<const cuda::CudaContext&>(context).state();
@@ -105,6 +117,7 @@ class CudaBackend : public ComputeBackend {
   }
   DeviceInfo Device() const override { return device_; }
   absl::Status Health() const override { return health_.status(); }
+  DeviceMemoryUse MemoryUse() const override { return pool_.use(); }
 
   absl::StatusOr<std::unique_ptr<OpContext>> NewContext(const ContextOptions& options) override {
     KEEPSET_RETURN_IF_ERROR(health_.status());
@@ -361,6 +374,7 @@ absl::StatusOr<std::unique_ptr<ComputeBackend>> NewCudaBackend(const BackendOpti
   // A name that is wrong on every host is said so on one without a device, too.
   KEEPSET_ASSIGN_OR_RETURN(const cuda::WindowKernels window_kernels,
                            ParseWindowKernels(options.window_kernels));
+  KEEPSET_RETURN_IF_ERROR(cuda::CheckDeviceMemory(options));
   int num_devices = 0;
   const cudaError_t error = cudaGetDeviceCount(&num_devices);
   if (error != cudaSuccess || num_devices == 0) {
@@ -368,6 +382,7 @@ absl::StatusOr<std::unique_ptr<ComputeBackend>> NewCudaBackend(const BackendOpti
   }
   auto backend = std::make_unique<CudaBackend>();
   KEEPSET_RETURN_IF_ERROR(backend->Init(window_kernels, options.cublas_library));
+  KEEPSET_RETURN_IF_ERROR(backend->ReserveMemory(options));
   return backend;
 }
 

@@ -46,11 +46,10 @@ absl::Status StreamState::Init() {
   return absl::OkStatus();
 }
 
-absl::Status StreamState::Begin(cudaStream_t stream) {
-  callers_stream_ = stream;
+absl::Status StreamState::TakeFaults() {
   if (faults_.bytes() > 0) return absl::OkStatus();
   KEEPSET_ASSIGN_OR_RETURN(faults_, pool_.Acquire(kFaultBytes));
-  return health_.Check(cudaMemsetAsync(faults_.data(), kAllOnes, kFaultBytes, this->stream()),
+  return health_.Check(cudaMemsetAsync(faults_.data(), kAllOnes, kFaultBytes, stream()),
                        "cudaMemsetAsync");
 }
 
@@ -71,11 +70,23 @@ absl::StatusOr<std::byte*> StreamState::Temporary(int64_t bytes) {
   return data;
 }
 
+absl::StatusOr<std::unique_ptr<PinnedBuffer>> StreamState::TakeRingHost(int64_t bytes) {
+  const auto found = std::find_if(spare_rings_.begin(), spare_rings_.end(),
+                                  [bytes](const auto& ring) { return ring->bytes() >= bytes; });
+  if (found != spare_rings_.end()) {
+    std::unique_ptr<PinnedBuffer> host = std::move(*found);
+    spare_rings_.erase(found);
+    return host;
+  }
+  auto host = std::make_unique<PinnedBuffer>(health_);
+  KEEPSET_RETURN_IF_ERROR(host->Reserve(bytes));
+  return host;
+}
+
 absl::Status StreamState::GrowRing(int64_t bytes) {
   const int64_t size = std::max({bytes, 2 * ring_.bytes(), kFirstRingBytes});
-  auto host = std::make_unique<PinnedBuffer>(health_);
-  KEEPSET_RETURN_IF_ERROR(host->Reserve(size));
   KEEPSET_ASSIGN_OR_RETURN(DeviceBlock block, pool_.Acquire(size));
+  KEEPSET_ASSIGN_OR_RETURN(std::unique_ptr<PinnedBuffer> host, TakeRingHost(size));
   deferred_->Add(std::move(ring_));
   if (ring_host_ != nullptr) old_rings_.push_back(std::move(ring_host_));
   ring_ = std::move(block);
@@ -84,8 +95,13 @@ absl::Status StreamState::GrowRing(int64_t bytes) {
   return absl::OkStatus();
 }
 
+void StreamState::PutRingAway() {
+  ring_ = DeviceBlock();
+  if (ring_host_ != nullptr) spare_rings_.push_back(std::move(ring_host_));
+}
+
 absl::StatusOr<const std::byte*> StreamState::Upload(const void* data, int64_t bytes) {
-  if (ring_host_ == nullptr || ring_used_ + bytes > ring_host_->bytes()) {
+  if (ring_host_ == nullptr || ring_used_ + bytes > ring_.bytes()) {
     KEEPSET_RETURN_IF_ERROR(GrowRing(bytes));
   }
   std::byte* const host = ring_host_->data() + ring_used_;
@@ -106,6 +122,7 @@ absl::StatusOr<std::byte*> StreamState::Results(int64_t bytes) {
 
 absl::Status StreamState::ReserveFaults(int64_t count) {
   KEEPSET_CHECK(count <= kMaxFaults);
+  KEEPSET_RETURN_IF_ERROR(TakeFaults());
   const bool has_room = static_cast<int64_t>(describe_.size()) + count <= kMaxFaults;
   if (has_room && !has_many_temporaries()) return absl::OkStatus();
   absl::Status status = Wait();
@@ -130,6 +147,9 @@ absl::Status StreamState::ReadFaults() {
 void StreamState::ForgetQueued() {
   describe_.clear();
   deferred_->Flush();
+  for (std::unique_ptr<PinnedBuffer>& ring : old_rings_) {
+    if (pool_.is_fixed()) spare_rings_.push_back(std::move(ring));
+  }
   old_rings_.clear();
   ring_used_ = 0;
   temporary_bytes_ = 0;
@@ -166,7 +186,13 @@ absl::Status StreamState::Reset() {
   }
   KEEPSET_RETURN_IF_CUDA_ERROR(health_, cudaStreamSynchronize(stream()));
   ForgetQueued();
+  deferred_->Close();
   callers_stream_ = nullptr;
+  if (pool_.is_fixed()) {
+    workspace_ = DeviceBlock();
+    faults_ = DeviceBlock();
+    PutRingAway();
+  }
   return absl::OkStatus();
 }
 
@@ -176,7 +202,7 @@ absl::StatusOr<std::unique_ptr<StreamState>> StreamPool::Acquire(cudaStream_t st
     state = std::make_unique<StreamState>(traits_, health_, pool_);
     KEEPSET_RETURN_IF_ERROR(state->Init());
   }
-  KEEPSET_RETURN_IF_ERROR(state->Begin(stream));
+  state->Begin(stream);
   return state;
 }
 

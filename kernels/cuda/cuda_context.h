@@ -63,7 +63,10 @@ class StreamState {
 
   absl::Status Init();
   // Queues everything on `stream` until Reset; null: on its own.
-  absl::Status Begin(cudaStream_t stream);
+  void Begin(cudaStream_t stream) {
+    callers_stream_ = stream;
+    deferred_->Open();
+  }
 
   DeviceHealth& health() { return health_; }
   const DeviceTraits& traits() const { return traits_; }
@@ -102,6 +105,11 @@ class StreamState {
 
  private:
   absl::Status GrowRing(int64_t bytes);
+  absl::Status TakeFaults();
+  // Page-locked memory that no queued copy reads.
+  absl::StatusOr<std::unique_ptr<PinnedBuffer>> TakeRingHost(int64_t bytes);
+  // Nothing is in the ring.
+  void PutRingAway();
   // The stream is idle.
   absl::Status ReadFaults();
   void ForgetQueued();
@@ -115,6 +123,9 @@ class StreamState {
   DeviceBlock ring_;  // uploads, and their copies on the host
   std::unique_ptr<PinnedBuffer> ring_host_;
   std::vector<std::unique_ptr<PinnedBuffer>> old_rings_;  // queued copies may still read them
+  // Of earlier operations, for the rings of later ones, which begin small again where memory is
+  // fixed.
+  std::vector<std::unique_ptr<PinnedBuffer>> spare_rings_;
   int64_t ring_used_ = 0;
   int64_t temporary_bytes_ = 0;  // since the last wait
   PinnedBuffer results_;

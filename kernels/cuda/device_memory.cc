@@ -34,7 +34,22 @@ DevicePool::~DevicePool() {
   FreeKept();
 }
 
+DeviceMemoryUse DevicePool::use() const {
+  if (is_fixed()) return region_->use();
+  const absl::MutexLock lock(&mutex_);
+  return {used_bytes_ + kept_bytes_, used_bytes_, peak_bytes_};
+}
+
+void DevicePool::NoteUse(int64_t change) {
+  used_bytes_ += change;
+  peak_bytes_ = std::max(peak_bytes_, used_bytes_);
+}
+
 absl::StatusOr<DeviceBlock> DevicePool::Acquire(int64_t bytes) {
+  if (is_fixed()) {
+    KEEPSET_ASSIGN_OR_RETURN(std::byte* const data, region_->Take(bytes));
+    return DeviceBlock(this, data, bytes);
+  }
   const int64_t size = RoundUp(bytes);
   {
     const absl::MutexLock lock(&mutex_);
@@ -43,6 +58,7 @@ absl::StatusOr<DeviceBlock> DevicePool::Acquire(int64_t bytes) {
     if (found != kept_.end() && found->first / 2 <= size) {
       DeviceBlock block(this, found->second, found->first);
       kept_bytes_ -= found->first;
+      NoteUse(found->first);
       kept_.erase(found);
       return block;
     }
@@ -62,12 +78,18 @@ absl::StatusOr<DeviceBlock> DevicePool::Acquire(int64_t bytes) {
         absl::StrCat("cuda: device ", device_, " has no ", size, " bytes of free memory"));
   }
   KEEPSET_RETURN_IF_ERROR(health_.Check(error, "cudaMalloc"));
+  {
+    const absl::MutexLock lock(&mutex_);
+    NoteUse(size);
+  }
   return DeviceBlock(this, static_cast<std::byte*>(data), size);
 }
 
 void DevicePool::Release(std::byte* data, int64_t bytes) {
+  if (is_fixed()) return region_->Return(data, bytes);
   {
     const absl::MutexLock lock(&mutex_);
+    NoteUse(-bytes);
     if (kept_bytes_ + bytes <= most_kept_bytes_) {
       kept_.emplace(bytes, data);
       kept_bytes_ += bytes;
@@ -101,6 +123,11 @@ void DeferredBlocks::Close() {
   Flush();
   const absl::MutexLock lock(&mutex_);
   is_closed_ = true;
+}
+
+void DeferredBlocks::Open() {
+  const absl::MutexLock lock(&mutex_);
+  is_closed_ = false;
 }
 
 PinnedBuffer::~PinnedBuffer() {

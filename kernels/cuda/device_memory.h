@@ -1,5 +1,5 @@
 // Device memory that stays allocated between operations, so that a warm backend allocates nothing
-// within one.
+// within one; or that is allocated once, and never more.
 #ifndef KEEPSET_KERNELS_CUDA_DEVICE_MEMORY_H_
 #define KEEPSET_KERNELS_CUDA_DEVICE_MEMORY_H_
 
@@ -13,7 +13,9 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
+#include "kernels/compute_backend.h"
 #include "kernels/cuda/cuda_status.h"
+#include "kernels/cuda/device_region.h"
 
 namespace keepset::kernels::cuda {
 
@@ -57,21 +59,34 @@ class DevicePool {
       : device_(device), health_(health), most_kept_bytes_(most_kept_bytes) {}
   ~DevicePool();
 
-  // At least `bytes` (>= 1) of any content. ResourceExhausted when the device has no more.
+  // From now on every block is a piece of the region, and nothing is allocated. Before the first
+  // Acquire.
+  void UseRegion(std::unique_ptr<DeviceRegion> region) { region_ = std::move(region); }
+  // Whether blocks are pieces of a region: then to return one and to take it again costs nothing.
+  bool is_fixed() const { return region_ != nullptr; }
+
+  // At least `bytes` (>= 1) of any content. ResourceExhausted when the device or the region has no
+  // more.
   absl::StatusOr<DeviceBlock> Acquire(int64_t bytes);
+
+  DeviceMemoryUse use() const;
 
  private:
   friend class DeviceBlock;
 
   void Release(std::byte* data, int64_t bytes);
   void FreeKept() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void NoteUse(int64_t change) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   const int device_;
   DeviceHealth& health_;
   const int64_t most_kept_bytes_;
+  std::unique_ptr<DeviceRegion> region_;  // Null: blocks are allocated one by one.
   mutable absl::Mutex mutex_;
   std::multimap<int64_t, std::byte*> kept_ ABSL_GUARDED_BY(mutex_);  // by size
   int64_t kept_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
+  int64_t used_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
+  int64_t peak_bytes_ ABSL_GUARDED_BY(mutex_) = 0;
 };
 
 // Blocks that a stream may still use; they return to their pool when the stream was waited for.
@@ -81,8 +96,9 @@ class DeferredBlocks {
   void Add(DeviceBlock block);
   // The stream is idle: everything added so far returns.
   void Flush();
-  // As Flush; what is added later returns at once.
+  // As Flush; what is added later, of an operation that has ended, returns at once, until Open.
   void Close();
+  void Open();
 
  private:
   absl::Mutex mutex_;

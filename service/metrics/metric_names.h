@@ -123,6 +123,10 @@ inline constexpr MetricInfo kQuarantinedRegions = {
 inline constexpr MetricInfo kQuarantinedBytes = {
     "keepset_quarantined_bytes", MetricType::kGauge, "kind",
     "Memory of this server's own that nobody may use and a worker may still have mapped."};
+inline constexpr MetricInfo kDeviceWorkspaceBytes = {
+    "keepset_device_workspace_bytes", MetricType::kGauge, "state",
+    "Device memory of this server for operations: allocated (reserved), in use by operations "
+    "(used), and the most that was in use at a time since the start (peak)."};
 inline constexpr MetricInfo kCreditsOutstanding = {
     "keepset_credits_outstanding", MetricType::kGauge, "",
     "Layer inputs that workers may send on their open streams: granted and not used."};
@@ -193,6 +197,7 @@ inline constexpr MetricInfo kAllMetrics[] = {kCompressOperationsTotal,
                                              kOwnedRegionBytes,
                                              kQuarantinedRegions,
                                              kQuarantinedBytes,
+                                             kDeviceWorkspaceBytes,
                                              kCreditsOutstanding,
                                              kQueueDepth,
                                              kQueueCapacity,
@@ -256,6 +261,7 @@ inline constexpr absl::string_view kStageValues[] = {"queue",  "lease",  "score"
                                                      "select", "gather", "reply"};
 inline constexpr absl::string_view kReloadValues[] = {"success", "refused"};
 inline constexpr absl::string_view kShadowValues[] = {"scored", "skipped", "failed"};
+inline constexpr absl::string_view kWorkspaceValues[] = {"reserved", "used", "peak"};
 inline constexpr absl::string_view kSessionEndValues[] = {"closed", "replaced", "hang_up",
                                                           "lease_expired", "shutdown"};
 inline constexpr absl::string_view kRejectValues[] = {

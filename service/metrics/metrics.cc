@@ -87,6 +87,8 @@ class PrometheusMetrics : public Metrics {
                              values.region_kinds),
         quarantined_bytes_(GaugeFamily(*registry_, kQuarantinedBytes), kQuarantinedBytes,
                            values.region_kinds),
+        device_workspace_(GaugeFamily(*registry_, kDeviceWorkspaceBytes), kDeviceWorkspaceBytes,
+                          kWorkspaceValues),
         credits_(GaugeFamily(*registry_, kCreditsOutstanding).Add({})),
         queue_depth_(GaugeFamily(*registry_, kQueueDepth).Add({})),
         queue_capacity_(GaugeFamily(*registry_, kQueueCapacity).Add({})),
@@ -189,6 +191,12 @@ class PrometheusMetrics : public Metrics {
     owned_bytes_.Of(kind).Set(static_cast<double>(sample.bytes));
     quarantined_regions_.Of(kind).Set(static_cast<double>(sample.quarantined_regions));
     quarantined_bytes_.Of(kind).Set(static_cast<double>(sample.quarantined_bytes));
+  }
+  void SetDeviceWorkspace(const DeviceWorkspaceSample& use) override {
+    const int64_t values[] = {use.reserved_bytes, use.used_bytes, use.peak_bytes};
+    for (size_t i = 0; i < std::size(kWorkspaceValues); ++i) {
+      device_workspace_.Of(kWorkspaceValues[i]).Set(static_cast<double>(values[i]));
+    }
   }
   void RecordSessionEnd(absl::string_view why) override { sessions_ended_.Of(why).Increment(); }
   void RecordImportFailure(absl::string_view kind) override {
@@ -296,6 +304,7 @@ class PrometheusMetrics : public Metrics {
   const LabelledSeries<Gauge> owned_bytes_;
   const LabelledSeries<Gauge> quarantined_regions_;
   const LabelledSeries<Gauge> quarantined_bytes_;
+  const LabelledSeries<Gauge> device_workspace_;
   Gauge& credits_;
   Gauge& queue_depth_;
   Gauge& queue_capacity_;

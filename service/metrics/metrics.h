@@ -81,6 +81,13 @@ struct OwnedMemorySample {
   uint64_t quarantined_bytes = 0;
 };
 
+// Device memory of this server for operations.
+struct DeviceWorkspaceSample {
+  int64_t reserved_bytes = 0;
+  int64_t used_bytes = 0;
+  int64_t peak_bytes = 0;  // of used, since the start
+};
+
 enum class Reject {
   kQueueFull,
   kInlineTooLarge,
@@ -129,6 +136,7 @@ class Metrics {
   virtual void SetRegions(absl::string_view kind, int64_t regions, uint64_t bytes) = 0;
   virtual void SetDeviceMemory(absl::string_view kind, uint64_t bytes) = 0;
   virtual void SetOwnedMemory(absl::string_view kind, const OwnedMemorySample& sample) = 0;
+  virtual void SetDeviceWorkspace(const DeviceWorkspaceSample& use) = 0;
   virtual void RecordSessionEnd(absl::string_view why) = 0;  // "closed", "replaced", "hang_up", ...
   virtual void RecordImportFailure(absl::string_view kind) = 0;
 

@@ -190,6 +190,8 @@ absl::Status OperationCall::BeginOperation() {
   if (wire_.deadline_ms() > 0) {
     spec.deadline = arrival_ + absl::Milliseconds(wire_.deadline_ms());
   }
+  // A worker goes on with its own cache: the device's memory is the server's affair.
+  spec.on_short_memory = engine::OnShortMemory::kKeepFull;
   sample_.input_tokens = spec.seq_len * spec.model.num_layers;
   KEEPSET_ASSIGN_OR_RETURN(operation_, engine::Operation::Begin(std::move(spec), context_.policies,
                                                                 context_.backend, context_.clock));
@@ -242,10 +244,13 @@ absl::Status OperationCall::FinishOperation(v1::OperationResult* out) {
   // A kept_full answer moves nothing: the caller's own cache is it, whatever the destination holds.
   if (keeps_messages() && result->outcome == engine::Outcome::kCompressed) {
     const absl::Status gathered = GatherLayers(*result, out);
-    if (!gathered.ok() && !is_moving_ && !context_.backend.Health().ok()) {
+    const bool has_failed = !context_.backend.Health().ok();
+    if (!gathered.ok() && !is_moving_ && (has_failed || operation_->is_short_of_memory())) {
       // Destinations hold nothing of use; the caller's own cache does.
       out->Clear();
-      EncodeInto(operation_->FinishKeptFull(engine::Reason::kDeviceFault), out);
+      EncodeInto(operation_->FinishKeptFull(has_failed ? engine::Reason::kDeviceFault
+                                                       : engine::Reason::kShed),
+                 out);
       ReleaseResources();
       return absl::OkStatus();
     }

@@ -239,6 +239,8 @@ absl::Status ResolveServerConfig(v1::ServerConfig& config) {
     KEEPSET_RETURN_IF_ERROR(CheckRange<uint32_t>("etcd.start_timeout_ms",
                                                  config.etcd().start_timeout_ms(), 1, 600'000));
   }
+  KEEPSET_RETURN_IF_ERROR(CheckRange<uint64_t>("device_memory_bytes", config.device_memory_bytes(),
+                                               0, uint64_t{1} << 50));
   KEEPSET_RETURN_IF_ERROR(CheckRange<uint32_t>("num_workers", config.num_workers(), 1, 1024));
   KEEPSET_RETURN_IF_ERROR(CheckRange<uint32_t>("num_threads", config.num_threads(), 0, 4096));
   KEEPSET_RETURN_IF_ERROR(CheckRange<uint32_t>("memory.quarantine_seconds",

@@ -221,7 +221,15 @@ static void ReportsErrors(keepset_engine* engine) {
   options.window_kernels = "hopper";
   EXPECT(keepset_engine_create(&options, &other) == KEEPSET_INVALID_ARGUMENT);
   EXPECT(strstr(keepset_last_error(), "window_kernels=\"hopper\"") != NULL);
-  /* A caller that was built before the field. */
+  options.window_kernels = NULL;
+  options.device_memory_bytes = 1 << 20;
+  EXPECT(keepset_engine_create(&options, &other) == KEEPSET_INVALID_ARGUMENT);
+  EXPECT(strstr(keepset_last_error(), "device_memory_bytes=1048576, want none") != NULL);
+  /* Callers that were built before a field. */
+  options.struct_size = offsetof(keepset_engine_options, device_memory_bytes);
+  EXPECT(keepset_engine_create(&options, &other) == KEEPSET_OK);
+  keepset_engine_destroy(other);
+  options.window_kernels = "hopper";
   options.struct_size = offsetof(keepset_engine_options, window_kernels);
   options.num_threads = 1;
   EXPECT(keepset_engine_create(&options, &other) == KEEPSET_OK);

@@ -108,6 +108,7 @@ class GatedBackend : public kernels::ComputeBackend {
   }
   kernels::DeviceInfo Device() const override { return inner_->Device(); }
   absl::Status Health() const override { return gate_.health(); }
+  kernels::DeviceMemoryUse MemoryUse() const override { return inner_->MemoryUse(); }
   using ComputeBackend::NewContext;
   absl::StatusOr<std::unique_ptr<kernels::OpContext>> NewContext(
       const kernels::ContextOptions& options) override {

@@ -72,6 +72,21 @@ TEST_F(DeviceChoice, WindowKernelsOfTheCpuAreRefused) {
   EXPECT_EQ(exit_code, kExitRefused);
 }
 
+TEST_F(DeviceChoice, DeviceMemoryOfTheCpuIsRefused) {
+  int exit_code = 0;
+  EXPECT_EQ(ComplaintOf("device_memory_bytes: 1048576", &exit_code),
+            "keepsetd: device_memory_bytes=1048576, want none with backend cpu");
+  EXPECT_EQ(exit_code, kExitRefused);
+}
+
+TEST_F(DeviceChoice, TooLittleDeviceMemoryIsRefused) {
+  if (!IsBuiltWithCuda()) GTEST_SKIP() << "built without CUDA";
+  int exit_code = 0;
+  EXPECT_EQ(ComplaintOf("backend: \"cuda\" device_memory_bytes: 4096", &exit_code),
+            "keepsetd: cuda: device_memory_bytes=4096, want 0 or 524288 or more");
+  EXPECT_EQ(exit_code, kExitRefused);
+}
+
 TEST_F(DeviceChoice, UnknownBackendIsRefused) {
   int exit_code = 0;
   EXPECT_THAT(ComplaintOf("backend: \"abacus\"", &exit_code),

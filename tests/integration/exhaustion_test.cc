@@ -48,6 +48,21 @@ TEST(Exhaustion, AllocationThatFailsIsAnsweredOnAStream) {
   ExpectServes(server);
 }
 
+// The device's memory is full of other operations.
+TEST(Exhaustion, OperationThatTheBackendHasNoMemoryForKeepsEverything) {
+  TestServer server;
+  const fakes::SyntheticPrompt prompt({});
+  server.gate().FailWith(absl::ResourceExhaustedError("cuda: no memory"));
+  v1::OperationResult result;
+  const grpc::Status status = Compress(server, WireRequest(prompt, "snapkv", kBudget), &result);
+  ASSERT_TRUE(status.ok()) << status.error_message();
+  EXPECT_EQ(result.outcome(), v1::OUTCOME_KEPT_FULL);
+  EXPECT_EQ(result.reason(), v1::REASON_SHED);
+  server.gate().FailWith(absl::OkStatus());
+  ASSERT_TRUE(Compress(server, WireRequest(prompt, "snapkv", kBudget), &result).ok());
+  EXPECT_EQ(result.outcome(), v1::OUTCOME_COMPRESSED);
+}
+
 TEST(Exhaustion, WhatALibraryThrowsIsOurFaultAndNotShown) {
   TestServer server;
   const fakes::SyntheticPrompt prompt({});

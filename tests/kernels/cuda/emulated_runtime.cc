@@ -44,6 +44,7 @@ struct Device {
   std::function<void()> after_shared_limit;
   EmulatedDevice kind = EmulatedDevice::kSm86;
   const void* elsewhere = nullptr;
+  size_t largest_block = size_t{1} << 40;
   cudaError_t next_wait = cudaSuccess;
   cudaError_t sticky = cudaSuccess;
   std::string name = "emulated";
@@ -218,6 +219,8 @@ void FailNextWait(cudaError_t error) { TheDevice().next_wait = error; }
 
 void FaultNow(cudaError_t error) { TheDevice().sticky = error; }
 
+void LimitEmulatedMemory(size_t largest_block) { TheDevice().largest_block = largest_block; }
+
 void PlaceElsewhere(const void* data) { TheDevice().elsewhere = data; }
 
 int64_t NumDeviceAllocations() {
@@ -373,8 +376,14 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   return error;
 }
 
+cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* all_bytes) {
+  *free_bytes = TheDevice().largest_block;
+  *all_bytes = 2 * TheDevice().largest_block;
+  return cudaSuccess;
+}
 cudaError_t cudaMalloc(void** data, size_t bytes) {
   ++TheDevice().allocations;
+  if (bytes > TheDevice().largest_block) return cudaErrorMemoryAllocation;
   if (State() != cudaSuccess) return State();
   *data = keepset::kernels::cuda::Allocate(bytes);
   return cudaSuccess;

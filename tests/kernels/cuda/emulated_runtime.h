@@ -6,6 +6,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -39,6 +40,8 @@ void FailNextWait(cudaError_t error);
 void FaultNow(cudaError_t error);
 // From now on the runtime says that the memory at `data` is of another device; null: none is.
 void PlaceElsewhere(const void* data);
+// What the device has free from now on, as far as one allocation is concerned.
+void LimitEmulatedMemory(size_t largest_block);
 // Blocks of device memory that are allocated now.
 int64_t NumDeviceAllocations();
 

@@ -76,6 +76,15 @@ TEST(Metrics, DeviceMemoryIsThereFromTheStartByKind) {
             4096);
 }
 
+TEST(Metrics, DeviceWorkspaceIsToldByState) {
+  const auto metrics = NewTestMetrics();
+  metrics->SetDeviceWorkspace({.reserved_bytes = 4096, .used_bytes = 512, .peak_bytes = 1024});
+  const ExpositionPage page = ParsePage(metrics->Render());
+  EXPECT_EQ(ValueOf(page, "keepset_device_workspace_bytes{state=\"reserved\"}"), 4096);
+  EXPECT_EQ(ValueOf(page, "keepset_device_workspace_bytes{state=\"used\"}"), 512);
+  EXPECT_EQ(ValueOf(page, "keepset_device_workspace_bytes{state=\"peak\"}"), 1024);
+}
+
 TEST(MetricNames, CarryPrefixAndUnitSuffix) {
   for (const MetricInfo& info : kAllMetrics) {
     EXPECT_TRUE(absl::StartsWith(info.name, "keepset_")) << info.name;

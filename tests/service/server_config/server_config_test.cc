@@ -114,6 +114,12 @@ TEST(ResolveServerConfig, NamesFieldValueAndRange) {
   EXPECT_EQ(ResolveServerConfig(config).message(), "memory.lease_seconds=1, want 3..3600");
 }
 
+TEST(ResolveServerConfig, BoundsDeviceMemorySoThatItIsANumberOfBytes) {
+  v1::ServerConfig config = Config("device_memory_bytes: 18446744073709551615");
+  EXPECT_EQ(ResolveServerConfig(config).message(),
+            "device_memory_bytes=18446744073709551615, want 0..1125899906842624");
+}
+
 TEST(ResolveServerConfig, BoundsThePromptSoThatSizesStayInsideInt64) {
   v1::ServerConfig config = Config("limits { max_seq_len: 16777217 }");
   EXPECT_EQ(ResolveServerConfig(config).message(), "limits.max_seq_len=16777217, want 1..16777216");
