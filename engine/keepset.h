@@ -254,9 +254,11 @@ typedef struct keepset_operation_spec {
   const keepset_table* table; /* NULL: none; kept by reference until the operation is destroyed */
   int32_t shadow;             /* 1: decide and report, never apply */
   /* Of backend "cuda": a cudaStream_t of its device, which stays the caller's, alive and out of
-   * capture until the operation is destroyed; cudaStreamLegacy or cudaStreamPerThread for a default
-   * stream. NULL: one of the engine's own. Kernels are queued behind what the caller queued there;
-   * calls return when the stream has done what they queued. struct_size may end before. */
+   * capture until the operation is destroyed; cudaStreamLegacy for the default stream, not
+   * cudaStreamPerThread. Kernels are queued behind what the caller queued there; calls return when
+   * the stream has done what they queued. NULL: one of the engine's own, which waits for no other,
+   * the default stream included: tensors are complete before the call. struct_size may end before.
+   */
   void* cuda_stream;
 } keepset_operation_spec;
 

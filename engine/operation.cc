@@ -47,6 +47,11 @@ class OperationImpl final : public Operation {
         !short_of_memory_) {
       const ObservedLayer observed = {layer, observation};
       absl::Status status = builder_.Score(absl::MakeConstSpan(&observed, 1));
+      if (absl::IsResourceExhausted(status) && shadow_ != nullptr) {
+        // What is asked beside the operation takes nothing from it.
+        DropShadow(status);
+        status = builder_.Score(absl::MakeConstSpan(&observed, 1));
+      }
       // A layer that a broken device could not score is no fault of the caller.
       if (!status.ok() && DeviceWorks() && !KeepsFullFor(status)) return status;
       if (status.ok()) ObserveShadow(absl::MakeConstSpan(&observed, 1));
@@ -238,6 +243,11 @@ class OperationImpl final : public Operation {
   bool ObserveTogether(absl::Span<const ObservedLayer> layers) {
     if (DeadlinePassed() || !DeviceWorks() || short_of_memory_) return false;
     const absl::StatusOr<std::vector<ObservedLayer>> scored = ScoreTogether(layers);
+    if (absl::IsResourceExhausted(scored.status())) {
+      // Buffers of the attempt return to the backend with a wait. What it finds, the next one
+      // finds.
+      backend_.Wait(*plan_.op_context).IgnoreError();
+    }
     if (!scored.ok()) return false;
     if (!scored->empty()) ObserveShadow(*scored);
     return true;
@@ -292,6 +302,13 @@ class OperationImpl final : public Operation {
           "layer ", layers.front().layer, ": no memory for the scores of the shadow table"));
     }
     if (!shadow_status_.ok()) shadow_.reset();
+  }
+
+  // Its buffers return to the backend.
+  void DropShadow(absl::Status why) {
+    shadow_.reset();
+    shadow_status_ = std::move(why);
+    backend_.Wait(*plan_.op_context).IgnoreError();
   }
 
   void FillResult() {

@@ -124,7 +124,7 @@ class CudaBackend : public ComputeBackend {
     KEEPSET_ASSIGN_OR_RETURN(const cuda::CurrentDevice current,
                              cuda::CurrentDevice::Set(traits_.ordinal, health_));
     auto* const stream = static_cast<cudaStream_t>(options.stream);
-    KEEPSET_RETURN_IF_ERROR(cuda::CheckCallersStream(stream, traits_.ordinal));
+    KEEPSET_RETURN_IF_ERROR(cuda::CheckCallersStream(stream, traits_.ordinal, health_));
     KEEPSET_ASSIGN_OR_RETURN(std::unique_ptr<cuda::StreamState> state, streams_.Acquire(stream));
     return std::make_unique<cuda::CudaContext>(&streams_, std::move(state));
   }
@@ -344,7 +344,7 @@ class CudaBackend : public ComputeBackend {
     KEEPSET_ASSIGN_OR_RETURN(cuda::CurrentDevice device,
                              cuda::CurrentDevice::Set(traits_.ordinal, health_));
     cuda::StreamState& state = static_cast<cuda::CudaContext&>(context).state();
-    KEEPSET_RETURN_IF_ERROR(cuda::CheckNotInCapture(state.callers_stream()));
+    KEEPSET_RETURN_IF_ERROR(cuda::CheckNotInCapture(state.callers_stream(), health_));
     return Entered(std::move(device), &state);
   }
 

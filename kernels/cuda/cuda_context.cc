@@ -8,6 +8,7 @@
 
 #include "base/check.h"
 #include "base/status_macros.h"
+#include "kernels/cuda/callers_stream.h"
 #include "kernels/cuda/current_device.h"
 #include "kernels/cuda/fault_code.h"
 
@@ -101,7 +102,8 @@ void StreamState::PutRingAway() {
 }
 
 absl::StatusOr<const std::byte*> StreamState::Upload(const void* data, int64_t bytes) {
-  if (ring_host_ == nullptr || ring_used_ + bytes > ring_.bytes()) {
+  // Either may be larger than it was asked for.
+  if (ring_host_ == nullptr || ring_used_ + bytes > std::min(ring_.bytes(), ring_host_->bytes())) {
     KEEPSET_RETURN_IF_ERROR(GrowRing(bytes));
   }
   std::byte* const host = ring_host_->data() + ring_used_;
@@ -176,6 +178,8 @@ absl::Status StreamState::Wait() {
 
 absl::Status StreamState::Reset() {
   used_.fill(false);
+  // Nothing is queued into a graph, and nothing is to end its capture.
+  KEEPSET_RETURN_IF_ERROR(CheckNotInCapture(callers_stream_, health_));
   // Whatever the operation found concerns nobody any more, but the device's own errors do.
   const bool has_faults = !describe_.empty();
   describe_.clear();
@@ -194,6 +198,20 @@ absl::Status StreamState::Reset() {
     PutRingAway();
   }
   return absl::OkStatus();
+}
+
+void StreamState::Abandon() {
+  workspace_.Leak();
+  ring_.Leak();
+  faults_.Leak();
+  deferred_->Leak();
+  // Copies to and from them may be queued, too.
+  if (ring_host_ != nullptr) ring_host_->Leak();
+  for (const std::unique_ptr<PinnedBuffer>& ring : old_rings_) ring->Leak();
+  results_.Leak();
+  faults_host_.Leak();
+  callers_stream_ = nullptr;
+  own_stream_ = nullptr;  // a call that would end a capture
 }
 
 absl::StatusOr<std::unique_ptr<StreamState>> StreamPool::Acquire(cudaStream_t stream) {
@@ -215,9 +233,13 @@ std::unique_ptr<StreamState> StreamPool::TakeIdle() {
 }
 
 void StreamPool::Release(std::unique_ptr<StreamState> state) {
-  // A stream that cannot be waited for is not used again.
   const absl::StatusOr<CurrentDevice> current = CurrentDevice::Set(traits_.ordinal, health_);
-  if (!current.ok() || !state->Reset().ok()) return;
+  if (!current.ok()) return;
+  if (!state->Reset().ok()) {
+    // The caller's stream is in capture, or gone, and what was queued may still run.
+    if (health_.status().ok()) state->Abandon();
+    return;
+  }
   const absl::MutexLock lock(&mutex_);
   idle_.push_back(std::move(state));
 }

@@ -100,8 +100,11 @@ class StreamState {
   absl::Status Wait();
 
   const std::shared_ptr<DeferredBlocks>& deferred() const { return deferred_; }
-  // Waits, and forgets what the operation left and whose stream it was.
+  // Waits, and forgets what the operation left and whose stream it was. On an error it is of no
+  // more use, and its memory may still be worked on.
   absl::Status Reset();
+  // Gives the memory to nobody: what a stream that cannot be waited for works on.
+  void Abandon();
 
  private:
   absl::Status GrowRing(int64_t bytes);

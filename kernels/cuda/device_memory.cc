@@ -110,7 +110,11 @@ void DevicePool::FreeKept() {
 
 void DeferredBlocks::Add(DeviceBlock block) {
   const absl::MutexLock lock(&mutex_);
-  if (!is_closed_) blocks_.push_back(std::move(block));
+  if (leaks_) {
+    block.Leak();
+  } else if (!is_closed_) {
+    blocks_.push_back(std::move(block));
+  }
 }
 
 void DeferredBlocks::Flush() {
@@ -128,6 +132,13 @@ void DeferredBlocks::Close() {
 void DeferredBlocks::Open() {
   const absl::MutexLock lock(&mutex_);
   is_closed_ = false;
+}
+
+void DeferredBlocks::Leak() {
+  const absl::MutexLock lock(&mutex_);
+  leaks_ = true;
+  for (DeviceBlock& block : blocks_) block.Leak();
+  blocks_.clear();
 }
 
 PinnedBuffer::~PinnedBuffer() {

@@ -38,6 +38,9 @@ class DeviceBlock {
   std::byte* data() const { return data_; }
   int64_t bytes() const { return bytes_; }
 
+  // Returns to nobody.
+  void Leak() { pool_ = nullptr; }
+
  private:
   void Swap(DeviceBlock& other) noexcept {
     std::swap(pool_, other.pool_);
@@ -99,11 +102,14 @@ class DeferredBlocks {
   // As Flush; what is added later, of an operation that has ended, returns at once, until Open.
   void Close();
   void Open();
+  // The stream cannot be waited for: what was added, and what is added later, returns to nobody.
+  void Leak();
 
  private:
   absl::Mutex mutex_;
   std::vector<DeviceBlock> blocks_ ABSL_GUARDED_BY(mutex_);
   bool is_closed_ ABSL_GUARDED_BY(mutex_) = false;
+  bool leaks_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
 // Page-locked host memory, which copies to and from the device without a detour. Grow-only.
@@ -118,6 +124,9 @@ class PinnedBuffer {
   absl::Status Reserve(int64_t bytes);
   std::byte* data() const { return data_; }
   int64_t bytes() const { return bytes_; }
+
+  // Is never freed: queued copies may use it.
+  void Leak() { data_ = nullptr; }
 
  private:
   DeviceHealth& health_;

@@ -13,6 +13,7 @@ RegionPieces::RegionPieces(int64_t bytes) : bytes_(bytes / kAlignment * kAlignme
 }
 
 std::optional<int64_t> RegionPieces::Take(int64_t bytes) {
+  if (bytes > bytes_) return std::nullopt;  // near the largest number a size has no meaning
   const int64_t size = SizeOf(bytes);
   const auto found = std::find_if(free_.begin(), free_.end(),
                                   [size](const auto& piece) { return piece.second >= size; });

@@ -95,11 +95,19 @@ TEST_F(CallersStream, WorkStandsBehindTheCallers) {
   EXPECT_EQ(Run(stream.get(), late), want);
 }
 
-TEST_F(CallersStream, DefaultStreamsServe) {
+TEST_F(CallersStream, DefaultStreamServes) {
   const DevicePrompt memory(prompt_);
   const std::vector<Set> want = Run(nullptr, memory);
   EXPECT_EQ(Run(cudaStreamLegacy, memory), want);
-  EXPECT_EQ(Run(cudaStreamPerThread, memory), want);
+}
+
+// An operation may go on on another thread, where the handle is another stream.
+TEST_F(CallersStream, StreamOfEachThreadIsRefused) {
+  const absl::Status status = (*NewCudaBackend({}))->NewContext({cudaStreamPerThread}).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_NE(status.message().find("want a stream that was created, or cudaStreamLegacy"),
+            std::string::npos)
+      << status;
 }
 
 // What an operation on the caller's stream leaves serves the next one, which has another stream.

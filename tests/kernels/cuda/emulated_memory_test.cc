@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -145,6 +146,49 @@ TEST_F(EmulatedMemory, WhatDoesNotFitKeepsEverythingWhereThatIsAskedFor) {
       EXPECT_EQ(result->reason, engine::Reason::kShed) << policy;
     }
   }
+}
+
+// The most bytes that somebody else may hold of the region while `serves` is true.
+int64_t MostTaken(engine::Bench& bench, const std::function<bool()>& serves) {
+  constexpr int64_t kStep = 2048;
+  int64_t fits = 0;
+  int64_t too_much = bench.backend().MemoryUse().reserved_bytes / kStep;
+  while (too_much - fits > 1) {
+    const int64_t taken = (fits + too_much) / 2;
+    const auto buffer = bench.backend().NewBuffer(1, taken * kStep / int64_t{sizeof(float)});
+    EXPECT_TRUE(buffer.ok()) << buffer.status();
+    (serves() ? fits : too_much) = taken;
+  }
+  return fits * kStep;
+}
+
+TEST_F(EmulatedMemory, ShadowGivesWayToItsOperation) {
+  engine::Bench bench(*NewCudaBackend(Fixed(kEnough)));
+  const auto observe = [&](engine::Operation& operation) {
+    for (const engine::ObservedLayer& layer : memory_.layers()) {
+      const absl::Status seen = operation.Observe(layer.layer, layer.observation);
+      if (!seen.ok()) return seen;
+    }
+    return operation.Finish().status();
+  };
+  engine::OperationSpec spec = Spec("compilerkv");
+  const int64_t taken = MostTaken(bench, [&] { return observe(**bench.Begin(spec)).ok(); });
+  spec.shadow_table = spec.table;
+  // As far as the shadow gets with what is left, from nothing to all it needs.
+  bool has_failed = false;
+  bool has_served = false;
+  for (int64_t left = taken; left > 0 && !has_served; left -= 8192) {
+    const auto buffer = bench.backend().NewBuffer(1, left / int64_t{sizeof(float)});
+    ASSERT_TRUE(buffer.ok()) << buffer.status();
+    auto operation = *bench.Begin(spec);
+    const absl::Status seen = observe(*operation);
+    EXPECT_TRUE(seen.ok()) << taken - left << " bytes left for the shadow: " << seen;
+    const absl::Status shadow = operation->TakeShadow().status();
+    (shadow.ok() ? has_served : has_failed) = true;
+    if (!shadow.ok()) EXPECT_EQ(shadow.code(), absl::StatusCode::kResourceExhausted) << shadow;
+  }
+  EXPECT_TRUE(has_failed);
+  EXPECT_TRUE(has_served);
 }
 
 TEST_F(EmulatedMemory, TheCallersMemoryIsUsedAndStaysTheCallers) {

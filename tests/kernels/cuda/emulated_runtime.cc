@@ -37,9 +37,10 @@ struct Allocation {
 // The emulated device of this process.
 struct Device {
   std::mutex mutex;
-  std::map<uintptr_t, Allocation> memory;    // by address
-  std::map<const void*, int> shared_limits;  // by function
-  std::set<cudaStream_t> streams;            // not destroyed
+  std::map<uintptr_t, Allocation> memory;       // by address
+  std::map<uintptr_t, Allocation> host_memory;  // page-locked
+  std::map<const void*, int> shared_limits;     // by function
+  std::set<cudaStream_t> streams;               // not destroyed
   CUstream_st legacy_stream;
   std::function<void()> after_shared_limit;
   EmulatedDevice kind = EmulatedDevice::kSm86;
@@ -70,7 +71,7 @@ Device& TheDevice() {
 }
 
 // Filled with NaN, the end followed by an inaccessible page.
-void* Allocate(size_t bytes) {
+void* Allocate(size_t bytes, std::map<uintptr_t, Allocation>& memory) {
   const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
   const size_t used = (bytes + page - 1) / page * page;
   void* const mapped =
@@ -81,7 +82,7 @@ void* Allocate(size_t bytes) {
   std::memset(data, 0xff, bytes);
   Device& device = TheDevice();
   const std::lock_guard<std::mutex> lock(device.mutex);
-  device.memory[reinterpret_cast<uintptr_t>(data)] = {mapped, used + page, bytes};
+  memory[reinterpret_cast<uintptr_t>(data)] = {mapped, used + page, bytes};
   return data;
 }
 
@@ -361,6 +362,7 @@ cudaError_t cudaStreamGetDevice(cudaStream_t stream, int* device) {
 cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status) {
   stream = keepset::kernels::cuda::Find(stream);
   if (stream == nullptr) return cudaErrorInvalidResourceHandle;
+  if (State() != cudaSuccess) return State();
   *status = stream->is_captured ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
@@ -385,7 +387,7 @@ cudaError_t cudaMalloc(void** data, size_t bytes) {
   ++TheDevice().allocations;
   if (bytes > TheDevice().largest_block) return cudaErrorMemoryAllocation;
   if (State() != cudaSuccess) return State();
-  *data = keepset::kernels::cuda::Allocate(bytes);
+  *data = keepset::kernels::cuda::Allocate(bytes, TheDevice().memory);
   return cudaSuccess;
 }
 cudaError_t cudaFree(void* data) {
@@ -400,11 +402,16 @@ cudaError_t cudaFree(void* data) {
 }
 cudaError_t cudaHostAlloc(void** data, size_t bytes, unsigned /*flags*/) {
   ++TheDevice().host_allocations;
-  *data = std::malloc(bytes);
+  *data = keepset::kernels::cuda::Allocate(bytes, TheDevice().host_memory);
   return State();
 }
 cudaError_t cudaFreeHost(void* data) {
-  std::free(data);
+  auto& device = TheDevice();
+  const std::lock_guard<std::mutex> lock(device.mutex);
+  const auto found = device.host_memory.find(reinterpret_cast<uintptr_t>(data));
+  if (found == device.host_memory.end()) return cudaErrorInvalidValue;
+  KEEPSET_CHECK(munmap(found->second.mapped, found->second.mapped_bytes) == 0);
+  device.host_memory.erase(found);
   return State();
 }
 

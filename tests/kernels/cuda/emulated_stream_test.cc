@@ -2,7 +2,10 @@
 // emulator can show.
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <random>
 #include <string>
@@ -11,6 +14,7 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "kernels/cuda/cuda_context.h"
 #include "tests/engine/run_operation.h"
 #include "tests/kernels/cuda/cuda_fixture.h"
 #include "tests/kernels/cuda/device_prompt.h"
@@ -79,6 +83,63 @@ TEST_F(EmulatedStream, CaptureWithinAnOperationIsRefused) {
   cuda::SetEmulatedCapture(stream, cuda::Capture::kOff);
   context->reset();
   EXPECT_EQ(cudaStreamDestroy(stream), cudaSuccess);
+}
+
+// What the operation queued may still run, and nothing is queued into the graph or waited for.
+TEST_F(EmulatedStream, OperationThatEndsInCaptureGivesItsMemoryToNobody) {
+  const cudaStream_t stream = NewStream();
+  auto backend = *NewCudaBackend({});
+  auto context = *backend->NewContext({stream});
+  std::unique_ptr<ScoreBuffer> scores = *backend->NewBuffer(1, 4096);
+  ASSERT_TRUE(backend->Fill(*context, 0, 4096, 1.0f, *scores).ok());
+  const float* const memory = scores->data();
+  cuda::SetEmulatedCapture(stream, cuda::Capture::kOn);
+  const EmulatedCounts before = cuda::CountsSoFar();
+  context.reset();
+  scores.reset();
+  EXPECT_EQ(cuda::CountsSoFar().waits, before.waits);
+  EXPECT_EQ(cuda::CountsSoFar().frees, before.frees);
+  EXPECT_TRUE(backend->Health().ok());
+  EXPECT_NE((*backend->NewBuffer(1, 4096))->data(), memory);
+  cuda::SetEmulatedCapture(stream, cuda::Capture::kOff);
+  EXPECT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+  EXPECT_EQ(cudaStreamDestroy(stream), cudaSuccess);
+}
+
+// In a process of its own: the emulated device stays faulted as a real one does.
+TEST(EmulatedStreamFault, FaultOfTheCallersKernelsIsTheDevices) {
+  EXPECT_EXIT(
+      {
+        auto backend = *NewCudaBackend({});
+        const cudaStream_t stream = NewStream();
+        auto context = *backend->NewContext({stream});
+        cuda::FaultNow(cudaErrorIllegalAddress);
+        const absl::Status status = backend->Wait(*context);
+        const bool answers =
+            status.code() == absl::StatusCode::kInternal && !backend->Health().ok();
+        context.reset();
+        backend.reset();
+        std::exit(answers ? 0 : 1);
+      },
+      ::testing::ExitedWithCode(0), "");
+}
+
+// Blocks of the device may be larger than they were asked for, page-locked ones are not.
+TEST(EmulatedUpload, FitsTheSmallerOfBothCopies) {
+  cuda::DeviceTraits traits;
+  cuda::DeviceHealth health;
+  cuda::DevicePool pool(0, health, int64_t{1} << 30);
+  cuda::StreamState state(traits, health, pool);
+  ASSERT_TRUE(state.Init().ok());
+  state.Begin(nullptr);
+  const std::vector<std::byte> data(300'000, std::byte{7});
+  for (const int64_t bytes : {300'000, 200'000, 300'000}) {
+    const auto uploaded = state.Upload(data.data(), bytes);
+    ASSERT_TRUE(uploaded.ok()) << uploaded.status();
+    ASSERT_TRUE(cudaStreamSynchronize(state.stream()) == cudaSuccess);
+    EXPECT_EQ(std::memcmp(*uploaded, data.data(), static_cast<size_t>(bytes)), 0);
+  }
+  EXPECT_TRUE(state.Reset().ok());
 }
 
 TEST_F(EmulatedStream, OfTheCallerIsNotDestroyed) {

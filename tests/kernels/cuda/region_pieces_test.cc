@@ -1,6 +1,7 @@
 #include "kernels/cuda/region_pieces.h"
 
 #include <cstdint>
+#include <limits>
 #include <optional>
 #include <random>
 #include <vector>
@@ -98,6 +99,13 @@ TEST(RegionPieces, LendsWhatIsFreeAndNothingTwice) {
       }
     }
   }
+}
+
+TEST(RegionPieces, SizeNearTheLargestNumberFitsNowhere) {
+  RegionPieces pieces(4096);
+  EXPECT_EQ(pieces.Take(std::numeric_limits<int64_t>::max()), std::nullopt);
+  EXPECT_EQ(pieces.free_bytes(), 4096);
+  EXPECT_EQ(pieces.Take(4096), 0);
 }
 
 }  // namespace

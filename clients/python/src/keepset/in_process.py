@@ -76,6 +76,9 @@ class _OperationSpec(ctypes.Structure):
     ]  # fmt: skip
 
 
+_LEGACY_STREAM = 1  # cudaStreamLegacy: in the structure NULL is no stream of the caller's
+
+
 class EngineError(Exception):
     """A call into libkeepset failed; the message is the library's."""
 
@@ -196,10 +199,11 @@ class Engine:
              row_positions: Sequence[int] | np.ndarray, table: bytes | None = None,
              parameters: Mapping[str, object] | None = None, scope: str | None = None,
              protect_sink: int = 0, protect_window: int = 0, ppl: float = float("nan"),
-             cuda_stream: int = 0) -> Kept:
+             cuda_stream: int | None = None) -> Kept:
         """Runs any policy; `layers` by index, those that the policy reads (`input_needs`).
 
-        cuda_stream: a cudaStream_t for the operation's kernels (backend cuda); 0: the engine's own.
+        cuda_stream: a cudaStream_t for the operation's kernels (backend cuda); 0 is the default stream, as in
+        `torch.cuda.current_stream().cuda_stream`. None: the engine's own, which waits for no other.
         """
         rows = np.ascontiguousarray(row_positions, np.int64)
         spec = self._spec(model, policy, parameters)
@@ -208,7 +212,7 @@ class Engine:
         spec.budget_kind, spec.budget = _BUDGET_TOKENS, budget_tokens
         spec.scope = None if scope is None else scope.encode()
         spec.protect_sink, spec.protect_window, spec.ppl = protect_sink, protect_window, ppl
-        spec.cuda_stream = cuda_stream or None
+        spec.cuda_stream = _LEGACY_STREAM if cuda_stream == 0 else cuda_stream
         handle, operation = _POINTER(), _POINTER()
         try:
             if table is not None:
