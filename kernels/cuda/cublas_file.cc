@@ -18,9 +18,12 @@ std::string LinkerError() {
 
 }  // namespace
 
-absl::StatusOr<CublasFile> CublasFile::Load(const std::string& path) {
-  std::vector<std::string> names = {path};
-  if (path.empty()) names = {"libcublas.so.13", "libcublas.so.12"};
+std::vector<std::string> CublasFile::Names(const std::string& path) {
+  if (!path.empty()) return {path};
+  return {"libcublas.so.13", "libcublas.so.12"};
+}
+
+absl::StatusOr<CublasFile> CublasFile::Load(absl::Span<const std::string> names) {
   std::vector<std::string> errors;
   for (const std::string& name : names) {
     void* const library = dlopen(name.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);

@@ -5,18 +5,22 @@
 
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 
 namespace keepset::kernels::cuda {
 
 // Stays loaded until the process ends: the library has threads and exit handlers of its own.
 class CublasFile {
  public:
-  // path: a file; empty: libcublas.so.13, then libcublas.so.12, where the linker looks.
-  // FailedPrecondition with the linker's reason when there is none.
-  static absl::StatusOr<CublasFile> Load(const std::string& path);
+  // Files to try in this order: `path`; empty: libcublas.so.13 and libcublas.so.12, where the
+  // linker looks.
+  static std::vector<std::string> Names(const std::string& path);
+  // The first of them that loads. FailedPrecondition with the linker's reasons when none does.
+  static absl::StatusOr<CublasFile> Load(absl::Span<const std::string> names);
 
   // What was loaded, as it was asked for.
   const std::string& name() const { return name_; }

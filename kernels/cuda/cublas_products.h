@@ -11,6 +11,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "kernels/cuda/cuda_status.h"
 #include "kernels/views.h"
 
@@ -39,25 +40,29 @@ struct LogitGemm {
 // Device memory that products of one stream work in, aligned to 256 bytes.
 constexpr int64_t kCublasWorkspaceBytes = int64_t{4} << 20;
 
-// Products on one device. Thread-safe.
+// Products on one device, which is current when they are queued. Thread-safe. To end them waits for
+// the whole device.
 class LogitProducts {
  public:
   virtual ~LogitProducts() = default;
 
-  // Queues the products on `stream`, neither waiting nor allocating. workspace:
-  // kCublasWorkspaceBytes that no other stream uses. The same arguments give the same bits on one
-  // device with one version of the library. InvalidArgument for a shape or type that the library
-  // does not take; a sticky error of the device is remembered in its health.
+  // Queues the products on `stream`, neither waiting nor allocating, except that the driver loads a
+  // kernel of the library when it is first used. workspace: kCublasWorkspaceBytes that no other
+  // stream uses. The same arguments give the same bits on one device with one version of the
+  // library. InvalidArgument for a shape or type that the library does not take; a sticky error of
+  // the device is remembered in its health.
   virtual absl::Status Queue(const LogitGemm& gemm, std::byte* workspace, cudaStream_t stream) = 0;
 };
 
 // InvalidArgument in builds without cuBLAS' declarations.
 absl::Status CheckCublasIsBuilt();
 
-// Loads the library (cublas_file.h) and makes its handle for the device that is current.
-// FailedPrecondition, with the file and what would be right, when that is not possible.
-absl::StatusOr<std::unique_ptr<LogitProducts>> NewCublasProducts(const std::string& path,
-                                                                 DeviceHealth& health);
+// The first of `files` (CublasFile::Names) that loads, has every function and makes a handle for
+// the device that is current. FailedPrecondition, with the files and what would be right, when none
+// does; ResourceExhausted when the device has no memory for the first handle. `health` must outlive
+// it.
+absl::StatusOr<std::unique_ptr<LogitProducts>> NewCublasProducts(
+    absl::Span<const std::string> files, DeviceHealth& health);
 
 }  // namespace keepset::kernels::cuda
 

@@ -17,6 +17,7 @@
 #include "kernels/backend_registry.h"
 #include "kernels/compute_backend.h"
 #include "kernels/cuda/callers_stream.h"
+#include "kernels/cuda/cublas_file.h"
 #include "kernels/cuda/cublas_products.h"
 #include "kernels/cuda/cuda_context.h"
 #include "kernels/cuda/current_device.h"
@@ -280,7 +281,7 @@ class CudaBackend : public ComputeBackend {
 
   // Here, so that a server that lacks the library does not start.
   absl::Status LoadCublas(const std::string& path) {
-    auto products = cuda::NewCublasProducts(path, health_);
+    auto products = cuda::NewCublasProducts(cuda::CublasFile::Names(path), health_);
     if (!products.ok()) {
       return absl::Status(
           products.status().code(),

@@ -72,6 +72,7 @@ absl::StatusOr<DeviceBlock> DevicePool::Acquire(int64_t bytes) {
       FreeKept();
     }
     error = cudaMalloc(&data, static_cast<size_t>(size));
+    cudaGetLastError();  // Nobody else is to find that there was none.
   }
   if (error == cudaErrorMemoryAllocation) {
     return absl::ResourceExhaustedError(

@@ -3,7 +3,9 @@
 //
 // What it imitates of the library: setting the stream puts the shared workspace back, so that the
 // caller's own has to be set after it; the workspace holds nothing of use afterwards; leading
-// dimensions are checked; a result that is not asked to be kept (beta = 0) is not read. Built with
+// dimensions are checked, and that results of a batch do not overlap; a result that is not asked to
+// be kept (beta = 0) is not read; a handle is of the device that was current when it was made,
+// which has to be current when it is used and when it ends. Built with
 // FAKE_CUBLAS_WITHOUT_WORKSPACE it lacks cublasSetWorkspace_v2, as versions before 11 do.
 #include "tests/fakes/fake_libcublas.h"
 
@@ -12,7 +14,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <mutex>
 
 #include "kernels/cuda/element.h"
 #include "kernels/views.h"
@@ -33,6 +34,14 @@ void Misused(const char* how) {
   if (Control().misuse.empty()) Control().misuse = how;
 }
 
+// Of `batch` matrices of n rows of m elements, rows `pitch` and matrices `stride` apart: one behind
+// the other, or all of them within a pitch.
+bool Overlap(int m, int n, int pitch, long long stride, int batch) {
+  const bool is_behind = stride >= static_cast<long long>(n - 1) * pitch + m;
+  const bool is_within = stride >= m && (batch - 1) * stride + m <= pitch;
+  return batch > 1 && !is_behind && !is_within;
+}
+
 bool ToDType(cudaDataType type, DType* dtype) {
   if (type == CUDA_R_32F) *dtype = DType::kF32;
   if (type == CUDA_R_16F) *dtype = DType::kF16;
@@ -43,7 +52,7 @@ bool ToDType(cudaDataType type, DType* dtype) {
 }  // namespace
 
 struct cublasContext {
-  std::mutex mutex;
+  int device = 0;
   cudaStream_t stream = nullptr;
   void* workspace = nullptr;
   size_t workspace_bytes = 0;
@@ -58,17 +67,20 @@ FakeCublas* FakeCublasControl() { return &Control(); }
 cublasStatus_t cublasCreate_v2(cublasHandle_t* handle) {
   if (Control().create_status != 0) return static_cast<cublasStatus_t>(Control().create_status);
   *handle = new cublasContext;
+  (*handle)->device = Control().current_device();
   ++Control().handles;
   return CUBLAS_STATUS_SUCCESS;
 }
 
 cublasStatus_t cublasDestroy_v2(cublasHandle_t handle) {
+  if (Control().current_device() != handle->device) Misused("a handle that ends on another device");
   delete handle;
   --Control().handles;
   return CUBLAS_STATUS_SUCCESS;
 }
 
 cublasStatus_t cublasSetStream_v2(cublasHandle_t handle, cudaStream_t stream) {
+  if (Control().stream_status != 0) return static_cast<cublasStatus_t>(Control().stream_status);
   handle->stream = stream;
   handle->workspace = nullptr;
   return CUBLAS_STATUS_SUCCESS;
@@ -76,6 +88,8 @@ cublasStatus_t cublasSetStream_v2(cublasHandle_t handle, cudaStream_t stream) {
 
 #if !defined(FAKE_CUBLAS_WITHOUT_WORKSPACE)
 cublasStatus_t cublasSetWorkspace_v2(cublasHandle_t handle, void* workspace, size_t bytes) {
+  const int status = Control().workspace_status;
+  if (status != 0) return static_cast<cublasStatus_t>(status);
   if (reinterpret_cast<uintptr_t>(workspace) % 256 != 0) return CUBLAS_STATUS_INVALID_VALUE;
   handle->workspace = workspace;
   handle->workspace_bytes = bytes;
@@ -99,6 +113,8 @@ const char* cublasGetStatusString(cublasStatus_t status) {
       return "CUBLAS_STATUS_NOT_INITIALIZED";
     case CUBLAS_STATUS_ALLOC_FAILED:
       return "CUBLAS_STATUS_ALLOC_FAILED";
+    case CUBLAS_STATUS_INVALID_VALUE:
+      return "CUBLAS_STATUS_INVALID_VALUE";
     case CUBLAS_STATUS_EXECUTION_FAILED:
       return "CUBLAS_STATUS_EXECUTION_FAILED";
     case CUBLAS_STATUS_NOT_SUPPORTED:
@@ -136,6 +152,8 @@ cublasStatus_t cublasGemmStridedBatchedEx(cublasHandle_t handle, cublasOperation
     Misused("a product without a workspace of its stream");
   }
   if (!handle->has_math_mode || !handle->forbids_atomics) Misused("a product in a mode not set");
+  if (control.current_device() != handle->device) Misused("a product on another device");
+  if (Overlap(m, n, ldc, stride_c, batch)) Misused("products that overlap");
   const auto bytes = keepset::kernels::DTypeBytes(dtype);
   const cudaError_t error = control.queue(
       handle->stream, [=, workspace = handle->workspace, size = handle->workspace_bytes] {

@@ -9,7 +9,7 @@
 namespace keepset::gpu {
 
 std::string OpenCublas(CublasFunctions* functions) {
-  const auto file = kernels::cuda::CublasFile::Load("");
+  const auto file = kernels::cuda::CublasFile::Load(kernels::cuda::CublasFile::Names(""));
   if (!file.ok()) return std::string(file.status().message());
   decltype(cublasCreate_v2)* create = nullptr;
   absl::Status status = file->Find("cublasCreate_v2", &create);

@@ -190,7 +190,7 @@ if command -v compute-sanitizer >/dev/null; then
     # Poisoned memory would count as written.
     unpoisoned=()
     if [ "$tool" = initcheck ]; then unpoisoned=(KEEPSET_UNPOISONED=1); fi
-    env "LD_LIBRARY_PATH=$libraries" ${unpoisoned[@]+"${unpoisoned[@]}"} ${limit[@]+timeout 600} \
+    env "LD_LIBRARY_PATH=$libraries${cublas:+:$cublas}" ${unpoisoned[@]+"${unpoisoned[@]}"} ${limit[@]+timeout 600} \
       compute-sanitizer --tool "$tool" --error-exitcode 9 \
       ${launch[@]+"${launch[@]}"} "$here/bin/cuda_device_test" \
       --gtest_filter='-*Large*:*LongRows*:CudaFixture.NewMemoryIsPoisoned' >"$out/sanitizer-$tool.log" 2>&1

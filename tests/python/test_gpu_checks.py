@@ -153,6 +153,20 @@ def test_sanitizer_runs_where_it_is(bundle: Path, tmp_path: Path) -> None:
     }
 
 
+def test_sanitizer_finds_the_cublas_of_a_python_package(bundle: Path, tmp_path: Path) -> None:
+    library = tmp_path / "packages" / "nvidia" / "cublas" / "lib" / "libcublas.so.13"
+    library.parent.mkdir(parents=True)
+    library.write_bytes(b"")
+    tools = bundle / "tools"
+    tools.mkdir()
+    (tools / "compute-sanitizer").write_text('#!/bin/sh\necho "$LD_LIBRARY_PATH"\n')
+    (tools / "compute-sanitizer").chmod(0o755)
+    run(bundle, tmp_path / "out", PYTHONPATH=str(tmp_path / "packages"), LD_LIBRARY_PATH="")
+    for tool in ("memcheck", "racecheck", "synccheck", "initcheck"):
+        log = (tmp_path / "out" / f"sanitizer-{tool}.log").read_text()
+        assert str(library.parent) in log.strip().split(":")
+
+
 def test_folder_that_cannot_be_made_is_bad_usage(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     done = subprocess.run(["bash", str(bundle / "run-gpu-checks.sh"), str(tmp_path / "file" / "out")], timeout=60)

@@ -20,7 +20,7 @@ TEST(CublasAbsent, AskingForItIsRefused) {
             "cuda: window_kernels=\"cublas\": not in this build (KEEPSET_CUBLAS=OFF, or a toolkit "
             "without cublas_v2.h), want a build with it or \"portable\"");
   DeviceHealth health;
-  EXPECT_EQ(NewCublasProducts("", health).status(), status);
+  EXPECT_EQ(NewCublasProducts({}, health).status(), status);
 }
 
 }  // namespace

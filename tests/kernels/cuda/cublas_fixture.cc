@@ -8,6 +8,8 @@
 
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "kernels/cuda/cublas_file.h"
+#include "kernels/cuda/cublas_products.h"
 #if defined(KEEPSET_EMULATED_DEVICE)
 #include <dlfcn.h>
 
@@ -20,14 +22,19 @@ namespace keepset::kernels {
 absl::StatusOr<std::unique_ptr<ComputeBackend>> NewCudaBackend(const BackendOptions& options);
 
 #if defined(KEEPSET_EMULATED_DEVICE)
-fakes::FakeCublas& TheFakeCublas() {
-  void* const library = dlopen(KEEPSET_FAKE_LIBCUBLAS, RTLD_NOW | RTLD_LOCAL);
+fakes::FakeCublas& TheFakeCublas(const char* file) {
+  void* const library = dlopen(file, RTLD_NOW | RTLD_LOCAL);
   KEEPSET_CHECK(library != nullptr);
   auto* const control =
       reinterpret_cast<fakes::FakeCublas* (*)()>(dlsym(library, "FakeCublasControl"));
   KEEPSET_CHECK(control != nullptr);
   fakes::FakeCublas& fake = *control();
   fake.queue = &cuda::QueueEmulated;
+  fake.current_device = [] {
+    int device = 0;
+    KEEPSET_CHECK(cudaGetDevice(&device) == cudaSuccess);
+    return device;
+  };
   return fake;
 }
 #endif
@@ -42,12 +49,22 @@ BackendOptions CublasOptions() {
   return options;
 }
 
+std::string WhyNoCublas(const BackendOptions& options) {
+  absl::Status status = cuda::CheckCublasIsBuilt();
+  if (status.ok()) {
+    status = cuda::CublasFile::Load(cuda::CublasFile::Names(options.cublas_library)).status();
+  }
+  return std::string(status.message());
+}
+
 void CublasParity::SetUp() {
   CudaTest::SetUp();
   if (IsSkipped()) return;
   cuda_.context.reset();
-  absl::StatusOr<std::unique_ptr<ComputeBackend>> backend = NewCudaBackend(CublasOptions());
-  if (!backend.ok() && !kIsEmulated) GTEST_SKIP() << backend.status().message();
+  const BackendOptions options = CublasOptions();
+  const std::string absent = WhyNoCublas(options);
+  if (!absent.empty()) GTEST_SKIP() << absent;
+  absl::StatusOr<std::unique_ptr<ComputeBackend>> backend = NewCudaBackend(options);
   ASSERT_TRUE(backend.ok()) << backend.status();
   cuda_.backend = *std::move(backend);
   absl::StatusOr<std::unique_ptr<OpContext>> context = cuda_.backend->NewContext();

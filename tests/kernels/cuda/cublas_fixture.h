@@ -22,9 +22,13 @@ namespace keepset::kernels {
 // Of a backend with window kernels "cublas"; on the emulator over the fake library.
 BackendOptions CublasOptions();
 #if defined(KEEPSET_EMULATED_DEVICE)
-// Of the fake library, which is loaded once in a process.
-fakes::FakeCublas& TheFakeCublas();
+// Of a fake library, which is loaded once in a process.
+fakes::FakeCublas& TheFakeCublas(const char* file = KEEPSET_FAKE_LIBCUBLAS);
 #endif
+
+// Why there can be no such backend: this build or this machine has no library. Empty: whatever
+// keeps one from being made is a failure.
+std::string WhyNoCublas(const BackendOptions& options);
 
 class CublasParity : public CudaTest {
  protected:

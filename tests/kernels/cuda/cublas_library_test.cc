@@ -66,6 +66,18 @@ TEST(CublasLibrary, LibraryThatRefusesTheDeviceIsNamed) {
                 "supports");
 }
 
+// Where a test of a device is skipped, and where it fails.
+TEST(CublasLibrary, OnlyItsAbsenceSkipsTests) {
+  BackendOptions options = CublasOptions();
+  TheFakeCublas().create_status = kNotInitialized;
+  EXPECT_EQ(WhyNoCublas(options), "");
+  TheFakeCublas().create_status = 0;
+  options.cublas_library = KEEPSET_FAKE_OLD_LIBCUBLAS;
+  EXPECT_EQ(WhyNoCublas(options), "");
+  options.cublas_library = "/nowhere/libcublas.so.13";
+  EXPECT_THAT(WhyNoCublas(options), HasSubstr("/nowhere/libcublas.so.13"));
+}
+
 TEST(CublasLibrary, OtherKernelsNeverLoadIt) {
   BackendOptions options;
   options.cublas_library = "/nowhere/libcublas.so.13";
@@ -74,7 +86,7 @@ TEST(CublasLibrary, OtherKernelsNeverLoadIt) {
 
 // The functions exist under these names where the toolkit's library is at hand.
 TEST(CublasLibrary, RealLibraryHasEveryFunction) {
-  const auto file = cuda::CublasFile::Load("");
+  const auto file = cuda::CublasFile::Load(cuda::CublasFile::Names(""));
   if (!file.ok()) GTEST_SKIP() << file.status().message();
   for (const char* const name :
        {"cublasCreate_v2", "cublasDestroy_v2", "cublasSetStream_v2", "cublasSetWorkspace_v2",
@@ -114,12 +126,17 @@ TEST_F(CublasErrors, MemoryThatTheLibraryLacksIsSaid) {
 }
 
 TEST_F(CublasErrors, FailedProductEndsTheOperationAlone) {
-  EXPECT_EQ(StatusWith(kExecutionFailed).code(), absl::StatusCode::kInternal);
+  const absl::Status status = StatusWith(kExecutionFailed);
+  EXPECT_EQ(status.code(), absl::StatusCode::kInternal);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("CUBLAS_STATUS_EXECUTION_FAILED (13)"));
+  // That the stream still has work is no error that anybody should find later.
+  EXPECT_EQ(cudaGetLastError(), cudaSuccess);
   EXPECT_TRUE(cuda_.backend->Health().ok());
   ExpectNearOracle({});
 }
 
-// In a process of its own: the emulated device stays faulted as a real one does.
+// In a process of its own: the emulated device stays faulted as a real one does. The library has a
+// runtime of its own, so that ours hears of the fault by its next call.
 TEST_F(CublasErrors, StickyErrorUnderAProductEndsTheBackend) {
   EXPECT_EXIT(
       {

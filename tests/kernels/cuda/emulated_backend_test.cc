@@ -57,6 +57,13 @@ class EmulatedBackend : public CudaTest {
   std::vector<float> columns_;  // of the last layer
 };
 
+// Whoever asks for the last error of the thread next would take it for its own.
+TEST_F(EmulatedBackend, MemoryOfASecondTryLeavesNoError) {
+  cuda::FailNextAllocation();
+  EXPECT_TRUE(cuda_.backend->NewBuffer(1, int64_t{1} << 20).ok());
+  EXPECT_EQ(cudaGetLastError(), cudaSuccess);
+}
+
 TEST_F(EmulatedBackend, OrderOfThreadsDoesNotShow) {
   cuda::SetEmulationSeed(1);
   const std::vector<int32_t> first = RunLayer();

@@ -46,6 +46,7 @@ struct Device {
   EmulatedDevice kind = EmulatedDevice::kSm86;
   const void* elsewhere = nullptr;
   size_t largest_block = size_t{1} << 40;
+  bool next_allocation_fails = false;
   cudaError_t next_wait = cudaSuccess;
   cudaError_t sticky = cudaSuccess;
   std::string name = "emulated";
@@ -64,6 +65,7 @@ struct Device {
 // Of a second device there is nothing but that it can be current.
 thread_local int current_device = 0;
 thread_local CUstream_st per_thread_stream;
+thread_local cudaError_t last_error = cudaSuccess;
 
 Device& TheDevice() {
   static auto* const device = new Device;
@@ -103,7 +105,12 @@ void RunQueued(cudaStream_t stream) {
   }
 }
 
-cudaError_t State() { return TheDevice().sticky; }
+cudaError_t Noted(cudaError_t error) {
+  if (error != cudaSuccess) last_error = error;
+  return error;
+}
+
+cudaError_t State() { return Noted(TheDevice().sticky); }
 
 // As the driver's manual wants them, of 16-bit elements.
 CUresult EncodeEmulatedTensorMap(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank,
@@ -220,6 +227,8 @@ void FailNextWait(cudaError_t error) { TheDevice().next_wait = error; }
 
 void FaultNow(cudaError_t error) { TheDevice().sticky = error; }
 
+void FailNextAllocation() { TheDevice().next_allocation_fails = true; }
+
 void LimitEmulatedMemory(size_t largest_block) { TheDevice().largest_block = largest_block; }
 
 void PlaceElsewhere(const void* data) { TheDevice().elsewhere = data; }
@@ -234,6 +243,7 @@ int64_t NumDeviceAllocations() {
 
 using keepset::kernels::cuda::EmulatedDevice;
 using keepset::kernels::cuda::IsStickyError;
+using keepset::kernels::cuda::Noted;
 using keepset::kernels::cuda::QueueEmulated;
 using keepset::kernels::cuda::State;
 using keepset::kernels::cuda::TheDevice;
@@ -270,7 +280,9 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute attribu
   if (after) after();
   return cudaSuccess;
 }
-cudaError_t cudaGetLastError() { return State(); }
+cudaError_t cudaGetLastError() {
+  return std::exchange(keepset::kernels::cuda::last_error, cudaSuccess);
+}
 const char* cudaGetErrorName(cudaError_t error) {
   return error == cudaErrorIllegalAddress ? "cudaErrorIllegalAddress" : "cudaErrorEmulated";
 }
@@ -378,6 +390,13 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   return error;
 }
 
+cudaError_t cudaStreamQuery(cudaStream_t stream) {
+  if (State() != cudaSuccess) return State();
+  stream = keepset::kernels::cuda::Find(stream);
+  if (stream == nullptr) return Noted(cudaErrorInvalidResourceHandle);
+  return stream->work.empty() ? cudaSuccess : Noted(cudaErrorNotReady);
+}
+
 cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* all_bytes) {
   *free_bytes = TheDevice().largest_block;
   *all_bytes = 2 * TheDevice().largest_block;
@@ -385,7 +404,8 @@ cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* all_bytes) {
 }
 cudaError_t cudaMalloc(void** data, size_t bytes) {
   ++TheDevice().allocations;
-  if (bytes > TheDevice().largest_block) return cudaErrorMemoryAllocation;
+  const bool fails = std::exchange(TheDevice().next_allocation_fails, false);
+  if (fails || bytes > TheDevice().largest_block) return Noted(cudaErrorMemoryAllocation);
   if (State() != cudaSuccess) return State();
   *data = keepset::kernels::cuda::Allocate(bytes, TheDevice().memory);
   return cudaSuccess;

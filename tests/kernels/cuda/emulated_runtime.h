@@ -36,12 +36,15 @@ cudaError_t QueueEmulated(cudaStream_t stream, std::function<void()> work);
 
 // The next wait for a stream returns `error`, as do all calls after it when the error is sticky.
 void FailNextWait(cudaError_t error);
-// From now on every call fails with `error`, a sticky one.
+// From now on every call fails with `error`, a sticky one. As with a fault that another library of
+// the process has met, no thread's last error says so before its next call.
 void FaultNow(cudaError_t error);
 // From now on the runtime says that the memory at `data` is of another device; null: none is.
 void PlaceElsewhere(const void* data);
 // What the device has free from now on, as far as one allocation is concerned.
 void LimitEmulatedMemory(size_t largest_block);
+// The next allocation finds no memory.
+void FailNextAllocation();
 // Blocks of device memory that are allocated now.
 int64_t NumDeviceAllocations();
 
