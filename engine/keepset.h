@@ -76,8 +76,9 @@ typedef struct keepset_engine_options {
   /* Of backend "cuda": NULL or "portable", "hopper" (sm_90 only), or "cublas" (where cuBLAS can be
    * loaded). struct_size may end before. */
   const char* window_kernels;
-  /* Of backend "cuda": device memory for operations, at least 512 KiB. It is allocated now, or is
-   * device_memory, and no more is ever allocated; an operation that finds no room ends with
+  /* Of backend "cuda": device memory for operations, at least 512 KiB, with window_kernels
+   * "cublas" 4.5 MiB. It is allocated now, or is device_memory, and no more is ever allocated but
+   * by cuBLAS for its handle and kernels; an operation that finds no room ends with
    * KEEPSET_RESOURCE_EXHAUSTED. 0: it grows as operations need it. struct_size may end before. */
   int64_t device_memory_bytes;
   /* NULL, or so many bytes of memory of the engine's device at a multiple of 256; they stay the

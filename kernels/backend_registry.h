@@ -21,10 +21,11 @@ struct BackendOptions {
   std::string window_kernels = {};
   // The file of cuBLAS; empty: by its name, where the dynamic linker looks.
   std::string cublas_library = {};
-  // Device memory of a GPU's ops and score buffers, at least 512 KiB. Not 0: it is allocated when
-  // the backend is made, or is device_memory, and no more is ever allocated; an op that finds no
-  // room ends with ResourceExhausted. 0: it grows as ops need it. Page-locked host memory grows
-  // anyway. Other backends want 0.
+  // Device memory of a GPU's ops and score buffers, at least 512 KiB, with window_kernels
+  // "cublas" 4.5 MiB. Not 0: it is allocated when the backend is made, or is device_memory, and no
+  // more is ever allocated but by cuBLAS for its handle and kernels; an op that finds no room ends
+  // with ResourceExhausted. 0: it grows as ops need it. Page-locked host memory grows anyway. Other
+  // backends want 0.
   int64_t device_memory_bytes = 0;
   // So many bytes of the backend's device, at a multiple of 256, that stay the caller's and outlive
   // the backend; nullptr: the backend's own.

@@ -375,7 +375,9 @@ absl::StatusOr<std::unique_ptr<ComputeBackend>> NewCudaBackend(const BackendOpti
   // A name that is wrong on every host is said so on one without a device, too.
   KEEPSET_ASSIGN_OR_RETURN(const cuda::WindowKernels window_kernels,
                            ParseWindowKernels(options.window_kernels));
-  KEEPSET_RETURN_IF_ERROR(cuda::CheckDeviceMemory(options));
+  const bool has_products = window_kernels == cuda::WindowKernels::kCublas;
+  KEEPSET_RETURN_IF_ERROR(
+      cuda::CheckDeviceMemory(options, has_products ? cuda::kCublasWorkspaceBytes : 0));
   int num_devices = 0;
   const cudaError_t error = cudaGetDeviceCount(&num_devices);
   if (error != cudaSuccess || num_devices == 0) {

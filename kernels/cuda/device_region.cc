@@ -35,13 +35,14 @@ absl::Status CheckPlace(const std::byte* data, int device, DeviceHealth& health)
 
 }  // namespace
 
-absl::Status CheckDeviceMemory(const BackendOptions& options) {
+absl::Status CheckDeviceMemory(const BackendOptions& options, int64_t extra_bytes) {
   const int64_t bytes = options.device_memory_bytes;
   if (bytes == 0 && options.device_memory == nullptr) return absl::OkStatus();
-  if (bytes < kLeastDeviceMemoryBytes) {
+  const int64_t least = kLeastDeviceMemoryBytes + extra_bytes;
+  if (bytes < least) {
     return absl::InvalidArgumentError(absl::StrCat("cuda: device_memory_bytes=", bytes, ", want ",
                                                    options.device_memory == nullptr ? "0 or " : "",
-                                                   kLeastDeviceMemoryBytes, " or more"));
+                                                   least, " or more"));
   }
   if (reinterpret_cast<uintptr_t>(options.device_memory) % RegionPieces::kAlignment != 0) {
     return absl::InvalidArgumentError(absl::StrCat(

@@ -21,7 +21,8 @@ namespace keepset::kernels::cuda {
 constexpr int64_t kLeastDeviceMemoryBytes = int64_t{512} << 10;
 
 // What is wrong with device_memory and device_memory_bytes on any host: InvalidArgument.
-absl::Status CheckDeviceMemory(const BackendOptions& options);
+// extra_bytes: what every operation of these options needs beside the least.
+absl::Status CheckDeviceMemory(const BackendOptions& options, int64_t extra_bytes);
 
 // Thread-safe.
 class DeviceRegion {

@@ -15,6 +15,7 @@
 #include "kernels/backend_registry.h"
 #include "kernels/cuda/device_region.h"
 #include "tests/engine/run_operation.h"
+#include "tests/kernels/cuda/cublas_fixture.h"
 #include "tests/kernels/cuda/cuda_fixture.h"
 #include "tests/kernels/cuda/device_prompt.h"
 #include "tests/kernels/cuda/emulated_runtime.h"
@@ -30,6 +31,7 @@ using ::testing::HasSubstr;
 using Set = std::vector<int32_t>;
 
 constexpr int64_t kEnough = int64_t{16} << 20;
+constexpr int64_t kLeastWithCublas = int64_t{4608} << 10;
 constexpr const char* kPolicies[] = {
     "snapkv", "tova",          "knorm", "compilerkv", "observation_heads",
     "full",   "streaming_llm", "random"};
@@ -191,6 +193,14 @@ TEST_F(EmulatedMemory, ShadowGivesWayToItsOperation) {
   EXPECT_TRUE(has_served);
 }
 
+TEST_F(EmulatedMemory, LeastWithCublasServesAnOperation) {
+  BackendOptions options = CublasOptions();
+  options.device_memory_bytes = kLeastWithCublas;
+  engine::Bench bench(*NewCudaBackend(options));
+  const auto result = Run(bench, Spec("snapkv"));
+  EXPECT_TRUE(result.ok()) << result.status();
+}
+
 TEST_F(EmulatedMemory, TheCallersMemoryIsUsedAndStaysTheCallers) {
   constexpr int64_t kAround = 4096;
   const DeviceBytes memory(std::vector<std::byte>(kEnough + 2 * kAround, std::byte{0x5a}));
@@ -229,6 +239,16 @@ TEST_F(DeviceMemoryOptions, TooLittleIsRefused) {
     EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << bytes;
     EXPECT_THAT(Text(status), HasSubstr("want 0 or 524288 or more"));
   }
+}
+
+TEST_F(DeviceMemoryOptions, CublasWantsRoomForItsProducts) {
+  BackendOptions options = CublasOptions();
+  options.device_memory_bytes = kLeastWithCublas - 1;
+  const absl::Status status = Refusal(options);
+  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument);
+  EXPECT_THAT(Text(status), HasSubstr("device_memory_bytes=4718591, want 0 or 4718592 or more"));
+  options.device_memory_bytes = kLeastWithCublas;
+  EXPECT_TRUE(Refusal(options).ok());
 }
 
 TEST_F(DeviceMemoryOptions, MemoryThatIsNotTheDevicesIsRefused) {
