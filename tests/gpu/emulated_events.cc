@@ -11,7 +11,6 @@
 
 using keepset::kernels::cuda::CountLaunch;
 using keepset::kernels::cuda::CountsSoFar;
-using keepset::kernels::cuda::NumDeviceAllocations;
 using keepset::kernels::cuda::QueueEmulated;
 
 struct CUevent_st {
@@ -57,12 +56,6 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t begin, cudaEve
   return cudaSuccess;
 }
 
-// One byte for each block that is not allocated.
-cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes) {
-  *total_bytes = 1 << 20;
-  *free_bytes = *total_bytes - static_cast<size_t>(NumDeviceAllocations());
-  return cudaSuccess;
-}
 cudaError_t cudaMemset(void* data, int value, size_t bytes) {
   std::memset(data, value, bytes);
   return cudaSuccess;

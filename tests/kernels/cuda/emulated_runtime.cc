@@ -398,9 +398,12 @@ cudaError_t cudaStreamQuery(cudaStream_t stream) {
 }
 
 cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* all_bytes) {
-  *free_bytes = TheDevice().largest_block;
-  *all_bytes = 2 * TheDevice().largest_block;
-  return cudaSuccess;
+  auto& device = TheDevice();
+  const std::lock_guard<std::mutex> lock(device.mutex);
+  *free_bytes = device.largest_block;
+  for (const auto& [address, allocation] : device.memory) *free_bytes -= allocation.bytes;
+  *all_bytes = 2 * device.largest_block;
+  return State();
 }
 cudaError_t cudaMalloc(void** data, size_t bytes) {
   ++TheDevice().allocations;
