@@ -22,6 +22,9 @@ constexpr int kNoDescriptor = -1;
 absl::Status SocketError(absl::string_view where, int error) {
   const std::string message = absl::StrCat("side socket: ", where, ": ", std::strerror(error));
   if (error == EAGAIN || error == EWOULDBLOCK) return absl::DeadlineExceededError(message);
+  if (error == EPIPE) {
+    return absl::UnavailableError(absl::StrCat(message, ", want the session opened again"));
+  }
   if (error == EACCES || error == EPERM) return absl::PermissionDeniedError(message);
   return absl::UnavailableError(message);
 }
@@ -59,12 +62,12 @@ absl::string_view RefusalOf(wire::SideSocketFrameType type) {
 }
 
 struct Answer {
+  absl::StatusCode code = absl::StatusCode::kOk;
   uint64_t fd_token = 0;
   int fd = kNoDescriptor;  // the receiver's to close
 };
 
-// One frame, with `fd` attached unless it is kNoDescriptor, and its reply.
-absl::StatusOr<Answer> Exchange(int socket, const wire::SideSocketRequest& request, int fd) {
+absl::Status Send(int socket, const wire::SideSocketRequest& request, int fd) {
   iovec bytes = {const_cast<wire::SideSocketRequest*>(&request), sizeof(request)};
   alignas(cmsghdr) char control[CMSG_SPACE(sizeof(int))] = {};
   msghdr message = {};
@@ -84,7 +87,10 @@ absl::StatusOr<Answer> Exchange(int socket, const wire::SideSocketRequest& reque
     sent = sendmsg(socket, &message, MSG_NOSIGNAL);
   } while (sent < 0 && errno == EINTR);
   if (sent < 0) return SocketError("send", errno);
+  return absl::OkStatus();
+}
 
+absl::StatusOr<Answer> Receive(int socket) {
   wire::SideSocketReply reply;
   iovec reply_bytes = {&reply, sizeof(reply)};
   alignas(cmsghdr) char reply_control[CMSG_SPACE(sizeof(int))];
@@ -109,12 +115,36 @@ absl::StatusOr<Answer> Exchange(int socket, const wire::SideSocketRequest& reque
                                             " bytes is not of this protocol, want ", sizeof(reply),
                                             " bytes"));
   }
-  if (reply.code != 0) {
-    return absl::Status(static_cast<absl::StatusCode>(reply.code), RefusalOf(request.type));
-  }
+  answer.code = static_cast<absl::StatusCode>(reply.code);
   answer.fd_token = reply.fd_token;
   std::move(close_fd).Cancel();
   return answer;
+}
+
+// A refused fetch may name no token.
+bool IsReplyTo(const wire::SideSocketRequest& request, const Answer& answer) {
+  if (request.type != wire::SideSocketFrameType::kFetchFd) return answer.fd == kNoDescriptor;
+  const bool is_refused = answer.code != absl::StatusCode::kOk;
+  return answer.fd_token == request.fd_token || (is_refused && answer.fd_token == 0);
+}
+
+// One frame, with `fd` attached unless it is kNoDescriptor, and its reply. A frame without its
+// reply ends the connection: what comes later would be taken for the reply to the next one.
+absl::StatusOr<Answer> Exchange(int socket, const wire::SideSocketRequest& request, int fd) {
+  KEEPSET_RETURN_IF_ERROR(Send(socket, request, fd));
+  absl::StatusOr<Answer> answer = Receive(socket);
+  if (answer.ok() && !IsReplyTo(request, *answer)) {
+    if (answer->fd != kNoDescriptor) close(answer->fd);
+    answer = absl::InternalError(absl::StrCat("side socket: reply for fd_token=", answer->fd_token,
+                                              ", want ", request.fd_token));
+  }
+  if (!answer.ok()) {
+    shutdown(socket, SHUT_RDWR);
+    return answer;
+  }
+  if (answer->code == absl::StatusCode::kOk) return answer;
+  if (answer->fd != kNoDescriptor) close(answer->fd);
+  return absl::Status(answer->code, RefusalOf(request.type));
 }
 
 }  // namespace

@@ -15,7 +15,8 @@
 
 namespace keepset::client {
 
-// Thread-safe.
+// Thread-safe. An exchange without its reply (DeadlineExceeded, Internal) ends the connection and
+// with it the session: every later call answers Unavailable.
 class SideSocket {
  public:
   // Connects and redeems the one-time token. `timeout` bounds this and every later exchange.

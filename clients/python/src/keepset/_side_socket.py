@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import os
 import socket
 import struct
+import threading
 
 from keepset.errors import KeepsetError, error_of
 
@@ -17,9 +19,14 @@ _REPLY = struct.Struct("<IiQ16x")
 
 
 class SideSocket:
-    """One connection, open for the life of the session: the server ends the session at hang-up."""
+    """One connection, open for the life of the session: the server ends the session at hang-up.
+
+    Thread-safe. A frame without its reply ends the connection, since what comes later would be taken for the
+    reply to the next one; every later call then raises Unreachable.
+    """
 
     def __init__(self, path: str, token: bytes, timeout_seconds: float):
+        self._exchange = threading.Lock()  # one frame and its reply at a time
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._socket.settimeout(timeout_seconds)
         try:
@@ -55,27 +62,55 @@ class SideSocket:
         ancillary = []
         if fd is not None:
             ancillary = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))]
+        descriptors: list[int] = []
         try:
-            self._socket.sendmsg([_REQUEST.pack(_MAGIC, kind, token, fd_token)], ancillary)
+            with self._exchange:
+                self._send(_REQUEST.pack(_MAGIC, kind, token, fd_token), ancillary)
+                try:
+                    reply, descriptors = self._receive()
+                    code, replied = self._check(reply)
+                    # A refused fetch may name no token.
+                    if kind != _FETCH_FD:
+                        expected = not descriptors
+                    else:
+                        expected = replied == fd_token or (code != 0 and replied == 0)
+                    if not expected:
+                        raise KeepsetError(
+                            "INTERNAL", f"side socket: reply for fd_token={replied}, want {fd_token}"
+                        )
+                except KeepsetError:
+                    with contextlib.suppress(OSError):
+                        self._socket.shutdown(socket.SHUT_RDWR)
+                    raise
+            if code != 0:
+                raise error_of(code, "refused by the side socket")
+        except BaseException:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise
+        return replied, descriptors
+
+    def _send(self, frame: bytes, ancillary: list) -> None:
+        try:
+            self._socket.sendmsg([frame], ancillary)
+        except OSError as error:
+            raise error_of(_UNAVAILABLE, f"side socket: {error}") from error
+
+    def _receive(self) -> tuple[bytes, list[int]]:
+        try:
             reply, descriptors, _, _ = socket.recv_fds(
                 self._socket, _REPLY.size, 1, socket.MSG_CMSG_CLOEXEC
             )
         except OSError as error:
             raise error_of(_UNAVAILABLE, f"side socket: {error}") from error
-        try:
-            return self._check(reply), descriptors
-        except KeepsetError:
-            for descriptor in descriptors:
-                os.close(descriptor)
-            raise
+        return reply, descriptors
 
     @staticmethod
-    def _check(reply: bytes) -> int:
+    def _check(reply: bytes) -> tuple[int, int]:
+        """Code and token."""
         if len(reply) != _REPLY.size:
             raise KeepsetError("PERMISSION_DENIED", "the side socket closed the connection")
         magic, code, fd_token = _REPLY.unpack(reply)
         if magic != _MAGIC:
             raise KeepsetError("INTERNAL", f"side socket answered with magic {magic:#x}")
-        if code != 0:
-            raise error_of(code, "refused by the side socket")
-        return fd_token
+        return code, fd_token
