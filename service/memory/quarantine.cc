@@ -16,24 +16,23 @@ bool HasEnded(int pidfd) {
 
 }  // namespace
 
-QuarantineEnd Quarantine::Hold(const std::string& session_id, RegionTable::Taken region,
-                               EarlyFree early_free, std::shared_ptr<const UniqueFd> process,
-                               absl::Duration now) {
+std::optional<QuarantineEnd> Quarantine::Hold(Origin origin, RegionTable::Taken region,
+                                              EarlyFree early_free,
+                                              std::shared_ptr<const UniqueFd> process,
+                                              absl::Duration now) {
   Held held;
-  held.session_id = session_id;
-  held.region = std::move(region);
+  held.origin = std::move(origin);
   held.process = std::move(process);
   held.end = now + time_;
-  held.until = early_free == EarlyFree::kHarmless ? QuarantineEnd::kNothing
-               : held.process != nullptr          ? QuarantineEnd::kProcess
-                                                  : QuarantineEnd::kTime;
-  const QuarantineEnd until = held.until;
-  const std::shared_ptr<RegionSlot> slot = held.region.slot;
-  {
-    const absl::MutexLock lock(&mutex_);
-    held_.push_back(std::move(held));
+  if (!region.slot->retired()) {
+    held.until = early_free == EarlyFree::kHarmless ? QuarantineEnd::kNothing
+                 : held.process != nullptr          ? QuarantineEnd::kProcess
+                                                    : QuarantineEnd::kTime;
   }
-  if (until == QuarantineEnd::kNothing) slot->Retire();
+  held.region = std::move(region);
+  const std::optional<QuarantineEnd> until = held.until;
+  const absl::MutexLock lock(&mutex_);
+  held_.push_back(std::move(held));
   return until;
 }
 
@@ -41,7 +40,7 @@ std::shared_ptr<RegionSlot> Quarantine::Find(absl::string_view session_id,
                                              absl::string_view region_id) const {
   const absl::MutexLock lock(&mutex_);
   for (const Held& held : held_) {
-    if (held.session_id == session_id && held.region.info.region_id == region_id) {
+    if (held.origin.session_id == session_id && held.region.info.region_id == region_id) {
       return held.region.slot;
     }
   }
@@ -49,7 +48,8 @@ std::shared_ptr<RegionSlot> Quarantine::Find(absl::string_view session_id,
 }
 
 bool Quarantine::IsSafe(const Held& held, absl::Duration now) {
-  switch (held.until) {
+  if (!held.until.has_value()) return true;
+  switch (*held.until) {
     case QuarantineEnd::kNothing:
       return true;
     case QuarantineEnd::kProcess:
@@ -71,15 +71,27 @@ void Quarantine::Sweep(absl::Duration now) {
   // Outside the lock: a device may take its time.
   for (const auto& slot : safe) slot->Retire();
   const absl::MutexLock lock(&mutex_);
-  held_.erase(std::remove_if(held_.begin(), held_.end(),
-                             [](const Held& held) { return held.region.slot->unmapped(); }),
-              held_.end());
+  held_.erase(
+      std::remove_if(held_.begin(), held_.end(), [](const Held& held) { return held.is_gone; }),
+      held_.end());
+  for (Held& held : held_) held.is_gone = held.region.slot->unmapped();
+}
+
+uint64_t Quarantine::BytesOf(absl::string_view client_uuid) const {
+  const absl::MutexLock lock(&mutex_);
+  uint64_t bytes = 0;
+  for (const Held& held : held_) {
+    if (held.origin.client_uuid == client_uuid && !held.region.slot->unmapped()) {
+      bytes += held.region.info.owned_bytes;
+    }
+  }
+  return bytes;
 }
 
 void Quarantine::CountInto(std::vector<SessionCounts::ByKind>& counts) const {
   const absl::MutexLock lock(&mutex_);
   for (const Held& held : held_) {
-    if (held.region.slot->unmapped()) continue;
+    if (!held.until.has_value() || held.region.slot->unmapped()) continue;
     for (SessionCounts::ByKind& by_kind : counts) {
       if (by_kind.kind != held.region.info.kind) continue;
       ++by_kind.quarantined_regions;

@@ -17,6 +17,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -35,21 +36,30 @@ class Quarantine {
  public:
   explicit Quarantine(absl::Duration time) : time_(time) {}
 
-  // process: pidfd of the worker, null where it cannot be watched.
-  QuarantineEnd Hold(const std::string& session_id, RegionTable::Taken region, EarlyFree early_free,
-                     std::shared_ptr<const UniqueFd> process, absl::Duration now);
+  struct Origin {
+    std::string session_id;
+    std::string client_uuid;
+  };
+  // process: pidfd of the worker, null where it cannot be watched. Unmaps nothing: kNothing is for
+  // the caller to retire. nullopt: the worker has given its word already; the region is held for a
+  // retire that still waits for operations.
+  std::optional<QuarantineEnd> Hold(Origin origin, RegionTable::Taken region, EarlyFree early_free,
+                                    std::shared_ptr<const UniqueFd> process, absl::Duration now);
   // nullptr: holds no such region.
   std::shared_ptr<RegionSlot> Find(absl::string_view session_id, absl::string_view region_id) const;
   // Frees what may be freed; may wait for the memory's device.
   void Sweep(absl::Duration now);
-  // Adds what is held under its kind.
+  // What is held of that client.
+  uint64_t BytesOf(absl::string_view client_uuid) const;
+  // Adds what is held under its kind, without what the worker has given back.
   void CountInto(std::vector<SessionCounts::ByKind>& counts) const;
 
  private:
   struct Held {
-    std::string session_id;
+    Origin origin;
     RegionTable::Taken region;
-    QuarantineEnd until;
+    std::optional<QuarantineEnd> until;
+    bool is_gone = false;  // since the last sweep: a retire that waits in turns still finds it
     std::shared_ptr<const UniqueFd> process;  // kProcess
     absl::Duration end;                       // kTime
   };

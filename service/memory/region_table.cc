@@ -41,10 +41,27 @@ void RegionSlot::Drop() {
   UnmapIfUnused();
 }
 
+UniqueFd RegionSlot::TakeFd(uint64_t token) {
+  absl::MutexLock lock(&mutex_);
+  if (token != unfetched_.token) return UniqueFd();
+  return std::move(unfetched_.fd);
+}
+
+void RegionSlot::DropFd() {
+  absl::MutexLock lock(&mutex_);
+  unfetched_.fd.Reset();
+}
+
+uint64_t RegionSlot::fd_token() const {
+  absl::MutexLock lock(&mutex_);
+  return unfetched_.fd.valid() ? unfetched_.token : 0;
+}
+
 void RegionSlot::Retire() {
   {
     absl::MutexLock lock(&mutex_);
     retired_ = true;
+    unfetched_.fd.Reset();
   }
   UnmapIfUnused();
 }
@@ -131,6 +148,24 @@ std::shared_ptr<RegionSlot> RegionTable::Find(absl::string_view region_id) const
 void RegionTable::Forget(absl::string_view region_id) {
   const auto it = entries_.find(region_id);
   if (it != entries_.end()) entries_.erase(it);
+}
+
+UniqueFd RegionTable::TakeFd(uint64_t token) const {
+  for (const auto& [id, entry] : entries_) {
+    if (entry.slot == nullptr) continue;
+    UniqueFd fd = entry.slot->TakeFd(token);
+    if (fd.valid()) return fd;
+  }
+  return UniqueFd();
+}
+
+std::vector<uint64_t> RegionTable::FdTokens() const {
+  std::vector<uint64_t> tokens;
+  for (const auto& [id, entry] : entries_) {
+    const uint64_t token = entry.slot == nullptr ? 0 : entry.slot->fd_token();
+    if (token != 0) tokens.push_back(token);
+  }
+  return tokens;
 }
 
 std::vector<RegionInfo> RegionTable::List() const {

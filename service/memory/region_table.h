@@ -22,13 +22,26 @@
 
 namespace keepset::service {
 
+// The worker's own descriptor of memory of ours, until it takes it; it keeps the memory, too.
+struct UnfetchedFd {
+  uint64_t token = 0;
+  UniqueFd fd;
+};
+
 class RegionSlot : public std::enable_shared_from_this<RegionSlot> {
  public:
-  explicit RegionSlot(std::unique_ptr<MappedRegion> mapping) : mapping_(std::move(mapping)) {}
+  explicit RegionSlot(std::unique_ptr<MappedRegion> mapping, UnfetchedFd unfetched = {})
+      : mapping_(std::move(mapping)), unfetched_(std::move(unfetched)) {}
 
   // Invalid when the slot is retired.
   RegionLease Acquire();
-  // No new leases; unmaps now, or with the last lease. Idempotent.
+  // Invalid when the token is another one's, it was taken, or it was dropped.
+  UniqueFd TakeFd(uint64_t token);
+  // Nobody will take it.
+  void DropFd();
+  // The token of a descriptor that was not taken; 0: none.
+  uint64_t fd_token() const;
+  // No new leases, no descriptor; unmaps now, or with the last lease. Idempotent.
   void Retire();
   // Whether the memory is unmapped after waiting up to `timeout`. Only a retired slot gets there.
   bool AwaitUnmapped(absl::Duration timeout);
@@ -44,6 +57,7 @@ class RegionSlot : public std::enable_shared_from_this<RegionSlot> {
 
   mutable absl::Mutex mutex_;
   std::unique_ptr<MappedRegion> mapping_ ABSL_GUARDED_BY(mutex_);
+  UnfetchedFd unfetched_ ABSL_GUARDED_BY(mutex_);
   int64_t leases_ ABSL_GUARDED_BY(mutex_) = 0;
   bool retired_ ABSL_GUARDED_BY(mutex_) = false;
   bool unmapped_ ABSL_GUARDED_BY(mutex_) = false;
@@ -65,6 +79,11 @@ class RegionTable {
   // is found until Forget, so that a retried retire learns of its success.
   std::shared_ptr<RegionSlot> Find(absl::string_view region_id) const;
   void Forget(absl::string_view region_id);
+
+  // The descriptor of that token; invalid: none.
+  UniqueFd TakeFd(uint64_t token) const;
+  // Tokens of descriptors that were not taken.
+  std::vector<uint64_t> FdTokens() const;
 
   // Mapped regions, by name.
   std::vector<RegionInfo> List() const;

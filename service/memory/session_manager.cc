@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -37,34 +38,40 @@ Session* SessionManagerImpl::Touch(absl::string_view session_id) {
   return it->second.get();
 }
 
-SessionManagerImpl::SessionPtr SessionManagerImpl::Detach(absl::string_view session_id) {
+DetachedSession SessionManagerImpl::Detach(absl::string_view session_id) {
+  DetachedSession ended;
   const auto it = sessions_.find(session_id);
-  if (it == sessions_.end()) return nullptr;
-  SessionPtr session = std::move(it->second);
+  if (it == sessions_.end()) return ended;
+  ended.session = std::move(it->second);
   sessions_.erase(it);
-  ids_by_uuid_.erase(session->client_uuid);
-  return session;
-}
-
-void SessionManagerImpl::End(SessionPtr session, SessionEnd why) {
-  if (session == nullptr) return;
-  const std::vector<RegionTable::Taken> regions = session->regions.TakeAll();
-  for (const RegionTable::Taken& region : regions) {
-    // With its retire the worker has said that it unmapped the memory.
-    if (region.info.owned_bytes == 0 || region.slot->retired()) {
-      region.slot->Retire();
+  Session& session = *ended.session;
+  ids_by_uuid_.erase(session.client_uuid);
+  for (const RegionTable::Taken& region : session.regions.TakeAll()) {
+    ++ended.regions;
+    region.slot->DropFd();
+    if (region.info.owned_bytes == 0) {
+      ended.to_retire.push_back(region.slot);
       continue;
     }
-    const QuarantineEnd until = quarantine_.Hold(session->info.session_id, region,
-                                                 transports_.Find(region.info.kind)->early_free(),
-                                                 session->process, clock_.Monotonic());
-    if (observer_ != nullptr) observer_->OnRegionQuarantined(region.info, until);
+    const EarlyFree early_free = transports_.Find(region.info.kind)->early_free();
+    const std::optional<QuarantineEnd> until = quarantine_.Hold(
+        {.session_id = session.info.session_id, .client_uuid = session.client_uuid}, region,
+        early_free, session.process, clock_.Monotonic());
+    if (until.has_value()) ended.quarantined.push_back({region.info, *until});
+    if (until == QuarantineEnd::kNothing) ended.to_retire.push_back(region.slot);
   }
-  session->pending_fds.clear();
-  session->unfetched_fds.clear();
-  if (observer_ != nullptr) {
-    observer_->OnSessionEnded(session->info.session_id, why, static_cast<int64_t>(regions.size()));
+  return ended;
+}
+
+void SessionManagerImpl::End(DetachedSession ended, SessionEnd why) {
+  if (ended.session == nullptr) return;
+  for (const auto& slot : ended.to_retire) slot->Retire();
+  ended.session->pending_fds.clear();
+  if (observer_ == nullptr) return;
+  for (const DetachedSession::Quarantined& region : ended.quarantined) {
+    observer_->OnRegionQuarantined(region.info, region.until);
   }
+  observer_->OnSessionEnded(ended.session->info.session_id, why, ended.regions);
 }
 
 uint64_t SessionManagerImpl::NextGeneration() {
@@ -91,7 +98,7 @@ absl::StatusOr<SessionInfo> SessionManagerImpl::OpenSession(const OpenSessionArg
   KEEPSET_RETURN_IF_ERROR(FillRandom(absl::MakeSpan(info.token)));
   info.lease = std::min(args.lease == absl::ZeroDuration() ? limits_.default_lease : args.lease,
                         limits_.max_lease);
-  SessionPtr replaced;
+  DetachedSession replaced;
   SessionInfo opened;
   {
     absl::MutexLock lock(&mutex_);
@@ -120,12 +127,12 @@ absl::Status SessionManagerImpl::Beat(absl::string_view session_id) {
 }
 
 absl::Status SessionManagerImpl::CloseSession(absl::string_view session_id) {
-  SessionPtr session;
+  DetachedSession session;
   {
     absl::MutexLock lock(&mutex_);
     session = Detach(session_id);
   }
-  if (session == nullptr) return UnknownSession();
+  if (session.session == nullptr) return UnknownSession();
   End(std::move(session), SessionEnd::kClosed);
   return absl::OkStatus();
 }
@@ -153,7 +160,7 @@ absl::StatusOr<std::string> SessionManagerImpl::RedeemToken(
 }
 
 void SessionManagerImpl::OnHangUp(absl::string_view session_id) {
-  SessionPtr session;
+  DetachedSession session;
   {
     absl::MutexLock lock(&mutex_);
     session = Detach(session_id);
@@ -162,7 +169,7 @@ void SessionManagerImpl::OnHangUp(absl::string_view session_id) {
 }
 
 int64_t SessionManagerImpl::ReapExpired() {
-  std::vector<SessionPtr> expired;
+  std::vector<DetachedSession> expired;
   {
     absl::MutexLock lock(&mutex_);
     const absl::Duration now = clock_.Monotonic();
@@ -176,7 +183,7 @@ int64_t SessionManagerImpl::ReapExpired() {
     for (const std::string& id : ids) expired.push_back(Detach(id));
   }
   const int64_t count = static_cast<int64_t>(expired.size());
-  for (SessionPtr& session : expired) End(std::move(session), SessionEnd::kLeaseExpired);
+  for (DetachedSession& session : expired) End(std::move(session), SessionEnd::kLeaseExpired);
   return count;
 }
 
@@ -192,14 +199,13 @@ SessionCounts SessionManagerImpl::Counts() const {
 }
 
 void SessionManagerImpl::Shutdown() {
-  absl::flat_hash_map<std::string, SessionPtr> sessions;
+  std::vector<DetachedSession> sessions;
   {
     absl::MutexLock lock(&mutex_);
     shut_down_ = true;
-    sessions.swap(sessions_);
-    ids_by_uuid_.clear();
+    while (!sessions_.empty()) sessions.push_back(Detach(std::string(sessions_.begin()->first)));
   }
-  for (auto& [id, session] : sessions) End(std::move(session), SessionEnd::kShutdown);
+  for (DetachedSession& session : sessions) End(std::move(session), SessionEnd::kShutdown);
 }
 
 std::unique_ptr<SessionManager> SessionManager::New(

@@ -42,8 +42,19 @@ struct Session {
   RegionTable regions;
   const std::shared_ptr<SeenGenerations> seen_generations = std::make_shared<SeenGenerations>();
   absl::flat_hash_map<uint64_t, UniqueFd> pending_fds;
-  absl::flat_hash_map<uint64_t, UniqueFd> unfetched_fds;  // of memory of ours
-  std::shared_ptr<const UniqueFd> process;                // pidfd; null: cannot be watched
+  std::shared_ptr<const UniqueFd> process;  // pidfd; null: cannot be watched
+};
+
+// A session that nobody finds any more, and what of its regions is still to do.
+struct DetachedSession {
+  std::unique_ptr<Session> session;
+  struct Quarantined {
+    RegionInfo info;
+    QuarantineEnd until;
+  };
+  std::vector<Quarantined> quarantined;
+  std::vector<std::shared_ptr<RegionSlot>> to_retire;
+  int64_t regions = 0;
 };
 
 absl::Status UnknownSession();
@@ -92,10 +103,11 @@ class SessionManagerImpl : public SessionManager {
 
   // The session, its lease renewed; nullptr when unknown.
   Session* Touch(absl::string_view session_id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  // Takes the session out of the maps: from here on nobody can lease from it.
-  SessionPtr Detach(absl::string_view session_id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  // The one way a session ends.
-  void End(SessionPtr session, SessionEnd why) ABSL_LOCKS_EXCLUDED(mutex_);
+  // Takes the session out of the maps, its regions of ours into quarantine: from here on nobody can
+  // lease from it, and no retire misses a region on its way.
+  DetachedSession Detach(absl::string_view session_id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // The one way a session ends; none: nothing to do. Unmapping may take long.
+  void End(DetachedSession ended, SessionEnd why) ABSL_LOCKS_EXCLUDED(mutex_);
 
   // Grows over a restart of the server, too.
   uint64_t NextGeneration() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);

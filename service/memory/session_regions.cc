@@ -5,7 +5,6 @@
 #include <utility>
 #include <vector>
 
-#include "absl/container/flat_hash_map.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/types/span.h"
@@ -19,10 +18,11 @@ namespace {
 constexpr size_t kMaxPendingFds = 64;
 constexpr uint64_t kMaxOwnedLength = uint64_t{1} << 62;
 
-// A token that `fds` has not.
-absl::StatusOr<uint64_t> NewFdToken(const absl::flat_hash_map<uint64_t, UniqueFd>& fds) {
+// A token that is not in use.
+template <typename InUse>
+absl::StatusOr<uint64_t> NewFdToken(InUse is_in_use) {
   uint64_t token = 0;
-  while (token == 0 || fds.contains(token)) {
+  while (token == 0 || is_in_use(token)) {
     KEEPSET_RETURN_IF_ERROR(
         FillRandom(absl::MakeSpan(reinterpret_cast<uint8_t*>(&token), sizeof(token))));
   }
@@ -43,7 +43,9 @@ absl::StatusOr<uint64_t> SessionManagerImpl::DepositFd(absl::string_view session
     return absl::ResourceExhaustedError(absl::StrCat(
         kMaxPendingFds, " descriptors of the session wait for RegisterRegion, register them"));
   }
-  KEEPSET_ASSIGN_OR_RETURN(const uint64_t token, NewFdToken(session->pending_fds));
+  KEEPSET_ASSIGN_OR_RETURN(const uint64_t token, NewFdToken([&](uint64_t candidate) {
+                             return session->pending_fds.contains(candidate);
+                           }));
   session->pending_fds.emplace(token, std::move(fd));
   return token;
 }
@@ -53,13 +55,12 @@ absl::StatusOr<UniqueFd> SessionManagerImpl::FetchFd(absl::string_view session_i
   absl::MutexLock lock(&mutex_);
   Session* session = Touch(session_id);
   if (session == nullptr) return UnknownSession();
-  const auto it = session->unfetched_fds.find(fd_token);
-  if (it == session->unfetched_fds.end()) {
+  UniqueFd fd = session->regions.TakeFd(fd_token);
+  if (!fd.valid()) {
     return absl::NotFoundError(
-        "fd_token: AllocateRegion answered no such token in this session, or it was used");
+        "fd_token: AllocateRegion answered no such token in this session, it was used, or the "
+        "region was retired");
   }
-  UniqueFd fd = std::move(it->second);
-  session->unfetched_fds.erase(it);
   return fd;
 }
 
@@ -168,19 +169,22 @@ absl::StatusOr<AllocatedRegion> SessionManagerImpl::Allocate(absl::string_view s
       return absl::InvalidArgumentError(
           absl::StrCat("length=", info.length, ", want 1..", kMaxOwnedLength));
     }
-    if (session->unfetched_fds.size() >= kMaxPendingFds) {
+    if (session->regions.FdTokens().size() >= kMaxPendingFds) {
       return absl::ResourceExhaustedError(absl::StrCat(
           kMaxPendingFds, " descriptors of the session wait on its side socket, fetch them"));
     }
     info.owned_bytes = transport->AllocationBytes(info.length);
     info.generation = NextGeneration();
-    const uint64_t owned = session->regions.OwnedBytes();
+    // What a client left in quarantine by earlier sessions is its own as well.
+    const uint64_t owned =
+        session->regions.OwnedBytes() + quarantine_.BytesOf(session->client_uuid);
     if (limits_.max_owned_bytes > 0 &&
         (owned > limits_.max_owned_bytes_per_session ||
          info.owned_bytes > limits_.max_owned_bytes_per_session - owned)) {
       return absl::ResourceExhaustedError(
           absl::StrCat(info.owned_bytes, " bytes of the server's memory beside ", owned,
-                       " of this session, the limit memory.max_owned_bytes_per_session is ",
+                       " of this client, quarantined memory included, the limit "
+                       "memory.max_owned_bytes_per_session is ",
                        limits_.max_owned_bytes_per_session));
     }
     KEEPSET_ASSIGN_OR_RETURN(share, owned_->Take(info.kind, info.owned_bytes));
@@ -200,18 +204,23 @@ absl::StatusOr<AllocatedRegion> SessionManagerImpl::Allocate(absl::string_view s
   allocated.info = std::move(info);
   allocated.offset = memory->offset;
   allocated.ipc_handle = std::move(memory->ipc_handle);
+  UnfetchedFd unfetched;
   if (memory->fd.valid()) {
-    absl::StatusOr<uint64_t> token = NewFdToken(session->unfetched_fds);
+    const std::vector<uint64_t> tokens = session->regions.FdTokens();
+    const absl::StatusOr<uint64_t> token = NewFdToken([&](uint64_t candidate) {
+      return std::find(tokens.begin(), tokens.end(), candidate) != tokens.end();
+    });
     if (!token.ok()) {
       session->regions.Abort(allocated.info.region_id);
       return token.status();
     }
     allocated.fd_token = *token;
-    session->unfetched_fds.emplace(*token, std::move(memory->fd));
+    unfetched = {*token, std::move(memory->fd)};
   }
   session->regions.Commit(
       allocated.info.region_id,
-      std::make_shared<RegionSlot>(WithShare(std::move(memory->region), std::move(share))));
+      std::make_shared<RegionSlot>(WithShare(std::move(memory->region), std::move(share)),
+                                   std::move(unfetched)));
   return allocated;
 }
 

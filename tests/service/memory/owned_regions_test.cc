@@ -155,6 +155,19 @@ TEST_F(OwnedRegionTest, UnfetchedDescriptorsEndWithTheSession) {
   EXPECT_EQ(testing::CountOpenFds(), before);
 }
 
+TEST_F(OwnedRegionTest, ARetireDropsTheUnfetchedDescriptor) {
+  const SessionInfo session = Open('a');
+  const int64_t before = testing::CountOpenFds();
+  const auto region = Allocate(session, "out", 1);
+  ASSERT_TRUE(region.ok());
+  ASSERT_TRUE(
+      sessions_->RetireRegion(session.session_id, region->info.region_id, absl::ZeroDuration())
+          .ok());
+  EXPECT_EQ(testing::CountOpenFds(), before);
+  EXPECT_EQ(sessions_->FetchFd(session.session_id, region->fd_token).status().code(),
+            absl::StatusCode::kNotFound);
+}
+
 TEST_F(OwnedRegionTest, UnfetchedDescriptorsAreBounded) {
   const SessionInfo session = Open('a');
   absl::Status last;

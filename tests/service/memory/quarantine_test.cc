@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "service/memory/session_manager.h"
 #include "tests/fakes/fake_clock.h"
@@ -268,6 +269,63 @@ TEST_F(QuarantineTest, QuarantinedBytesCountAgainstTheServersLimit) {
   EXPECT_EQ(allocate().code(), absl::StatusCode::kResourceExhausted);
   SweepAfter(kQuarantine);
   EXPECT_TRUE(allocate().ok());
+}
+
+TEST_F(QuarantineTest, ARetireThatWaitsInTurnsSucceedsOverTheEndOfItsSession) {
+  const SessionInfo session = Open('a');
+  const std::string id = Allocate(session);
+  const auto retire = [&] {
+    return sessions_->RetireRegion(session.session_id, id, absl::ZeroDuration()).code();
+  };
+  {
+    const auto lease = sessions_->Lease(session.session_id, id);
+    ASSERT_TRUE(lease.ok());
+    EXPECT_EQ(retire(), absl::StatusCode::kDeadlineExceeded);
+    ASSERT_TRUE(sessions_->CloseSession(session.session_id).ok());
+    sessions_->SweepQuarantine();
+    EXPECT_EQ(retire(), absl::StatusCode::kDeadlineExceeded);
+  }
+  sessions_->SweepQuarantine();
+  EXPECT_EQ(retire(), absl::StatusCode::kOk);
+}
+
+// Looks for the region where the end of a session is told.
+class RetiringObserver : public SessionObserver {
+ public:
+  void OnRegionQuarantined(const RegionInfo& region, QuarantineEnd /*until*/) override {
+    status = sessions->RetireRegion(session_id, region.region_id, absl::ZeroDuration());
+  }
+  SessionManager* sessions = nullptr;
+  std::string session_id;
+  absl::Status status = absl::UnknownError("not told");
+};
+
+TEST_F(QuarantineTest, ARetireWhileTheSessionEndsFindsTheRegion) {
+  std::vector<std::unique_ptr<MemoryTransport>> transports;
+  transports.push_back(std::make_unique<ExclusiveTransport>(living_));
+  RetiringObserver observer;
+  const auto sessions = SessionManager::New({}, std::move(transports), clock_, &observer);
+  observer.sessions = sessions.get();
+  const auto session = sessions->OpenSession(ArgsOf('a'));
+  ASSERT_TRUE(session.ok());
+  observer.session_id = session->session_id;
+  for (const char* const name : {"one", "two"}) {
+    ASSERT_TRUE(sessions->AllocateRegion(session->session_id, name, "exclusive", kBytes, "").ok());
+  }
+  ASSERT_TRUE(sessions->CloseSession(session->session_id).ok());
+  EXPECT_TRUE(observer.status.ok()) << observer.status;
+  EXPECT_EQ(living_, 0);
+}
+
+TEST_F(QuarantineTest, WhatAClientLeftCountsAgainstItsNextSession) {
+  const Worker worker;
+  for (int i = 0; i < 2; ++i) Allocate(Open('a', worker.pidfd()));
+  const SessionInfo third = Open('a', worker.pidfd());
+  const absl::Status status =
+      sessions_->AllocateRegion(third.session_id, "out", "exclusive", kBytes, "").status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(status.message()),
+              ::testing::HasSubstr("memory.max_owned_bytes_per_session"));
 }
 
 TEST_F(QuarantineTest, QuarantinedMemoryIsNobodysRegion) {
