@@ -37,7 +37,8 @@ void Tell(absl::string_view notify_socket, absl::string_view state, Logger& log)
   if (!status.ok()) log.Warning("supervisor", {{"error", std::string(status.message())}});
 }
 
-// Waits for running operations; true when a second signal asked to end at once.
+// Waits for running operations and for workers to retire device memory; true when a second signal
+// asked to end at once.
 bool DrainUntilIdle(Server& server, const sigset_t& signals, absl::Duration timeout,
                     const Clock& clock) {
   server.StartDraining();
@@ -105,9 +106,15 @@ int Main(absl::Span<const char* const> arguments, absl::string_view notify_socke
     std::_Exit(kExitFailure);
   }
   const int64_t left = (*server)->operations_running();
-  server->reset();
-  log.Info("stopped", {{"operations_cut", absl::StrCat(left)}});
-  return device_failed ? kExitFailure : EXIT_SUCCESS;
+  (*server)->Stop();
+  const int exit_code = device_failed ? kExitFailure : EXIT_SUCCESS;
+  const uint64_t exported = (*server)->exported_device_bytes();
+  if (exported == 0) server->reset();
+  log.Info("stopped", {{"operations_cut", absl::StrCat(left)},
+                       {"device_bytes_not_retired", absl::StrCat(exported)}});
+  // The driver takes it back with the process: freeing what a worker has open is undefined.
+  if (exported > 0) std::_Exit(exit_code);
+  return exit_code;
 }
 
 }  // namespace

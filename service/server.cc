@@ -51,6 +51,8 @@ namespace {
 constexpr int64_t kMessageSlackBytes = int64_t{16} << 20;
 // How often leases are checked and gauges written.
 constexpr absl::Duration kTimerPeriod = absl::Milliseconds(500);
+// How often a drain looks whether workers have retired device memory of ours.
+constexpr absl::Duration kRetirePoll = absl::Milliseconds(10);
 // Counting descriptors and mappings takes longer than the other gauges and moves slowly.
 constexpr int64_t kTicksPerUsage = 10;
 // After the last answer: time for replies on their way, then open calls are cut.
@@ -60,8 +62,9 @@ constexpr size_t kFencesPerSession = 4096;
 // Each waiting one holds the scores of its operation.
 constexpr int64_t kShadowQueueCapacity = 16;
 constexpr int64_t kControlQueueCapacity = 1024;
-// A session's connection, its side socket, and a descriptor on its way to a region.
-constexpr double kDescriptorsPerSession = 3;
+// A session's connection, its side socket with the pidfd of its peer, and a descriptor on its way
+// to a region.
+constexpr double kDescriptorsPerSession = 4;
 // Listeners, polling, the log, a scrape.
 constexpr double kOwnDescriptors = 64;
 
@@ -120,7 +123,10 @@ class ServerImpl final : public Server {
         correlation_ids_(surroundings.random_seed) {}
 
   // Order matters: gRPC's calls end before the queues that answer them, those before the services.
-  ~ServerImpl() override {
+  ~ServerImpl() override { Stop(); }
+
+  void Stop() override {
+    if (std::exchange(is_stopped_, true)) return;
     if (grpc_server_ != nullptr) {
       StartDraining();
       compression_->CloseStreams();
@@ -143,6 +149,7 @@ class ServerImpl final : public Server {
     registration_.reset();
     retirement_.reset();
     if (sessions_ != nullptr) sessions_->Shutdown();
+    unix_listeners_.clear();
   }
 
   absl::Status Init() {
@@ -220,7 +227,24 @@ class ServerImpl final : public Server {
     session_service_->NotifyDraining();
     log_.Info("draining", {{"operations", absl::StrCat(admission_.running())}});
   }
-  bool WaitIdle(absl::Duration timeout) override { return admission_.WaitIdle(timeout); }
+  bool WaitIdle(absl::Duration timeout) override {
+    const absl::Duration end = clock_.Monotonic() + timeout;
+    if (!admission_.WaitIdle(timeout)) return false;
+    // A failed device is nobody's reason to wait.
+    while (!device_failed_ && exported_device_bytes() > 0) {
+      const absl::Duration left = end - clock_.Monotonic();
+      if (left <= absl::ZeroDuration()) return false;
+      stop_timer_.WaitForNotificationWithTimeout(std::min(left, kRetirePoll));
+    }
+    return true;
+  }
+  uint64_t exported_device_bytes() const override {
+    uint64_t bytes = 0;
+    for (const SessionCounts::ByKind& kind : sessions_->Counts().regions) {
+      if (absl::StartsWith(kind.kind, "cuda_")) bytes += kind.owned_bytes;
+    }
+    return bytes;
+  }
   int64_t operations_running() const override { return admission_.running(); }
 
  private:
@@ -433,7 +457,7 @@ class ServerImpl final : public Server {
   Logger& log_;
   std::unique_ptr<kernels::ComputeBackend> backend_;
   const std::function<void()> on_device_fault_;
-  bool device_failed_ = false;  // of the timer's thread
+  std::atomic<bool> device_failed_ = false;
   const std::unique_ptr<engine::PolicyRegistry> policies_;
   std::vector<TransportSupport> transport_support_;
   std::unique_ptr<Metrics> metrics_;
@@ -467,6 +491,7 @@ class ServerImpl final : public Server {
   std::string metrics_address_;
   std::string health_address_;
   std::atomic<bool> is_sweeping_ = false;
+  bool is_stopped_ = false;
   absl::Notification stop_timer_;
   std::thread timer_;
 };

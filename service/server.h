@@ -54,9 +54,15 @@ class Server {
 
   // Health says not serving, new operations are UNAVAILABLE, open ones go on.
   virtual void StartDraining() = 0;
-  // False when operations still run after `timeout`.
+  // False when operations still run, or workers have not retired device memory of the server's
+  // own, after `timeout`. Memory of a failed device is not waited for.
   virtual bool WaitIdle(absl::Duration timeout) = 0;
   virtual int64_t operations_running() const = 0;
+  // What the destructor does, the memory of sessions left as it is. Idempotent, of one thread.
+  virtual void Stop() = 0;
+  // Device memory of the server's own that workers may have open. Freeing it, as the destructor
+  // does, is undefined then; the end of the process is not.
+  virtual uint64_t exported_device_bytes() const = 0;
 };
 
 }  // namespace keepset::service

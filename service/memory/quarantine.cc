@@ -47,13 +47,17 @@ std::shared_ptr<RegionSlot> Quarantine::Find(absl::string_view session_id,
   return nullptr;
 }
 
-bool Quarantine::IsSafe(const Held& held, absl::Duration now) {
+bool Quarantine::IsSafe(Held& held, absl::Duration now) const {
   if (!held.until.has_value()) return true;
   switch (*held.until) {
     case QuarantineEnd::kNothing:
       return true;
     case QuarantineEnd::kProcess:
-      return HasEnded(held.process->get());
+      if (!HasEnded(held.process->get())) return false;
+      // When the driver is done with what a killed process left on the device is not documented.
+      held.until = QuarantineEnd::kTime;
+      held.end = now + time_;
+      return held.end <= now;
     case QuarantineEnd::kTime:
       return held.end <= now;
   }
@@ -64,7 +68,7 @@ void Quarantine::Sweep(absl::Duration now) {
   std::vector<std::shared_ptr<RegionSlot>> safe;
   {
     const absl::MutexLock lock(&mutex_);
-    for (const Held& held : held_) {
+    for (Held& held : held_) {
       if (IsSafe(held, now)) safe.push_back(held.region.slot);
     }
   }

@@ -5,8 +5,9 @@
 // connection may be alive, its GPU work under way. Safe are, in this order:
 //   - the worker's retire (by session and region id, also after the session);
 //   - memory whose users the kernel counts (EarlyFree::kHarmless): at once;
-//   - the end of the process that held the session's side socket, seen on its pidfd: it has no
-//     mapping any more. A process that it handed the memory on to is not seen;
+//   - the end of the process that held the session's side socket, seen on its pidfd: and then the
+//     fixed time: it has no mapping any more, but work that it left on the device may still run. A
+//     process that it handed the memory on to is not seen;
 //   - where there is no pidfd (no side socket, a pid namespace that hides the process, an old
 //     kernel): a fixed time after the session's end. This one is a guess: a worker that stood still
 //     for longer may still have the memory mapped.
@@ -63,7 +64,8 @@ class Quarantine {
     std::shared_ptr<const UniqueFd> process;  // kProcess
     absl::Duration end;                       // kTime
   };
-  static bool IsSafe(const Held& held, absl::Duration now);
+  // A process whose end is seen here starts the time.
+  bool IsSafe(Held& held, absl::Duration now) const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   const absl::Duration time_;
   mutable absl::Mutex mutex_;

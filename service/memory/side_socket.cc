@@ -256,6 +256,11 @@ void SideSocketServerImpl::Admit(UniqueFd socket) {
 #ifdef SYS_pidfd_open
   if (peer.pid > 0) {
     UniqueFd process(static_cast<int>(::syscall(SYS_pidfd_open, peer.pid, 0)));
+    if (!process.valid() && (errno == EMFILE || errno == ENFILE || errno == ENOMEM)) {
+      // Without it the session's memory would be freed after a guessed time.
+      Reply(connection, absl::StatusCode::kResourceExhausted, 0);
+      return;
+    }
     if (process.valid()) connection.process = std::make_shared<const UniqueFd>(std::move(process));
   }
 #endif

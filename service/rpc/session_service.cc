@@ -80,7 +80,7 @@ class SessionServiceImpl final : public SessionService {
                                            const v1::AllocateRegionRequest* request,
                                            v1::AllocateRegionResponse* response) override {
     return RunOn(registration_, call, "AllocateRegion",
-                 [this, request, response] { return Allocate(*request, response); });
+                 [this, call, request, response] { return Allocate(*call, *request, response); });
   }
 
   grpc::ServerUnaryReactor* RetireRegion(grpc::CallbackServerContext* call,
@@ -193,12 +193,19 @@ class SessionServiceImpl final : public SessionService {
     return absl::OkStatus();
   }
 
-  absl::Status Allocate(const v1::AllocateRegionRequest& request,
+  absl::Status Allocate(const grpc::CallbackServerContext& call,
+                        const v1::AllocateRegionRequest& request,
                         v1::AllocateRegionResponse* response) {
     KEEPSET_ASSIGN_OR_RETURN(
         const AllocatedRegion region,
         context_.sessions.AllocateRegion(request.session_id(), request.name(), request.kind(),
                                          request.length(), request.device_uuid()));
+    if (call.IsCancelled()) {
+      // Nobody has heard of it, so nobody would retire it.
+      static_cast<void>(context_.sessions.RetireRegion(request.session_id(), region.info.region_id,
+                                                       absl::ZeroDuration()));
+      return absl::CancelledError("the client waits no longer, the region is given back");
+    }
     response->set_region_id(region.info.region_id);
     response->set_generation(region.info.generation);
     response->set_allocation_bytes(region.info.owned_bytes);
