@@ -280,9 +280,9 @@ keepset_status keepset_operation_gather(keepset_operation* operation, int64_t la
                                         const keepset_kv_view* k, const keepset_kv_view* v,
                                         const keepset_kv_view* out_k, const keepset_kv_view* out_v);
 /* The same within k and v: kept rows move to the front, rows behind them stay; nothing moves with
- * outcome kept_full. k and v must not share bytes. KEEPSET_INVALID_ARGUMENT and
- * KEEPSET_FAILED_PRECONDITION: nothing has moved; after any other error the layer's cache is lost.
- */
+ * outcome kept_full. k and v must not share bytes. KEEPSET_INVALID_ARGUMENT,
+ * KEEPSET_FAILED_PRECONDITION and KEEPSET_RESOURCE_EXHAUSTED: nothing of the layer has moved; after
+ * any other error the layer's cache is lost. */
 keepset_status keepset_operation_gather_in_place(keepset_operation* operation, int64_t layer,
                                                  const keepset_kv_view* k,
                                                  const keepset_kv_view* v);

@@ -196,15 +196,24 @@ class OperationImpl final : public Operation {
 
   bool is_short_of_memory() const override { return short_of_memory_; }
 
+  absl::Status ReserveInPlace(absl::Span<const LayerInPlace> layers) override {
+    for (const LayerInPlace& one : layers) KEEPSET_RETURN_IF_ERROR(CheckLayerInPlace(one));
+    if (result_.outcome == Outcome::kKeptFull) return absl::OkStatus();
+    const absl::Status reserved = Reserve(layers);
+    KeepsFullFor(reserved);
+    return reserved;
+  }
+
   absl::Status GatherInPlace(int64_t layer, const kernels::MutableKvView& k,
                              const kernels::MutableKvView& v) override {
-    KEEPSET_RETURN_IF_ERROR(CheckGatherMode(layer));
-    const std::string where = absl::StrCat("layer ", layer, ": gather in place of ");
-    KEEPSET_RETURN_IF_ERROR(CheckInPlace(k, spec().model.head_dim, where + "k"));
-    KEEPSET_RETURN_IF_ERROR(CheckInPlace(v, ValueHeadDim(spec()), where + "v"));
+    const LayerInPlace one = {layer, k, v};
+    KEEPSET_RETURN_IF_ERROR(CheckLayerInPlace(one));
     // Whole already.
     if (result_.outcome == Outcome::kKeptFull) return absl::OkStatus();
     const absl::Duration start = clock_.Monotonic();
+    // Before K has moved, whatever V needs.
+    KEEPSET_RETURN_IF_ERROR(Reserve(absl::MakeConstSpan(&one, 1)));
+    const std::string where = InPlaceName(layer);
     const std::vector<absl::Span<const int32_t>> sets = KeptSets(layer);
     KEEPSET_RETURN_IF_ERROR(
         kernels::NamedBy(where + "k", backend_.CompactRows(*plan_.op_context, sets, k)));
@@ -382,6 +391,28 @@ class OperationImpl final : public Operation {
     if (spec().mode == Mode::kDecide) return absl::OkStatus();
     return absl::FailedPreconditionError(
         absl::StrCat("layer ", layer, ": a shadow operation is never applied, nothing to gather"));
+  }
+
+  static std::string InPlaceName(int64_t layer) {
+    return absl::StrCat("layer ", layer, ": gather in place of ");
+  }
+
+  absl::Status CheckLayerInPlace(const LayerInPlace& one) const {
+    KEEPSET_RETURN_IF_ERROR(CheckGatherMode(one.layer));
+    const std::string where = InPlaceName(one.layer);
+    KEEPSET_RETURN_IF_ERROR(CheckInPlace(one.k, spec().model.head_dim, where + "k"));
+    return CheckInPlace(one.v, ValueHeadDim(spec()), where + "v");
+  }
+
+  absl::Status Reserve(absl::Span<const LayerInPlace> layers) {
+    std::vector<std::vector<absl::Span<const int32_t>>> sets;
+    for (const LayerInPlace& one : layers) sets.push_back(KeptSets(one.layer));
+    std::vector<kernels::CompactTask> tasks;
+    for (size_t i = 0; i < layers.size(); ++i) {
+      tasks.push_back({sets[i], layers[i].k});
+      tasks.push_back({sets[i], layers[i].v});
+    }
+    return backend_.ReserveCompaction(*plan_.op_context, tasks);
   }
 
   absl::Status CheckInPlace(const kernels::MutableKvView& view, int64_t head_dim,

@@ -72,12 +72,18 @@ class Operation {
                               const kernels::MutableKvView& out_v) = 0;
 
   // With OnShortMemory::kKeepFull: whether the backend had no memory for this operation. When that
-  // was in a Gather, FinishKeptFull(shed) replaces the result.
+  // was in a Gather or in ReserveInPlace, FinishKeptFull(shed) replaces the result.
   virtual bool is_short_of_memory() const = 0;
 
+  // Takes what GatherInPlace of any of `layers` needs of the backend's memory, until the operation
+  // is destroyed, and refuses what it would refuse. Moves nothing. With OnShortMemory::kKeepFull,
+  // FinishKeptFull(shed) replaces the result after ResourceExhausted.
+  virtual absl::Status ReserveInPlace(absl::Span<const LayerInPlace> layers) = 0;
+
   // The same within the worker's own tensors: kept rows move to the front, rows behind them stay.
-  // InvalidArgument and FailedPrecondition: nothing has moved. After any other error K and V of the
-  // layer may be half moved: the worker's cache is lost.
+  // InvalidArgument, FailedPrecondition and ResourceExhausted, which layers of ReserveInPlace do
+  // not end with: nothing of the layer has moved. After any other error K and V of the layer may be
+  // half moved: the worker's cache is lost.
   virtual absl::Status GatherInPlace(int64_t layer, const kernels::MutableKvView& k,
                                      const kernels::MutableKvView& v) = 0;
 

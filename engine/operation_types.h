@@ -138,6 +138,13 @@ struct LayerGather {
   kernels::MutableKvView out_v;
 };
 
+// K and V of a layer that are compacted where they lie.
+struct LayerInPlace {
+  int64_t layer = 0;
+  kernels::MutableKvView k;
+  kernels::MutableKvView v;
+};
+
 // What a worker has to send for one operation.
 struct LayerInputNeeds {
   int64_t layer = 0;

@@ -140,6 +140,12 @@ struct GatherTask {
   absl::string_view what;  // Prefix of error messages, for example "layer 3: gather of k".
 };
 
+// Rows of one tensor that move within it.
+struct CompactTask {
+  absl::Span<const absl::Span<const int32_t>> keep_indices;
+  MutableKvView x;
+};
+
 // The device that a backend computes on; all empty for host memory.
 struct DeviceInfo {
   std::string uuid;  // "GPU-..." as the driver's tools print it
@@ -276,12 +282,19 @@ class ComputeBackend {
                                   absl::Span<const absl::Span<const int32_t>> keep_indices,
                                   const MutableKvView& out) = 0;
 
+  // Takes the memory for CompactRows of each of `tasks`, one after the other, and keeps it until
+  // the context ends: they ask for no more then. Refuses what CompactRows refuses. Moves nothing;
+  // ResourceExhausted when there is not so much. May wait.
+  virtual absl::Status ReserveCompaction(OpContext& context,
+                                         absl::Span<const CompactTask> tasks) = 0;
+
   // x[g, i, :] = x[g, keep_indices[i], :] of before, bit for bit: GatherRows within one tensor.
-  // Sets are strictly ascending; rows at or behind a head's count are not written. InvalidArgument:
-  // nothing has moved; after any other error x may be half moved. Waits.
+  // Sets are strictly ascending; rows at or behind a head's count are not written. InvalidArgument
+  // and ResourceExhausted, the latter only without a reservation: nothing has moved; after any
+  // other error x may be half moved. Waits.
   virtual absl::Status CompactRows(OpContext& context,
                                    absl::Span<const absl::Span<const int32_t>> keep_indices,
-                                   const MutableKvView& x);
+                                   const MutableKvView& x) = 0;
 
   // GatherRows of every task: one launch and one wait on a device, where sources and destinations
   // are in its memory. No destination overlaps a source or another destination. On a device,

@@ -7,6 +7,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
+#include "base/status_macros.h"
 #include "kernels/backend_registry.h"
 #include "kernels/compute_backend.h"
 #include "kernels/cpu/cpu_context.h"
@@ -95,6 +96,14 @@ class CpuBackend : public ComputeBackend {
                           absl::Span<const absl::Span<const int32_t>> keep_indices,
                           const MutableKvView& out) override {
     return cpu::GatherRows(Cpu(context), in, keep_indices, out);
+  }
+  // Rows move in place, through no other memory.
+  absl::Status ReserveCompaction(OpContext& /*context*/,
+                                 absl::Span<const CompactTask> tasks) override {
+    for (const CompactTask& task : tasks) {
+      KEEPSET_RETURN_IF_ERROR(CheckCompact(task.keep_indices, task.x));
+    }
+    return absl::OkStatus();
   }
   absl::Status CompactRows(OpContext& context,
                            absl::Span<const absl::Span<const int32_t>> keep_indices,

@@ -4,6 +4,7 @@
 
 #include "absl/status/status.h"
 #include "base/status_macros.h"
+#include "kernels/compaction.h"
 #include "kernels/cpu/ops.h"
 #include "kernels/cpu/row_pointers.h"
 #include "kernels/op_checks.h"
@@ -38,21 +39,13 @@ absl::Status GatherRows(CpuContext& context, const KvView& in,
   return absl::OkStatus();
 }
 
-// A head's rows move forward in order, by one thread: kept rows lie at or behind the place they
-// move to, so a row is read before anything is written over it.
+// A head's rows are moved by one thread.
 absl::Status CompactRows(CpuContext& context,
                          absl::Span<const absl::Span<const int32_t>> keep_indices,
                          const MutableKvView& x) {
   KEEPSET_RETURN_IF_ERROR(CheckCompact(keep_indices, x));
-  const auto row_bytes = static_cast<size_t>(x.head_dim * DTypeBytes(x.dtype));
-  context.ParallelFor(x.num_kv_heads, [&](int64_t head, int) {
-    const absl::Span<const int32_t> set = keep_indices[keep_indices.size() == 1 ? 0 : head];
-    for (int64_t i = 0; i < static_cast<int64_t>(set.size()); ++i) {
-      if (set[i] == i) continue;
-      std::memcpy(x.data + RowOffsetBytes(x, head, i), x.data + RowOffsetBytes(x, head, set[i]),
-                  row_bytes);
-    }
-  });
+  context.ParallelFor(x.num_kv_heads,
+                      [&](int64_t head, int) { CompactHead(keep_indices, x, head); });
   return absl::OkStatus();
 }
 

@@ -236,6 +236,16 @@ class CudaBackend : public ComputeBackend {
     KEEPSET_ASSIGN_OR_RETURN(const Entered state, Enter(context));
     return cuda::GatherRowsOfEach(*state, tasks);
   }
+  absl::Status ReserveCompaction(OpContext& context, absl::Span<const CompactTask> tasks) override {
+    KEEPSET_ASSIGN_OR_RETURN(const Entered state, Enter(context));
+    return cuda::ReserveCompaction(*state, tasks);
+  }
+  absl::Status CompactRows(OpContext& context,
+                           absl::Span<const absl::Span<const int32_t>> keep_indices,
+                           const MutableKvView& x) override {
+    KEEPSET_ASSIGN_OR_RETURN(const Entered state, Enter(context));
+    return cuda::CompactRows(*state, keep_indices, x);
+  }
 
   absl::Status CopyToHost(OpContext& context, const ScoreBuffer& x,
                           absl::Span<float> out) override {

@@ -15,18 +15,30 @@
 namespace keepset::kernels::cuda {
 namespace {
 
-constexpr int64_t kAlignment = 256;
 // Block tables, row positions and keep sets of a layer.
 constexpr int64_t kFirstRingBytes = int64_t{256} << 10;
 constexpr int64_t kFaultBytes = kMaxFaults * int64_t{sizeof(uint64_t)};
 constexpr int kAllOnes = 0xff;
 
-int64_t Aligned(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
+int64_t Aligned(int64_t bytes) {
+  constexpr int64_t kAlignment = StreamState::kUploadAlignment;
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+int64_t MostTemporaryBytes(const DevicePool& pool) {
+  if (!pool.is_fixed()) return kMaxTemporaryBytes;
+  return std::min(kMaxTemporaryBytes, pool.use().reserved_bytes / kFixedPerTemporary);
+}
 
 }  // namespace
 
 StreamState::StreamState(const DeviceTraits& traits, DeviceHealth& health, DevicePool& pool)
-    : traits_(traits), health_(health), pool_(pool), results_(health), faults_host_(health) {}
+    : traits_(traits),
+      health_(health),
+      pool_(pool),
+      most_temporary_bytes_(MostTemporaryBytes(pool)),
+      results_(health),
+      faults_host_(health) {}
 
 StreamState::~StreamState() {
   if (own_stream_ == nullptr) return;
@@ -117,6 +129,22 @@ absl::StatusOr<const std::byte*> StreamState::Upload(const void* data, int64_t b
   return device;
 }
 
+absl::Status StreamState::ReserveUploads(int64_t bytes) {
+  KEEPSET_RETURN_IF_ERROR(Wait());
+  if (ring_host_ != nullptr && bytes <= std::min(ring_.bytes(), ring_host_->bytes())) {
+    return absl::OkStatus();
+  }
+  PutRingAway();
+  return GrowRing(bytes);
+}
+
+absl::Status StreamState::Keep(int64_t bytes) {
+  if (bytes <= kept_.bytes()) return absl::OkStatus();
+  kept_ = DeviceBlock();
+  KEEPSET_ASSIGN_OR_RETURN(kept_, pool_.Acquire(bytes));
+  return absl::OkStatus();
+}
+
 absl::StatusOr<std::byte*> StreamState::Results(int64_t bytes) {
   KEEPSET_RETURN_IF_ERROR(results_.Reserve(bytes));
   return results_.data();
@@ -192,6 +220,7 @@ absl::Status StreamState::Reset() {
   ForgetQueued();
   deferred_->Close();
   callers_stream_ = nullptr;
+  kept_ = DeviceBlock();
   if (pool_.is_fixed()) {
     workspace_ = DeviceBlock();
     faults_ = DeviceBlock();
@@ -202,6 +231,7 @@ absl::Status StreamState::Reset() {
 
 void StreamState::Abandon() {
   workspace_.Leak();
+  kept_.Leak();
   ring_.Leak();
   faults_.Leak();
   deferred_->Leak();

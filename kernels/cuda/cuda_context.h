@@ -22,6 +22,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
+#include "absl/types/span.h"
 #include "kernels/compute_backend.h"
 #include "kernels/cuda/cublas_products.h"
 #include "kernels/cuda/cuda_status.h"
@@ -50,8 +51,10 @@ constexpr int kNumWindowKernels = 3;
 // Ops with faults between two waits.
 constexpr int64_t kMaxFaults = 256;
 
-// Copies of tensors in host memory between two waits: a further op waits first.
+// Copies of tensors in host memory between two waits, and the share of fixed memory that they may
+// take: a further op waits first.
 constexpr int64_t kMaxTemporaryBytes = int64_t{256} << 20;
+constexpr int64_t kFixedPerTemporary = 4;
 
 // What one stream needs; kept between operations. An operation on its caller's stream borrows it.
 class StreamState {
@@ -81,13 +84,23 @@ class StreamState {
   // Queues a copy of a few bytes of host memory, which may change afterwards; the device memory is
   // valid until the next Wait.
   absl::StatusOr<const std::byte*> Upload(const void* data, int64_t bytes);
+  // Room for uploads of `bytes`, alignment included, between this call and the next Wait and
+  // between any two waits after it, until Reset. Waits.
+  absl::Status ReserveUploads(int64_t bytes);
+  static constexpr int64_t kUploadAlignment = 256;
+  // At least `bytes` of device memory at kept(), until Reset, which a larger piece replaces.
+  // Nothing that is queued uses the one before.
+  absl::Status Keep(int64_t bytes);
+  absl::Span<std::byte> kept() const {
+    return absl::MakeSpan(kept_.data(), static_cast<size_t>(kept_.bytes()));
+  }
   // Page-locked memory for results; the next call hands out the same again.
   absl::StatusOr<std::byte*> Results(int64_t bytes);
   // Room for `count` faults, at most kMaxFaults, and for temporary memory, by an early wait when
   // need be: before an op stages or uploads anything.
   absl::Status ReserveFaults(int64_t count);
   // Whether temporary memory is to be freed by a wait before more is asked for.
-  bool has_many_temporaries() const { return temporary_bytes_ > kMaxTemporaryBytes; }
+  bool has_many_temporaries() const { return temporary_bytes_ > most_temporary_bytes_; }
   // Where a kernel reports the smallest fault code; `describe` turns it into the error of the next
   // Wait. Reserved before.
   uint64_t* NewFault(std::function<absl::Status(uint64_t code)> describe);
@@ -120,9 +133,11 @@ class StreamState {
   const DeviceTraits& traits_;
   DeviceHealth& health_;
   DevicePool& pool_;
+  const int64_t most_temporary_bytes_;
   cudaStream_t own_stream_ = nullptr;
   cudaStream_t callers_stream_ = nullptr;
   DeviceBlock workspace_;
+  DeviceBlock kept_;
   DeviceBlock ring_;  // uploads, and their copies on the host
   std::unique_ptr<PinnedBuffer> ring_host_;
   std::vector<std::unique_ptr<PinnedBuffer>> old_rings_;  // queued copies may still read them

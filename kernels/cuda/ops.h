@@ -52,6 +52,10 @@ absl::Status GatherRows(StreamState& state, const KvView& in,
                         absl::Span<const absl::Span<const int32_t>> keep_indices,
                         const MutableKvView& out);
 absl::Status GatherRowsOfEach(StreamState& state, absl::Span<const GatherTask> tasks);
+absl::Status ReserveCompaction(StreamState& state, absl::Span<const CompactTask> tasks);
+absl::Status CompactRows(StreamState& state,
+                         absl::Span<const absl::Span<const int32_t>> keep_indices,
+                         const MutableKvView& x);
 
 // The fault of norms of rows [heads, seq_len].
 absl::Status DescribeNormFault(uint64_t code, const std::string& what, int64_t seq_len);

@@ -255,27 +255,52 @@ absl::Status RunGathers(StreamState& state, absl::Span<const GatherTask> tasks,
   return absl::OkStatus();
 }
 
+// The first of `tasks`, at most `most`, as far as there is memory for them. An error: there is none
+// for the first.
+absl::StatusOr<std::vector<StagedGather>> StageSome(StreamState& state,
+                                                    absl::Span<const GatherTask> tasks,
+                                                    size_t most) {
+  std::vector<StagedGather> staged;
+  for (size_t i = 0; i < std::min(most, tasks.size()); ++i) {
+    if (i > 0 && state.has_many_temporaries()) break;
+    absl::StatusOr<StagedGather> one = StageGather(
+        state, tasks[i], i > 0 ? &staged.back() : nullptr, i > 0 ? &tasks[i - 1] : nullptr);
+    if (i > 0 && absl::IsResourceExhausted(one.status())) break;
+    if (!one.ok()) return NamedBy(tasks[i].what, one.status());
+    staged.push_back(*std::move(one));
+  }
+  return staged;
+}
+
 }  // namespace
 
+// Where memory is short fewer tasks go together, each after a wait that returns what those before
+// it took.
 absl::Status GatherRowsOfEach(StreamState& state, absl::Span<const GatherTask> tasks) {
   for (const GatherTask& task : tasks) {
     KEEPSET_RETURN_IF_ERROR(NamedBy(task.what, CheckGatherTask(state, task)));
   }
-  std::vector<StagedGather> staged;
-  size_t first = 0;
-  for (size_t i = 0; i < tasks.size(); ++i) {
-    if (i > first && (state.has_many_temporaries() || staged.size() == kMaxGatherTensors)) {
-      KEEPSET_RETURN_IF_ERROR(RunGathers(state, tasks.subspan(first, i - first), staged));
-      staged.clear();
-      first = i;
+  if (tasks.empty()) return state.Wait();
+  size_t most = kMaxGatherTensors;
+  bool has_waited = false;
+  for (size_t first = 0; first < tasks.size();) {
+    const absl::Span<const GatherTask> left = tasks.subspan(first);
+    absl::StatusOr<std::vector<StagedGather>> staged = StageSome(state, left, most);
+    absl::Status status = staged.status();
+    if (status.ok()) status = RunGathers(state, left.first(staged->size()), *staged);
+    if (status.ok()) {
+      first += staged->size();
+      has_waited = true;
+      continue;
     }
-    absl::StatusOr<StagedGather> one = StageGather(
-        state, tasks[i], i > first ? &staged.back() : nullptr, i > first ? &tasks[i - 1] : nullptr);
-    if (!one.ok()) return NamedBy(tasks[i].what, one.status());
-    staged.push_back(*std::move(one));
+    // Without memory nothing was launched.
+    const bool can_shrink = staged.ok() && staged->size() > 1;
+    if (!absl::IsResourceExhausted(status) || (has_waited && !can_shrink)) return status;
+    KEEPSET_RETURN_IF_ERROR(state.Wait());
+    has_waited = true;
+    if (can_shrink) most = staged->size() / 2;
   }
-  if (staged.empty()) return state.Wait();
-  return RunGathers(state, tasks.subspan(first), staged);
+  return absl::OkStatus();
 }
 
 absl::Status GatherRows(StreamState& state, const KvView& in,

@@ -54,6 +54,11 @@ absl::Status OperationCall::GatherLayers(const engine::OperationResult& result,
 absl::Status OperationCall::GatherInPlace() {
   KEEPSET_RETURN_IF_ERROR(CheckNoOverlap(layers_, wire_.gather()));
   KEEPSET_RETURN_IF_ERROR(context_.backend.Health());
+  std::vector<engine::LayerInPlace> moves;
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    moves.push_back({static_cast<int64_t>(l), layers_[l].out_k, layers_[l].out_v});
+  }
+  KEEPSET_RETURN_IF_ERROR(operation_->ReserveInPlace(moves));
   for (size_t l = 0; l < layers_.size(); ++l) {
     is_moving_ = true;
     KEEPSET_RETURN_IF_ERROR(operation_->GatherInPlace(l, layers_[l].out_k, layers_[l].out_v));

@@ -52,6 +52,15 @@ class Gate {
     absl::MutexLock lock(&mutex_);
     return compactions_left_-- == 0 ? compaction_failure_ : absl::OkStatus();
   }
+  // Reservations for compactions fail with `status` from now on.
+  void FailReservations(absl::Status status) {
+    absl::MutexLock lock(&mutex_);
+    reservation_failure_ = std::move(status);
+  }
+  absl::Status Reserve() const {
+    absl::MutexLock lock(&mutex_);
+    return reservation_failure_;
+  }
   // Every pass throws `what`() from now on, as a library might.
   void Throw(std::function<void()> what) {
     absl::MutexLock lock(&mutex_);
@@ -92,6 +101,7 @@ class Gate {
   absl::Status health_ ABSL_GUARDED_BY(mutex_);
   std::function<void()> throw_ ABSL_GUARDED_BY(mutex_);
   int compactions_left_ ABSL_GUARDED_BY(mutex_) = -1;
+  absl::Status reservation_failure_ ABSL_GUARDED_BY(mutex_);
   absl::Status compaction_failure_ ABSL_GUARDED_BY(mutex_);
   std::vector<size_t> layers_ ABSL_GUARDED_BY(mutex_);
 };
@@ -190,6 +200,11 @@ class GatedBackend : public kernels::ComputeBackend {
                           absl::Span<const absl::Span<const int32_t>> keep_indices,
                           const kernels::MutableKvView& out) override {
     return inner_->GatherRows(context, in, keep_indices, out);
+  }
+  absl::Status ReserveCompaction(kernels::OpContext& context,
+                                 absl::Span<const kernels::CompactTask> tasks) override {
+    if (absl::Status status = gate_.Reserve(); !status.ok()) return status;
+    return inner_->ReserveCompaction(context, tasks);
   }
   absl::Status CompactRows(kernels::OpContext& context,
                            absl::Span<const absl::Span<const int32_t>> keep_indices,

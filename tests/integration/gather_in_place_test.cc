@@ -187,6 +187,19 @@ TEST_F(GatherInPlace, DestinationThatIsTheSourceStaysRefusedWithoutIt) {
   ExpectRefused(request, grpc::StatusCode::INVALID_ARGUMENT, "shares bytes with layer 0: k");
 }
 
+// The device's memory is full of other operations: the worker's cache is as it was.
+TEST_F(GatherInPlace, WithoutMemoryForItEverythingIsKept) {
+  const v1::CompressRequest request = InPlace();
+  server_.gate().FailReservations(absl::ResourceExhaustedError("cuda: no memory"));
+  v1::OperationResult result;
+  const grpc::Status status = Compress(server_, request, &result);
+  ASSERT_TRUE(status.ok()) << status.error_message();
+  EXPECT_EQ(result.outcome(), v1::OUTCOME_KEPT_FULL);
+  EXPECT_EQ(result.reason(), v1::REASON_SHED);
+  EXPECT_FALSE(result.gathered());
+  ExpectNothingMoved();
+}
+
 TEST_F(GatherInPlace, FailureAfterTheFirstRowSaysThatTheCacheIsLost) {
   const v1::CompressRequest request = InPlace();
   // K and V of layer 0 are moved, K of layer 1 is not.

@@ -4,8 +4,10 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <functional>
 #include <memory>
+#include <random>
 #include <string>
 #include <utility>
 #include <vector>
@@ -13,12 +15,15 @@
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "kernels/backend_registry.h"
+#include "kernels/compaction.h"
 #include "kernels/cuda/device_region.h"
+#include "kernels/row_offset.h"
 #include "tests/engine/run_operation.h"
 #include "tests/kernels/cuda/cublas_fixture.h"
 #include "tests/kernels/cuda/cuda_fixture.h"
 #include "tests/kernels/cuda/device_prompt.h"
 #include "tests/kernels/cuda/emulated_runtime.h"
+#include "tests/kernels/kernel_test_support.h"
 
 namespace keepset::kernels {
 
@@ -219,6 +224,208 @@ TEST_F(EmulatedMemory, TheCallersMemoryIsUsedAndStaysTheCallers) {
   EXPECT_TRUE(std::all_of(read.begin(), read.begin() + kAround, is_untouched));
   EXPECT_TRUE(std::all_of(read.end() - kAround, read.end(), is_untouched));
   EXPECT_FALSE(std::all_of(read.begin(), read.end(), is_untouched));
+}
+
+MutableKvView Writable(const KvView& view) {
+  MutableKvView x;
+  x.data = const_cast<std::byte*>(view.data);
+  x.size_bytes = view.size_bytes;
+  x.dtype = view.dtype;
+  x.num_kv_heads = view.num_kv_heads;
+  x.seq_len = view.seq_len;
+  x.head_dim = view.head_dim;
+  x.head_stride = view.head_stride;
+  x.token_stride = view.token_stride;
+  x.block_size = view.block_size;
+  x.block_stride = view.block_stride;
+  x.block_table = view.block_table;
+  return x;
+}
+
+// K and V of a finished operation, to be compacted in memory of the device that is theirs.
+class InPlaceMemory : public EmulatedMemory {
+ protected:
+  static std::vector<engine::LayerInPlace> Moves(const DevicePrompt& memory) {
+    std::vector<engine::LayerInPlace> moves;
+    for (const engine::ObservedLayer& one : memory.layers()) {
+      moves.push_back({one.layer, Writable(one.observation.k), Writable(one.observation.v)});
+    }
+    return moves;
+  }
+  static std::vector<std::byte> BytesOf(absl::Span<const engine::LayerInPlace> moves) {
+    std::vector<std::byte> bytes;
+    for (const engine::LayerInPlace& one : moves) {
+      for (const MutableKvView& x : {one.k, one.v}) {
+        const size_t begin = bytes.size();
+        bytes.resize(begin + static_cast<size_t>(x.size_bytes));
+        EXPECT_EQ(cudaMemcpy(bytes.data() + begin, x.data, static_cast<size_t>(x.size_bytes),
+                             cudaMemcpyDeviceToHost),
+                  cudaSuccess);
+      }
+    }
+    return bytes;
+  }
+
+  std::unique_ptr<engine::Operation> Finished(engine::Bench& bench) const {
+    engine::OperationSpec spec = Spec("knorm");
+    spec.on_short_memory = engine::OnShortMemory::kKeepFull;
+    auto operation = *bench.Begin(spec);
+    EXPECT_TRUE(operation->ObserveLayers(memory_.layers()).ok());
+    EXPECT_EQ((*operation->Finish())->outcome, engine::Outcome::kCompressed);
+    // Waits, which returns what scores took.
+    EXPECT_TRUE(operation->GatherLayers({}).ok());
+    return operation;
+  }
+
+  // All that is free, until it is dropped.
+  static std::vector<std::unique_ptr<ScoreBuffer>> TakeTheRest(engine::Bench& bench) {
+    std::vector<std::unique_ptr<ScoreBuffer>> taken;
+    for (int64_t floats = int64_t{1} << 20; floats >= 64; floats /= 2) {
+      while (true) {
+        auto buffer = bench.backend().NewBuffer(1, floats);
+        if (!buffer.ok()) break;
+        taken.push_back(*std::move(buffer));
+      }
+    }
+    return taken;
+  }
+};
+
+TEST_F(InPlaceMemory, WithoutRoomNothingMovesAndEverythingIsKept) {
+  engine::Bench bench(*NewCudaBackend(Fixed(cuda::kLeastDeviceMemoryBytes)));
+  const std::vector<engine::LayerInPlace> moves = Moves(memory_);
+  const std::vector<std::byte> before = BytesOf(moves);
+  const auto operation = Finished(bench);
+  const auto taken = TakeTheRest(bench);
+  EXPECT_EQ(operation->ReserveInPlace(moves).code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_TRUE(operation->is_short_of_memory());
+  const engine::OperationResult& result = operation->FinishKeptFull(engine::Reason::kShed);
+  EXPECT_EQ(result.outcome, engine::Outcome::kKeptFull);
+  EXPECT_EQ(result.reason, engine::Reason::kShed);
+  EXPECT_EQ(BytesOf(moves), before);
+}
+
+TEST_F(InPlaceMemory, WhatIsReservedIsEnoughForEveryLayer) {
+  engine::Bench growing(*NewCudaBackend({}));
+  const DevicePrompt twin(prompt_);
+  const auto reference = Finished(growing);
+  for (const engine::LayerInPlace& one : Moves(twin)) {
+    ASSERT_TRUE(reference->GatherInPlace(one.layer, one.k, one.v).ok());
+  }
+
+  engine::Bench fixed(*NewCudaBackend(Fixed(cuda::kLeastDeviceMemoryBytes)));
+  const std::vector<engine::LayerInPlace> moves = Moves(memory_);
+  const auto operation = Finished(fixed);
+  const absl::Status reserved = operation->ReserveInPlace(moves);
+  ASSERT_TRUE(reserved.ok()) << reserved;
+  const auto taken = TakeTheRest(fixed);
+  for (const engine::LayerInPlace& one : moves) {
+    const absl::Status moved = operation->GatherInPlace(one.layer, one.k, one.v);
+    ASSERT_TRUE(moved.ok()) << moved;
+  }
+  EXPECT_EQ(BytesOf(moves), BytesOf(Moves(twin)));
+}
+
+TEST_F(InPlaceMemory, ALayerThatWasNotReservedMovesWhollyOrNotAtAll) {
+  engine::Bench bench(*NewCudaBackend(Fixed(cuda::kLeastDeviceMemoryBytes)));
+  const std::vector<engine::LayerInPlace> moves = Moves(memory_);
+  const std::vector<std::byte> before = BytesOf(moves);
+  const auto operation = Finished(bench);
+  {
+    const auto taken = TakeTheRest(bench);
+    EXPECT_EQ(operation->GatherInPlace(0, moves[0].k, moves[0].v).code(),
+              absl::StatusCode::kResourceExhausted);
+    EXPECT_EQ(BytesOf(moves), before);
+  }
+  EXPECT_TRUE(operation->GatherInPlace(0, moves[0].k, moves[0].v).ok());
+  EXPECT_NE(BytesOf(moves), before);
+}
+
+TEST_F(InPlaceMemory, RowsGoThroughTheScratchThereIs) {
+  constexpr int64_t kLong = 6000;
+  std::mt19937 rng(5);
+  KvTensor twin(RandomValues(rng, kLong * 64, DType::kF32), 1, kLong, 64, DType::kF32,
+                Layout::kPaged);
+  const DeviceKv device(twin);
+  Set kept;
+  for (int32_t t = 0; t < kLong; ++t) {
+    if (t % 5 != 2) kept.push_back(t);
+  }
+  ASSERT_GT(kept.size() * 64 * sizeof(float), size_t{1} << 20);
+  const std::vector<absl::Span<const int32_t>> sets = {kept};
+  CompactHead(sets, twin.mutable_view(), 0);
+
+  const auto backend = *NewCudaBackend(Fixed(int64_t{1} << 20));
+  const auto context = *backend->NewContext();
+  const absl::Status status = backend->CompactRows(*context, sets, device.mutable_view());
+  ASSERT_TRUE(status.ok()) << status;
+  EXPECT_EQ(device.Read(), twin.bytes());
+}
+
+TEST_F(InPlaceMemory, RowsOfHostMemoryNeedNone) {
+  engine::Bench bench(*NewCudaBackend(Fixed(cuda::kLeastDeviceMemoryBytes)));
+  std::mt19937 rng(5);
+  KvTensor twin(RandomValues(rng, 2 * 300 * 64, DType::kBF16), 2, 300, 64, DType::kBF16,
+                Layout::kNhd);
+  KvTensor host = twin;
+  const Set kept = {1, 7, 100, 299};
+  const std::vector<absl::Span<const int32_t>> sets = {kept};
+  for (int64_t head = 0; head < 2; ++head) CompactHead(sets, twin.mutable_view(), head);
+  const auto context = *bench.backend().NewContext();
+  const auto taken = TakeTheRest(bench);
+  const absl::Status status = bench.backend().CompactRows(*context, sets, host.mutable_view());
+  ASSERT_TRUE(status.ok()) << status;
+  EXPECT_EQ(host.bytes(), twin.bytes());
+}
+
+// Gathers of eight tensors of 600 KiB from host memory to host memory.
+void ExpectHostGathersRun(ComputeBackend& backend) {
+  constexpr int64_t kTokens = 2400;
+  std::mt19937 rng(3);
+  const Set kept = {0, 5, 77, 2399};
+  const std::vector<absl::Span<const int32_t>> sets = {kept};
+  std::vector<KvTensor> sources;
+  std::vector<KvTensor> wanted;
+  std::vector<KvTensor> gathered;
+  for (int i = 0; i < 8; ++i) {
+    sources.emplace_back(RandomValues(rng, 2 * kTokens * 64, DType::kBF16), 2, kTokens, 64,
+                         DType::kBF16, Layout::kNhd);
+    gathered.emplace_back(RandomValues(rng, 2 * 4 * 64, DType::kBF16), 2, 4, 64, DType::kBF16,
+                          Layout::kNhd);
+    wanted.push_back(sources.back());
+    for (int64_t head = 0; head < 2; ++head) CompactHead(sets, wanted.back().mutable_view(), head);
+  }
+  std::vector<GatherTask> tasks;
+  for (int i = 0; i < 8; ++i) {
+    tasks.push_back({sources[i].view(), sets, gathered[i].mutable_view(), "layer"});
+  }
+  const auto context = *backend.NewContext();
+  const absl::Status status = backend.GatherRowsOfEach(*context, tasks);
+  ASSERT_TRUE(status.ok()) << status;
+  for (int i = 0; i < 8; ++i) {
+    for (int64_t head = 0; head < 2; ++head) {
+      for (int64_t row = 0; row < 4; ++row) {
+        const KvView got = gathered[i].view();
+        const KvView want = wanted[i].view();
+        EXPECT_EQ(std::memcmp(got.data + RowOffsetBytes(got, head, row),
+                              want.data + RowOffsetBytes(want, head, row), 64 * 2),
+                  0)
+            << "tensor " << i << " head " << head << " row " << row;
+      }
+    }
+  }
+}
+
+TEST_F(EmulatedMemory, HostTensorsGoInPartsThatFitASmallRegion) {
+  const auto backend = *NewCudaBackend(Fixed(int64_t{2} << 20));
+  ExpectHostGathersRun(*backend);
+}
+
+TEST_F(EmulatedMemory, HostTensorsGoInPartsThatFitWhatOthersLeave) {
+  const auto backend = *NewCudaBackend(Fixed(int64_t{64} << 20));
+  const auto taken = backend->NewBuffer(1, (int64_t{62} << 20) / int64_t{sizeof(float)});
+  ASSERT_TRUE(taken.ok()) << taken.status();
+  ExpectHostGathersRun(*backend);
 }
 
 class DeviceMemoryOptions : public ::testing::Test {
