@@ -173,6 +173,11 @@ class GrpcClient final : public Client {
     return session_ == nullptr ? absl::OkStatus() : session_->status();
   }
 
+  bool draining() const override {
+    const std::shared_ptr<Session> session = CurrentSession();
+    return session != nullptr && session->draining();
+  }
+
   absl::Status Reopen() override {
     if (transport_ == Transport::kInline) return absl::OkStatus();
     const std::shared_ptr<Session> old = CurrentSession();

@@ -111,10 +111,10 @@ class Client {
   virtual absl::Status RegisterRegion(const DeviceRegion& region, const std::string& name,
                                       RegionAccess access) = 0;
   // Fresh zeroed memory of the server's own as a read-write region of this client, mapped here: a
-  // place for results that the server keeps from others until it is retired, also when this
-  // process dies. The client must outlive it. ResourceExhausted: a limit of the server's, named.
-  // FailedPrecondition: the server gives none of this kind, or the client has no session (inline
-  // transport).
+  // place for results that the server keeps from others until it is retired, for as long as the
+  // session lives (ServiceRegion::status). The client must outlive it. ResourceExhausted: a limit
+  // of the server's, named. FailedPrecondition: the server gives none of this kind, or the client
+  // has no session (inline transport).
   virtual absl::StatusOr<std::unique_ptr<ServiceRegion>> AllocateRegion(
       const std::string& name, const ServiceMemory& memory) = 0;
   // Answers when no operation uses the region any more. NotFound: no such name.
@@ -134,6 +134,9 @@ class Client {
 
   // OK while the session lives. NotFound or Unavailable after a restart of the server: Reopen.
   virtual absl::Status SessionStatus() const = 0;
+  // The server said that it is shutting down: retire what is held of its own memory, which ends
+  // with it. False without a session. Does not wait; the news comes with a heartbeat at the latest.
+  virtual bool draining() const = 0;
   // Opens the session again under the same client uuid and registers every region again; memory of
   // the server's own is lost (ServiceRegion::status). Harmless when the session still lives: it is
   // replaced. Not while operations are running.

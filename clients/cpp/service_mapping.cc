@@ -21,12 +21,19 @@ using cuda_abi::Result;
 class HostMapping final : public ServiceMapping {
  public:
   HostMapping(void* data, size_t bytes) : data_(data), bytes_(bytes) {}
-  ~HostMapping() override { ::munmap(data_, bytes_); }
+  ~HostMapping() override { static_cast<void>(Unmap()); }
+  absl::Status Unmap() override {
+    if (std::exchange(is_mapped_, false) && ::munmap(data_, bytes_) != 0) {
+      return absl::InternalError(absl::StrCat("munmap: ", std::strerror(errno)));
+    }
+    return absl::OkStatus();
+  }
   std::byte* data() const override { return static_cast<std::byte*>(data_); }
 
  private:
   void* const data_;
   const size_t bytes_;
+  bool is_mapped_ = true;
 };
 
 absl::StatusOr<std::unique_ptr<ServiceMapping>> MapHost(const MappingSource& source) {
@@ -64,9 +71,8 @@ class DeviceMapping final : public ServiceMapping {
  public:
   explicit DeviceMapping(const ImportApi& api) : api_(api) {}
   ~DeviceMapping() override {
-    if (context_ == nullptr) return;
-    if (base_ != 0) static_cast<void>(InContext([&] { return Unmap(); }));
-    static_cast<void>(api_.primary_release(device_));
+    static_cast<void>(Unmap());
+    if (context_ != nullptr) static_cast<void>(api_.primary_release(device_));
   }
 
   absl::Status Map(const MappingSource& source) {
@@ -74,6 +80,11 @@ class DeviceMapping final : public ServiceMapping {
     KEEPSET_RETURN_IF_ERROR(
         Check(api_, api_.primary_retain(&context_, device_), "cuDevicePrimaryCtxRetain"));
     return InContext([&] { return source.kind == "cuda_ipc" ? OpenIpc(source) : MapVmm(source); });
+  }
+
+  absl::Status Unmap() override {
+    const cuda_abi::DevicePointer base = std::exchange(base_, 0);
+    return base == 0 ? absl::OkStatus() : InContext([&] { return Close(base); });
   }
 
   std::byte* data() const override { return std::bit_cast<std::byte*>(base_); }
@@ -127,12 +138,12 @@ class DeviceMapping final : public ServiceMapping {
     return absl::OkStatus();
   }
 
-  absl::Status Unmap() {
-    if (mapped_bytes_ == 0) return Check(api_, api_.ipc_close(base_), "cuIpcCloseMemHandle");
-    const absl::Status unmapped = Check(api_, api_.unmap(base_, mapped_bytes_), "cuMemUnmap");
-    const absl::Status freed =
-        Check(api_, api_.address_free(base_, mapped_bytes_), "cuMemAddressFree");
-    return unmapped.ok() ? freed : unmapped;
+  absl::Status Close(cuda_abi::DevicePointer base) {
+    if (mapped_bytes_ == 0) return Check(api_, api_.ipc_close(base), "cuIpcCloseMemHandle");
+    KEEPSET_RETURN_IF_ERROR(Check(api_, api_.unmap(base, mapped_bytes_), "cuMemUnmap"));
+    // Addresses alone: the memory is not mapped any more.
+    static_cast<void>(api_.address_free(base, mapped_bytes_));
+    return absl::OkStatus();
   }
 
   const ImportApi api_;

@@ -8,6 +8,7 @@
 #include <memory>
 #include <string>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 
 namespace keepset::client {
@@ -22,13 +23,16 @@ struct MappingSource {
   std::string library;  // the driver of the cuda kinds
 };
 
-// Unmaps at destruction. Immutable; thread-safe.
+// Unmaps at destruction what Unmap has not. Not thread-safe, except for data().
 class ServiceMapping {
  public:
   // NotFound: no driver here. FailedPrecondition: this process sees no such device.
   // InvalidArgument: a kind that is not mapped here. Otherwise what the kernel or the driver said.
   static absl::StatusOr<std::unique_ptr<ServiceMapping>> Open(const MappingSource& source);
   virtual ~ServiceMapping() = default;
+  // Ends the mapping; nothing may use data() any more, whatever the answer. Once only. An error:
+  // what the kernel or the driver said, and the memory may still be mapped.
+  virtual absl::Status Unmap() = 0;
   // Read-write, of allocation_bytes; of a device unless the kind is memfd.
   virtual std::byte* data() const = 0;
 };

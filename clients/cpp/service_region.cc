@@ -1,6 +1,7 @@
 #include "clients/cpp/service_region.h"
 
 #include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
 #include "clients/cpp/service_mapping.h"
 
 namespace keepset::client {
@@ -37,10 +38,11 @@ absl::Status ServiceRegion::status() const {
 void ServiceRegion::NoteLost() const {
   absl::MutexLock lock(&mutex_);
   if (!status_.ok()) return;
-  status_ = absl::FailedPreconditionError(
-      absl::StrCat("region \"", name_,
-                   "\": it belonged to the session before this one, copy what is needed, retire it "
-                   "and allocate another"));
+  const absl::string_view what_to_do = memory_.kind == "memfd"
+                                           ? "copy what is needed, retire it and allocate another"
+                                           : "use nothing of it, retire it and allocate another";
+  status_ = absl::FailedPreconditionError(absl::StrCat(
+      "region \"", name_, "\": it belonged to the session before this one, ", what_to_do));
 }
 
 absl::Status ServiceRegion::Retire() {
@@ -52,8 +54,12 @@ absl::Status ServiceRegion::Retire() {
     mapping = std::move(mapping_);
     status_ = absl::FailedPreconditionError(absl::StrCat("region \"", name_, "\" is retired"));
   }
+  const absl::Status unmapped = mapping->Unmap();
   mapping.reset();
-  return tell_server_();
+  if (unmapped.ok()) return tell_server_();
+  return absl::Status(unmapped.code(), absl::StrCat("region \"", name_,
+                                                    "\": not unmapped, so the server is not told: ",
+                                                    unmapped.message()));
 }
 
 }  // namespace keepset::client

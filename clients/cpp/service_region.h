@@ -26,12 +26,16 @@ struct ServiceMemory {
   std::string library = kLibcuda;  // the driver of the cuda kinds
 };
 
-// Made by Client::AllocateRegion, whose client must outlive it. The destructor unmaps the memory
-// and then tells the server so, ignoring what it answers. Work on a device that uses the memory
+// Made by Client::AllocateRegion, whose client must outlive it. The destructor retires it, ignoring
+// the answer. Work on a device that uses the memory
 // must have ended before. Thread-safe, except that nothing may use data() any more once Retire
 // begins.
 class ServiceRegion {
  public:
+  // For Session. `forget` comes first when it is retired, `tell_server` once it is unmapped.
+  ServiceRegion(std::string name, ServiceMemory memory, int64_t offset,
+                std::unique_ptr<ServiceMapping> mapping, std::function<void()> forget,
+                std::function<absl::Status()> tell_server);
   ~ServiceRegion();
   ServiceRegion(const ServiceRegion&) = delete;
   ServiceRegion& operator=(const ServiceRegion&) = delete;
@@ -44,21 +48,21 @@ class ServiceRegion {
   bool Contains(const void* data, int64_t size_bytes) const;
 
   // OK while the server lets operations use it. FailedPrecondition: its session was opened again
-  // (Client::Reopen), or it is retired. What is in it can be read until it is retired.
+  // (Client::Reopen), or it is retired. After a Reopen host memory can still be read; the server
+  // may free device memory of the session before at any time, and a server that was restarted has
+  // freed it: nothing may use that any more.
   absl::Status status() const;
 
+  // For Session: from now on status() is that of a region of the session before.
+  void NoteLost() const;
+
   // Unmaps the memory, then tells the server, in this order: the server frees it upon that word.
-  // Answers what the server said, NotFound after its restart; the memory is unmapped in any case.
-  // OK for one that is retired.
+  // Answers what the server said, NotFound after its restart. Internal: the memory could not be
+  // unmapped; data() is null all the same, and the server, which is not told, keeps the memory from
+  // others until this process has ended. OK for one that is retired.
   absl::Status Retire();
 
  private:
-  friend class Session;
-  ServiceRegion(std::string name, ServiceMemory memory, int64_t offset,
-                std::unique_ptr<ServiceMapping> mapping, std::function<void()> forget,
-                std::function<absl::Status()> tell_server);
-  void NoteLost() const;
-
   const std::string name_;
   const ServiceMemory memory_;
   const int64_t offset_;

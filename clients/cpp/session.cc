@@ -187,9 +187,15 @@ absl::StatusOr<std::unique_ptr<ServiceRegion>> Session::AllocateRegion(
         if (const auto alive = session.lock()) alive->Forget(name, region_id);
       },
       std::move(tell_server)));
-  absl::MutexLock lock(&mutex_);
-  regions_[name] = {region.get(), RegionAccess::kReadWrite, region_id};
-  return region;
+  {
+    absl::MutexLock lock(&mutex_);
+    if (!is_replaced_) {
+      regions_[name] = {region.get(), RegionAccess::kReadWrite, region_id};
+      return region;
+    }
+  }
+  return absl::FailedPreconditionError(
+      absl::StrCat("region \"", name, "\": the session was opened again meanwhile, allocate anew"));
 }
 
 void Session::Forget(const std::string& name, const std::string& region_id) {
@@ -198,17 +204,21 @@ void Session::Forget(const std::string& name, const std::string& region_id) {
   if (found != regions_.end() && found->second.region_id == region_id) regions_.erase(found);
 }
 
-absl::Status Session::AdoptRegions(const Session& other) {
+absl::Status Session::AdoptRegions(Session& other) {
   std::map<std::string, Region> regions;
   {
     absl::MutexLock lock(&other.mutex_);
+    other.is_replaced_ = true;
     regions = other.regions_;
+    for (const auto& [name, region] : regions) {
+      const auto* const owned = std::get_if<const ServiceRegion*>(&region.memory);
+      if (owned != nullptr) (*owned)->NoteLost();
+    }
   }
   for (const auto& [name, region] : regions) {
     KEEPSET_RETURN_IF_ERROR(std::visit(
         [&, &name = name, access = region.access](const auto* memory) {
           if constexpr (std::is_same_v<decltype(memory), const ServiceRegion*>) {
-            memory->NoteLost();
             return absl::OkStatus();
           } else {
             return RegisterRegion(*memory, name, access);

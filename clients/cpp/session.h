@@ -34,6 +34,7 @@ class Session : public std::enable_shared_from_this<Session> {
 
   const std::string& id() const { return id_; }
   absl::Status status() const { return lease_->status(); }
+  bool draining() const { return lease_->draining(); }
 
   absl::Status RegisterRegion(const SharedRegion& region, const std::string& name,
                               RegionAccess access);
@@ -43,8 +44,9 @@ class Session : public std::enable_shared_from_this<Session> {
   // As Client::AllocateRegion.
   absl::StatusOr<std::unique_ptr<ServiceRegion>> AllocateRegion(const std::string& name,
                                                                 const ServiceMemory& memory);
-  // Registers in this session whatever `other` had; memory of the server's own is lost.
-  absl::Status AdoptRegions(const Session& other);
+  // Registers in this session, which replaced `other`, whatever that had; memory of the server's
+  // own is lost, and `other` allocates none any more.
+  absl::Status AdoptRegions(Session& other);
 
   // The slice of the registered region that holds [data, data + size_bytes), if any does.
   bool Resolve(const void* data, int64_t size_bytes, v1::RegionSlice* slice) const;
@@ -70,7 +72,9 @@ class Session : public std::enable_shared_from_this<Session> {
   std::unique_ptr<SideSocket> side_socket_;
   std::unique_ptr<LeaseKeeper> lease_;
   mutable absl::Mutex mutex_;
+  // A region of the server's own removes itself under mutex_ before it ends.
   std::map<std::string, Region> regions_ ABSL_GUARDED_BY(mutex_);
+  bool is_replaced_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
 }  // namespace keepset::client

@@ -75,6 +75,21 @@ TEST(ServiceMapping, DeviceMemoryByDescriptorIsMappedUntilItsEnd) {
   EXPECT_EQ(CallFake("fake_cuda_context_depth"), 0);
 }
 
+TEST(ServiceMapping, AnUnmappingThatTheDriverRefusesIsAnError) {
+  const DeviceExporter exporter(KEEPSET_FAKE_LIBCUDA, DeviceMemory::kPlain, kBytes);
+  MappingSource source = Source("cuda_ipc");
+  source.ipc_handle = exporter.ipc_handle();
+  const auto mapping = ServiceMapping::Open(source);
+  ASSERT_TRUE(mapping.ok()) << mapping.status();
+  void* const library = ::dlopen(KEEPSET_FAKE_LIBCUDA, RTLD_NOW);
+  const auto close_handle =
+      reinterpret_cast<int (*)(uint64_t)>(::dlsym(library, "cuIpcCloseMemHandle"));
+  ASSERT_EQ(close_handle(reinterpret_cast<uint64_t>((*mapping)->data())), 0);
+  const absl::Status status = (*mapping)->Unmap();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInternal);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("cuIpcCloseMemHandle"));
+}
+
 TEST(ServiceMapping, ADescriptorOfSomethingElseIsRefusedAndLeavesNothing) {
   const int before = Mappings();
   MappingSource source = Source("cuda_vmm");

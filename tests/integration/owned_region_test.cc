@@ -187,6 +187,31 @@ TEST_F(OwnedRegion, AReopenedSessionHasLostItAndItsMemoryCanStillBeReadAndRetire
   EXPECT_TRUE(client->AllocateRegion("out", Memory()).ok());
 }
 
+TEST_F(OwnedRegion, RegionsMayEndWhileTheSessionIsOpenedAgain) {
+  const auto client = Connect();
+  std::vector<std::unique_ptr<client::ServiceRegion>> held;
+  std::thread allocator([&] {
+    for (int i = 0; i < 40; ++i) {
+      auto region = client->AllocateRegion(absl::StrCat("out", i), Memory(4096));
+      if (region.ok() && i % 8 == 0) held.push_back(*std::move(region));
+    }
+  });
+  for (int i = 0; i < 10; ++i) EXPECT_TRUE(client->Reopen().ok());
+  allocator.join();
+  EXPECT_TRUE(client->Reopen().ok());
+  for (const auto& region : held) EXPECT_FALSE(region->status().ok()) << region->name();
+}
+
+TEST_F(OwnedRegion, AWorkerOfAServerThatDrainsIsToldAndMayRetire) {
+  const auto client = Connect();
+  const auto region = client->AllocateRegion("out", Memory());
+  ASSERT_TRUE(region.ok()) << region.status();
+  EXPECT_FALSE(client->draining());
+  server_.server().StartDraining();
+  EXPECT_TRUE(Eventually([&] { return client->draining(); }));
+  EXPECT_TRUE((*region)->Retire().ok());
+}
+
 TEST_F(OwnedRegion, ARegionOfTheServersIsNotRetiredByName) {
   const auto client = Connect();
   const auto region = client->AllocateRegion("out", Memory());

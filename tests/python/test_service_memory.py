@@ -16,6 +16,8 @@ import pytest
 from conftest import MODEL, binary, random_layers, spec
 
 import keepset
+from keepset.device_memory import ServiceDeviceRegion
+from keepset.errors import KeepsetError
 from keepset.server_process import ServerProcess
 
 FAKE_DEVICE = "GPU-00112233-4455-6677-8899-aabbccddeeff"
@@ -119,6 +121,20 @@ def test_memory_of_a_killed_server_is_lost_by_a_typed_error():
             assert placed.sum() == 6.0
 
 
+def test_a_worker_of_a_server_that_drains_is_told():
+    with ServerProcess(binary()) as server:
+        with keepset.Client.connect(server.address, transport="memfd") as client:
+            assert not client.draining
+            # An operation that has begun holds the drain up.
+            operation = client.begin(**spec(policy="snapkv"))
+            operation.observe(random_layers()[0])
+            os.kill(server.pid, signal.SIGTERM)
+            deadline = time.monotonic() + 20
+            while not client.draining and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert client.draining
+
+
 @pytest.fixture(scope="module")
 def device_server():
     """keepsetd over a driver of host memory: its address, that driver's library, its metrics page."""
@@ -175,6 +191,8 @@ def test_device_memory_is_mapped_and_takes_rows(device_server):
 FORGETFUL_CLIENT = """
 import signal, sys
 import keepset
+from keepset.device_memory import ServiceDeviceRegion
+from keepset.errors import KeepsetError
 from keepset.v1 import session_pb2
 client = keepset.Client.connect(sys.argv[1], transport="memfd")
 region = client.allocate_region(1 << 20, kind="cuda_ipc", device_uuid=sys.argv[2], library=sys.argv[3])
@@ -208,3 +226,60 @@ def test_a_device_that_is_not_here_is_named(device_server):
     with keepset.Client.connect(address, transport="memfd") as client:
         with pytest.raises(keepset.Refused, match=FAKE_DEVICE):
             client.allocate_region(MIB, kind="cuda_ipc", device_uuid="GPU-0", library=library)
+
+
+# Allocates device memory as another process, which lives until its input ends.
+EXPORTER = """
+import ctypes, sys
+driver, pointer = ctypes.CDLL(sys.argv[1]), ctypes.c_uint64()
+handle = (ctypes.c_ubyte * 64)()
+assert driver.cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(2 << 20)) == 0
+assert driver.cuIpcGetMemHandle(handle, pointer) == 0
+print(bytes(handle).hex(), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def mapped():
+    """A device region of another process, over a driver of host memory, and that driver."""
+    library = binary().parent.parent / "tests" / "service" / "memory" / "libfake_libcuda.so"
+    exporter = subprocess.Popen([sys.executable, "-c", EXPORTER, str(library)], text=True,
+                                stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        handle = bytes.fromhex(exporter.stdout.readline())
+        yield ServiceDeviceRegion(handle, MIB, FAKE_DEVICE, str(library)), ctypes.CDLL(str(library))
+    finally:
+        exporter.communicate(timeout=30)
+
+
+def test_a_closed_device_region_has_no_room(mapped):
+    region, _ = mapped
+    assert region.empty((4,), np.float32).size == 4
+    region.close()
+    with pytest.raises(keepset.InvalidInput, match="closed"):
+        region.empty((4,), np.float32)
+
+
+def test_memory_that_cannot_be_unmapped_is_not_retired(worker, mapped, monkeypatch):
+    region, driver = mapped
+    assert driver.cuIpcCloseMemHandle(ctypes.c_uint64(region.pointer)) == 0
+    told = []
+    monkeypatch.setattr(worker, "_retire_id", told.append)
+    worker._regions.append((region, "r"))
+    with pytest.raises(keepset.KeepsetError, match="cuIpcCloseMemHandle"):
+        worker.retire(region)
+    assert told == []
+
+
+def test_a_failed_mapping_is_the_error_also_when_its_retire_fails(server, worker, monkeypatch):
+    def no_descriptor(fd_token):
+        raise KeepsetError("INTERNAL", "no descriptor")
+
+    def no_retire(region_id):
+        raise KeepsetError("UNAVAILABLE", "no answer")
+
+    monkeypatch.setattr(worker._side, "fetch_fd", no_descriptor)
+    monkeypatch.setattr(worker, "_retire_id", no_retire)
+    with pytest.raises(KeepsetError, match="no descriptor"):
+        worker.allocate_region(MIB)

@@ -52,6 +52,7 @@ class Client:
         self._spare: list[SharedRegion] = []
         self._lock = threading.Lock()
         self._closed = threading.Event()
+        self._draining = threading.Event()
         self._side: SideSocket | None = None
         self._client_uuid = uuid.uuid4().bytes
         opened = self._call(
@@ -90,6 +91,11 @@ class Client:
         except BaseException:
             channel.close()
             raise
+
+    @property
+    def draining(self) -> bool:
+        """The server said that it is shutting down: retire what is held of its own memory, which ends with it."""
+        return self._draining.is_set()
 
     def __enter__(self) -> Client:
         return self
@@ -166,7 +172,8 @@ class Client:
 
     def allocate_region(self, num_bytes: int, *, kind: str = "memfd", device_uuid: str = "",
                         library: str = LIBCUDA) -> SharedRegion | ServiceDeviceRegion:
-        """Fresh zeroed memory of the server's own that it may write: what it keeps from others until `retire`.
+        """Fresh zeroed memory of the server's own that it may write: kept from others until
+        `retire`, for as long as the session lives.
 
         kind: "memfd", or "cuda_ipc" with the `device_uuid` of one of server_info().devices. Arrays made in it
         travel by reference; no array of it is to be used after `retire` or `close`. library: the CUDA driver.
@@ -198,7 +205,9 @@ class Client:
             else:
                 region = ServiceDeviceRegion(reply.ipc_handle, num_bytes, device_uuid, library)
         except BaseException:
-            self._retire_id(reply.region_id)
+            # What the server does not hear it keeps until the session ends; the first error is the cause.
+            with contextlib.suppress(KeepsetError):
+                self._retire_id(reply.region_id)
             raise
         with self._lock:
             self._regions.append((region, reply.region_id))
@@ -220,7 +229,9 @@ class Client:
     def retire(self, region: SharedRegion | DeviceRegion | ServiceDeviceRegion) -> None:
         """Unregisters a region; returns when no operation uses it any more.
 
-        Memory of the server's own is unmapped before the server, which frees it then, is told.
+        Device memory of the server's own is unmapped before the server, which frees it then, is told; where
+        that fails the server is not told. Host
+        memory (memfd) stays mapped while arrays of it, or the region, live: the kernel keeps its pages.
         """
         with self._lock:
             found = next((r for r in self._regions if r[0] is region), None)
@@ -312,7 +323,9 @@ class Client:
                 self._closed.wait(seconds)
 
         try:
-            for _ in self._sessions.Lease(beats()):
+            for notice in self._sessions.Lease(beats()):
+                if notice.draining:
+                    self._draining.set()
                 if self._closed.is_set():
                     return
         except grpc.RpcError:

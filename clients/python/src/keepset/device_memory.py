@@ -249,8 +249,10 @@ class ServiceDeviceRegion:
     def empty(self, shape: Sequence[int], dtype: str | np.dtype | type) -> np.ndarray:
         """Room inside the region as an array of device addresses: for Layer's fields, never to be read here.
 
-        MemoryError when it does not fit.
+        MemoryError when it does not fit, InvalidInput once the region is closed.
         """
+        if not self.pointer:
+            raise InvalidInput("INVALID_ARGUMENT", "this region is closed, allocate another")
         dtype = np.dtype(dtype)
         num_bytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         begin = -(-self._used // _ALIGNMENT) * _ALIGNMENT
@@ -274,13 +276,19 @@ class ServiceDeviceRegion:
         return begin if inside and self.pointer else None
 
     def close(self) -> None:
-        """Unmaps the memory. The server frees it upon the retire that comes after."""
+        """Unmaps the memory. The server frees it upon the retire that comes after.
+
+        KeepsetError INTERNAL: the driver refused, the memory may still be mapped and must not be retired.
+        """
         if not self.pointer:
             return
-        with _current_device(self._driver, self._ordinal):
-            self._driver.cuIpcCloseMemHandle(ctypes.c_uint64(self.pointer))
-        self._driver.cuDevicePrimaryCtxRelease_v2(self._device)
-        self.pointer = 0
+        pointer, self.pointer = self.pointer, 0
+        try:
+            with _current_device(self._driver, self._ordinal):
+                status = self._driver.cuIpcCloseMemHandle(ctypes.c_uint64(pointer))
+                _check(status, "cuIpcCloseMemHandle")
+        finally:
+            self._driver.cuDevicePrimaryCtxRelease_v2(self._device)
 
 
 class _Addresses:
