@@ -54,7 +54,8 @@ struct SessionLimits {
   // Memory of the server's own; 0: none.
   uint64_t max_owned_bytes = uint64_t{1} << 30;
   uint64_t max_owned_bytes_per_session = uint64_t{1} << 28;
-  absl::Duration quarantine = absl::Seconds(60);  // where no process can be watched
+  // After the end of the worker's process, or of the session where that cannot be watched.
+  absl::Duration quarantine = absl::Seconds(60);
 };
 
 struct OpenSessionArgs {

@@ -16,7 +16,9 @@ class VariedBackend : public fakes::GatedBackend {
   using GatedBackend::GatedBackend;
   std::string NameFor(const OpContext& /*context*/) const override { return "cuda/sm_90/wgmma"; }
   DeviceInfo Device() const override {
-    return {.uuid = "GPU-1", .name = "a device", .driver_version = "13.0", .note = "a note"};
+    DeviceInfo device;
+    device.uuid = "GPU-1";
+    return device;
   }
 };
 

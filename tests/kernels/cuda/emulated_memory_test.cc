@@ -192,7 +192,9 @@ TEST_F(EmulatedMemory, ShadowGivesWayToItsOperation) {
     EXPECT_TRUE(seen.ok()) << taken - left << " bytes left for the shadow: " << seen;
     const absl::Status shadow = operation->TakeShadow().status();
     (shadow.ok() ? has_served : has_failed) = true;
-    if (!shadow.ok()) EXPECT_EQ(shadow.code(), absl::StatusCode::kResourceExhausted) << shadow;
+    if (!shadow.ok()) {
+      EXPECT_EQ(shadow.code(), absl::StatusCode::kResourceExhausted) << shadow;
+    }
   }
   EXPECT_TRUE(has_failed);
   EXPECT_TRUE(has_served);
