@@ -199,7 +199,7 @@ class OperationImpl final : public Operation {
   absl::Status ReserveInPlace(absl::Span<const LayerInPlace> layers) override {
     for (const LayerInPlace& one : layers) KEEPSET_RETURN_IF_ERROR(CheckLayerInPlace(one));
     if (result_.outcome == Outcome::kKeptFull) return absl::OkStatus();
-    const absl::Status reserved = Reserve(layers);
+    absl::Status reserved = Reserve(layers);
     KeepsFullFor(reserved);
     return reserved;
   }

@@ -160,6 +160,9 @@ ROWS = [
             "{{kind}}": f"sum by (kind) (keepset_owned_region_bytes{I})",
             "{{kind}}, quarantined": f"sum by (kind) (keepset_quarantined_bytes{I}) > 0",
         }, "bytes"),
+        panel("Device memory for operations", {
+            "{{instance}} {{state}}": f"keepset_device_workspace_bytes{I}",
+        }, "bytes"),
         panel("Quarantined regions", {
             "{{kind}}": f"sum by (kind) (keepset_quarantined_regions{I})",
         }),

@@ -126,7 +126,7 @@ inline constexpr MetricInfo kQuarantinedBytes = {
 inline constexpr MetricInfo kDeviceWorkspaceBytes = {
     "keepset_device_workspace_bytes", MetricType::kGauge, "state",
     "Device memory of this server for operations: allocated (reserved), in use by operations "
-    "(used), and the most that was in use at a time since the start (peak)."};
+    "(used), and how much would have done since the start, gaps included (peak)."};
 inline constexpr MetricInfo kCreditsOutstanding = {
     "keepset_credits_outstanding", MetricType::kGauge, "",
     "Layer inputs that workers may send on their open streams: granted and not used."};
