@@ -49,7 +49,9 @@ TEST(ShortOperation, AbsurdSizesAreNotShort) {
 }
 
 TEST(ShortOperation, WorkOfADeviceIsNeverShort) {
-  EXPECT_FALSE(IsShort(Spec(256), {"GPU-1", "card", "1.0", ""}));
+  kernels::DeviceInfo device;
+  device.uuid = "GPU-1";
+  EXPECT_FALSE(IsShort(Spec(256), device));
 }
 
 TEST(ShortOperation, AShadowTableIsNeverShort) {
