@@ -38,7 +38,7 @@ class DeviceIpc : public ::testing::TestWithParam<const char*> {
 
   void StartServer() {
     const std::string config = absl::StrCat(directory_, "/keepsetd.conf");
-    std::ofstream(config) << "backend: \"cuda\"\n";
+    std::ofstream(config) << "backend: \"cuda\" memory { quarantine_seconds: 1 }\n";
     const std::string beside = std::filesystem::path(Program()).parent_path() / "keepsetd";
     server_ = NewProcess({Environment("KEEPSET_KEEPSETD", beside), "--config", config, "--listen",
                           Address(), "--metrics-listen", "off"},

@@ -47,6 +47,7 @@ int Main(const std::string& address, const std::string& metrics) {
   if (!config.ok() || !backend.ok()) return EXIT_FAILURE;
   config->add_listen(address);
   config->set_metrics_listen(metrics);
+  config->mutable_memory()->set_quarantine_seconds(1);
   if (!service::ResolveServerConfig(*config).ok()) return EXIT_FAILURE;
   Logger log(&std::cerr, LogFormat::kText, SystemClock());
   fakes::Gate gate;
