@@ -186,7 +186,7 @@ def test_the_evidence_says_what_a_model_cannot_do_and_goes_on(evidence, tmp_path
     assert number["full"] == 0 and number["value"] == summary["value"] == "kl"
     assert number["methods"]["observation_heads"]["200"]["value"] > 0
     report = (tmp_path / "out" / "observation_heads.md").read_text()
-    assert "| needles | number | 1 | 0.00 | KL |" in report
+    assert "| needles | number | 1 | 0.00 (1) | KL |" in report
     raw = json.loads(next((tmp_path / "work").rglob("number-600-1000.json")).read_text())
     assert raw["full"]["predicted"] and "predicted" in raw["methods"]["snapkv"]["200"]
     assert "record " not in evidence()
