@@ -5,22 +5,14 @@
 #include <grpcpp/server_builder.h>
 
 #include <algorithm>
-#include <atomic>
-#include <cerrno>
 #include <chrono>
 #include <cmath>
-#include <cstring>
-#include <fstream>
 #include <limits>
-#include <sstream>
-#include <thread>
 #include <utility>
 
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
-#include "absl/synchronization/mutex.h"
-#include "absl/synchronization/notification.h"
 #include "base/status_macros.h"
 #include "engine/operation_types.h"
 #include "engine/policies/policy_registry.h"
@@ -30,7 +22,6 @@
 #include "service/memory/session_manager.h"
 #include "service/memory/side_socket.h"
 #include "service/metrics/metrics.h"
-#include "service/metrics/process_usage.h"
 #include "service/reflection_choice.h"
 #include "service/registry/source_registry.h"
 #include "service/rpc/compression_service.h"
@@ -41,6 +32,8 @@
 #include "service/server_info.h"
 #include "service/server_observers.h"
 #include "service/server_tables.h"
+#include "service/server_upkeep.h"
+#include "service/tcp_credentials.h"
 #include "service/unix_listener.h"
 #include "tables/table_store.h"
 
@@ -49,12 +42,6 @@ namespace {
 
 // Beside inline tensors a message holds block tables, positions and names.
 constexpr int64_t kMessageSlackBytes = int64_t{16} << 20;
-// How often leases are checked and gauges written.
-constexpr absl::Duration kTimerPeriod = absl::Milliseconds(500);
-// How often a drain looks whether workers have retired device memory of ours.
-constexpr absl::Duration kRetirePoll = absl::Milliseconds(10);
-// Counting descriptors and mappings takes longer than the other gauges and moves slowly.
-constexpr int64_t kTicksPerUsage = 10;
 // After the last answer: time for replies on their way, then open calls are cut.
 constexpr auto kShutdownGrace = std::chrono::milliseconds(500);
 constexpr absl::string_view kMetricsOff = "off";
@@ -62,37 +49,6 @@ constexpr size_t kFencesPerSession = 4096;
 // Each waiting one holds the scores of its operation.
 constexpr int64_t kShadowQueueCapacity = 16;
 constexpr int64_t kControlQueueCapacity = 1024;
-// A session's connection, its side socket with the pidfd of its peer, and a descriptor on its way
-// to a region.
-constexpr double kDescriptorsPerSession = 4;
-// Listeners, polling, the log, a scrape.
-constexpr double kOwnDescriptors = 64;
-
-absl::StatusOr<std::string> ReadPem(absl::string_view field, const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  std::ostringstream text;
-  if (!file || !(text << file.rdbuf())) {
-    const int error = errno;
-    return absl::InvalidArgumentError(
-        absl::StrCat("tls.", field, "=\"", path, "\": ", std::strerror(error)));
-  }
-  return text.str();
-}
-
-absl::StatusOr<std::shared_ptr<grpc::ServerCredentials>> TcpCredentials(
-    const v1::ServerConfig::Tls& tls) {
-  if (tls.certificate_file().empty()) return grpc::InsecureServerCredentials();
-  grpc::SslServerCredentialsOptions ssl;
-  grpc::SslServerCredentialsOptions::PemKeyCertPair pair;
-  KEEPSET_ASSIGN_OR_RETURN(pair.cert_chain, ReadPem("certificate_file", tls.certificate_file()));
-  KEEPSET_ASSIGN_OR_RETURN(pair.private_key, ReadPem("key_file", tls.key_file()));
-  ssl.pem_key_cert_pairs.push_back(std::move(pair));
-  if (!tls.client_ca_file().empty()) {
-    KEEPSET_ASSIGN_OR_RETURN(ssl.pem_root_certs, ReadPem("client_ca_file", tls.client_ca_file()));
-    ssl.client_certificate_request = GRPC_SSL_REQUEST_AND_REQUIRE_CLIENT_CERTIFICATE_AND_VERIFY;
-  }
-  return grpc::SslServerCredentials(ssl);
-}
 
 std::vector<std::string> DefaultedInputNames() {
   std::vector<std::string> names;
@@ -137,10 +93,7 @@ class ServerImpl final : public Server {
       grpc_server_->Shutdown(std::chrono::system_clock::now() + kShutdownGrace);
       grpc_server_->Wait();
     }
-    if (timer_.joinable()) {
-      stop_timer_.Notify();
-      timer_.join();
-    }
+    if (upkeep_ != nullptr) upkeep_->Stop();
     side_socket_.reset();
     if (server_tables_ != nullptr) server_tables_->Stop();
     queue_.reset();
@@ -182,8 +135,6 @@ class ServerImpl final : public Server {
                              .defaulted_inputs = DefaultedInputNames(),
                              .table_sources = TableSourceNames()});
     metrics_->SetQueueCapacity(config_.limits().queue_capacity());
-    metrics_->SetProcessUsage(ReadProcessUsage());
-    SetDeviceWorkspace();
     session_observer_ = std::make_unique<ServerSessionObserver>(
         *metrics_, log_, [this](absl::string_view session_id) {
           fences_.Forget(session_id);
@@ -207,8 +158,8 @@ class ServerImpl final : public Server {
         server_tables_, ServerTables::Start(config_, tables_, clock_, *metrics_, *table_observer_));
     StartServices();
     KEEPSET_RETURN_IF_ERROR(StartListening());
-    timer_ = std::thread([this] { RunTimer(); });
-    CheckDescriptors();
+    upkeep_->Start();
+    WarnOfFewDescriptors(config_.memory().max_sessions(), log_);
     LogReady();
     return absl::OkStatus();
   }
@@ -230,21 +181,9 @@ class ServerImpl final : public Server {
   bool WaitIdle(absl::Duration timeout) override {
     const absl::Duration end = clock_.Monotonic() + timeout;
     if (!admission_.WaitIdle(timeout)) return false;
-    // A failed device is nobody's reason to wait.
-    while (!device_failed_ && exported_device_bytes() > 0) {
-      const absl::Duration left = end - clock_.Monotonic();
-      if (left <= absl::ZeroDuration()) return false;
-      stop_timer_.WaitForNotificationWithTimeout(std::min(left, kRetirePoll));
-    }
-    return true;
+    return upkeep_->AwaitDeviceMemoryRetired(end);
   }
-  uint64_t exported_device_bytes() const override {
-    uint64_t bytes = 0;
-    for (const SessionCounts::ByKind& kind : sessions_->Counts().regions) {
-      if (absl::StartsWith(kind.kind, "cuda_")) bytes += kind.owned_bytes;
-    }
-    return bytes;
-  }
+  uint64_t exported_device_bytes() const override { return OwnedDeviceBytes(*sessions_); }
   int64_t operations_running() const override { return admission_.running(); }
 
  private:
@@ -258,6 +197,19 @@ class ServerImpl final : public Server {
         {.num_workers = 1, .capacity = kControlQueueCapacity, .on_depth_change = {}}, clock_);
     retirement_ = WorkQueue::New(
         {.num_workers = 4, .capacity = kControlQueueCapacity, .on_depth_change = {}}, clock_);
+    // Only a new process can use a failed device again: running operations end kept_full, the
+    // supervisor restarts us.
+    upkeep_ = std::make_unique<ServerUpkeep>(ServerUpkeep::Surroundings{.clock = clock_,
+                                                                        .log = log_,
+                                                                        .sessions = *sessions_,
+                                                                        .metrics = *metrics_,
+                                                                        .backend = *backend_,
+                                                                        .blocking = *retirement_,
+                                                                        .on_device_fault = [this] {
+                                                                          StartDraining();
+                                                                          if (on_device_fault_)
+                                                                            on_device_fault_();
+                                                                        }});
     shadow_queue_ = WorkQueue::New(
         {.num_workers = 1, .capacity = kShadowQueueCapacity, .on_depth_change = {}}, clock_);
     shadows_ = std::make_unique<ShadowRunner>(*shadow_queue_, *metrics_, log_, clock_);
@@ -379,66 +331,6 @@ class ServerImpl final : public Server {
     return absl::OkStatus();
   }
 
-  // Only a new process can use the device again: running operations end kept_full, the supervisor
-  // restarts us.
-  void WatchDevice() {
-    if (device_failed_) return;
-    const absl::Status health = backend_->Health();
-    if (health.ok()) return;
-    device_failed_ = true;
-    log_.Error("device_fault", {{"error", std::string(health.message())}});
-    StartDraining();
-    if (on_device_fault_) on_device_fault_();
-  }
-
-  // Not on this thread, which leases and gauges wait for: a device may take its time.
-  void SweepQuarantine() {
-    if (is_sweeping_.exchange(true)) return;
-    const absl::Status queued = retirement_->Submit([this] {
-      sessions_->SweepQuarantine();
-      is_sweeping_ = false;
-    });
-    if (!queued.ok()) is_sweeping_ = false;
-  }
-
-  void SetDeviceWorkspace() {
-    const kernels::DeviceMemoryUse use = backend_->MemoryUse();
-    metrics_->SetDeviceWorkspace({use.reserved_bytes, use.used_bytes, use.peak_bytes});
-  }
-
-  void RunTimer() {
-    for (int64_t tick = 0;; ++tick) {
-      sessions_->ReapExpired();
-      const SessionCounts counts = sessions_->Counts();
-      metrics_->SetSessions(counts.sessions);
-      for (const SessionCounts::ByKind& kind : counts.regions) {
-        metrics_->SetRegions(kind.kind, kind.regions, kind.bytes);
-        metrics_->SetDeviceMemory(kind.kind, kind.device_bytes);
-        metrics_->SetOwnedMemory(kind.kind, {.bytes = kind.owned_bytes,
-                                             .quarantined_regions = kind.quarantined_regions,
-                                             .quarantined_bytes = kind.quarantined_bytes});
-      }
-      SetDeviceWorkspace();
-      WatchDevice();
-      SweepQuarantine();
-      if (tick % kTicksPerUsage == 0) metrics_->SetProcessUsage(ReadProcessUsage());
-      if (stop_timer_.WaitForNotificationWithTimeout(kTimerPeriod)) return;
-    }
-  }
-
-  // A server that runs out of descriptors refuses sessions in the middle of its work.
-  void CheckDescriptors() {
-    const double needed =
-        kOwnDescriptors +
-        kDescriptorsPerSession * static_cast<double>(config_.memory().max_sessions());
-    const double allowed = ReadProcessUsage().max_fds;
-    if (!(allowed < needed)) return;
-    log_.Warning("few_descriptors",
-                 {{"limit", absl::StrCat(allowed)},
-                  {"memory.max_sessions", absl::StrCat(config_.memory().max_sessions())},
-                  {"want", absl::StrCat("RLIMIT_NOFILE of ", needed, " or fewer sessions")}});
-  }
-
   void LogReady() {
     if (const std::string note = backend_->Device().note; !note.empty()) {
       log_.Warning("device", {{"note", note}});
@@ -457,7 +349,6 @@ class ServerImpl final : public Server {
   Logger& log_;
   std::unique_ptr<kernels::ComputeBackend> backend_;
   const std::function<void()> on_device_fault_;
-  std::atomic<bool> device_failed_ = false;
   const std::unique_ptr<engine::PolicyRegistry> policies_;
   std::vector<TransportSupport> transport_support_;
   std::unique_ptr<Metrics> metrics_;
@@ -483,6 +374,7 @@ class ServerImpl final : public Server {
   std::unique_ptr<WorkQueue> registration_;
   std::unique_ptr<WorkQueue> retirement_;
   std::unique_ptr<WorkQueue> table_queue_;
+  std::unique_ptr<ServerUpkeep> upkeep_;
   std::vector<std::unique_ptr<UnixListener>> unix_listeners_;
   std::unique_ptr<grpc::Server> grpc_server_;
   std::unique_ptr<HealthListener> health_listener_;
@@ -490,10 +382,7 @@ class ServerImpl final : public Server {
   std::vector<std::string> addresses_;
   std::string metrics_address_;
   std::string health_address_;
-  std::atomic<bool> is_sweeping_ = false;
   bool is_stopped_ = false;
-  absl::Notification stop_timer_;
-  std::thread timer_;
 };
 
 }  // namespace
