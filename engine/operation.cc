@@ -12,9 +12,9 @@
 #include "base/status_macros.h"
 #include "engine/budget.h"
 #include "engine/keep_set_builder.h"
+#include "engine/kept_rows.h"
 #include "engine/operation_plan.h"
 #include "engine/spec_check.h"
-#include "kernels/op_checks.h"
 
 namespace keepset::engine {
 namespace {
@@ -173,21 +173,8 @@ class OperationImpl final : public Operation {
 
   absl::Status GatherLayers(absl::Span<const LayerGather> layers) override {
     const absl::Duration start = clock_.Monotonic();
-    std::vector<GatherSource> sources;
-    sources.reserve(2 * layers.size());
-    for (const LayerGather& one : layers) {
-      KEEPSET_RETURN_IF_ERROR(CheckGatherMode(one.layer));
-      KEEPSET_RETURN_IF_ERROR(
-          AddGather(one.layer, "k", spec().model.head_dim, one.k, one.out_k, sources));
-      KEEPSET_RETURN_IF_ERROR(
-          AddGather(one.layer, "v", ValueHeadDim(spec()), one.v, one.out_v, sources));
-    }
-    std::vector<kernels::GatherTask> tasks;
-    tasks.reserve(sources.size());
-    for (const GatherSource& source : sources) {
-      tasks.push_back({source.in, source.sets, source.out, source.what});
-    }
-    const absl::Status gathered = backend_.GatherRowsOfEach(*plan_.op_context, tasks);
+    for (const LayerGather& one : layers) KEEPSET_RETURN_IF_ERROR(CheckGatherMode(one.layer));
+    const absl::Status gathered = kept_rows_.Gather(layers);
     KeepsFullFor(gathered);
     KEEPSET_RETURN_IF_ERROR(gathered);
     result_.times.gather += clock_.Monotonic() - start;
@@ -197,9 +184,9 @@ class OperationImpl final : public Operation {
   bool is_short_of_memory() const override { return short_of_memory_; }
 
   absl::Status ReserveInPlace(absl::Span<const LayerInPlace> layers) override {
-    for (const LayerInPlace& one : layers) KEEPSET_RETURN_IF_ERROR(CheckLayerInPlace(one));
+    KEEPSET_RETURN_IF_ERROR(CheckInPlace(layers));
     if (result_.outcome == Outcome::kKeptFull) return absl::OkStatus();
-    absl::Status reserved = Reserve(layers);
+    absl::Status reserved = kept_rows_.ReserveInPlace(layers);
     KeepsFullFor(reserved);
     return reserved;
   }
@@ -207,18 +194,11 @@ class OperationImpl final : public Operation {
   absl::Status GatherInPlace(int64_t layer, const kernels::MutableKvView& k,
                              const kernels::MutableKvView& v) override {
     const LayerInPlace one = {layer, k, v};
-    KEEPSET_RETURN_IF_ERROR(CheckLayerInPlace(one));
+    KEEPSET_RETURN_IF_ERROR(CheckInPlace(absl::MakeConstSpan(&one, 1)));
     // Whole already.
     if (result_.outcome == Outcome::kKeptFull) return absl::OkStatus();
     const absl::Duration start = clock_.Monotonic();
-    // Before K has moved, whatever V needs.
-    KEEPSET_RETURN_IF_ERROR(Reserve(absl::MakeConstSpan(&one, 1)));
-    const std::string where = InPlaceName(layer);
-    const std::vector<absl::Span<const int32_t>> sets = KeptSets(layer);
-    KEEPSET_RETURN_IF_ERROR(
-        kernels::NamedBy(where + "k", backend_.CompactRows(*plan_.op_context, sets, k)));
-    KEEPSET_RETURN_IF_ERROR(
-        kernels::NamedBy(where + "v", backend_.CompactRows(*plan_.op_context, sets, v)));
+    KEEPSET_RETURN_IF_ERROR(kept_rows_.GatherInPlace(one));
     result_.times.gather += clock_.Monotonic() - start;
     return absl::OkStatus();
   }
@@ -393,63 +373,11 @@ class OperationImpl final : public Operation {
         absl::StrCat("layer ", layer, ": a shadow operation is never applied, nothing to gather"));
   }
 
-  static std::string InPlaceName(int64_t layer) {
-    return absl::StrCat("layer ", layer, ": gather in place of ");
-  }
-
-  absl::Status CheckLayerInPlace(const LayerInPlace& one) const {
-    KEEPSET_RETURN_IF_ERROR(CheckGatherMode(one.layer));
-    const std::string where = InPlaceName(one.layer);
-    KEEPSET_RETURN_IF_ERROR(CheckInPlace(one.k, spec().model.head_dim, where + "k"));
-    return CheckInPlace(one.v, ValueHeadDim(spec()), where + "v");
-  }
-
-  absl::Status Reserve(absl::Span<const LayerInPlace> layers) {
-    std::vector<std::vector<absl::Span<const int32_t>>> sets;
-    for (const LayerInPlace& one : layers) sets.push_back(KeptSets(one.layer));
-    std::vector<kernels::CompactTask> tasks;
-    for (size_t i = 0; i < layers.size(); ++i) {
-      tasks.push_back({sets[i], layers[i].k});
-      tasks.push_back({sets[i], layers[i].v});
+  absl::Status CheckInPlace(absl::Span<const LayerInPlace> layers) const {
+    for (const LayerInPlace& one : layers) {
+      KEEPSET_RETURN_IF_ERROR(CheckGatherMode(one.layer));
+      KEEPSET_RETURN_IF_ERROR(kept_rows_.CheckInPlace(one));
     }
-    return backend_.ReserveCompaction(*plan_.op_context, tasks);
-  }
-
-  absl::Status CheckInPlace(const kernels::MutableKvView& view, int64_t head_dim,
-                            absl::string_view what) const {
-    if (!view.present()) return absl::InvalidArgumentError(absl::StrCat(what, ": missing"));
-    KEEPSET_RETURN_IF_ERROR(CheckKv(spec(), kernels::Readable(view), head_dim, what));
-    return kernels::ValidateView(view, what);
-  }
-
-  std::vector<absl::Span<const int32_t>> KeptSets(int64_t layer) const {
-    std::vector<absl::Span<const int32_t>> sets;
-    for (const std::vector<int32_t>& set : result_.layers[layer].keep_indices) {
-      sets.emplace_back(set);
-    }
-    return sets;
-  }
-
-  // A tensor to gather, with what its task only borrows.
-  struct GatherSource {
-    kernels::KvView in;
-    kernels::MutableKvView out;
-    std::string what;
-    std::vector<absl::Span<const int32_t>> sets;
-  };
-
-  absl::Status AddGather(int64_t layer, absl::string_view name, int64_t head_dim,
-                         const kernels::KvView& in, const kernels::MutableKvView& out,
-                         std::vector<GatherSource>& sources) const {
-    GatherSource source = {in, out, absl::StrCat("layer ", layer, ": gather of ", name), {}};
-    if (!in.present() || !out.present()) {
-      return absl::InvalidArgumentError(
-          absl::StrCat(source.what, ": missing ", in.present() ? "destination" : "source"));
-    }
-    KEEPSET_RETURN_IF_ERROR(CheckKv(spec(), in, head_dim, source.what));
-    KEEPSET_RETURN_IF_ERROR(kernels::ValidateView(out, absl::StrCat(source.what, ": destination")));
-    source.sets = KeptSets(layer);
-    sources.push_back(std::move(source));
     return absl::OkStatus();
   }
 
@@ -464,6 +392,7 @@ class OperationImpl final : public Operation {
   absl::Status finish_status_;
   int64_t next_layer_ = 0;
   OperationResult result_;
+  const KeptRows kept_rows_{plan_, result_.layers, backend_};
   std::unique_ptr<OperationImpl> shadow_;
   bool shadow_shares_ = false;  // what is worked out of the layers of one call
   absl::Status shadow_status_;
