@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import time
 
 import numpy as np
 import pytest
@@ -94,3 +95,18 @@ def small():
     from keepset.eval.small_model import SmallModel
 
     return SmallModelTasks(SmallModel.load())
+
+
+def sets_of(result: keepset.Result) -> list[list[int]]:
+    return [one.indices.tolist() for layer in result.layers for one in layer.sets]
+
+
+def poll(condition, timeout_seconds: float = 10.0):
+    """Returns the first true value of condition()."""
+    deadline = time.monotonic() + timeout_seconds
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        time.sleep(0.005)
+    pytest.fail(f"condition not reached in {timeout_seconds} s")

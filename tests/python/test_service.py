@@ -1,36 +1,12 @@
 """The Python client against a running keepsetd, over every transport."""
 
-import os
-import pathlib
-import signal
-import subprocess
-import sys
-import time
-
-import grpc
 import numpy as np
 import pytest
-from conftest import MODEL, SEQ_LEN, WINDOW, binary, publish, random_layers, spec
+from conftest import MODEL, SEQ_LEN, poll, random_layers, sets_of, spec
 
 import keepset
-from keepset.server_process import ServerProcess
 
 POLICIES = ("full", "streaming_llm", "random", "tova", "snapkv", "knorm", "compilerkv")
-
-
-def sets_of(result: keepset.Result) -> list[list[int]]:
-    return [one.indices.tolist() for layer in result.layers for one in layer.sets]
-
-
-def poll(condition, timeout_seconds: float = 10.0):
-    """Returns the first true value of condition()."""
-    deadline = time.monotonic() + timeout_seconds
-    while time.monotonic() < deadline:
-        value = condition()
-        if value:
-            return value
-        time.sleep(0.005)
-    pytest.fail(f"condition not reached in {timeout_seconds} s")
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -56,67 +32,6 @@ def test_memfd_and_inline_agree(server, policy):
     assert sets_of(results[0]) == sets_of(results[1])
 
 
-@pytest.mark.parametrize("policy", ["compilerkv", "snapkv"])
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_column_statistics_decide_like_their_tile(client, policy, reduction):
-    rng = np.random.default_rng(3)
-    tiles, columns = [], []
-    for layer in random_layers():
-        tile = rng.integers(0, 16, (MODEL.num_qo_heads, WINDOW, SEQ_LEN)) / np.float32(64)
-        tile = np.tril(tile, SEQ_LEN - WINDOW).astype(np.float32)
-        stats = tile.sum(axis=1) if reduction == "sum" else tile.mean(axis=1)
-        tiles.append(keepset.Layer(attn_tile=tile, k=layer.k, v=layer.v))
-        columns.append(keepset.Layer(column_stats=stats, column_reduction=reduction, v=layer.v))
-    wanted = client.compress(layers=tiles, **spec(policy=policy))
-    result = client.compress(layers=columns, num_rows=WINDOW, **spec(policy=policy))
-    assert result.outcome == "compressed"
-    assert sets_of(result) == sets_of(wanted)
-
-
-def with_log_sum_exp(layers: list[keepset.Layer], base: str) -> list[keepset.Layer]:
-    """The layers with what each query row's attention sums to, as a kernel of that base returns it."""
-    heads_of_one = MODEL.num_qo_heads // MODEL.num_kv_heads
-    unseen = np.triu(np.full((WINDOW, SEQ_LEN), -np.inf), SEQ_LEN - WINDOW + 1)
-    for layer in layers:
-        keys = np.repeat(layer.k.astype(np.float64), heads_of_one, axis=0)
-        logits = layer.q_window @ keys.transpose(0, 2, 1) * MODEL.head_dim**-0.5 + unseen
-        lse = np.log(np.exp(logits).sum(axis=2))
-        layer.window_lse = (lse / np.log(2) if base == "2" else lse).astype(np.float32)
-        layer.lse_base = base
-    return layers
-
-
-@pytest.mark.parametrize("base", ["e", "2"])
-def test_log_sum_exp_of_either_base_decides_like_none(client, base):
-    wanted = client.compress(layers=random_layers(), **spec(policy="compilerkv"))
-    layers = with_log_sum_exp(random_layers(), base)
-    assert sets_of(client.compress(layers=layers, **spec(policy="compilerkv"))) == sets_of(wanted)
-
-
-def test_log_sum_exp_of_the_other_base_is_refused(client):
-    layers = with_log_sum_exp(random_layers(), "2")
-    for layer in layers:
-        layer.lse_base = "e"
-    with pytest.raises(keepset.KeepsetError, match="window_lse"):
-        client.compress(layers=layers, **spec(policy="compilerkv"))
-
-
-def test_log_sum_exp_of_no_known_base_is_refused_at_home(client):
-    layers = with_log_sum_exp(random_layers(), "e")
-    layers[1].lse_base = "10"
-    with pytest.raises(ValueError, match="layer 1: lse_base '10', want 'e' or '2'"):
-        client.compress(layers=layers, **spec(policy="compilerkv"))
-
-
-def test_requirements_say_who_takes_column_statistics(client):
-    needs = {policy: client.input_needs(model=MODEL, policy=policy)
-             for policy in ("compilerkv", "snapkv", "tova", "knorm")}
-    assert needs["compilerkv"].layers[0].columns and needs["compilerkv"].max_rows == 64
-    assert needs["snapkv"].layers[0].columns and needs["snapkv"].max_rows == 0
-    assert needs["tova"].max_rows == 1
-    assert not needs["knorm"].layers[0].columns
-
-
 def test_statistics_of_a_session_are_its_own(server):
     with keepset.Client.connect(server.address) as one, keepset.Client.connect(server.address) as other:
         one.compress(layers=random_layers(), **spec(policy="tova"))
@@ -125,14 +40,6 @@ def test_statistics_of_a_session_are_its_own(server):
         assert {stage.stage for stage in own.operations[0].stages} >= {"score", "select"}
         assert not other.statistics(own_session=True).operations
         assert other.statistics().operations and other.statistics().sessions >= 2
-
-
-def test_unknown_column_reduction_is_refused(client):
-    stats = np.ones((MODEL.num_qo_heads, SEQ_LEN), np.float32)
-    layers = [keepset.Layer(column_stats=stats, column_reduction="max", v=layer.v)
-              for layer in random_layers()]
-    with pytest.raises(ValueError, match="column_reduction 'max', want 'mean' or 'sum'"):
-        client.compress(layers=layers, num_rows=WINDOW, **spec())
 
 
 @pytest.mark.parametrize("policy", ["tova", "compilerkv", "snapkv"])
@@ -385,28 +292,6 @@ def test_missing_values_are_named_where_the_policy_reads_them(client):
         client.compress(layers=layers, **spec(policy="compilerkv"))
 
 
-def reflected_services(address: str) -> bytes:
-    """The raw answer of server reflection to list_services (field 7) "*"."""
-    with grpc.insecure_channel(address) as channel:
-        ask = channel.stream_stream(
-            "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo")
-        return next(ask(iter([b"\x3a\x01*"]), timeout=30))
-
-
-def test_reflection_lists_the_services(server):
-    services = reflected_services(server.address)
-    for name in ("CompressionService", "SessionService", "ServerService", "TableService"):
-        assert f"keepset.v1.{name}".encode() in services
-    assert b"grpc.health.v1.Health" in services
-
-
-def test_reflection_can_be_switched_off():
-    with ServerProcess(binary(), arguments=["--disable-reflection"]) as server:
-        with pytest.raises(grpc.RpcError) as refused:
-            reflected_services(server.address)
-    assert refused.value.code() == grpc.StatusCode.UNIMPLEMENTED
-
-
 def test_stream_error_ends_the_operation_and_the_client_goes_on(client):
     operation = client.begin(**spec())
     layers = random_layers()
@@ -417,88 +302,3 @@ def test_stream_error_ends_the_operation_and_the_client_goes_on(client):
             operation.observe(layer)
         operation.finish()
     assert client.compress(layers=random_layers(), **spec()).outcome == "compressed"
-
-
-def test_nobody_listening_is_unreachable(tmp_path):
-    with pytest.raises(keepset.Unreachable):
-        keepset.Client.connect(f"unix:{tmp_path}/none.sock", timeout_seconds=5)
-
-
-def test_server_restart_is_survived_by_connecting_again(tmp_path):
-    with ServerProcess(binary()) as server:
-        client = keepset.Client.connect(server.address)
-        server.kill()
-        with pytest.raises(keepset.Unreachable):
-            client.compress(layers=random_layers(), **spec())
-        client.close()
-    with ServerProcess(binary()) as server, keepset.Client.connect(server.address) as client:
-        assert client.compress(layers=random_layers(), **spec()).outcome == "compressed"
-
-
-def test_reload_under_load_never_fails_or_mixes(tmp_path):
-    """Each version has its own tau; a mixed operation would show two of them."""
-    with ServerProcess(binary(), tables=tmp_path) as server:
-        publish(server, "0")
-        with keepset.Client.connect(server.address) as client:
-            poll(lambda: client.server_info().tables)
-            layers = random_layers()
-            seen = set()
-
-            def one_operation() -> str:
-                result = client.compress(layers=layers, **spec(policy="compilerkv"))
-                tau = np.float32(0.8 + 0.005 * int(result.table.version))
-                assert [layer.tau for layer in result.layers] == pytest.approx([tau] * 3)
-                seen.add(result.table.version)
-                return result.table.version
-
-            # Before the first reload, which may be quicker than an operation.
-            one_operation()
-            for version in range(1, 20):
-                publish(server, str(version), gate=0.8 + 0.005 * version)
-                poll(lambda want=str(version): one_operation() == want)
-            assert len(seen) == 20
-
-
-CRASHING_CLIENT = """
-import os, signal, sys
-sys.path.insert(0, {tests!r})
-from conftest import random_layers, spec
-import keepset
-phase = {phase!r}
-client = keepset.Client.connect({address!r}, transport="memfd")
-region = client.shared_region(8 << 20, writable_by_server=True)
-if phase == "registered":
-    os.kill(os.getpid(), signal.SIGKILL)
-operation = client.begin(**spec(gather=True))
-layers = random_layers()
-operation.observe(layers[0])
-if phase == "midway":
-    os.kill(os.getpid(), signal.SIGKILL)
-for layer in layers[1:]:
-    operation.observe(layer)
-if phase == "before_result":
-    operation._send(end=__import__("keepset.v1.compression_pb2", fromlist=["x"]).OperationEnd())
-    os.kill(os.getpid(), signal.SIGKILL)
-operation.finish()
-os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-@pytest.mark.parametrize("phase", ["registered", "midway", "before_result", "holding_result"])
-def test_killed_client_leaves_nothing_behind(server, phase):
-    script = CRASHING_CLIENT.format(
-        tests=str(pathlib.Path(__file__).parent), phase=phase, address=server.address
-    )
-    died = subprocess.run([sys.executable, "-c", script], env=os.environ, timeout=60)
-    assert died.returncode == -signal.SIGKILL
-    maps = pathlib.Path(f"/proc/{server.pid}/maps")
-    poll(lambda: "memfd:keepset" not in maps.read_text())
-    with keepset.Client.connect(server.address) as client:
-        assert client.compress(layers=random_layers(), **spec()).outcome == "compressed"
-
-
-def test_sigterm_drains_and_exits_zero():
-    server = ServerProcess(binary())
-    with keepset.Client.connect(server.address) as client:
-        client.compress(layers=random_layers(), **spec())
-    assert server.stop() == 0
