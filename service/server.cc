@@ -257,6 +257,7 @@ class ServerImpl final : public Server {
         {.registry = server_tables_->registry(),
          .authority = server_tables_->authority(),
          .validator = server_tables_->validator(),
+         .policies = *policies_,
          .blocking = *table_queue_,
          .log = log_,
          .correlation_ids = correlation_ids_});

@@ -9,6 +9,7 @@
 #include "clients/cpp/channel.h"
 #include "clients/cpp/rpc_status.h"
 #include "clients/cpp/table_codec.h"
+#include "clients/cpp/wire_codec.h"
 #include "keepset/v1/table.grpc.pb.h"
 
 namespace keepset::client {
@@ -34,8 +35,10 @@ class GrpcTableClient final : public TableClient {
     EncodeRef(table, request.mutable_table());
     v1::GetTableResponse response;
     KEEPSET_RETURN_IF_ERROR(Call(&v1::TableService::Stub::Get, request, &response));
-    return TableDetails{DecodeVersion(response.version()), response.inspect_json(),
-                        response.revision()};
+    TableDetails details{DecodeVersion(response.version()), response.inspect_json(),
+                         response.revision(), std::nullopt};
+    if (response.has_requirements()) details.needs = DecodeNeeds(response.requirements());
+    return details;
   }
 
   absl::StatusOr<TableValidation> Validate(const std::string& file_bytes,

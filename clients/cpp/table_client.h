@@ -102,6 +102,8 @@ struct TableDetails {
   TableVersion version;
   std::string inspect_json;
   uint64_t revision = 0;  // of its line
+  // What any operation with the table has to send; absent where the server has no policy for it.
+  std::optional<InputNeeds> needs;
 };
 
 struct TableFinding {

@@ -10,6 +10,7 @@
 #include "base/status_macros.h"
 #include "service/registry/contained_read.h"
 #include "service/rpc/open_streams.h"
+#include "service/rpc/requirements.h"
 #include "service/rpc/table_codec.h"
 #include "service/rpc/table_findings.h"
 #include "service/rpc/table_watch_reactor.h"
@@ -81,6 +82,11 @@ class TableServiceImpl final : public TableService {
       const std::shared_ptr<const RegistryView> view = context_.registry.View();
       const auto line = view->lines.find(version->name);
       if (line != view->lines.end()) response->set_revision(line->second->revision);
+      v1::GetRequirementsResponse needs;
+      // A kind without a policy here is no fault of the question.
+      if (DescribeTableRequirements(context_.policies, version->table, needs).ok()) {
+        *response->mutable_requirements() = std::move(needs);
+      }
     }
     return Answer(call, version.status());
   }

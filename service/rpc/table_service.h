@@ -11,6 +11,7 @@
 
 #include "absl/strings/string_view.h"
 #include "base/log.h"
+#include "engine/policies/policy_registry.h"
 #include "keepset/v1/table.grpc.pb.h"
 #include "service/registry/registry_authority.h"
 #include "service/registry/table_loader.h"
@@ -37,7 +38,8 @@ struct TableServiceContext {
   TableRegistry& registry;
   RegistryAuthority& authority;
   TableLoader& validator;  // of Validate: keeps nothing
-  WorkQueue& blocking;     // runs what waits for disks or other servers
+  const engine::PolicyRegistry& policies;
+  WorkQueue& blocking;  // runs what waits for disks or other servers
   Logger& log;
   CorrelationIds& correlation_ids;
 };

@@ -175,6 +175,20 @@ TEST_F(ObservationHeadsServed, ATableSaysWhichHeadsObserve) {
   EXPECT_EQ(observations[0]["rows"], "max_rows");
 }
 
+TEST_F(ObservationHeadsServed, ATableSaysWhatToSend) {
+  const auto tables = v1::TableService::NewStub(server_->NewChannel());
+  v1::GetTableRequest request;
+  request.mutable_table()->set_name("heads");
+  request.mutable_table()->set_version("1");
+  v1::GetTableResponse response;
+  const grpc::Status status = tables->Get(NewContext().get(), request, &response);
+  ASSERT_TRUE(status.ok()) << status.error_message();
+  v1::GetRequirementsResponse needs;
+  ASSERT_TRUE(Ask(WireSpec(prompt_, "observation_heads", kBudget), needs).ok());
+  ASSERT_EQ(response.requirements().layers_size(), 1);
+  EXPECT_EQ(response.requirements().SerializeAsString(), needs.SerializeAsString());
+}
+
 TEST(ObservationHeadsCanary, ARequestKeepsItsSide) {
   const fakes::SyntheticPrompt prompt{fakes::PromptShape{}};
   TestServer server("table_writes: true");

@@ -79,8 +79,19 @@ class _OperationSpec(ctypes.Structure):
 _LEGACY_STREAM = 1  # cudaStreamLegacy: in the structure NULL is no stream of the caller's
 
 
+# By keepset_status, canonical codes.
+_CODES = ("OK", "CANCELLED", "UNKNOWN", "INVALID_ARGUMENT", "DEADLINE_EXCEEDED", "NOT_FOUND",
+          "ALREADY_EXISTS", "PERMISSION_DENIED", "RESOURCE_EXHAUSTED", "FAILED_PRECONDITION", "ABORTED",
+          "OUT_OF_RANGE", "UNIMPLEMENTED", "INTERNAL", "UNAVAILABLE", "DATA_LOSS")
+
+
 class EngineError(Exception):
-    """A call into libkeepset failed; the message is the library's."""
+    """A call into libkeepset failed; `code` ("INVALID_ARGUMENT") and `message` are the library's."""
+
+    def __init__(self, code: str, message: str):
+        super().__init__(f"{code}: {message}")
+        self.code = code
+        self.message = message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +142,8 @@ class Engine:
         self._library = ctypes.CDLL(str(library))
         self._declare()
         if self._library.keepset_abi_version() != _ABI_VERSION:
-            raise EngineError(f"{library}: ABI {self._library.keepset_abi_version()}, "
+            raise EngineError("FAILED_PRECONDITION",
+                              f"{library}: ABI {self._library.keepset_abi_version()}, "
                               f"want {_ABI_VERSION}")
         options = _EngineOptions(ctypes.sizeof(_EngineOptions), backend.encode(),
                                  num_threads)
@@ -294,7 +306,8 @@ class Engine:
 
     def _check(self, status: int) -> None:
         if status != 0:
-            raise EngineError(self._library.keepset_last_error().decode())
+            raise EngineError(_CODES[status] if 0 < status < len(_CODES) else "UNKNOWN",
+                              self._library.keepset_last_error().decode())
 
     def _declare(self) -> None:
         for name in ("version", "last_error", "engine_backend", "engine_policies", "result_json"):
