@@ -24,6 +24,8 @@ from keepset.evidence.head_methods import (
     shuffled,
 )
 from keepset.evidence.head_part import HeadPart, Settings
+from keepset.evidence.head_ways import held_out_ways
+from keepset.evidence.head_ways_report import ways_section
 from keepset.evidence.observation_heads_report import markdown
 
 
@@ -236,6 +238,30 @@ def test_the_evidence_of_a_model_in_small(build, engine, small, tmp_path):
     assert "| inside | code | 1 | 0.00 (1) | KL |" in report and "(picture.png)" in report
     # 4 sinks and 16 rows of the window are inside the budget.
     assert "| inside | code | 20 | 20 |" in report
+
+
+def test_ways_are_compared_on_prompts_of_a_task_not_seen(engine, small, tmp_path):
+    tables = {f"1 at 1, {dilate}": heads.heads_table(small.fingerprint, "way", [(1, 2, LAST_ROW, 1.0)],
+                                                     dilate=dilate) for dilate in (0, 40)}
+    near, far = tables
+    prompts = [(3, 256), (4, 256)]
+    found = held_out_ways(tmp_path, engine, RememberedTasks(small), heads.Ways(tables, far, near), "number",
+                          prompts, (30, 40))
+    prompt = small.prompt("number", 4, 256)
+    want = [np.mean([prompt.outcome(heads.keep(engine, prompt, tables[one], budget).sets()).loss
+                     for budget in (30, 40)]) for one in (far, near)]
+    assert found["by_prompt"][1] == pytest.approx(want, abs=1e-3)
+    assert found["least_minus_chosen"]["mean"] == pytest.approx(found["least_loss"] - found["chosen_loss"])
+    # What was measured is read: no prompt is built.
+    again = held_out_ways(tmp_path, engine, RememberedTasks(small, until=0), heads.Ways(tables, far, near),
+                          "number", prompts, (30, 40))
+    assert again == found
+    same = held_out_ways(tmp_path, engine, RememberedTasks(small, until=0), heads.Ways(tables, far, far),
+                         "number", prompts, (30, 40))
+    assert same["prompts"] == 0 and "least_loss" not in same
+    told = "\n".join(ways_section({"columns": {"inside": {"ways": [found, same]}}}))
+    assert "In 1 of them both take the same way." in told
+    assert f"| inside | number | 2 | {far} | {found['chosen_loss']:.2f} | {near} |" in told
 
 
 def earlier_report(**columns: str) -> dict:

@@ -54,6 +54,16 @@ _STEP = 1e-6
 
 
 @dataclasses.dataclass(frozen=True)
+class Ways:
+    """A table of each way to pool and dilate, by "NUMBER at POOLING, DILATION": `chosen` stood, `least` has the
+    least measured loss. Before the number of observations was chosen."""
+
+    tables: dict[str, bytes]
+    chosen: str
+    least: str
+
+
+@dataclasses.dataclass(frozen=True)
 class CompiledHeads:
     """The table's bytes, the compiler's report, and measured losses by "NUMBER at POOLING, DILATION".
 
@@ -67,6 +77,7 @@ class CompiledHeads:
     risk: list[dict]
     untold: str | None = None
     loss_errors: dict[str, float] = dataclasses.field(default_factory=dict)
+    ways: Ways | None = None
 
 
 def write_record(prompt: HeadPrompt, path: pathlib.Path) -> None:
@@ -237,9 +248,12 @@ def compile_heads(build: Build, engine: Engine, tasks: Tasks, mixture: Mixture, 
     # loss one of them stands, and then one of the other numbers.
     tables = dict(fit(0, *way) for way in itertools.product(_POOL_KERNELS, _DILATIONS))
     losses = _losses(engine, tasks, mixture, budgets, tables, work / f"{name}.ways.json", say)
-    chosen = tables[_best(losses, tables)][1]["chosen"]
+    stood = _best(losses, tables)
+    ways = Ways({one: table for one, (table, _) in tables.items()}, stood,
+                min(losses, key=lambda one: float(np.mean(losses[one]))))
+    chosen = tables[stood][1]["chosen"]
     way = chosen["pool_kernel"], chosen["dilate"]
-    sized = {_best(losses, tables): tables[_best(losses, tables)]}
+    sized = {stood: tables[stood]}
     sized = dict(fit(size, *way) for size in _SIZES if size <= max_heads) | sized
     losses |= _losses(engine, tasks, mixture, budgets, sized, work / f"{name}.losses.json", say)
     table, report = (tables | sized)[_best(losses, tables | sized)]
@@ -255,7 +269,7 @@ def compile_heads(build: Build, engine: Engine, tasks: Tasks, mixture: Mixture, 
     means = {size: float(np.mean(values)) for size, values in losses.items()}
     least = losses[min(means, key=lambda one: means[one])]
     errors = {size: _difference(values, least)[1] for size, values in losses.items()}
-    return CompiledHeads(table, report, means, points, untold, errors)
+    return CompiledHeads(table, report, means, points, untold, errors, ways)
 
 
 def _best(losses: dict[str, list[float]], tables: dict[str, tuple[bytes, dict]]) -> str:

@@ -33,6 +33,7 @@ from keepset.evidence.head_measure import (
     summarize_risk,
 )
 from keepset.evidence.head_methods import OTHERS, OTHERS_FIXED, OURS, SHUFFLED, Run
+from keepset.evidence.head_ways import held_out_ways
 from keepset.in_process import Engine
 
 AGNOSTIC = "agnostic"
@@ -137,6 +138,8 @@ class HeadPart:
                     methods[task][OTHERS_FIXED] = head_methods.HeadsRun(
                         self.engine, self._fixed(f"{column}-without-{task}", others, number))
             methods[task][SHUFFLED] = head_methods.ShuffledRun(self.engine, every.table)
+        ways = [self._held_out_ways(column, task, tables[f"without {task}"]) for task in names
+                if f"without {task}" in tables]
         outcomes: dict[str, list[dict]] = {task: [] for task in names}
         risk: list[dict] = []
         for length, task in itertools.product(self.settings.lengths, names):
@@ -152,7 +155,17 @@ class HeadPart:
         return {"tasks": {task: summarize(found, self.settings.budgets, self.settings.floor)
                           for task, found in outcomes.items() if found},
                 "gate": gate, "tables": {name: describe(found) for name, found in tables.items()},
+                "ways": [one for one in ways if one],
                 "risk": summarize_risk(risk) | {"untold": every.untold}}
+
+    def _held_out_ways(self, column: str, task: str, table: CompiledHeads) -> dict | None:
+        """On the calibration prompts of the task that the table was compiled without."""
+        prompts = [(seed, length) for _, seed, length in
+                   self._mixture((task,)).prompts(range(self.settings.calibration_prompts))]
+        with contextlib.suppress(OutOfTime):
+            return held_out_ways(self.work / "ways" / column, self.engine, self.calibration, table.ways, task,
+                                 prompts, self.settings.fit_budgets)
+        return None
 
     def _at(self, length: int, methods: dict[str, Run]) -> dict[str, Run]:
         """Those that are measured at a length."""

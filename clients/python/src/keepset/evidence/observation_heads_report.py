@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from keepset.evidence.head_compilerkv import COMPILED
 from keepset.evidence.head_measure import FEWEST
 from keepset.evidence.head_methods import OTHERS, OTHERS_FIXED, OURS, OWN, SHUFFLED, UNIFORM
+from keepset.evidence.head_ways_report import ways_section
 
 _COLUMNS = {
     "needles": "Needles, the question stands in the prompt",
@@ -189,7 +190,7 @@ def _part(title: str, part: dict, pictures: Sequence[str], kept: dict[str, dict]
            f"about {lengths} tokens, {counts} of each task. Tables were compiled on "
            f"{part['calibration_text']}, prompts of about {fitted} tokens, "
            f"{part['calibration_prompts']} per task and length at budgets "
-           f"{' and '.join(map(str, part['fit_budgets']))}, tests run on {part['test_text']} (seeds from "
+           f"{' and '.join(map(str, part['fit_budgets']))}{_other_budgets(part)}, tests run on {part['test_text']} (seeds from "
            f"{part['test_seeds'][0]}). `{OURS}` is "
            f"compiled on all tasks of its column that the full cache answers; `{OTHERS}` without a "
            f"prompt of the tested task; `{SHUFFLED}` carries the same weights on heads drawn anew for "
@@ -220,7 +221,17 @@ def _part(title: str, part: dict, pictures: Sequence[str], kept: dict[str, dict]
     for column in part["columns"]:
         yield from _column(part, column, kept.get(column))
     yield from _tables(part)
+    yield from ways_section(part)
     yield from _risk(part, pictures)
+
+
+def _other_budgets(part: dict) -> str:
+    """What a table does at budgets that it was not compiled for."""
+    smaller = [one for one in part["budgets"] if one < min(part["fit_budgets"])]
+    if not smaller:
+        return ""
+    return (f" (so pooling, dilation and observations at {' and '.join(map(str, smaller))} are those that serve more "
+            "positions: no table was compiled for fewer)")
 
 
 def _model(part: dict) -> Iterator[str]:
@@ -260,7 +271,8 @@ def _compilerkv(part: dict) -> Iterator[str]:
            f"{'settled' if found['settled'] else 'not settled'}: the last round changed {heads + gates} of "
            f"{states} states. More records might make a better table. At other "
            "budgets it uses the nearest of these. It is measured on prompts of "
-           f"{found['length']:,} tokens alone.")
+           f"{found['length']:,} tokens alone, those of its calibration: what is said of it says nothing of other "
+           "lengths, and a cell compares with it on these prompts.")
     yield ""
 
 
