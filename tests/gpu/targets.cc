@@ -270,6 +270,10 @@ void AddService(std::vector<Target>* targets) {
     targets->push_back(OfAnyValue(AtMost(absl::StrCat("service adds to in-process, T ", seq_len),
                                          150.0, " us", line, "added_us_p50")));
   }
+  const Json heads = {
+      {"bench", "observation_heads"}, {"against", "snapkv"}, {"heads", 16}, {"seq_len", 32768}};
+  targets->push_back(
+      AtMost("observation_heads, 16 heads, to snapkv, T 32768", 0.1, "x", heads, "share"));
   for (const char* const mode : {"alone", "in_process", "second_process"}) {
     const Json line = {{"bench", "interference"}, {"mode", mode}};
     for (const char* const field : {"step_ms_p50", "step_ms_p99"}) {

@@ -179,6 +179,18 @@ TEST(Targets, ServiceMayAddLessThanNothing) {
   EXPECT_EQ(VerdictOn("service adds to in-process, T 32768", {line}).verdict, kReached);
 }
 
+TEST(Targets, ObservingHeadsTakeATenthOfAllHeads) {
+  const std::string target = "observation_heads, 16 heads, to snapkv, T 32768";
+  const Json line = {{"bench", "observation_heads"},
+                     {"against", "snapkv"},
+                     {"heads", 16},
+                     {"seq_len", 32768},
+                     {"share", 0.09}};
+  EXPECT_EQ(VerdictOn(target, {line}).verdict, kReached);
+  EXPECT_EQ(VerdictOn(target, {With(line, "share", 0.11)}).verdict, kNotReached);
+  EXPECT_EQ(VerdictOn(target, {With(line, "seq_len", 4096)}).verdict, kNotMeasured);
+}
+
 TEST(Targets, FailedTestsAreNoCorrectness) {
   const std::string target = "correctness on the card: exit code of tests";
   EXPECT_EQ(VerdictOn(target, {{{"check", "tests"}, {"exit", 0}}}).verdict, kReached);
