@@ -20,21 +20,29 @@ namespace keepset::kernels::cuda {
 // backend).
 constexpr float kMostAboveLse = 126.0f;
 
-// Finds out why a column of the unit's KV head is not a number, or too large. Rare; reads global
-// memory element by element.
+constexpr int kNoToken = 0x7fffffff;
+
+// Reports why the columns of `token` are not numbers, or too large, and returns whether it found
+// that; a token that only rows which do not see it make suspicious has nothing to report. All 32
+// lanes of the warp take part, of one token. Reads global memory element by element.
 template <typename Simt>
-KEEPSET_KERNEL_BODY inline void ReportColumn(const Simt& simt, const WindowParams& p,
+KEEPSET_KERNEL_BODY inline bool ReportColumn(const Simt& simt, const WindowParams& p,
                                              const UnitOfBlock& at, int token) {
   const WindowLayer& layer = p.layers[at.layer];
   const std::byte* key = at.keys + at.k.TokenOffset(token);
-  for (int channel = 0; channel < at.k.head_dim; ++channel) {
-    if (IsFiniteValue(LoadElement(key, channel, at.k.dtype))) continue;
-    simt.MinGlobal(layer.fault,
-                   FaultCode(FaultKind::kKey,
-                             static_cast<int64_t>(at.unit.kv_head) * at.k.num_tokens + token));
-    return;
+  bool is_finite = true;
+  for (int channel = simt.lane(); channel < at.k.head_dim; channel += 32) {
+    is_finite = is_finite && IsFiniteValue(LoadElement(key, channel, at.k.dtype));
   }
-  for (int row = at.unit.first_row; row < at.unit.first_row + at.unit.num_rows; ++row) {
+  uint64_t code = kNoFault;
+  if (simt.Ballot(!is_finite) != 0) {
+    code =
+        FaultCode(FaultKind::kKey, static_cast<int64_t>(at.unit.kv_head) * at.k.num_tokens + token);
+    if (simt.lane() == 0) simt.MinGlobal(layer.fault, code);
+    return true;
+  }
+  for (int i = simt.lane(); i < at.unit.num_rows; i += 32) {
+    const int row = at.unit.first_row + i;
     if (token > p.rows[row].limit) continue;
     const std::byte* query = QueryRow(p, at.layer, row);
     float dot = 0.0f;
@@ -44,11 +52,34 @@ KEEPSET_KERNEL_BODY inline void ReportColumn(const Simt& simt, const WindowParam
     const int64_t place = PlaceOfRow(p, row);
     const float logit = dot * p.shape.scale2;
     const float reference = p.references[static_cast<int64_t>(at.layer) * p.num_rows + row];
+    uint64_t found = kNoFault;
     if (!IsFiniteValue(logit)) {
-      simt.MinGlobal(layer.fault, FaultCode(FaultKind::kLogit, place * at.k.num_tokens + token));
+      found = FaultCode(FaultKind::kLogit, place * at.k.num_tokens + token);
     } else if (layer.lse != nullptr && !(logit - reference < kMostAboveLse)) {
-      simt.MinGlobal(layer.fault, FaultCode(FaultKind::kLseTooLow, place));
+      found = FaultCode(FaultKind::kLseTooLow, place);
     }
+    if (found < code) code = found;
+  }
+  if (code != kNoFault) simt.MinGlobal(layer.fault, code);
+  return simt.Ballot(code != kNoFault) != 0;
+}
+
+// Reports the first token of a warp that has something to report: one value that is not a number
+// can spoil every token, and an engine waits for this kernel. `token` of lanes that suspect none is
+// kNoToken. All 32 lanes take part.
+template <typename Simt>
+KEEPSET_KERNEL_BODY inline void ReportFirstColumn(const Simt& simt, const WindowParams& p,
+                                                  const UnitOfBlock& at, int token) {
+  while (simt.Ballot(token != kNoToken) != 0) {
+    // A row that is bad itself has been reported before this kernel began.
+    if (*p.layers[at.layer].fault < FaultCode(FaultKind::kKey, 0)) return;
+    int first = token;
+    for (int mask = 1; mask < 32; mask *= 2) {
+      const int other = simt.ShuffleXor(first, mask);
+      if (other < first) first = other;
+    }
+    if (ReportColumn(simt, p, at, first)) return;
+    if (token == first) token = kNoToken;
   }
 }
 
@@ -138,7 +169,8 @@ KEEPSET_KERNEL_BODY inline void ReportSuspects(const Simt& simt, const WindowPar
   KEEPSET_UNROLL
   for (int r = 0; r < Tile::kRows; ++r) {
     const int token = first_token + Tile::Row(simt.thread(), r);
-    if (columns.IsSuspect(r) && token < at.k.num_tokens) ReportColumn(simt, p, at, token);
+    const bool is_suspect = columns.IsSuspect(r) && token < at.k.num_tokens;
+    ReportFirstColumn(simt, p, at, is_suspect ? token : kNoToken);
   }
 }
 

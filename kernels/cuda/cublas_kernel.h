@@ -107,17 +107,12 @@ KEEPSET_KERNEL_BODY void PieceStats::Run(const Simt& simt, const Params& p) {
   *place = p.first_token == 0 ? joined : MergeStats(simt, *place, joined);
 }
 
+// Adds the rows of the piece to the unit's columns of one token.
 template <typename Simt>
-KEEPSET_KERNEL_BODY void PieceColumns::Run(const Simt& simt, const Params& p) {
+KEEPSET_KERNEL_BODY inline ColumnCheck AddPieceColumns(const Simt& simt, const CublasParams& p,
+                                                       const UnitOfBlock& at, int in_piece) {
   const WindowParams& window = p.window;
-  const UnitOfBlock at = FindUnit(window, simt.block_z());
-  const int first_in_piece = simt.block_x() * simt.num_threads();
   const int end_row = p.first_row + p.num_rows;
-  if (simt.block_y() == 0 && end_row >= window.max_unit_rows) {
-    StoreValueNorms(simt, window, at, p.first_token + first_in_piece + simt.warp() * 32, 32);
-  }
-  const int in_piece = first_in_piece + simt.thread();
-  if (in_piece >= p.num_tokens) return;
   const int token = p.first_token + in_piece;
   const bool is_masked = token > at.unit.smallest_limit;
   const float* references = window.references + static_cast<int64_t>(at.layer) * window.num_rows;
@@ -147,7 +142,22 @@ KEEPSET_KERNEL_BODY void PieceColumns::Run(const Simt& simt, const Params& p) {
     }
     *out = column;
   }
-  if (check.IsSuspect()) ReportColumn(simt, window, at, token);
+  return check;
+}
+
+template <typename Simt>
+KEEPSET_KERNEL_BODY void PieceColumns::Run(const Simt& simt, const Params& p) {
+  const WindowParams& window = p.window;
+  const UnitOfBlock at = FindUnit(window, simt.block_z());
+  const int first_in_piece = simt.block_x() * simt.num_threads();
+  const int end_row = p.first_row + p.num_rows;
+  if (simt.block_y() == 0 && end_row >= window.max_unit_rows) {
+    StoreValueNorms(simt, window, at, p.first_token + first_in_piece + simt.warp() * 32, 32);
+  }
+  const int in_piece = first_in_piece + simt.thread();
+  const bool is_suspect =
+      in_piece < p.num_tokens && AddPieceColumns(simt, p, at, in_piece).IsSuspect();
+  ReportFirstColumn(simt, window, at, is_suspect ? p.first_token + in_piece : kNoToken);
 }
 
 }  // namespace keepset::kernels::cuda

@@ -168,9 +168,8 @@ KEEPSET_KERNEL_BODY void HopperColumns<kType, kSlots>::Run(const Simt& simt, con
       KEEPSET_UNROLL
       for (int r = 0; r < 2; ++r) {
         const int token = first_token + row + 8 * r;
-        if (epilogue.TakeSuspicion(r) && token < at.k.num_tokens) {
-          ReportColumn(simt, p.window, at, token);
-        }
+        const bool is_suspect = epilogue.TakeSuspicion(r) && token < at.k.num_tokens;
+        ReportFirstColumn(simt, p.window, at, is_suspect ? token : kNoToken);
       }
     }
   }

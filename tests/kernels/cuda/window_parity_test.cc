@@ -353,6 +353,21 @@ TEST_F(WindowParity, OverflowingLogitIsRefused) {
   EXPECT_THAT(std::string(status.message()), HasSubstr("logits: head 0 row 0 position 5"));
 }
 
+// Token 12 overflows for row 0 alone, which does not see it.
+TEST_F(WindowParity, ATokenWithNothingToReportHidesNoLaterOne) {
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    const Shape shape = {.num_rows = 2, .dtype = dtype, .row_positions = {10, 20}};
+    Tensors tensors = Random(shape, 2);
+    tensors.q.Set(0, 0, 0, 1e30f);
+    tensors.k.Set(0, 12, 0, 1e30f);
+    EXPECT_TRUE(Columns(shape, tensors).ok());
+    tensors.q.Set(0, 1, 1, 1e30f);
+    tensors.k.Set(0, 13, 1, 1e30f);
+    EXPECT_THAT(std::string(Columns(shape, tensors).status().message()),
+                HasSubstr("logits: head 0 row 1 position 13"));
+  }
+}
+
 TEST_F(WindowParity, LogSumExpFarBelowTheLogitsIsRefused) {
   const Shape shape = {.reference = Reference::kGiven};
   const Tensors tensors = Random(shape, 2);
