@@ -15,8 +15,10 @@ namespace keepset::client {
 inline constexpr char kLibcuda[] = "libcuda.so.1";
 
 // `size_bytes` of device memory from `data` on, ready to be registered. The memory stays the
-// caller's, must outlive the registration, and what was written to it must be complete (the stream
-// synchronised) before a call names it. Immutable; thread-safe.
+// caller's, must outlive the registration, and what was written to it must be complete before a call
+// names it: the streams that wrote it synchronised, and after a cudaMemcpy from pageable memory,
+// which returns when the bytes are staged (CUDA Runtime API, "API synchronization behavior"), the
+// default stream or the device. Immutable; thread-safe.
 class DeviceRegion {
  public:
   // `data` is a device pointer of this process, aligned to 16 bytes; any pointer inside an

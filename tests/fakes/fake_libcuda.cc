@@ -5,7 +5,9 @@
 //
 // What it imitates of the driver: one mapping per allocation and process, gone with one close; an
 // exporter that is this very process is refused as an invalid context; legacy handles for plain
-// allocations only; a VMM mapping beyond the allocation is an invalid value.
+// allocations only; a VMM mapping beyond the allocation is an invalid value; a copy of pageable
+// memory to the device is staged when its call returns, and arrives when the context is
+// synchronised.
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -62,8 +64,14 @@ struct PrimaryContext {
   int retains = 0;
 };
 
+struct Upload {
+  DevicePointer to = 0;
+  std::vector<unsigned char> bytes;
+};
+
 struct State {
   std::mutex mutex;
+  std::vector<Upload> uploads;              // staged
   std::map<uint64_t, Allocation> mapped;    // by base address
   std::map<AllocationHandle, int> handles;  // VMM: descriptor
   std::set<AllocationHandle> unshareable;   // VMM: made without a kind of shareable handle
@@ -116,6 +124,14 @@ int NewMemory(size_t bytes) {
     }
   }
   return fd;
+}
+
+// Before memory is read, and before any of it goes away. The caller holds the mutex.
+void FinishUploads() {
+  for (const Upload& upload : state().uploads) {
+    std::memcpy(reinterpret_cast<void*>(upload.to), upload.bytes.data(), upload.bytes.size());
+  }
+  state().uploads.clear();
 }
 
 // The device of a descriptor of NewMemory; none for another.
@@ -224,6 +240,7 @@ Result cuMemFree_v2(DevicePointer pointer) {
   const std::lock_guard lock(state().mutex);
   const auto it = state().mapped.find(pointer);
   if (it == state().mapped.end() || it->second.kind != Kind::kPlain) return kInvalidValue;
+  FinishUploads();
   ::munmap(reinterpret_cast<void*>(pointer), it->second.bytes);
   ::close(it->second.fd);
   state().mapped.erase(it);
@@ -247,10 +264,19 @@ Result cuMemsetD8Async(DevicePointer to, unsigned char value, size_t bytes, Stre
 }
 
 Result cuMemcpyHtoD_v2(DevicePointer to, const void* from, size_t bytes) {
-  std::memcpy(reinterpret_cast<void*>(to), from, bytes);
+  const std::lock_guard lock(state().mutex);
+  const auto* const first = static_cast<const unsigned char*>(from);
+  state().uploads.push_back({to, {first, first + bytes}});
+  return kSuccess;
+}
+Result cuCtxSynchronize() {
+  const std::lock_guard lock(state().mutex);
+  FinishUploads();
   return kSuccess;
 }
 Result cuMemcpyDtoH_v2(void* to, DevicePointer from, size_t bytes) {
+  const std::lock_guard lock(state().mutex);
+  FinishUploads();
   std::memcpy(to, reinterpret_cast<const void*>(from), bytes);
   return kSuccess;
 }
@@ -368,6 +394,7 @@ Result cuIpcCloseMemHandle(DevicePointer pointer) {
   const std::lock_guard lock(state().mutex);
   const auto it = state().mapped.find(pointer);
   if (it == state().mapped.end() || it->second.kind != Kind::kImported) return kInvalidValue;
+  FinishUploads();
   ::munmap(reinterpret_cast<void*>(pointer), it->second.bytes);
   state().mapped.erase(it);
   return kSuccess;
@@ -471,6 +498,7 @@ Result cuMemUnmap(DevicePointer pointer, size_t bytes) {
   const std::lock_guard lock(state().mutex);
   const auto it = state().mapped.find(pointer);
   if (it == state().mapped.end() || it->second.kind != Kind::kVmm) return kInvalidValue;
+  FinishUploads();
   ::close(it->second.fd);
   state().mapped.erase(it);
   void* const data = ::mmap(reinterpret_cast<void*>(pointer), bytes, PROT_NONE,

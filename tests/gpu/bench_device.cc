@@ -57,7 +57,7 @@ void FillRandom(std::byte* data, int64_t bytes, uint32_t seed) {
     Require(cudaMemcpy(data + at, from, static_cast<size_t>(std::min(kChunk, bytes - at)),
                        cudaMemcpyDefault));
   }
-  // Copies within a device are not waited for.
+  // Copies within a device are not waited for, nor is the last part of one from pageable memory.
   Require(cudaDeviceSynchronize());
 }
 

@@ -35,11 +35,14 @@ class DeviceMemory {
 // Random bf16 values of a normal distribution, repeated every 4 MiB.
 void FillRandom(std::byte* data, int64_t bytes, uint32_t seed);
 
+// There for every stream.
 template <typename Value>
 std::unique_ptr<DeviceMemory> OnDevice(const std::vector<Value>& values) {
   const size_t bytes = values.size() * sizeof(Value);
   auto memory = std::make_unique<DeviceMemory>(static_cast<int64_t>(bytes));
   Require(cudaMemcpy(memory->data(), values.data(), bytes, cudaMemcpyHostToDevice));
+  // A copy of pageable memory returns when it is staged, and only the default stream waits for it.
+  Require(cudaDeviceSynchronize());
   return memory;
 }
 

@@ -37,6 +37,8 @@ cudaError_t DecodeLoop::Init() {
   if (error == cudaSuccess) error = cudaMalloc(&sums_, kBlocks * kThreads * sizeof(float));
   if (error == cudaSuccess) error = cudaMemset(weights_, 0, kWeights * sizeof(float));
   if (error == cudaSuccess) error = cudaMemset(sums_, 0, kBlocks * kThreads * sizeof(float));
+  // Fills are queued on another stream than the loop's.
+  if (error == cudaSuccess) error = cudaDeviceSynchronize();
   return error;
 }
 

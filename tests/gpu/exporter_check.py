@@ -73,7 +73,9 @@ class Driver:
             raise RuntimeError(f"{name}: error {status}")
 
     def write(self, pointer: int, data: bytes) -> None:
+        """Done when it returns; the copy alone, of pageable memory, is staged then."""
         self.call("cuMemcpyHtoD_v2", ctypes.c_uint64(pointer), data, ctypes.c_size_t(len(data)))
+        self.call("cuCtxSynchronize")
 
     def read(self, pointer: int, size: int) -> bytes:
         data = ctypes.create_string_buffer(size)

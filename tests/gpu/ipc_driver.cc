@@ -29,11 +29,11 @@ std::string Driver::Open() {
       !entry("cuMemcpyDtoH_v2", read_) || !entry("cuMemCreate", create_) ||
       !entry("cuMemRelease", release_) || !entry("cuMemAddressReserve", reserve_) ||
       !entry("cuMemAddressFree", give_back_) || !entry("cuMemMap", map_) ||
-      !entry("cuMemUnmap", unmap_) || !entry("cuMemSetAccess", set_access_)) {
+      !entry("cuMemUnmap", unmap_) || !entry("cuMemSetAccess", set_access_) ||
+      !entry("cuCtxSynchronize", synchronize_)) {
     return "no device: libcuda.so.1 lacks an entry point";
   }
   entry("cuMemsetD8_v2", set_);
-  entry("cuCtxSynchronize", synchronize_);
   int devices = 0;
   cuda_abi::Context context = nullptr;
   if (init(0) != kSuccess || count(&devices) != kSuccess || devices == 0 ||
@@ -60,7 +60,7 @@ std::byte* Driver::Allocate(const std::string& kind, int64_t bytes) {
     return nullptr;
   }
   if (set_ != nullptr && set_(pointer, 0, size) != kSuccess) return nullptr;
-  if (synchronize_ != nullptr && synchronize_() != kSuccess) return nullptr;
+  if (synchronize_() != kSuccess) return nullptr;
   return reinterpret_cast<std::byte*>(pointer);
 }
 
@@ -77,8 +77,10 @@ bool Driver::AllocateVmm(size_t bytes, cuda_abi::DevicePointer* pointer) const {
 }
 
 bool Driver::Write(std::byte* to, const void* from, int64_t bytes) const {
+  // A copy of pageable memory returns when it is staged; another process would find it half done.
   return write_(reinterpret_cast<cuda_abi::DevicePointer>(to), from, static_cast<size_t>(bytes)) ==
-         kSuccess;
+             kSuccess &&
+         synchronize_() == kSuccess;
 }
 
 bool Driver::Read(void* to, const std::byte* from, int64_t bytes) const {

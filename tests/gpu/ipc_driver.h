@@ -42,7 +42,7 @@ class Driver {
   cuda_abi::Result (*info_)(size_t*, size_t*) = nullptr;
   cuda_abi::Result (*write_)(cuda_abi::DevicePointer, const void*, size_t) = nullptr;
   cuda_abi::Result (*read_)(void*, cuda_abi::DevicePointer, size_t) = nullptr;
-  // Null in a driver of host memory, which is zero and needs no wait.
+  // Null in a driver of host memory, which is zero.
   cuda_abi::Result (*set_)(cuda_abi::DevicePointer, unsigned char, size_t) = nullptr;
   cuda_abi::Result (*synchronize_)() = nullptr;
   cuda_abi::Result (*create_)(cuda_abi::AllocationHandle*, size_t, const void*,

@@ -108,6 +108,8 @@ class Prompt {
       Require(cudaMemcpy(Queries(layer), values.data(), values.size() * sizeof(uint16_t),
                          cudaMemcpyHostToDevice));
     }
+    // The last copy may still be under way, and other streams and processes do not wait for it.
+    Require(cudaDeviceSynchronize());
   }
   ~Prompt() { static_cast<void>(cudaFree(data_)); }
   Prompt(const Prompt&) = delete;

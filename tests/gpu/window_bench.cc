@@ -54,6 +54,7 @@ class Prompt {
     const std::vector<float> lse(kQoHeads * kRows, kGivenLse);
     Require(
         cudaMemcpy(lse_.data(), lse.data(), lse.size() * sizeof(float), cudaMemcpyHostToDevice));
+    Require(cudaDeviceSynchronize());
     std::iota(table_.begin(), table_.end(), 0);
     std::mt19937 rng(4);
     std::shuffle(table_.begin(), table_.end(), rng);

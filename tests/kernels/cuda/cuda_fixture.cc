@@ -31,6 +31,8 @@ DeviceBytes::DeviceBytes(const std::vector<std::byte>& bytes) : size_(bytes.size
   void* data = nullptr;
   KEEPSET_CHECK(cudaMalloc(&data, size_) == cudaSuccess);
   KEEPSET_CHECK(cudaMemcpy(data, bytes.data(), size_, cudaMemcpyHostToDevice) == cudaSuccess);
+  // The copy may still be under way, and the backend's stream does not wait for it.
+  KEEPSET_CHECK(cudaDeviceSynchronize() == cudaSuccess);
   data_ = static_cast<std::byte*>(data);
 }
 

@@ -25,7 +25,7 @@ constexpr bool kIsEmulated = true;
 constexpr bool kIsEmulated = false;
 #endif
 
-// Device memory with a copy of host bytes.
+// Device memory with a copy of host bytes, there for every stream.
 class DeviceBytes {
  public:
   explicit DeviceBytes(const std::vector<std::byte>& bytes);

@@ -13,6 +13,7 @@
 #include <set>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "base/check.h"
 #include "kernels/cuda/cuda_status.h"
@@ -42,6 +43,7 @@ struct Device {
   std::map<const void*, int> shared_limits;     // by function
   std::set<cudaStream_t> streams;               // not destroyed
   CUstream_st legacy_stream;
+  std::vector<std::function<void()>> uploads;  // of pageable memory, staged
   std::function<void()> after_shared_limit;
   EmulatedDevice kind = EmulatedDevice::kSm86;
   const void* elsewhere = nullptr;
@@ -97,7 +99,20 @@ cudaStream_t Find(cudaStream_t stream) {
   return device.streams.contains(stream) ? stream : nullptr;
 }
 
+// cudaMemcpy of pageable memory to the device returns when the bytes are staged; they arrive behind
+// what is on the legacy stream (CUDA Runtime API, "API synchronization behavior"), so that another
+// stream finds them only after a wait for the device. Here they arrive as late as they may.
+void FinishUploads() {
+  std::vector<std::function<void()>> uploads;
+  {
+    const std::lock_guard<std::mutex> lock(TheDevice().mutex);
+    uploads.swap(TheDevice().uploads);
+  }
+  for (const std::function<void()>& upload : uploads) upload();
+}
+
 void RunQueued(cudaStream_t stream) {
+  if (stream == &TheDevice().legacy_stream) FinishUploads();
   while (!stream->work.empty()) {
     const std::function<void()> work = std::move(stream->work.front());
     stream->work.pop_front();
@@ -414,6 +429,7 @@ cudaError_t cudaMalloc(void** data, size_t bytes) {
   return cudaSuccess;
 }
 cudaError_t cudaFree(void* data) {
+  keepset::kernels::cuda::FinishUploads();
   auto& device = TheDevice();
   ++device.frees;
   const std::lock_guard<std::mutex> lock(device.mutex);
@@ -438,8 +454,22 @@ cudaError_t cudaFreeHost(void* data) {
   return State();
 }
 
-cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind /*kind*/) {
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+  if (kind == cudaMemcpyHostToDevice) {
+    const auto* const first = static_cast<const std::byte*>(from);
+    auto& device = TheDevice();
+    const std::lock_guard<std::mutex> lock(device.mutex);
+    device.uploads.emplace_back([to, staged = std::vector<std::byte>(first, first + bytes)] {
+      std::memcpy(to, staged.data(), staged.size());
+    });
+    return State();
+  }
+  keepset::kernels::cuda::FinishUploads();
   std::memcpy(to, from, bytes);
+  return State();
+}
+cudaError_t cudaDeviceSynchronize() {
+  keepset::kernels::cuda::FinishUploads();
   return State();
 }
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind /*kind*/,

@@ -40,6 +40,28 @@ class EmulatedStream : public CudaTest {
   absl::Status Refusal(cudaStream_t stream) { return cuda_.backend->NewContext({stream}).status(); }
 };
 
+// As on a device, so that a test which does not wait for its own uploads fails here.
+TEST_F(EmulatedStream, DoesNotWaitForAnUploadOfPageableMemory) {
+  const std::vector<uint32_t> sent(8, 7);
+  std::vector<uint32_t> found(sent.size());
+  const size_t bytes = sent.size() * sizeof(sent[0]);
+  void* data = nullptr;
+  ASSERT_EQ(cudaMalloc(&data, bytes), cudaSuccess);
+  const cudaStream_t stream = NewStream();
+  const auto read = [&] {
+    EXPECT_EQ(cudaMemcpyAsync(found.data(), data, bytes, cudaMemcpyDeviceToHost, stream),
+              cudaSuccess);
+    EXPECT_EQ(cudaStreamSynchronize(stream), cudaSuccess);
+    return found;
+  };
+  EXPECT_EQ(cudaMemcpy(data, sent.data(), bytes, cudaMemcpyHostToDevice), cudaSuccess);
+  EXPECT_NE(read(), sent);
+  EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
+  EXPECT_EQ(read(), sent);
+  EXPECT_EQ(cudaStreamDestroy(stream), cudaSuccess);
+  EXPECT_EQ(cudaFree(data), cudaSuccess);
+}
+
 TEST_F(EmulatedStream, OfAnotherDeviceIsRefused) {
   ASSERT_EQ(cudaSetDevice(1), cudaSuccess);
   const cudaStream_t stream = NewStream();

@@ -91,7 +91,9 @@ class DeviceRegion:
     """`num_bytes` of device memory from `pointer` on, to be registered with `Client.register`.
 
     `pointer` may lie anywhere inside an allocation, aligned to 16 bytes; the memory stays the caller's, must
-    outlive the registration, and the stream that wrote it must have been synchronised before a call names it.
+    outlive the registration, and the stream that wrote it must have been synchronised before a call names it:
+    a cudaMemcpy from pageable memory alone makes nothing ready, it returns when the bytes are staged
+    (`torch.cuda.synchronize()` covers both).
     Raises KeepsetError: NOT_FOUND no driver; INVALID_ARGUMENT no device memory, or bytes beyond the allocation;
     FAILED_PRECONDITION memory its allocator made impossible to share, with what to change.
     """
