@@ -39,7 +39,7 @@ BAD_TABLES = {
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """Of a prompt of SEQ_LEN tokens whose last WINDOW rows are sent."""
+    """Of a prompt of SEQ_LEN tokens; WINDOW rows are sent, `first_row` and those after it."""
 
     observations: list
     message: str
@@ -48,12 +48,25 @@ class Request:
     probe: tuple[str, str] | None = None
     left_out: int | None = None
     model: keepset.ModelFingerprint = MODEL  # of the table
+    first_row: int = SEQ_LEN - WINDOW
+    of_capture: str = ""  # message where the capture itself is refused: it has rows of the prompt alone
+
+    @property
+    def rows(self) -> np.ndarray:
+        return np.arange(self.first_row, self.first_row + WINDOW)
 
 
 BAD_REQUESTS = {
     "rows behind the prompt": Request(
         [(0, 0, MEAN_ROWS, 1.0)], "inside the prompt of 96 positions",
         parameters={"observe": f"{SEQ_LEN - 2}:{SEQ_LEN + 2}"}),
+    "a row behind the prompt of a table without a probe": Request(
+        [(0, 0, LAST_ROW, 1.0)], "names no probe", first_row=SEQ_LEN - 2,
+        of_capture="row_positions: element[2]=96, want"),
+    "no row of the prompt": Request(
+        [(0, 0, PROBE_MAX, 1.0), (0, 1, LAST_ROW, 1.0)], "want at least one observed row of the prompt",
+        parameters={"probe": "recall"}, probe=PROBE, first_row=SEQ_LEN,
+        of_capture="row_positions: element[0]=96, want"),
     "a row that is not sent": Request(
         [(0, 0, MAX_ROWS, 1.0)], "position 0 is not among row_positions",
         parameters={"observe": "0:4"}),
@@ -156,8 +169,8 @@ def test_a_bad_request_is_refused_in_process(engine, layers, title):
     with pytest.raises(EngineError) as error:
         engine.keep(model=MODEL, policy="observation_heads", layers=sent, seq_len=SEQ_LEN,
                     budget_tokens=24, softmax_scale=MODEL.head_dim**-0.5,
-                    row_positions=np.arange(SEQ_LEN - WINDOW, SEQ_LEN),
-                    table=_table("heads", request), parameters=request.parameters)
+                    row_positions=request.rows, table=_table("heads", request),
+                    parameters=request.parameters)
     assert error.value.code == request.code and request.message in error.value.message
 
 
@@ -167,8 +180,9 @@ def test_a_bad_request_is_refused_by_a_server(heads_server, layers, title):
     sent = {index: layer for index, layer in enumerate(layers) if index != request.left_out}
     with keepset.Client.connect(heads_server.address) as client, pytest.raises(
             keepset.KeepsetError) as error:
-        client.compress(layers=sent, **spec(policy="observation_heads", parameters=request.parameters,
-                                            table=keepset.TablePin(_NAMES[title])))
+        client.compress(layers=sent, **spec(
+            policy="observation_heads", parameters=request.parameters, row_positions=request.rows.tolist(),
+            table=keepset.TablePin(_NAMES[title])))
     assert error.value.code == request.code and request.message in error.value.message
 
 
@@ -178,10 +192,14 @@ def test_a_bad_request_is_refused_by_the_command_line(build, capture, tmp_path, 
     request = BAD_REQUESTS[title]
     path = tmp_path / "heads.safetensors"
     path.write_bytes(_table("heads", request))
+    with safetensors.safe_open(capture, "numpy") as file:
+        document, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+    capture = tmp_path / "capture.safetensors"
+    capture.write_bytes(safetensors.numpy.save(tensors | {"row_positions": request.rows}, metadata=document))
     parameters = [word for one in request.parameters.items() for word in ("--param", "=".join(one))]
     done = _run(build, "compress", capture, "--policy", "observation_heads", "--table", path,
                 "--budget", 24, "--out", tmp_path / "result", *parameters)
-    assert done.returncode == REFUSED and request.message in done.stderr, done
+    assert done.returncode == REFUSED and (request.of_capture or request.message) in done.stderr, done
     assert not (tmp_path / "result").exists()
 
 

@@ -139,6 +139,29 @@ def test_the_compiler_finds_the_marker_head(build, engine, tmp_path):
     assert again.report["observations"] == found.report["observations"]
 
 
+def test_an_interrupted_compilation_reads_no_prompt_twice(build, engine, tmp_path):
+    class Counted(ConstructedTasks):
+        def prompt(self, task, seed, seq_len):
+            if seed == stop_at:
+                raise KeyboardInterrupt
+            read.append(seed)
+            return super().prompt(task, seed, seq_len)
+
+    tasks = Counted(constructed.marker_model("mass", seed=5))
+    mixture = heads.Mixture(("facts",), (512,), range(3))
+    settings = {"name": "marker", "version": "1", "budgets": (48,), "say": lambda _: None, "max_heads": 1}
+    read, stop_at = [], 2
+    with pytest.raises(KeyboardInterrupt):
+        heads.compile_heads(build, engine, tasks, mixture, tmp_path, **settings)
+    assert read == [0, 1]
+    records = sorted((path.name, path.stat().st_mtime_ns) for path in tmp_path.glob("*.safetensors"))
+    read, stop_at = [], None
+    heads.compile_heads(build, engine, tasks, mixture, tmp_path, **settings)
+    # The third prompt's record, then the losses of the first ones.
+    assert read[0] == 2
+    assert set(records) <= {(path.name, path.stat().st_mtime_ns) for path in tmp_path.glob("*.safetensors")}
+
+
 def test_the_compiler_tells_the_worst_task_and_the_controls(build, small, tmp_path):
     paths = []
     for length in (256, 512):
