@@ -178,6 +178,13 @@ class ComputeBackend {
 
   virtual DeviceMemoryUse MemoryUse() const { return {}; }
 
+  // A backend that takes of a device memory it does not have, step by step, what this one would
+  // take of memory of a fixed size: its MemoryUse().peak_bytes says how much that is. Its ops check
+  // their operands as this one's, compute nothing and look behind no pointer, which all count as
+  // device memory. Values that reach the host are 1, every Selection is as long as it may be.
+  // nullptr: ops of this backend take no device memory. This one must outlive it.
+  virtual std::unique_ptr<ComputeBackend> NewMeasure() const { return nullptr; }
+
   // OK, or the error after which the device answers nothing until the process is restarted.
   virtual absl::Status Health() const { return absl::OkStatus(); }
 

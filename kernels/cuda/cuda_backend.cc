@@ -117,6 +117,14 @@ class CudaBackend : public ComputeBackend {
         name(), state.HasUsed(cuda::WindowKernels::kPortable) ? "/wgmma+portable" : "/wgmma");
   }
   DeviceInfo Device() const override { return device_; }
+  std::unique_ptr<ComputeBackend> NewMeasure() const override {
+    auto measure = std::make_unique<CudaBackend>();
+    measure->device_ = device_;
+    measure->traits_ = traits_;
+    measure->traits_.execution = cuda::Execution::kNone;
+    measure->pool_.UseRegion(cuda::DeviceRegion::NewOfNoMemory(measure->health_));
+    return measure;
+  }
   absl::Status Health() const override { return health_.status(); }
   DeviceMemoryUse MemoryUse() const override { return pool_.use(); }
 
@@ -252,9 +260,11 @@ class CudaBackend : public ComputeBackend {
     KEEPSET_RETURN_IF_ERROR(CheckCopySize(x, static_cast<int64_t>(out.size())));
     KEEPSET_ASSIGN_OR_RETURN(const Entered state, Enter(context));
     KEEPSET_ASSIGN_OR_RETURN(const float* const from, cuda::Readable(*state, x));
-    KEEPSET_RETURN_IF_CUDA_ERROR(health_,
-                                 cudaMemcpyAsync(out.data(), from, out.size() * sizeof(float),
-                                                 cudaMemcpyDeviceToHost, state->stream()));
+    if (!state->is_queued()) std::fill(out.begin(), out.end(), 1.0f);
+    KEEPSET_RETURN_IF_ERROR(state->Queue("cudaMemcpyAsync", [&] {
+      return cudaMemcpyAsync(out.data(), from, out.size() * sizeof(float), cudaMemcpyDeviceToHost,
+                             state->stream());
+    }));
     return state->Wait();
   }
   absl::Status CopyFromHost(OpContext& context, absl::Span<const float> in,
@@ -262,10 +272,13 @@ class CudaBackend : public ComputeBackend {
     KEEPSET_RETURN_IF_ERROR(CheckCopySize(out, static_cast<int64_t>(in.size())));
     KEEPSET_ASSIGN_OR_RETURN(const Entered state, Enter(context));
     float* const to = cuda::Cuda(out).Overwrite(*state);
-    KEEPSET_RETURN_IF_CUDA_ERROR(health_, cudaMemcpyAsync(to, in.data(), in.size() * sizeof(float),
-                                                          cudaMemcpyHostToDevice, state->stream()));
+    KEEPSET_RETURN_IF_ERROR(state->Queue("cudaMemcpyAsync", [&] {
+      return cudaMemcpyAsync(to, in.data(), in.size() * sizeof(float), cudaMemcpyHostToDevice,
+                             state->stream());
+    }));
     // The caller's memory is read until then.
-    return health_.Check(cudaStreamSynchronize(state->stream()), "cudaStreamSynchronize");
+    return state->Queue("cudaStreamSynchronize",
+                        [&] { return cudaStreamSynchronize(state->stream()); });
   }
 
   absl::Status Wait(OpContext& context) override {

@@ -41,13 +41,15 @@ StreamState::StreamState(const DeviceTraits& traits, DeviceHealth& health, Devic
       faults_host_(health) {}
 
 StreamState::~StreamState() {
-  if (own_stream_ == nullptr) return;
-  health_.Check(cudaStreamSynchronize(stream()), "cudaStreamSynchronize").IgnoreError();
+  if (own_stream_ == nullptr && is_queued()) return;
+  Queue("cudaStreamSynchronize", [&] { return cudaStreamSynchronize(stream()); }).IgnoreError();
   deferred_->Close();
+  if (own_stream_ == nullptr) return;
   health_.Check(cudaStreamDestroy(own_stream_), "cudaStreamDestroy").IgnoreError();
 }
 
 absl::Status StreamState::Init() {
+  if (!is_queued()) return absl::OkStatus();
   int least_priority = 0;
   int greatest_priority = 0;
   KEEPSET_RETURN_IF_CUDA_ERROR(
@@ -62,8 +64,8 @@ absl::Status StreamState::Init() {
 absl::Status StreamState::TakeFaults() {
   if (faults_.bytes() > 0) return absl::OkStatus();
   KEEPSET_ASSIGN_OR_RETURN(faults_, pool_.Acquire(kFaultBytes));
-  return health_.Check(cudaMemsetAsync(faults_.data(), kAllOnes, kFaultBytes, stream()),
-                       "cudaMemsetAsync");
+  return Queue("cudaMemsetAsync",
+               [&] { return cudaMemsetAsync(faults_.data(), kAllOnes, kFaultBytes, stream()); });
 }
 
 absl::StatusOr<std::byte*> StreamState::Workspace(int64_t bytes) {
@@ -96,10 +98,18 @@ absl::StatusOr<std::unique_ptr<PinnedBuffer>> StreamState::TakeRingHost(int64_t 
   return host;
 }
 
+int64_t StreamState::ring_bytes() const {
+  // Either may be larger than it was asked for.
+  return ring_host_ == nullptr ? ring_.bytes() : std::min(ring_.bytes(), ring_host_->bytes());
+}
+
 absl::Status StreamState::GrowRing(int64_t bytes) {
   const int64_t size = std::max({bytes, 2 * ring_.bytes(), kFirstRingBytes});
   KEEPSET_ASSIGN_OR_RETURN(DeviceBlock block, pool_.Acquire(size));
-  KEEPSET_ASSIGN_OR_RETURN(std::unique_ptr<PinnedBuffer> host, TakeRingHost(size));
+  std::unique_ptr<PinnedBuffer> host;
+  if (is_queued()) {
+    KEEPSET_ASSIGN_OR_RETURN(host, TakeRingHost(size));
+  }
   deferred_->Add(std::move(ring_));
   if (ring_host_ != nullptr) old_rings_.push_back(std::move(ring_host_));
   ring_ = std::move(block);
@@ -114,16 +124,17 @@ void StreamState::PutRingAway() {
 }
 
 absl::StatusOr<const std::byte*> StreamState::Upload(const void* data, int64_t bytes) {
-  // Either may be larger than it was asked for.
-  if (ring_host_ == nullptr || ring_used_ + bytes > std::min(ring_.bytes(), ring_host_->bytes())) {
+  if (ring_used_ + bytes > ring_bytes()) {
     KEEPSET_RETURN_IF_ERROR(GrowRing(bytes));
   }
-  std::byte* const host = ring_host_->data() + ring_used_;
   std::byte* const device = ring_.data() + ring_used_;
   if (bytes > 0) {
-    std::memcpy(host, data, static_cast<size_t>(bytes));
-    KEEPSET_RETURN_IF_CUDA_ERROR(health_, cudaMemcpyAsync(device, host, static_cast<size_t>(bytes),
-                                                          cudaMemcpyHostToDevice, stream()));
+    KEEPSET_RETURN_IF_ERROR(Queue("cudaMemcpyAsync", [&] {
+      std::byte* const host = ring_host_->data() + ring_used_;
+      std::memcpy(host, data, static_cast<size_t>(bytes));
+      return cudaMemcpyAsync(device, host, static_cast<size_t>(bytes), cudaMemcpyHostToDevice,
+                             stream());
+    }));
   }
   ring_used_ += Aligned(bytes);
   return device;
@@ -131,9 +142,7 @@ absl::StatusOr<const std::byte*> StreamState::Upload(const void* data, int64_t b
 
 absl::Status StreamState::ReserveUploads(int64_t bytes) {
   KEEPSET_RETURN_IF_ERROR(Wait());
-  if (ring_host_ != nullptr && bytes <= std::min(ring_.bytes(), ring_host_->bytes())) {
-    return absl::OkStatus();
-  }
+  if (bytes <= ring_bytes()) return absl::OkStatus();
   PutRingAway();
   return GrowRing(bytes);
 }
@@ -186,6 +195,10 @@ void StreamState::ForgetQueued() {
 }
 
 absl::Status StreamState::Wait() {
+  if (!is_queued()) {
+    ForgetQueued();
+    return absl::OkStatus();
+  }
   absl::Status status;
   if (!describe_.empty()) {
     const size_t bytes = describe_.size() * sizeof(uint64_t);
@@ -213,10 +226,12 @@ absl::Status StreamState::Reset() {
   describe_.clear();
   pending_ = absl::OkStatus();
   if (has_faults) {
-    KEEPSET_RETURN_IF_CUDA_ERROR(health_,
-                                 cudaMemsetAsync(faults_.data(), kAllOnes, kFaultBytes, stream()));
+    KEEPSET_RETURN_IF_ERROR(Queue("cudaMemsetAsync", [&] {
+      return cudaMemsetAsync(faults_.data(), kAllOnes, kFaultBytes, stream());
+    }));
   }
-  KEEPSET_RETURN_IF_CUDA_ERROR(health_, cudaStreamSynchronize(stream()));
+  KEEPSET_RETURN_IF_ERROR(
+      Queue("cudaStreamSynchronize", [&] { return cudaStreamSynchronize(stream()); }));
   ForgetQueued();
   deferred_->Close();
   callers_stream_ = nullptr;
@@ -281,9 +296,9 @@ CudaScoreBuffer::~CudaScoreBuffer() {
 absl::StatusOr<float*> CudaScoreBuffer::Use(StreamState& state) {
   last_stream_ = state.deferred();
   if (!is_written_) {
-    KEEPSET_RETURN_IF_CUDA_ERROR(
-        state.health(),
-        cudaMemsetAsync(block_.data(), 0, static_cast<size_t>(bytes()), state.stream()));
+    KEEPSET_RETURN_IF_ERROR(state.Queue("cudaMemsetAsync", [&] {
+      return cudaMemsetAsync(block_.data(), 0, static_cast<size_t>(bytes()), state.stream());
+    }));
     is_written_ = true;
   }
   return data();

@@ -19,8 +19,10 @@
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/string_view.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/types/span.h"
 #include "kernels/compute_backend.h"
@@ -31,8 +33,15 @@
 
 namespace keepset::kernels::cuda {
 
+// What becomes of the work of ops.
+enum class Execution {
+  kQueued,  // on a stream
+  kNone,    // it is left out, and no address is looked at: only the memory that ops take counts
+};
+
 // What does not change while a backend lives.
 struct DeviceTraits {
+  Execution execution = Execution::kQueued;
   int ordinal = 0;
   std::string architecture;  // "sm_90"
   int64_t max_shared_bytes = 0;
@@ -77,6 +86,13 @@ class StreamState {
   // Null: it is its own.
   cudaStream_t callers_stream() const { return callers_stream_; }
 
+  // Whether work is queued, and there is memory behind the addresses below.
+  bool is_queued() const { return traits_.execution == Execution::kQueued; }
+  // Queues `work` where work is queued. `name`: of the work, in errors.
+  absl::Status Queue(absl::string_view name, absl::FunctionRef<cudaError_t()> work) {
+    return is_queued() ? health_.Check(work(), name) : absl::OkStatus();
+  }
+
   // Device memory for one op, aligned to 256 bytes; the next call hands out the same again.
   absl::StatusOr<std::byte*> Workspace(int64_t bytes);
   // Device memory of its own until the next Wait.
@@ -120,6 +136,7 @@ class StreamState {
   void Abandon();
 
  private:
+  int64_t ring_bytes() const;
   absl::Status GrowRing(int64_t bytes);
   absl::Status TakeFaults();
   // Page-locked memory that no queued copy reads.

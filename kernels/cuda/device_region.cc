@@ -76,6 +76,13 @@ absl::StatusOr<std::unique_ptr<DeviceRegion>> DeviceRegion::New(const BackendOpt
       new DeviceRegion(static_cast<std::byte*>(data), bytes, Owner::kUs, health));
 }
 
+std::unique_ptr<DeviceRegion> DeviceRegion::NewOfNoMemory(DeviceHealth& health) {
+  constexpr int64_t kBytes = int64_t{1} << 46;
+  // Not null, as much aligned as what cudaMalloc returns, and above what processes use.
+  auto* const data = reinterpret_cast<std::byte*>(uintptr_t{1} << 60);
+  return absl::WrapUnique(new DeviceRegion(data, kBytes, Owner::kCaller, health));
+}
+
 DeviceRegion::~DeviceRegion() {
   if (owner_ == Owner::kUs) health_.Check(cudaFree(data_), "cudaFree").IgnoreError();
 }

@@ -32,6 +32,8 @@ class DeviceRegion {
   // outlive it.
   static absl::StatusOr<std::unique_ptr<DeviceRegion>> New(const BackendOptions& options,
                                                            int device, DeviceHealth& health);
+  // Of more bytes than any device has, none of which is there.
+  static std::unique_ptr<DeviceRegion> NewOfNoMemory(DeviceHealth& health);
   DeviceRegion(const DeviceRegion&) = delete;
   DeviceRegion& operator=(const DeviceRegion&) = delete;
   ~DeviceRegion();

@@ -88,7 +88,7 @@ absl::Status TileColumns(StreamState& state, const TileArgs& args, ScoreBuffer& 
       state.NewFault([name, num_rows = tile.num_rows, seq_len = tile.seq_len](uint64_t code) {
         return DescribeTileFault(code, name, num_rows, seq_len);
       });
-  return state.health().Check(LaunchTileColumns(params, state.stream()), "tile columns");
+  return state.Queue("tile columns", [&] { return LaunchTileColumns(params, state.stream()); });
 }
 
 absl::Status RowNorms(StreamState& state, const KvView& x, absl::string_view what,
@@ -102,7 +102,7 @@ absl::Status RowNorms(StreamState& state, const KvView& x, absl::string_view wha
   params.fault = state.NewFault([what = std::string(what), seq_len = x.seq_len](uint64_t code) {
     return DescribeNormFault(code, what, seq_len);
   });
-  return state.health().Check(LaunchRowNorms(params, state.stream()), "row norms");
+  return state.Queue("row norms", [&] { return LaunchRowNorms(params, state.stream()); });
 }
 
 absl::Status KeyNovelty(StreamState& state, const KvView& k, absl::Span<const int64_t> kv_heads,
@@ -129,7 +129,7 @@ absl::Status KeyNovelty(StreamState& state, const KvView& k, absl::Span<const in
             absl::StrCat(what, ": head ", heads[static_cast<size_t>(place / seq_len)], " position ",
                          place % seq_len, " is not finite"));
       });
-  return state.health().Check(LaunchKeyNovelty(params, state.stream()), "key novelty");
+  return state.Queue("key novelty", [&] { return LaunchKeyNovelty(params, state.stream()); });
 }
 
 }  // namespace keepset::kernels::cuda

@@ -29,21 +29,22 @@ GlueParams GlueOn(GlueOp op, float* out, const ScoreBuffer& shape) {
 }
 
 absl::Status Queue(StreamState& state, const GlueParams& params) {
-  return state.health().Check(LaunchGlue(params, state.stream()), "score glue");
+  return state.Queue("score glue", [&] { return LaunchGlue(params, state.stream()); });
 }
 
 absl::Status Queue(StreamState& state, const SlideParams& params) {
-  return state.health().Check(LaunchSlide(params, state.stream()), "sliding window");
+  return state.Queue("sliding window", [&] { return LaunchSlide(params, state.stream()); });
 }
 
 // What kernels that do not write in place left in the workspace, into the rows of x.
 absl::Status CopyBack(StreamState& state, const float* from, int64_t length, float* to,
                       const ScoreBuffer& x) {
   const auto width = static_cast<size_t>(length) * sizeof(float);
-  return state.health().Check(
-      cudaMemcpy2DAsync(to, static_cast<size_t>(x.cols()) * sizeof(float), from, width, width,
-                        static_cast<size_t>(x.rows()), cudaMemcpyDeviceToDevice, state.stream()),
-      "cudaMemcpy2DAsync");
+  return state.Queue("cudaMemcpy2DAsync", [&] {
+    return cudaMemcpy2DAsync(to, static_cast<size_t>(x.cols()) * sizeof(float), from, width, width,
+                             static_cast<size_t>(x.rows()), cudaMemcpyDeviceToDevice,
+                             state.stream());
+  });
 }
 
 // x[r, t] = max of x[r, t - before .. t + after] within [0, length).
@@ -127,7 +128,7 @@ absl::Status AveragePool(StreamState& state, int64_t kernel, int64_t length, flo
     prefix.prefix = reinterpret_cast<double*>(workspace + out_bytes);
     params.prefix = prefix.prefix;
     KEEPSET_RETURN_IF_ERROR(
-        state.health().Check(LaunchPrefix(prefix, rows, state.stream()), "prefix sums"));
+        state.Queue("prefix sums", [&] { return LaunchPrefix(prefix, rows, state.stream()); }));
   }
   KEEPSET_RETURN_IF_ERROR(Queue(state, params));
   return CopyBack(state, params.out, length, data, x);
@@ -145,7 +146,7 @@ absl::Status DivideByRowMean(StreamState& state, float eps, ScoreBuffer& x) {
   sum.rows = x.rows();
   sum.cols = x.cols();
   sum.parts = reinterpret_cast<double*>(workspace);
-  KEEPSET_RETURN_IF_ERROR(state.health().Check(LaunchSum(sum, state.stream()), "row sums"));
+  KEEPSET_RETURN_IF_ERROR(state.Queue("row sums", [&] { return LaunchSum(sum, state.stream()); }));
   GlueParams params = GlueOn(GlueOp::kDivideByMean, data, x);
   params.factor = eps;
   params.parts = sum.parts;
@@ -177,7 +178,7 @@ absl::Status NormalizeRows(StreamState& state, Normalization normalization,
         state.Upload(bitmap.data(), static_cast<int64_t>(bitmap.size() * sizeof(uint32_t))));
     sum.excluded = reinterpret_cast<const uint32_t*>(uploaded);
   }
-  KEEPSET_RETURN_IF_ERROR(state.health().Check(LaunchSum(sum, state.stream()), "row sums"));
+  KEEPSET_RETURN_IF_ERROR(state.Queue("row sums", [&] { return LaunchSum(sum, state.stream()); }));
   GlueParams params = GlueOn(GlueOp::kNormalize, data, x);
   params.normalization = normalization;
   params.parts = sum.parts;
@@ -187,7 +188,8 @@ absl::Status NormalizeRows(StreamState& state, Normalization normalization,
     sum.totals = sum.parts;
     sum.parts += num_parts;
     params.square_parts = sum.parts;
-    KEEPSET_RETURN_IF_ERROR(state.health().Check(LaunchSum(sum, state.stream()), "row squares"));
+    KEEPSET_RETURN_IF_ERROR(
+        state.Queue("row squares", [&] { return LaunchSum(sum, state.stream()); }));
   }
   return Queue(state, params);
 }
@@ -270,11 +272,12 @@ absl::Status QueueMass(StreamState& state, const ScoreBuffer& x, int64_t row, do
   params.rows = 1;
   params.cols = x.cols();
   params.parts = parts;
-  KEEPSET_RETURN_IF_ERROR(state.health().Check(LaunchSum(params, state.stream()), "row sums"));
+  KEEPSET_RETURN_IF_ERROR(
+      state.Queue("row sums", [&] { return LaunchSum(params, state.stream()); }));
   params.kind = SumKind::kEntropy;
   params.totals = params.parts;
   params.parts += NumSumBlocks(x.cols());
-  return state.health().Check(LaunchSum(params, state.stream()), "entropy");
+  return state.Queue("entropy", [&] { return LaunchSum(params, state.stream()); });
 }
 
 absl::StatusOr<ComputeBackend::Mass> ReadMass(const double* parts, int64_t blocks) {
@@ -292,6 +295,10 @@ absl::StatusOr<std::vector<ComputeBackend::Mass>> MassesOfRow(
   for (const ScoreBuffer* const buffer : buffers) values += 2 * NumSumBlocks(buffer->cols());
   const int64_t bytes = values * int64_t{sizeof(double)};
   KEEPSET_ASSIGN_OR_RETURN(std::byte* const workspace, state.Workspace(bytes));
+  if (!state.is_queued()) {
+    KEEPSET_RETURN_IF_ERROR(state.Wait());
+    return std::vector<ComputeBackend::Mass>(buffers.size(), {1.0, 1.0});
+  }
   KEEPSET_ASSIGN_OR_RETURN(std::byte* const results, state.Results(bytes));
   auto* parts = reinterpret_cast<double*>(workspace);
   for (const ScoreBuffer* const buffer : buffers) {

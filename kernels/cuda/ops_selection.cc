@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <numeric>
 #include <string>
 #include <utility>
 #include <vector>
@@ -94,6 +95,23 @@ absl::StatusOr<std::vector<Selection>> ReadSelections(int64_t rows, int64_t capa
   return selections;
 }
 
+// Of each row the first positions, as many as its budget has.
+std::vector<std::vector<Selection>> LongestSelections(absl::Span<const SelectTask> tasks,
+                                                      const RowSpecs& specs) {
+  std::vector<std::vector<Selection>> all;
+  auto row = specs.rows.begin();
+  for (const SelectTask& task : tasks) {
+    std::vector<Selection>& selections = all.emplace_back();
+    for (int64_t i = 0; i < task.scores->rows(); ++i, ++row) {
+      Selection& selection = selections.emplace_back();
+      selection.candidates = row->length;
+      selection.keep_indices.resize(static_cast<size_t>(std::min(row->budget, row->length)));
+      std::iota(selection.keep_indices.begin(), selection.keep_indices.end(), 0);
+    }
+  }
+  return all;
+}
+
 }  // namespace
 
 absl::StatusOr<std::vector<std::vector<Selection>>> SelectEach(StreamState& state,
@@ -113,10 +131,15 @@ absl::StatusOr<std::vector<std::vector<Selection>>> SelectEach(StreamState& stat
   const int64_t header_bytes = params.rows * int64_t{sizeof(SelectRowResult)};
   const int64_t bytes = header_bytes + params.rows * specs.capacity * int64_t{sizeof(int32_t)};
   KEEPSET_ASSIGN_OR_RETURN(std::byte* const workspace, state.Workspace(bytes));
+  if (!state.is_queued()) {
+    KEEPSET_RETURN_IF_ERROR(state.Wait());
+    return LongestSelections(tasks, specs);
+  }
   KEEPSET_ASSIGN_OR_RETURN(std::byte* const results, state.Results(bytes));
   params.results = reinterpret_cast<SelectRowResult*>(workspace);
   params.keep_indices = reinterpret_cast<int32_t*>(workspace + header_bytes);
-  KEEPSET_RETURN_IF_ERROR(state.health().Check(LaunchSelect(params, state.stream()), "select"));
+  KEEPSET_RETURN_IF_ERROR(
+      state.Queue("select", [&] { return LaunchSelect(params, state.stream()); }));
   KEEPSET_RETURN_IF_CUDA_ERROR(state.health(),
                                cudaMemcpyAsync(results, workspace, static_cast<size_t>(bytes),
                                                cudaMemcpyDeviceToHost, state.stream()));
@@ -237,7 +260,8 @@ absl::Status RunGathers(StreamState& state, absl::Span<const GatherTask> tasks,
   }
   params.num_tensors = static_cast<int32_t>(tensors.size());
   KEEPSET_ASSIGN_OR_RETURN(params.tensors, UploadArray<GatherTensor>(state, tensors));
-  KEEPSET_RETURN_IF_ERROR(state.health().Check(LaunchGather(params, state.stream()), "gather"));
+  KEEPSET_RETURN_IF_ERROR(
+      state.Queue("gather", [&] { return LaunchGather(params, state.stream()); }));
   std::vector<PackedRows> packed;
   absl::Status queued;
   for (const StagedGather& one : staged) {

@@ -230,15 +230,16 @@ absl::Status QueueHopper(StreamState& state, const WindowParams& params, const H
   HopperParams hopper;
   hopper.window = params;
   KEEPSET_ASSIGN_OR_RETURN(hopper.parts, UploadArray<HopperPart>(state, plan.parts));
+  if (!state.is_queued()) return absl::OkStatus();
   for (int layer = 0; layer < params.num_layers; ++layer) {
     KEEPSET_RETURN_IF_ERROR(EncodeTensorMap(state.traits().tensor_maps,
                                             KeyMap(params, plan, layer, keys[layer]),
                                             &hopper.key_maps[layer]));
   }
   state.NoteWindowKernels(WindowKernels::kHopper);
-  return state.health().Check(
-      LaunchHopperWindowScores(hopper, plan, state.traits().multiprocessors, state.stream()),
-      "window scores");
+  return state.Queue("window scores", [&] {
+    return LaunchHopperWindowScores(hopper, plan, state.traits().multiprocessors, state.stream());
+  });
 }
 
 // The layers of params with products by cuBLAS.
@@ -248,6 +249,7 @@ absl::Status QueueCublas(StreamState& state, const WindowParams& params,
   KEEPSET_ASSIGN_OR_RETURN(std::byte* const workspace,
                            state.Workspace(CublasWorkspaceBytes(params, plan)));
   state.NoteWindowKernels(WindowKernels::kCublas);
+  if (!state.is_queued()) return absl::OkStatus();
   return QueueCublasWindowScores(params, plan, units, workspace, *state.traits().products,
                                  state.health(), state.stream());
 }
@@ -285,7 +287,8 @@ absl::Status QueueLayers(StreamState& state, const WindowArgs& first,
   params->partial = reinterpret_cast<RowStat*>(workspace + reference_bytes);
   if (hopper.has_value()) return QueueHopper(state, *params, *hopper, keys);
   state.NoteWindowKernels(WindowKernels::kPortable);
-  return state.health().Check(LaunchWindowScores(*params, plan, state.stream()), "window scores");
+  return state.Queue("window scores",
+                     [&] { return LaunchWindowScores(*params, plan, state.stream()); });
 }
 
 // At most kMaxWindowLayers layers; neighbours of one shape that want the same are queued together.

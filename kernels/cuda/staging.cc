@@ -84,6 +84,7 @@ void DescribeDense(const View& view, int64_t tokens, Byte* data, BasicDeviceRows
 }  // namespace
 
 absl::StatusOr<MemoryPlace> PlaceOf(StreamState& state, const void* data, absl::string_view what) {
+  if (!state.is_queued()) return MemoryPlace::kDevice;
   cudaPointerAttributes attributes = {};
   const cudaError_t error = cudaPointerGetAttributes(&attributes, data);
   if (error == cudaErrorInvalidValue) {

@@ -1,0 +1,161 @@
+#include "engine/device_bytes.h"
+
+#include <cstddef>
+#include <memory>
+#include <numeric>
+#include <utility>
+#include <vector>
+
+#include "absl/time/time.h"
+#include "absl/types/span.h"
+#include "base/clock.h"
+#include "base/status_macros.h"
+#include "engine/operation.h"
+#include "engine/spec_check.h"
+
+namespace keepset::engine {
+namespace {
+
+constexpr int64_t kPageTokens = 16;
+// Tensors that nobody has lie apart from each other, above what a process can address.
+constexpr uintptr_t kFirstTensor = uintptr_t{1} << 58;
+constexpr uintptr_t kTensorBytes = uintptr_t{1} << 44;
+
+template <typename View>
+kernels::MutableKvView Writable(const View& view, std::byte* data) {
+  kernels::MutableKvView to;
+  to.data = data;
+  to.size_bytes = view.size_bytes;
+  to.dtype = view.dtype;
+  to.num_kv_heads = view.num_kv_heads;
+  to.seq_len = view.seq_len;
+  to.head_dim = view.head_dim;
+  to.head_stride = view.head_stride;
+  to.token_stride = view.token_stride;
+  to.block_size = view.block_size;
+  to.block_stride = view.block_stride;
+  to.block_table = view.block_table;
+  return to;
+}
+
+// What the layers of one operation bring and where their rows go. `spec` has been checked, and
+// outlives it.
+class Tensors {
+ public:
+  Tensors(const OperationSpec& spec, const std::optional<LayerObservation>& layer)
+      : spec_(spec), pages_(static_cast<size_t>((spec.seq_len + kPageTokens - 1) / kPageTokens)) {
+    std::iota(pages_.begin(), pages_.end(), 0);
+    layer_ = layer.has_value() ? *layer : AllInPages();
+    k_ = layer_.k.present() ? layer_.k : Paged(spec.model.head_dim);
+    v_ = layer_.v.present() ? layer_.v : Paged(ValueHeadDim(spec));
+  }
+
+  std::vector<ObservedLayer> Layers() const {
+    std::vector<ObservedLayer> layers;
+    for (int64_t layer = 0; layer < num_layers(); ++layer) layers.push_back({layer, layer_});
+    return layers;
+  }
+  std::vector<LayerGather> Gathers() {
+    std::vector<LayerGather> gathers;
+    for (int64_t layer = 0; layer < num_layers(); ++layer) {
+      gathers.push_back({layer, k_, v_, Writable(k_, Next()), Writable(v_, Next())});
+    }
+    return gathers;
+  }
+  std::vector<LayerInPlace> Moves() {
+    std::vector<LayerInPlace> moves;
+    for (int64_t layer = 0; layer < num_layers(); ++layer) {
+      moves.push_back({layer, Writable(k_, Next()), Writable(v_, Next())});
+    }
+    return moves;
+  }
+
+ private:
+  int64_t num_layers() const { return spec_.model.num_layers; }
+  std::byte* Next() { return reinterpret_cast<std::byte*>(kFirstTensor + kTensorBytes * count_++); }
+
+  LayerObservation AllInPages() {
+    LayerObservation layer;
+    const int64_t rows = spec_.row_positions.empty()
+                             ? spec_.num_rows
+                             : static_cast<int64_t>(spec_.row_positions.size());
+    if (rows > 0) {
+      kernels::QueryView& q = layer.q_window;
+      q.data = Next();
+      q.dtype = spec_.kv_dtype;
+      q.num_qo_heads = spec_.model.num_qo_heads;
+      q.num_rows = rows;
+      q.head_dim = spec_.model.head_dim;
+      q.row_stride = q.head_dim;
+      q.head_stride = rows * q.head_dim;
+      q.size_bytes = q.num_qo_heads * q.head_stride * kernels::DTypeBytes(q.dtype);
+    }
+    layer.k = Paged(spec_.model.head_dim);
+    layer.v = Paged(ValueHeadDim(spec_));
+    return layer;
+  }
+  kernels::KvView Paged(int64_t head_dim) {
+    kernels::KvView view;
+    view.data = Next();
+    view.dtype = spec_.kv_dtype;
+    view.num_kv_heads = spec_.model.num_kv_heads;
+    view.seq_len = spec_.seq_len;
+    view.head_dim = head_dim;
+    view.head_stride = head_dim;
+    view.token_stride = view.num_kv_heads * head_dim;
+    view.block_size = kPageTokens;
+    view.block_stride = kPageTokens * view.token_stride;
+    view.block_table = pages_;
+    view.size_bytes = static_cast<int64_t>(pages_.size()) * view.block_stride *
+                      kernels::DTypeBytes(view.dtype);
+    return view;
+  }
+
+  const OperationSpec& spec_;
+  std::vector<int32_t> pages_;
+  uintptr_t count_ = 0;
+  LayerObservation layer_;
+  kernels::KvView k_;
+  kernels::KvView v_;
+};
+
+absl::Status MoveRows(KeptRows kept_rows, Tensors& tensors, Operation& operation) {
+  if (kept_rows == KeptRows::kStay) return absl::OkStatus();
+  if (kept_rows == KeptRows::kGather) return operation.GatherLayers(tensors.Gathers());
+  const std::vector<LayerInPlace> moves = tensors.Moves();
+  KEEPSET_RETURN_IF_ERROR(operation.ReserveInPlace(moves));
+  for (const LayerInPlace& one : moves) {
+    KEEPSET_RETURN_IF_ERROR(operation.GatherInPlace(one.layer, one.k, one.v));
+  }
+  return absl::OkStatus();
+}
+
+absl::Status GoThrough(OperationSpec spec, const DeviceBytesOptions& options,
+                       const PolicyRegistry& policies, kernels::ComputeBackend& measure) {
+  const KeptRows kept_rows = spec.mode == Mode::kShadow ? KeptRows::kStay : options.kept_rows;
+  KEEPSET_ASSIGN_OR_RETURN(const std::unique_ptr<Operation> operation,
+                           Operation::Begin(std::move(spec), policies, measure, SystemClock()));
+  Tensors tensors(operation->spec(), options.layer);
+  KEEPSET_RETURN_IF_ERROR(operation->ObserveLayers(tensors.Layers()));
+  KEEPSET_RETURN_IF_ERROR(operation->Finish().status());
+  KEEPSET_RETURN_IF_ERROR(MoveRows(kept_rows, tensors, *operation));
+  KEEPSET_ASSIGN_OR_RETURN(const std::unique_ptr<ShadowDecision> shadow, operation->TakeShadow());
+  return shadow == nullptr ? absl::OkStatus() : shadow->Finish().status();
+}
+
+}  // namespace
+
+absl::StatusOr<int64_t> DeviceBytes(OperationSpec spec, const DeviceBytesOptions& options,
+                                    const PolicyRegistry& policies,
+                                    const kernels::ComputeBackend& backend) {
+  const std::unique_ptr<kernels::ComputeBackend> measure = backend.NewMeasure();
+  // Of host memory an operation takes none of the device's, whatever is wrong with it.
+  if (measure == nullptr) return 0;
+  spec.device_stream = nullptr;
+  spec.on_short_memory = OnShortMemory::kFail;
+  spec.deadline = absl::InfiniteDuration();
+  KEEPSET_RETURN_IF_ERROR(GoThrough(std::move(spec), options, policies, *measure));
+  return measure->MemoryUse().peak_bytes;
+}
+
+}  // namespace keepset::engine
