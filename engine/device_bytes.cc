@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/time/time.h"
 #include "absl/types/span.h"
 #include "base/clock.h"
@@ -106,8 +107,8 @@ class Tensors {
     view.block_size = kPageTokens;
     view.block_stride = kPageTokens * view.token_stride;
     view.block_table = pages_;
-    view.size_bytes = static_cast<int64_t>(pages_.size()) * view.block_stride *
-                      kernels::DTypeBytes(view.dtype);
+    view.size_bytes =
+        static_cast<int64_t>(pages_.size()) * view.block_stride * kernels::DTypeBytes(view.dtype);
     return view;
   }
 
@@ -119,26 +120,61 @@ class Tensors {
   kernels::KvView v_;
 };
 
-absl::Status MoveRows(KeptRows kept_rows, Tensors& tensors, Operation& operation) {
-  if (kept_rows == KeptRows::kStay) return absl::OkStatus();
-  if (kept_rows == KeptRows::kGather) return operation.GatherLayers(tensors.Gathers());
-  const std::vector<LayerInPlace> moves = tensors.Moves();
-  KEEPSET_RETURN_IF_ERROR(operation.ReserveInPlace(moves));
-  for (const LayerInPlace& one : moves) {
-    KEEPSET_RETURN_IF_ERROR(operation.GatherInPlace(one.layer, one.k, one.v));
+// One operation from its first layer to its last row.
+class Passage {
+ public:
+  Passage(Handover handover, Tensors& tensors, Operation& operation)
+      : handover_(handover), tensors_(tensors), operation_(operation) {}
+
+  absl::Status Observe() {
+    return ForEach<ObservedLayer>(tensors_.Layers(), [this](absl::Span<const ObservedLayer> some) {
+      return operation_.ObserveLayers(some);
+    });
   }
-  return absl::OkStatus();
-}
+  absl::Status Gather() {
+    return ForEach<LayerGather>(tensors_.Gathers(), [this](absl::Span<const LayerGather> some) {
+      return operation_.GatherLayers(some);
+    });
+  }
+  absl::Status MoveInPlace() {
+    return ForEach<LayerInPlace>(
+        tensors_.Moves(), [this](absl::Span<const LayerInPlace> some) -> absl::Status {
+          KEEPSET_RETURN_IF_ERROR(operation_.ReserveInPlace(some));
+          for (const LayerInPlace& one : some) {
+            KEEPSET_RETURN_IF_ERROR(operation_.GatherInPlace(one.layer, one.k, one.v));
+          }
+          return absl::OkStatus();
+        });
+  }
+
+ private:
+  // Calls `work` with all layers, or with one after the other.
+  template <typename Layer>
+  absl::Status ForEach(const std::vector<Layer>& layers,
+                       absl::FunctionRef<absl::Status(absl::Span<const Layer>)> work) {
+    if (handover_ == Handover::kTogether) return work(layers);
+    for (const Layer& layer : layers) {
+      KEEPSET_RETURN_IF_ERROR(work(absl::MakeConstSpan(&layer, 1)));
+    }
+    return absl::OkStatus();
+  }
+
+  const Handover handover_;
+  Tensors& tensors_;
+  Operation& operation_;
+};
 
 absl::Status GoThrough(OperationSpec spec, const DeviceBytesOptions& options,
                        const PolicyRegistry& policies, kernels::ComputeBackend& measure) {
-  const KeptRows kept_rows = spec.mode == Mode::kShadow ? KeptRows::kStay : options.kept_rows;
+  const RowMove row_move = spec.mode == Mode::kShadow ? RowMove::kNone : options.row_move;
   KEEPSET_ASSIGN_OR_RETURN(const std::unique_ptr<Operation> operation,
                            Operation::Begin(std::move(spec), policies, measure, SystemClock()));
   Tensors tensors(operation->spec(), options.layer);
-  KEEPSET_RETURN_IF_ERROR(operation->ObserveLayers(tensors.Layers()));
+  Passage passage(options.handover, tensors, *operation);
+  KEEPSET_RETURN_IF_ERROR(passage.Observe());
   KEEPSET_RETURN_IF_ERROR(operation->Finish().status());
-  KEEPSET_RETURN_IF_ERROR(MoveRows(kept_rows, tensors, *operation));
+  if (row_move == RowMove::kGather) KEEPSET_RETURN_IF_ERROR(passage.Gather());
+  if (row_move == RowMove::kInPlace) KEEPSET_RETURN_IF_ERROR(passage.MoveInPlace());
   KEEPSET_ASSIGN_OR_RETURN(const std::unique_ptr<ShadowDecision> shadow, operation->TakeShadow());
   return shadow == nullptr ? absl::OkStatus() : shadow->Finish().status();
 }

@@ -263,6 +263,38 @@ typedef struct keepset_operation_spec {
   void* cuda_stream;
 } keepset_operation_spec;
 
+/* How the caller will hand over layers, observed ones and such whose rows move. */
+typedef enum keepset_handover {
+  KEEPSET_LAYERS_TOGETHER = 0,  /* all with one call */
+  KEEPSET_LAYERS_ONE_BY_ONE = 1 /* takes less, and more time */
+} keepset_handover;
+
+/* What it will do with the rows that are kept. */
+typedef enum keepset_row_move {
+  KEEPSET_ROWS_GATHERED = 0, /* into tensors of the layout they come from */
+  KEEPSET_ROWS_IN_PLACE = 1,
+  KEEPSET_ROWS_STAY = 2 /* positions are all that is wanted */
+} keepset_row_move;
+
+typedef struct keepset_device_bytes_options {
+  size_t struct_size;
+  int32_t handover; /* keepset_handover */
+  int32_t row_move; /* keepset_row_move */
+  /* What every layer brings, with all heads (qo_heads NULL). Only sizes, strides and block tables
+   * are looked at: data is any address that is not NULL and aligned. NULL: queries of kv_dtype, K
+   * and V in pages of 16 tokens, no window_lse. */
+  const keepset_layer_observation* layer;
+} keepset_device_bytes_options;
+
+/* How many bytes of device memory of a fixed size (keepset_engine_options.device_memory_bytes) one
+ * operation of `spec` runs in, alone, with its tensors in device memory; a multiple of 256. With
+ * less it goes slower, or ends with KEEPSET_RESOURCE_EXHAUSTED. Nothing is queued, and no tensor is
+ * read: an operation is gone through that only counts. options NULL: all 0. 0: the engine's
+ * operations take none. Errors: those of the operation. */
+keepset_status keepset_operation_device_bytes(keepset_engine* engine,
+                                              const keepset_operation_spec* spec,
+                                              const keepset_device_bytes_options* options,
+                                              int64_t* out);
 keepset_status keepset_operation_begin(keepset_engine* engine, const keepset_operation_spec* spec,
                                        keepset_operation** out);
 keepset_status keepset_operation_observe(keepset_operation* operation, int64_t layer,

@@ -9,6 +9,7 @@
 #include "absl/time/time.h"
 #include "base/status_macros.h"
 #include "engine/c_abi/handles.h"
+#include "engine/device_bytes.h"
 #include "engine/input_needs.h"
 #include "engine/result_json.h"
 #include "tables/model_fingerprint.h"
@@ -126,6 +127,36 @@ absl::StatusOr<LayerGather> ReadGather(int64_t layer, const keepset_kv_view* k,
   return gather;
 }
 
+absl::StatusOr<Handover> ToHandover(int32_t from) {
+  if (from == KEEPSET_LAYERS_TOGETHER) return Handover::kTogether;
+  if (from == KEEPSET_LAYERS_ONE_BY_ONE) return Handover::kOneByOne;
+  return absl::InvalidArgumentError(absl::StrCat(
+      "handover=", from, ", want KEEPSET_LAYERS_TOGETHER (0) or KEEPSET_LAYERS_ONE_BY_ONE (1)"));
+}
+
+absl::StatusOr<RowMove> ToRowMove(int32_t from) {
+  if (from == KEEPSET_ROWS_GATHERED) return RowMove::kGather;
+  if (from == KEEPSET_ROWS_IN_PLACE) return RowMove::kInPlace;
+  if (from == KEEPSET_ROWS_STAY) return RowMove::kNone;
+  return absl::InvalidArgumentError(absl::StrCat("row_move=", from,
+                                                 ", want KEEPSET_ROWS_GATHERED (0), "
+                                                 "KEEPSET_ROWS_IN_PLACE (1) or "
+                                                 "KEEPSET_ROWS_STAY (2)"));
+}
+
+absl::StatusOr<DeviceBytesOptions> ToOptions(const keepset_device_bytes_options* from) {
+  DeviceBytesOptions options;
+  if (from == nullptr) return options;
+  KEEPSET_RETURN_IF_ERROR(
+      RequireStruct(from->struct_size, sizeof(*from), "keepset_device_bytes_options"));
+  KEEPSET_ASSIGN_OR_RETURN(options.handover, ToHandover(from->handover));
+  KEEPSET_ASSIGN_OR_RETURN(options.row_move, ToRowMove(from->row_move));
+  if (from->layer != nullptr) {
+    KEEPSET_ASSIGN_OR_RETURN(options.layer, ReadObservation(from->layer, 0));
+  }
+  return options;
+}
+
 }  // namespace
 }  // namespace keepset::engine
 
@@ -153,6 +184,27 @@ keepset_status keepset_operation_begin(keepset_engine* engine, const keepset_ope
                                                        std::move(converted), *engine->policies,
                                                        *engine->backend, keepset::SystemClock()));
     *out = operation.release();
+    return absl::OkStatus();
+  });
+}
+
+keepset_status keepset_operation_device_bytes(keepset_engine* engine,
+                                              const keepset_operation_spec* spec,
+                                              const keepset_device_bytes_options* options,
+                                              int64_t* out) {
+  return Guard([&]() -> absl::Status {
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(engine, "engine"));
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(spec, "spec"));
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(out, "out"));
+    KEEPSET_RETURN_IF_ERROR(
+        RequireStruct(spec->struct_size, kLeastSpecBytes, "keepset_operation_spec"));
+    KEEPSET_ASSIGN_OR_RETURN(keepset::engine::OperationSpec converted,
+                             keepset::engine::ToSpec(*spec));
+    KEEPSET_ASSIGN_OR_RETURN(const keepset::engine::DeviceBytesOptions converted_options,
+                             keepset::engine::ToOptions(options));
+    KEEPSET_ASSIGN_OR_RETURN(*out,
+                             keepset::engine::DeviceBytes(std::move(converted), converted_options,
+                                                          *engine->policies, *engine->backend));
     return absl::OkStatus();
   });
 }

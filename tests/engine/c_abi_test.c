@@ -175,6 +175,26 @@ static void RefusesAnUnknownBaseOfLse(keepset_engine* engine) {
   keepset_operation_destroy(operation);
 }
 
+static void TakesNoDeviceMemory(keepset_engine* engine) {
+  const keepset_operation_spec spec = Spec();
+  keepset_device_bytes_options options;
+  int64_t bytes = -1;
+
+  EXPECT(keepset_operation_device_bytes(engine, &spec, NULL, &bytes) == KEEPSET_OK);
+  EXPECT(bytes == 0);
+  memset(&options, 0, sizeof(options));
+  options.struct_size = sizeof(options);
+  options.handover = 2;
+  EXPECT(keepset_operation_device_bytes(engine, &spec, &options, &bytes) ==
+         KEEPSET_INVALID_ARGUMENT);
+  EXPECT(strstr(keepset_last_error(), "handover=2, want") != NULL);
+  options.handover = KEEPSET_LAYERS_ONE_BY_ONE;
+  options.row_move = -1;
+  EXPECT(keepset_operation_device_bytes(engine, &spec, &options, &bytes) ==
+         KEEPSET_INVALID_ARGUMENT);
+  EXPECT(strstr(keepset_last_error(), "row_move=-1, want") != NULL);
+}
+
 static void ReportsErrors(keepset_engine* engine) {
   keepset_operation_spec spec = Spec();
   keepset_operation* operation = NULL;
@@ -288,6 +308,7 @@ int main(void) {
   RunsAndGathers(engine);
   ObservesColumnStatistics(engine);
   RefusesAnUnknownBaseOfLse(engine);
+  TakesNoDeviceMemory(engine);
   ReportsErrors(engine);
   WritesAndLoadsATable();
   keepset_engine_destroy(engine);
