@@ -20,6 +20,9 @@ from keepset.types import ModelFingerprint
 
 _ABI_VERSION = 1
 _F32 = 1
+_DTYPES = {"float32": _F32, "float16": 2, "bfloat16": 3}
+_HANDOVERS = {"together": 0, "one_by_one": 1}
+_ROW_MOVES = {"gathered": 0, "in_place": 1, "stay": 2}
 _BUDGET_TOKENS = 1
 _POINTER = ctypes.c_void_p
 
@@ -56,7 +59,13 @@ class _Parameter(ctypes.Structure):
 
 class _EngineOptions(ctypes.Structure):
     _fields_ = [("struct_size", ctypes.c_size_t), ("backend", ctypes.c_char_p),
-                ("num_threads", ctypes.c_int32)]  # fmt: skip
+                ("num_threads", ctypes.c_int32), ("window_kernels", ctypes.c_char_p),
+                ("device_memory_bytes", ctypes.c_int64), ("device_memory", _POINTER)]  # fmt: skip
+
+
+class _DeviceBytesOptions(ctypes.Structure):
+    _fields_ = [("struct_size", ctypes.c_size_t), ("handover", ctypes.c_int32),
+                ("row_move", ctypes.c_int32), ("layer", _POINTER)]  # fmt: skip
 
 
 class _OperationSpec(ctypes.Structure):
@@ -136,17 +145,22 @@ class Decision:
 
 
 class Engine:
-    """One engine on `backend`. Use from one thread; close it or use it as a context manager."""
+    """One engine on `backend`. Use from one thread; close it or use it as a context manager.
 
-    def __init__(self, library: str | os.PathLike, num_threads: int = 1, backend: str = "cpu"):
+    Of backend cuda: window_kernels "portable", "hopper" or "cublas"; device_memory_bytes of memory for operations,
+    allocated now, 0: as they need it.
+    """
+
+    def __init__(self, library: str | os.PathLike, num_threads: int = 1, backend: str = "cpu",
+                 window_kernels: str = "", device_memory_bytes: int = 0):
         self._library = ctypes.CDLL(str(library))
         self._declare()
         if self._library.keepset_abi_version() != _ABI_VERSION:
             raise EngineError("FAILED_PRECONDITION",
                               f"{library}: ABI {self._library.keepset_abi_version()}, "
                               f"want {_ABI_VERSION}")
-        options = _EngineOptions(ctypes.sizeof(_EngineOptions), backend.encode(),
-                                 num_threads)
+        options = _EngineOptions(ctypes.sizeof(_EngineOptions), backend.encode(), num_threads,
+                                 window_kernels.encode(), device_memory_bytes)
         self._engine = _POINTER()
         self._check(self._library.keepset_engine_create(
             ctypes.byref(options), ctypes.byref(self._engine)))
@@ -269,6 +283,37 @@ class Engine:
                 self._library.keepset_report_destroy(report)
             self._library.keepset_table_destroy(handle)
 
+    def device_bytes(self, *, model: ModelFingerprint, policy: str, seq_len: int,
+                     budget_tokens: int, num_rows: int, kv_dtype: str = "bfloat16",
+                     table: bytes | None = None, parameters: Mapping[str, object] | None = None,
+                     scope: str | None = None, handover: str = "together",
+                     row_move: str = "gathered") -> int:
+        """Bytes of device memory that one such operation takes, before there are tensors; 0 without a device.
+
+        Memory of that fixed size (`device_memory_bytes`) holds the operation alone, with queries, K and V of the
+        device in pages of 16 tokens, and no log-sum-exp. num_rows: observed rows W. handover: layers come
+        "together" or "one_by_one", which takes less and more time; row_move: kept rows are "gathered" elsewhere,
+        move "in_place" or "stay".
+        """
+        spec = self._spec(model, policy, parameters)
+        spec.seq_len, spec.num_rows, spec.softmax_scale = seq_len, num_rows, 1.0
+        spec.kv_dtype = _choice("kv_dtype", kv_dtype, _DTYPES)
+        spec.budget_kind, spec.budget, spec.ppl = _BUDGET_TOKENS, budget_tokens, 1.0
+        spec.scope = None if scope is None else scope.encode()
+        options = _DeviceBytesOptions(
+            ctypes.sizeof(_DeviceBytesOptions), _choice("handover", handover, _HANDOVERS),
+            _choice("row_move", row_move, _ROW_MOVES))
+        handle, found = _POINTER(), ctypes.c_int64()
+        try:
+            if table is not None:
+                handle = self._load(table)
+                spec.table = handle
+            self._check(self._library.keepset_operation_device_bytes(
+                self._engine, ctypes.byref(spec), ctypes.byref(options), ctypes.byref(found)))
+            return found.value
+        finally:
+            self._library.keepset_table_destroy(handle)
+
     def _spec(self, model: ModelFingerprint, policy: str,
               parameters: Mapping[str, object] | None) -> _OperationSpec:
         listed = [(str(k).encode(), str(v).encode()) for k, v in (parameters or {}).items()]
@@ -320,6 +365,8 @@ class Engine:
         self._library.keepset_report_json.argtypes = [_POINTER]
         self._library.keepset_report_json.restype = ctypes.c_char_p
         self._library.keepset_input_needs.argtypes = [_POINTER, _POINTER, _POINTER]
+        self._library.keepset_operation_device_bytes.argtypes = [
+            _POINTER, _POINTER, _POINTER, _POINTER]
         for name in ("engine", "table", "operation", "report"):
             function = getattr(self._library, f"keepset_{name}_destroy")
             function.argtypes, function.restype = [_POINTER], None
@@ -333,6 +380,12 @@ class Engine:
 def _scratch() -> str | None:
     """A folder in memory where there is one: candidate tables live for a millisecond."""
     return "/dev/shm" if os.access(pathlib.Path("/dev/shm"), os.W_OK) else None
+
+
+def _choice(name: str, value: str, numbers: Mapping[str, int]) -> int:
+    if value not in numbers:
+        raise ValueError(f"{name}={value!r}, want one of {', '.join(numbers)}")
+    return numbers[value]
 
 
 def _require_f32(array: np.ndarray) -> None:
