@@ -101,19 +101,20 @@ KEEPSET_KERNEL_BODY void HopperColumns<kType, kSlots>::Run(const Simt& simt, con
   const HopperLayout layout(p.keys.num_spans, p.num_slots, kColumnTokens, p.num_stages);
   std::byte* const shared = AlignedShared(simt);
   const KeyRing ring = MakeRing(simt, layout, shared, p.num_stages, kGroupWarps);
-  const TaskRange range = RangeOfBlock(simt, p.num_tasks);
   const int group = simt.warp() / kGroupWarps - 1;
   if (group < 0) {
     simt.template ShrinkRegisters<kLoaderRegisters>();
+    const TaskRange range = RangeOfBlock(simt, p.num_tasks);
     if (simt.warp() == 0) {
       LoadRange(simt, p, range, ring);
     } else {
-      NormRange(simt, p, range, shared + layout.norms + (simt.warp() - 1) * kNormWarpBytes);
+      NormRange<kType>(simt, p, range, shared + layout.norms + (simt.warp() - 1) * kNormWarpBytes);
     }
     return;
   }
 
   simt.template GrowRegisters<kMathRegisters>();
+  const TaskRange range = RangeOfBlock(simt, p.num_tasks);
   const int math_thread = simt.thread() - kGroupThreads;
   const auto* const references = reinterpret_cast<const float*>(shared + layout.references);
   const auto* const limits = reinterpret_cast<const int*>(shared + layout.limits);

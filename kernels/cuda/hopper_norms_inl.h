@@ -15,24 +15,20 @@
 
 namespace keepset::kernels::cuda {
 
-// Value norms of some tiles of a segment by one warp, with the bits of WarpRowNorms. Rows pass
-// through shared memory, of which each lane reads what it copied itself, so that many are on their
-// way.
+// Value norms of some tiles of a segment by one warp, with the bits of WarpRowNorms. Rows of the
+// keys' type kType and of 128, 256 or 512 bytes pass through shared memory, of which each lane
+// reads what it copied itself, so that many are on their way; others are read by WarpRowNorms.
+template <DType kType>
 class NormStream {
  public:
   // buffer: kNormWarpBytes of this warp.
   template <typename Simt>
   KEEPSET_KERNEL_BODY NormStream(const Simt& simt, const WindowParams& p,
                                  const ColumnSegment& segment, std::byte* buffer)
-      : v_(p.shape.v),
-        segment_(segment),
-        buffer_(buffer + simt.lane() * 16),
-        pieces_(static_cast<int>(PiecesPerRow(v_))),
-        rows_at_once_(pieces_ > 0 && pieces_ < 32 ? 32 / pieces_ : 1),
-        lane_row_(pieces_ > 0 ? simt.lane() / pieces_ : 0),
-        lane_piece_(simt.lane() - lane_row_ * pieces_) {
+      : v_(p.shape.v), segment_(segment), buffer_(buffer + simt.lane() * 16) {
     v_.data = p.layers[segment.at.layer].v;
     v_.block_table = p.layers[segment.at.layer].v_table;
+    norms_ = p.layers[segment.at.layer].value_norms + FirstPlace();
   }
 
   // Tiles warp - 1, warp + 2, ... of the segment.
@@ -40,33 +36,23 @@ class NormStream {
   KEEPSET_KERNEL_BODY void Run(const Simt& simt, const WindowParams& p) const {
     const int first = simt.warp() - 1;
     const int tiles = (segment_.num_tiles - first + kGroupWarps - 2) / (kGroupWarps - 1);
-    if (!HasAlignedRows(v_) || pieces_ < 2 || pieces_ > 32 || (pieces_ & (pieces_ - 1)) != 0) {
-      for (int i = 0; i < tiles; ++i) {
-        Careful(simt, p, Token(simt, i), kColumnTokens);
-      }
-      return;
-    }
-    const int rows = kNormLoads * rows_at_once_;  // <= kColumnTokens
-    const int batches = kColumnTokens / rows;
-    const int count = tiles * batches;
-    const auto token_of = [&](int batch) {
-      const int tile = batch / batches;
-      return Token(simt, tile) + (batch - tile * batches) * rows;
-    };
-    for (int batch = 0; batch < kNormDepth - 1; ++batch) {
-      Copy(simt, batch < count ? token_of(batch) : v_.num_tokens, batch);
-    }
-    KEEPSET_NO_UNROLL
-    for (int batch = 0; batch < count; ++batch) {
-      const int next = batch + kNormDepth - 1;
-      Copy(simt, next < count ? token_of(next) : v_.num_tokens, next);
-      simt.template WaitCopies<kNormDepth - 1>();
-      const int token = token_of(batch);
-      if (!Sum(simt, p, token, batch)) Careful(simt, p, token, rows);
+    if (StreamTiles(simt, tiles)) return;
+    for (int i = 0; i < tiles; ++i) {
+      const int token = Token(simt, i);
+      const int left = v_.num_tokens - token;
+      WarpRowNorms(simt, v_, segment_.at.unit.kv_head, token,
+                   left < kColumnTokens ? left : kColumnTokens, FirstPlace() + token,
+                   norms_ + token, p.layers[segment_.at.layer].value_fault);
     }
   }
 
  private:
+  // Where the rows of a batch lie.
+  enum class Spacing {
+    kEven,  // token_bytes apart: contiguous, or within one block of the table
+    kAny,
+  };
+
   template <typename Simt>
   KEEPSET_KERNEL_BODY int Token(const Simt& simt, int tile) const {
     return (segment_.first_tile + simt.warp() - 1 + tile * (kGroupWarps - 1)) * kColumnTokens;
@@ -74,63 +60,126 @@ class NormStream {
   KEEPSET_KERNEL_BODY std::byte* Buffer(int batch, int load) const {
     return buffer_ + ((batch & (kNormDepth - 1)) * kNormLoads + load) * 512;
   }
-  KEEPSET_KERNEL_BODY float* Norms(const WindowParams& p) const {
-    return p.layers[segment_.at.layer].value_norms + FirstPlace();
-  }
   KEEPSET_KERNEL_BODY int64_t FirstPlace() const {
     return static_cast<int64_t>(segment_.at.unit.kv_head) * segment_.at.k.num_tokens;
   }
 
+  // Whether these rows can pass through shared memory, and all norms are finite.
   template <typename Simt>
-  KEEPSET_KERNEL_BODY void Copy(const Simt& simt, int token, int batch) const {
+  KEEPSET_KERNEL_BODY bool StreamTiles(const Simt& simt, int tiles) const {
+    if (v_.dtype != kType || !HasAlignedRows(v_)) return false;
+    const int64_t pieces = PiecesPerRow(v_);
+    if (pieces == 8) return StreamRows<8>(simt, tiles);
+    if (pieces == 16) return StreamRows<16>(simt, tiles);
+    return pieces == 32 && StreamRows<32>(simt, tiles);
+  }
+
+  template <int kPieces, typename Simt>
+  KEEPSET_KERNEL_BODY bool StreamRows(const Simt& simt, int tiles) const {
+    constexpr uint32_t kRows = kNormLoads * 32 / kPieces;
+    const bool is_even = v_.block_table == nullptr || v_.block_size.divisor() % kRows == 0;
+    return is_even ? Stream<kPieces, Spacing::kEven>(simt, tiles)
+                   : Stream<kPieces, Spacing::kAny>(simt, tiles);
+  }
+
+  template <int kPieces, Spacing kSpacing, typename Simt>
+  KEEPSET_KERNEL_BODY bool Stream(const Simt& simt, int tiles) const {
+    constexpr int kRowsAtOnce = 32 / kPieces;
+    constexpr int kRows = kNormLoads * kRowsAtOnce;
+    constexpr int kBatches = kColumnTokens / kRows;
+    static_assert(kColumnTokens % kRows == 0 && kPieces % kNormLoads == 0);
+    constexpr int kLanesPerSum = kPieces / kNormLoads;
+    const int count = tiles * kBatches;
+    const int lane_piece = simt.lane() % kPieces;
+    // Of the row that this lane copies first, and of the one whose norm it comes to hold.
+    const int copied = simt.lane() / kPieces;
+    const int held = copied + lane_piece / kLanesPerSum * kRowsAtOnce;
+    const auto token_of = [&](int batch) {
+      return Token(simt, batch / kBatches) + batch % kBatches * kRows;
+    };
+    const auto copy = [&](int batch) {
+      const int row = batch < count ? token_of(batch) + copied : v_.num_tokens;
+      Copy<kRowsAtOnce, kSpacing>(simt, row, lane_piece * 16, batch);
+    };
+    bool is_finite = true;
+    for (int batch = 0; batch < kNormDepth; ++batch) copy(batch);
+    KEEPSET_NO_UNROLL
+    for (int batch = 0; batch < count; ++batch) {
+      simt.template WaitCopies<kNormDepth - 1>();
+      float sums[kNormLoads];
+      KEEPSET_UNROLL
+      for (int j = 0; j < kNormLoads; ++j) {
+        const Piece piece = *reinterpret_cast<const Piece*>(Buffer(batch, j));
+        sums[j] = SumOfSquares<float>(piece, kType);
+      }
+      // Into the place that has just been read.
+      copy(batch + kNormDepth);
+      const float norm = simt.Sqrt(Join<kPieces>(simt, sums));
+      is_finite = is_finite && IsFiniteValue(norm);
+      const int row = token_of(batch) + held;
+      if (row < v_.num_tokens && lane_piece % kLanesPerSum == 0)
+        simt.StoreGlobal(norms_ + row, norm);
+    }
+    // Zeros for rows past the last one, too: the next segment copies to the same places.
+    simt.template WaitCopies<0>();
+    return simt.Ballot(!is_finite) == 0;
+  }
+
+  // The pieces at `offset` of rows `row`, row + kRowsAtOnce, ...
+  template <int kRowsAtOnce, Spacing kSpacing, typename Simt>
+  KEEPSET_KERNEL_BODY void Copy(const Simt& simt, int row, int offset, int batch) const {
+    const auto place = [&](int at) {
+      return at < v_.num_tokens ? v_.Row(segment_.at.unit.kv_head, at) + offset : v_.data;
+    };
+    const std::byte* from[kNormLoads];
+    from[0] = place(row);
+    KEEPSET_UNROLL
+    for (int j = 1; j < kNormLoads; ++j) {
+      if constexpr (kSpacing == Spacing::kEven) {
+        const bool is_used = row + j * kRowsAtOnce < v_.num_tokens;
+        from[j] = is_used ? from[0] + j * (kRowsAtOnce * v_.token_bytes) : v_.data;
+      } else {
+        from[j] = place(row + j * kRowsAtOnce);
+      }
+    }
     KEEPSET_UNROLL
     for (int j = 0; j < kNormLoads; ++j) {
-      const int row = token + j * rows_at_once_ + lane_row_;
-      const bool is_used = row < v_.num_tokens;
-      const std::byte* const from =
-          is_used ? v_.Row(segment_.at.unit.kv_head, row) + lane_piece_ * 16 : v_.data;
-      simt.CopyAsync16(Buffer(batch, j), from, is_used);
+      simt.CopyAsync16(Buffer(batch, j), from[j], row + j * kRowsAtOnce < v_.num_tokens);
     }
     simt.CommitCopies();
   }
 
-  // False when a norm is not finite.
-  template <typename Simt>
-  KEEPSET_KERNEL_BODY bool Sum(const Simt& simt, const WindowParams& p, int token,
-                               int batch) const {
-    bool is_finite = true;
+  // sums: what a lane has of kNormLoads rows, one of each copy. The lanes of a row are halved: each
+  // half gives away what it has of half of the rows, until a lane has one; the rest is added as
+  // usual. A row's additions are those of WarpRowNorms, up to the order of two addends.
+  template <int kPieces, typename Simt>
+  KEEPSET_KERNEL_BODY static float Join(const Simt& simt, float (&sums)[kNormLoads]) {
     KEEPSET_UNROLL
-    for (int j = 0; j < kNormLoads; ++j) {
-      const Piece piece = *reinterpret_cast<const Piece*>(Buffer(batch, j));
-      float sum = SumOfSquares<float>(piece, v_.dtype);
-      for (int mask = pieces_ / 2; mask > 0; mask /= 2) sum += simt.ShuffleXor(sum, mask);
-      const float norm = simt.Sqrt(sum);
-      is_finite = is_finite && IsFiniteValue(norm);
-      const int row = token + j * rows_at_once_ + lane_row_;
-      if (row < v_.num_tokens && lane_piece_ == 0) Norms(p)[row] = norm;
+    for (int half = kNormLoads / 2; half > 0; half /= 2) {
+      const int mask = half * (kPieces / kNormLoads);
+      const bool is_upper = (simt.lane() & mask) != 0;
+      KEEPSET_UNROLL
+      for (int j = 0; j < half; ++j) {
+        const float kept = is_upper ? sums[j + half] : sums[j];
+        const float given = is_upper ? sums[j] : sums[j + half];
+        sums[j] = kept + simt.ShuffleXor(given, mask);
+      }
     }
-    return simt.Ballot(!is_finite) == 0;
-  }
-
-  template <typename Simt>
-  KEEPSET_KERNEL_BODY void Careful(const Simt& simt, const WindowParams& p, int token,
-                                   int rows) const {
-    const int left = v_.num_tokens - token;
-    WarpRowNorms(simt, v_, segment_.at.unit.kv_head, token, left < rows ? left : rows,
-                 FirstPlace() + token, Norms(p) + token, p.layers[segment_.at.layer].value_fault);
+    KEEPSET_UNROLL
+    for (int mask = kPieces / kNormLoads / 2; mask > 0; mask /= 2) {
+      sums[0] += simt.ShuffleXor(sums[0], mask);
+    }
+    return sums[0];
   }
 
   DeviceRows v_;
   const ColumnSegment& segment_;
   std::byte* buffer_;
-  int pieces_;
-  int rows_at_once_;
-  int lane_row_;
-  int lane_piece_;
+  float* norms_ = nullptr;
 };
 
 // The share of a block's tiles of the warps beside the loading one, which take tiles in turns.
-template <typename Simt>
+template <DType kType, typename Simt>
 KEEPSET_KERNEL_BODY inline void NormRange(const Simt& simt, const HopperParams& p,
                                           const TaskRange& range, std::byte* buffer) {
   for (int64_t task = range.begin; task < range.end;) {
@@ -139,7 +188,7 @@ KEEPSET_KERNEL_BODY inline void NormRange(const Simt& simt, const HopperParams& 
     if (segment.part.is_first == 0 || p.window.layers[segment.at.layer].value_norms == nullptr) {
       continue;
     }
-    NormStream(simt, p.window, segment, buffer).Run(simt, p.window);
+    NormStream<kType>(simt, p.window, segment, buffer).Run(simt, p.window);
   }
 }
 

@@ -27,8 +27,8 @@ constexpr int kQueriesBarrier = 3;
 constexpr int kSlotGroup = 8;  // columns of an accumulator that are of one output
 
 // Value rows on their way: batches of so many pieces of 16 bytes for each lane.
-constexpr int kNormLoads = 4;
-constexpr int kNormDepth = 4;
+constexpr int kNormLoads = 8;
+constexpr int kNormDepth = 2;
 constexpr int kNormWarpBytes = kNormLoads * kNormDepth * 32 * 16;
 
 // One row of the result, as the epilogue stores it.

@@ -60,4 +60,18 @@ void HopperParity::ExpectNearOracle(const WindowCase& shape, const std::string& 
   ExpectNear(*columns, shape, attention);
 }
 
+void HopperParity::ExpectNormsNearCpu(const WindowCase& shape, const WindowTensors& tensors) {
+  // fp32 sums of up to 256 squares in another order.
+  constexpr float kRelative = 1e-5f;
+  std::vector<float> norms;
+  const absl::StatusOr<std::vector<float>> columns = Columns(shape, tensors, nullptr, &norms);
+  ASSERT_TRUE(columns.ok()) << columns.status();
+  EXPECT_EQ(name_, kByHopper);
+  const std::unique_ptr<ScoreBuffer> twin = cpu_.Buffer(shape.num_kv_heads, shape.seq_len);
+  ASSERT_TRUE(cpu_.backend->RowNorms(*cpu_.context, tensors.v.view(), "v", *twin).ok());
+  const std::vector<float> want = cpu_.Values(*twin);
+  ASSERT_EQ(norms.size(), want.size());
+  for (size_t i = 0; i < want.size(); ++i) ASSERT_NEAR(norms[i], want[i], kRelative * want[i]) << i;
+}
+
 }  // namespace keepset::kernels

@@ -37,6 +37,12 @@ class HopperParity : public CudaTest {
   // name: that of the backend which says by what it computed.
   void ExpectNearOracle(const WindowCase& shape, const std::string& name = kByHopper);
 
+  // The value norms beside the columns against those of the CPU.
+  void ExpectNormsNearCpu(const WindowCase& shape, const WindowTensors& tensors);
+  void ExpectNormsNearCpu(const WindowCase& shape) {
+    ExpectNormsNearCpu(shape, RandomWindow(shape, 5));
+  }
+
   std::string name_;
 };
 

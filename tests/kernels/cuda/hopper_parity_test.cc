@@ -121,17 +121,46 @@ TEST_F(HopperParity, ListedHeads) {
 
 TEST_F(HopperParity, ValueNormsComeAlong) {
   for (const int64_t head_dim : {64, 128, 192}) {
-    const WindowCase shape = {
-        .num_kv_heads = 1, .seq_len = 260, .head_dim = head_dim, .layout = Layout::kPaged};
-    const WindowTensors tensors = RandomWindow(shape, 5);
-    std::vector<float> norms;
-    ASSERT_TRUE(Columns(shape, tensors, nullptr, &norms).ok());
-    EXPECT_EQ(name_, kByHopper);
-    const std::unique_ptr<ScoreBuffer> twin = cpu_.Buffer(shape.num_kv_heads, shape.seq_len);
-    ASSERT_TRUE(cpu_.backend->RowNorms(*cpu_.context, tensors.v.view(), "v", *twin).ok());
-    const std::vector<float> want = cpu_.Values(*twin);
-    for (size_t i = 0; i < want.size(); ++i) ASSERT_NEAR(norms[i], want[i], 1e-5f * want[i]) << i;
+    ExpectNormsNearCpu(
+        {.num_kv_heads = 1, .seq_len = 260, .head_dim = head_dim, .layout = Layout::kPaged});
   }
+}
+
+TEST_F(HopperParity, ValueNormsOfEveryRowSizeAndLayout) {
+  for (const Layout layout : {Layout::kNhd, Layout::kHnd, Layout::kPaged}) {
+    for (const int64_t head_dim : {64, 128, 256}) {
+      // The last batch of rows is not whole; 3 tiles and more for each of the three warps.
+      ExpectNormsNearCpu({.num_kv_heads = 1,
+                          .num_rows = 2,
+                          .seq_len = 1601,
+                          .head_dim = head_dim,
+                          .dtype = DType::kF16,
+                          .layout = layout});
+    }
+  }
+}
+
+TEST_F(HopperParity, ValueNormsOfPagesOfEverySize) {
+  for (const int64_t block_size : {8, 16, 24, 32, 128}) {
+    ExpectNormsNearCpu(
+        {.num_kv_heads = 2, .seq_len = 270, .layout = Layout::kPaged, .block_size = block_size});
+  }
+}
+
+TEST_F(HopperParity, ValuesOfAnotherTypeHaveNorms) {
+  const WindowCase shape = {.num_kv_heads = 2, .seq_len = 130};
+  WindowTensors tensors = RandomWindow(shape, 5);
+  WindowCase wide = shape;
+  wide.dtype = DType::kF32;
+  tensors.v = RandomWindow(wide, 6).v;
+  ExpectNormsNearCpu(shape, tensors);
+}
+
+TEST_F(HopperParity, NormsWhoseSquaresDoNotFitFp32AreRight) {
+  const WindowCase shape = {.num_kv_heads = 2, .seq_len = 270};
+  WindowTensors tensors = RandomWindow(shape, 5);
+  tensors.v.Set(1, 201, 3, 1e25f);
+  ExpectNormsNearCpu(shape, tensors);
 }
 
 TEST_F(HopperParity, NanInKeyNamesHeadAndPosition) {
