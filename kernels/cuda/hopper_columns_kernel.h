@@ -85,16 +85,6 @@ KEEPSET_KERNEL_BODY inline void LoadPart(const Simt& simt, const HopperParams& p
   simt.SyncNamed(kQueriesBarrier, kMathThreads);
 }
 
-// Whether the outputs of a part are sums that end at multiples of kPlainSlots.
-KEEPSET_KERNEL_BODY inline bool IsPlainPart(const ColumnTarget* targets, int num_outputs,
-                                            const uint32_t* ends, int products) {
-  constexpr uint32_t kPlainEnds = 0x88888888u;
-  bool is_plain = true;
-  for (int j = 0; j < num_outputs; ++j) is_plain = is_plain && targets[j].is_max == 0;
-  for (int j = 0; j < products; ++j) is_plain = is_plain && (ends[j] & ~kPlainEnds) == 0;
-  return is_plain;
-}
-
 template <DType kType, int kSlots>
 template <typename Simt>
 KEEPSET_KERNEL_BODY void HopperColumns<kType, kSlots>::Run(const Simt& simt, const Params& p) {
@@ -132,7 +122,8 @@ KEEPSET_KERNEL_BODY void HopperColumns<kType, kSlots>::Run(const Simt& simt, con
     task += segment.num_tiles;
     LoadPart<kSlots>(simt, p, segment, math_thread, layout, shared);
     const int products = (segment.part.num_slots + kSlots - 1) / kSlots;
-    const bool is_plain_part = IsPlainPart(targets, segment.part.num_outputs, ends, products);
+    const ColumnKind kind_of_part =
+        KindOfPart<kSlots>(targets, segment.part.num_outputs, ends, products);
     // The groups alternate, counted from the block's first tile; both count every pair.
     const auto first = static_cast<int>(segment.first_task - range.begin);
     const int last = first + segment.num_tiles - 1;
@@ -140,8 +131,8 @@ KEEPSET_KERNEL_BODY void HopperColumns<kType, kSlots>::Run(const Simt& simt, con
       const int count = pair * kMathGroups + group;
       const bool is_mine = count >= first && count <= last;
       const int first_token = (segment.first_tile + count - first) * kColumnTokens;
-      const bool is_plain =
-          is_plain_part && first_token + kColumnTokens - 1 <= at.unit.smallest_limit;
+      const bool is_masked = first_token + kColumnTokens - 1 > at.unit.smallest_limit;
+      const ColumnKind kind = is_masked ? ColumnKind::kMasked : kind_of_part;
       const ColumnTarget* target = targets;
       for (int product = 0; product < products; ++product) {
         if (!is_mine) {
@@ -161,7 +152,7 @@ KEEPSET_KERNEL_BODY void HopperColumns<kType, kSlots>::Run(const Simt& simt, con
           if (simt.lane() == 0) simt.Arrive(ring.empty + cursor.stage());
           cursor.Advance(kMathGroups, p.num_stages);
         }
-        epilogue.Add(simt, p.window.shape.scale2, first_token + row, at.k.num_tokens, is_plain,
+        epilogue.Add(simt, p.window.shape.scale2, first_token + row, at.k.num_tokens, kind,
                      segment.part.num_slots - product * kSlots, references + product * kSlots,
                      limits + product * kSlots, ends[product], logits, &target);
       }

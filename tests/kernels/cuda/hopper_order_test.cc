@@ -53,6 +53,30 @@ TEST_F(HopperOrder, RowsHaveTheSameBitsWhicheverGroupTakesThem) {
   }
 }
 
+TEST_F(HopperOrder, ColumnsHaveTheSameBitsInProductsOfEveryWidth) {
+  // 32 slots alone are a product of 64, with others of 128 and 256; with 8 rows of another head
+  // outputs end elsewhere, and beside a maximum all are added up with masks.
+  WindowCase shape = {.num_kv_heads = 1, .group = 8, .num_rows = 32, .seq_len = 200};
+  const WindowTensors tensors = RandomWindow(shape, 12);
+  const HeadRows one = {5, 0, 32, RowReduction::kMean};
+  shape.heads = {one};
+  const std::vector<float> alone = *Columns(shape, tensors);
+  const auto expect_in = [&](std::vector<HeadRows> heads) {
+    heads.push_back(one);
+    shape.heads = heads;
+    const std::vector<float> together = *Columns(shape, tensors);
+    EXPECT_EQ(std::vector<float>(together.end() - shape.seq_len, together.end()), alone)
+        << heads.size() << " heads";
+  };
+  std::vector<HeadRows> heads;
+  for (int64_t head = 0; head < 5; ++head) {
+    heads.push_back({head, 0, 32, RowReduction::kMean});
+    expect_in(heads);
+  }
+  expect_in({{0, 0, 8, RowReduction::kMean}});
+  expect_in({{0, 0, 32, RowReduction::kMax}, {1, 0, 32, RowReduction::kSum}});
+}
+
 TEST_F(HopperOrder, LayersTogetherHaveTheBitsOfLayersAlone) {
   // On the emulator 24 of the 32 units share a launch, with three layers or a part of them.
   const WindowCase shape = {

@@ -88,6 +88,15 @@ TEST_F(HopperParity, EightHeadsOfOneKvHeadInOnePart) {
       {.num_kv_heads = 1, .group = 8, .num_rows = 64, .seq_len = 300, .head_dim = 128});
 }
 
+TEST_F(HopperParity, OutputsThatEndAtMultiplesOfEveryWidth) {
+  // With four heads outputs of 8, 16, 24, 32 and 40 slots in products of 64, 64, 128, 128 and 256;
+  // with eight of 32 in one of 256. The first tiles are masked for no row.
+  for (const int64_t num_rows : {8, 16, 24, 32, 40}) {
+    ExpectNearOracle({.num_kv_heads = 1, .group = 4, .num_rows = num_rows, .seq_len = 230});
+  }
+  ExpectNearOracle({.num_kv_heads = 1, .group = 8, .num_rows = 32, .seq_len = 230});
+}
+
 TEST_F(HopperParity, OutputsOfSeveralParts) {
   // 9 x 64 slots of which shared memory holds 512, 9 products of RowStats in two parts; the value
   // norms come once.
