@@ -3,6 +3,8 @@
 #include <dlfcn.h>
 
 #include "absl/status/status.h"
+#include "absl/strings/match.h"
+#include "absl/strings/strip.h"
 #include "base/status_macros.h"
 
 namespace keepset::cuda_abi {
@@ -36,6 +38,13 @@ std::string UuidText(const Uuid& uuid) {
     text += kHex[uuid.bytes[i] & 15];
   }
   return text;
+}
+
+bool IsSameDevice(absl::string_view uuid, absl::string_view other) {
+  for (absl::string_view* const text : {&uuid, &other}) {
+    if (!absl::ConsumePrefix(text, "GPU-")) absl::ConsumePrefix(text, "MIG-");
+  }
+  return absl::EqualsIgnoreCase(uuid, other);
 }
 
 #define KEEPSET_CUDA_FIND(member, symbol, parameters) \

@@ -10,6 +10,7 @@
 
 #include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
 
 namespace keepset::cuda_abi {
 
@@ -45,13 +46,44 @@ inline constexpr Result kMpsRpcFailure = 806;
 inline constexpr Result kMpsServerNotReady = 807;
 inline constexpr Result kMpsMaxClientsReached = 808;
 inline constexpr Result kMpsMaxConnectionsReached = 809;
+inline constexpr Result kUnknown = 999;
+
+// Whether after this error nothing works any more in the context or the process, whatever is
+// called.
+constexpr bool IsLost(Result result) {
+  switch (result) {
+    case 3:    // not initialized
+    case 4:    // deinitialized
+    case 201:  // invalid context
+    case 214:  // uncorrectable memory error
+    case 220:  // uncorrectable NVLink error
+    case 226:  // contained error
+    case 700:  // illegal address
+    case 702:  // launch timeout
+    case 709:  // context is destroyed
+    case 710:  // assert
+    case 714:  // hardware stack error
+    case 715:  // illegal instruction
+    case 716:  // misaligned address
+    case 717:  // invalid address space
+    case 718:  // invalid program counter
+    case 719:  // launch failure
+    case 721:  // tensor memory leak
+      return true;
+    default:
+      return false;
+  }
+}
 
 struct Uuid {
   unsigned char bytes[16];
 };
-// As the vendor's tools print it: "GPU-xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx". Each MIG instance has
-// its own.
+// As the vendor's tools print a whole device's: "GPU-xxxxxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx". Each
+// MIG instance has its own.
 std::string UuidText(const Uuid& uuid);
+// Whether both name one device: tools print the UUID of a MIG instance with "MIG-" instead of
+// "GPU-".
+bool IsSameDevice(absl::string_view uuid, absl::string_view other);
 
 struct IpcHandle {
   unsigned char reserved[64];

@@ -90,6 +90,13 @@ absl::StatusOr<std::unique_ptr<DeviceRegion>> DeviceRegion::Export(void* data, i
       api, api.pointer_attribute(&legacy, cuda_abi::kPointerAttributeIsLegacyIpcCapable, pointer),
       "kind of the allocation"));
   if (legacy != 0) {
+    if (allocation_bytes < cuda_abi::kAllocationGranularity) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          "an allocation of ", allocation_bytes,
+          " bytes: the driver packs small ones in one block, and CUDA IPC would expose the "
+          "neighbours; make it part of an allocation of at least ",
+          cuda_abi::kAllocationGranularity, " bytes"));
+    }
     cuda_abi::IpcHandle handle = {};
     KEEPSET_RETURN_IF_ERROR(Check(api, api.ipc_get(&handle, base), "cuIpcGetMemHandle"));
     region->kind_ = "cuda_ipc";

@@ -15,10 +15,10 @@ namespace keepset::client {
 inline constexpr char kLibcuda[] = "libcuda.so.1";
 
 // `size_bytes` of device memory from `data` on, ready to be registered. The memory stays the
-// caller's, must outlive the registration, and what was written to it must be complete before a call
-// names it: the streams that wrote it synchronised, and after a cudaMemcpy from pageable memory,
-// which returns when the bytes are staged (CUDA Runtime API, "API synchronization behavior"), the
-// default stream or the device. Immutable; thread-safe.
+// caller's, must outlive the registration, and what was written to it must be complete before a
+// call names it: the streams that wrote it synchronised, and after a cudaMemcpy from pageable
+// memory, which returns when the bytes are staged (CUDA Runtime API, "API synchronization
+// behavior"), the default stream or the device. Immutable; thread-safe.
 class DeviceRegion {
  public:
   // `data` is a device pointer of this process, aligned to 16 bytes; any pointer inside an
@@ -27,7 +27,9 @@ class DeviceRegion {
   //
   // NotFound: no driver here. InvalidArgument: no device memory, misaligned, or the bytes reach
   // beyond the allocation (expandable segments are many). FailedPrecondition: memory that its
-  // allocator made impossible to share, with what to change.
+  // allocator made impossible to share, or a plain allocation of less than 2 MiB, whose neighbours
+  // legacy IPC would expose (CUDA C++ Programming Guide, "Interprocess Communication"); with what
+  // to change.
   static absl::StatusOr<std::unique_ptr<DeviceRegion>> Export(
       void* data, int64_t size_bytes, const std::string& library = kLibcuda);
   ~DeviceRegion();

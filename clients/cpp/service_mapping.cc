@@ -59,7 +59,7 @@ absl::StatusOr<cuda_abi::Device> FindDevice(const ImportApi& api, const std::str
     KEEPSET_RETURN_IF_ERROR(Check(api, api.device_get(&device, ordinal), "cuDeviceGet"));
     cuda_abi::Uuid found = {};
     KEEPSET_RETURN_IF_ERROR(Check(api, api.device_get_uuid(&found, device), "cuDeviceGetUuid"));
-    if (cuda_abi::UuidText(found) == uuid) return device;
+    if (cuda_abi::IsSameDevice(cuda_abi::UuidText(found), uuid)) return device;
   }
   return absl::FailedPreconditionError(
       absl::StrCat("device \"", uuid, "\" is none of the ", count,

@@ -87,19 +87,20 @@ class Libcuda final : public CudaDriver {
             "process, or two containers whose process ids happen to be equal; share the PID "
             "namespace or use cuda_vmm");
       }
-      KEEPSET_RETURN_IF_ERROR(Check(opened, "cuIpcOpenMemHandle"));
+      KEEPSET_RETURN_IF_ERROR(CheckImport(opened, "cuIpcOpenMemHandle"));
       cuda_abi::DevicePointer range_base = 0;
       size_t bytes = 0;
       const absl::Status range =
           Check(api_.address_range(&range_base, &bytes, base), "cuMemGetAddressRange");
       absl::Cleanup close = [&] { static_cast<void>(api_.ipc_close(base)); };
       KEEPSET_RETURN_IF_ERROR(range);
-      if (range_base != base) {
-        return absl::InternalError("the driver mapped an IPC handle away from its base");
+      if (range_base > base || base - range_base >= bytes) {
+        return absl::InternalError("the driver mapped an IPC handle outside of its own range");
       }
       KEEPSET_RETURN_IF_ERROR(CheckPlace(device, base));
       std::move(close).Cancel();
-      return DeviceRange{base, bytes};
+      const uint64_t before = base - range_base;
+      return DeviceRange{base, bytes - before, before};
     });
   }
 
@@ -119,8 +120,8 @@ class Libcuda final : public CudaDriver {
       // The descriptor travels in the pointer argument.
       void* const os_handle = std::bit_cast<void*>(static_cast<intptr_t>(fd));
       KEEPSET_RETURN_IF_ERROR(
-          Check(api_.import_handle(&handle, os_handle, cuda_abi::kHandleTypePosixFd),
-                "cuMemImportFromShareableHandle"));
+          CheckImport(api_.import_handle(&handle, os_handle, cuda_abi::kHandleTypePosixFd),
+                      "cuMemImportFromShareableHandle"));
       const absl::Cleanup release = [&] { static_cast<void>(api_.release(handle)); };
       return MapHandle(device, handle, bytes, access);
     });
@@ -352,8 +353,10 @@ class Libcuda final : public CudaDriver {
             say("the memory is of another device than device_uuid says, and that one has no room "
                 "for one more peer: name the device of the memory"));
       case cuda_abi::kMapFailed:
-      case cuda_abi::kAlreadyMapped:
         return absl::FailedPreconditionError(say("the allocation cannot be mapped here"));
+      case cuda_abi::kAlreadyMapped:
+        return absl::FailedPreconditionError(
+            say("an earlier region over this memory is still mapped; retire it"));
       case cuda_abi::kPeerAccessUnsupported:
         return absl::FailedPreconditionError(
             say("the memory is of another device than device_uuid says, and the two are no peers: "
@@ -390,6 +393,16 @@ class Libcuda final : public CudaDriver {
       default:
         return absl::InternalError(say(""));
     }
+  }
+
+  // Of a call that opens what a worker announced: a code that Check leaves Internal is the answer
+  // to that worker, whose handle is of memory or a process that is gone, unless it tells of a
+  // device that nothing works on any more.
+  absl::Status CheckImport(Result result, absl::string_view call) const {
+    absl::Status status = Check(result, call);
+    if (!absl::IsInternal(status) || cuda_abi::IsLost(result)) return status;
+    return absl::InvalidArgumentError(absl::StrCat(
+        status.message(), ", the handle is of freed memory or of a process that has ended"));
   }
 
   const cuda_abi::ImportApi api_;

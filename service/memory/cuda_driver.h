@@ -36,6 +36,7 @@ struct CudaDevice {
 struct DeviceRange {
   uint64_t base = 0;
   uint64_t bytes = 0;
+  uint64_t bytes_before = 0;  // of a mapping that begins before base
 };
 
 // Memory of this process, and what another one needs to map it.
@@ -58,8 +59,10 @@ class CudaDriver {
   virtual const std::vector<CudaDevice>& devices() const = 0;
 
   // Maps the whole allocation behind a legacy IPC handle of kIpcHandleBytes and asks the driver for
-  // its extent. The driver has one mapping per allocation and process: opening one that is open
-  // answers the same address, and one close unmaps it for everybody (ipc_allocations.h counts).
+  // the extent of what it mapped: the allocation, or the block of memory that it was made in and
+  // that the handle shares whole (CUDA C++ Programming Guide, "Interprocess Communication"). The
+  // driver has one mapping per allocation and process: opening one that is open answers the same
+  // address, and one close unmaps it for everybody (ipc_allocations.h counts).
   //
   // InvalidArgument: the handle is of freed memory, of another device or not of this kind.
   // FailedPrecondition: exporter and this process have the same process id, the devices are no

@@ -1,4 +1,5 @@
-// Device memory by legacy CUDA IPC: works for cudaMalloc allocations, maps the whole allocation.
+// Device memory by legacy CUDA IPC: works for cudaMalloc allocations, maps the whole allocation or
+// the blocks it was made in.
 #include <memory>
 #include <string>
 #include <utility>
@@ -7,6 +8,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
+#include "base/cuda_abi.h"
 #include "base/status_macros.h"
 #include "service/memory/cuda_transports.h"
 #include "service/memory/device_region.h"
@@ -16,6 +18,27 @@ namespace keepset::service {
 namespace {
 
 constexpr absl::string_view kKind = "cuda_ipc";
+
+// That the driver mapped an allocation of the announced size, or of that size the blocks of
+// kAllocationGranularity which a handle shares whole (CUDA C++ Programming Guide, "Interprocess
+// Communication"). A small allocation has neighbours in its block, and where the driver answers the
+// block itself nothing says which of them is meant.
+absl::Status CheckAllocation(const DeviceRange& range, uint64_t announced) {
+  const uint64_t mapped = range.bytes_before + range.bytes;
+  if (range.bytes_before == 0 && mapped == announced) return absl::OkStatus();
+  if (announced > range.bytes || mapped != DeviceAllocationBytes(announced)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("allocation_bytes=", announced, ", the driver says ", mapped));
+  }
+  if (announced < cuda_abi::kAllocationGranularity) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "allocation_bytes=", announced, ", the driver says ", mapped,
+        ": it shares the whole block, with the neighbours of so small an allocation; make it part "
+        "of one of at least ",
+        cuda_abi::kAllocationGranularity, " bytes"));
+  }
+  return absl::OkStatus();
+}
 
 class CudaIpcTransport final : public MemoryTransport {
  public:
@@ -50,10 +73,7 @@ class CudaIpcTransport final : public MemoryTransport {
         opened->allocations->Open(device.ordinal, descriptor.ipc_handle, descriptor.generation,
                                   descriptor.seen_generations.get()));
     const DeviceRange range = use->range();
-    if (range.bytes != descriptor.allocation_bytes) {
-      return absl::InvalidArgumentError(absl::StrCat(
-          "allocation_bytes=", descriptor.allocation_bytes, ", the driver says ", range.bytes));
-    }
+    KEEPSET_RETURN_IF_ERROR(CheckAllocation(range, descriptor.allocation_bytes));
     return NewDeviceRegion(kKind, range, descriptor,
                            [use = std::move(use)]() mutable { use.reset(); });
   }

@@ -68,7 +68,7 @@ absl::StatusOr<CudaDevice> FindDevice(const CudaDriver& driver,
         absl::StrCat("no device_uuid, want the device of the memory, one of: ", known()));
   }
   for (const CudaDevice& device : driver.devices()) {
-    if (device.uuid == descriptor.device_uuid) return device;
+    if (cuda_abi::IsSameDevice(device.uuid, descriptor.device_uuid)) return device;
   }
   std::string message = absl::StrCat("device_uuid \"", descriptor.device_uuid,
                                      "\" is no device of this server, want one of: ", known());

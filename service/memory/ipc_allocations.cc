@@ -49,7 +49,9 @@ int64_t IpcAllocations::mapped() const {
 uint64_t IpcAllocations::mapped_bytes() const {
   absl::MutexLock lock(&mutex_);
   uint64_t bytes = 0;
-  for (const auto& [handle, entry] : entries_) bytes += entry.range.bytes;
+  for (const auto& [handle, entry] : entries_) {
+    bytes += entry.range.bytes_before + entry.range.bytes;
+  }
   return bytes;
 }
 

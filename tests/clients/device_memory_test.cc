@@ -59,6 +59,18 @@ TEST_F(DeviceMemoryTest, BytesBeyondTheAllocationNameTheFix) {
   EXPECT_THAT(status.message(), HasSubstr("expandable_segments:False"));
 }
 
+TEST_F(DeviceMemoryTest, ASmallAllocationIsRefusedForItsNeighbours) {
+  void* const library = ::dlopen(KEEPSET_FAKE_LIBCUDA, RTLD_NOW);
+  const auto allocate = reinterpret_cast<int (*)(cuda_abi::DevicePointer*, size_t)>(
+      ::dlsym(library, "cuMemAlloc_v2"));
+  cuda_abi::DevicePointer small = 0;
+  ASSERT_EQ(allocate(&small, kBytes - 1), cuda_abi::kSuccess);
+  const absl::Status status = Export(reinterpret_cast<void*>(small), 64).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(status.message(), HasSubstr("neighbours"));
+  EXPECT_THAT(status.message(), HasSubstr("at least 2097152 bytes"));
+}
+
 TEST_F(DeviceMemoryTest, HostMemoryIsRefused) {
   alignas(16) std::byte host[64];
   EXPECT_THAT(Export(host, 16).status().message(), HasSubstr("SharedRegion"));

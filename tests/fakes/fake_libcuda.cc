@@ -8,6 +8,11 @@
 // allocations only; a VMM mapping beyond the allocation is an invalid value; a copy of pageable
 // memory to the device is staged when its call returns, and arrives when the context is
 // synchronised.
+//
+// KEEPSET_FAKE_BLOCKS: plain allocations come out of blocks of 2 MiB, which a legacy handle shares
+// whole (CUDA C++ Programming Guide, "Interprocess Communication"): a small one lies in the middle
+// of a block, and the importer's range is the block. "inside": its pointer is of the allocation.
+// "base": it is of the block. Unset: the importer's range is the allocation.
 #include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -45,6 +50,8 @@ struct RawHandle {
   uint32_t serial = 0;
   uint64_t bytes = 0;
   uint64_t inode = 0;
+  uint64_t block_bytes = 0;
+  uint64_t in_block = 0;  // where the allocation begins
 };
 static_assert(sizeof(RawHandle) <= sizeof(IpcHandle));
 
@@ -57,6 +64,8 @@ struct Allocation {
   uint32_t serial = 0;
   RawHandle from;               // kImported
   AllocationHandle handle = 0;  // kVmm
+  uint64_t block_bytes = 0;     // kPlain, kImported: what is mapped
+  uint64_t in_block = 0;        // kPlain: where it begins; kImported: where its pointer is
 };
 
 struct PrimaryContext {
@@ -104,6 +113,20 @@ const std::pair<const uint64_t, Allocation>* Find(uint64_t pointer) {
 void* MapShared(int fd, size_t bytes) {
   void* const data = ::mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
   return data == MAP_FAILED ? nullptr : data;
+}
+
+constexpr uint64_t kInBlock = 64 << 10;
+
+// How plain allocations lie in blocks; empty: each is a block of its size.
+std::string Blocks() {
+  const char* const wanted = std::getenv("KEEPSET_FAKE_BLOCKS");
+  return wanted == nullptr ? "" : wanted;
+}
+uint64_t BlockBytes(uint64_t bytes) {
+  return Blocks().empty() ? bytes : (bytes + kGranularity - 1) / kGranularity * kGranularity;
+}
+uint64_t PlaceInBlock(uint64_t bytes) {
+  return Blocks().empty() || bytes > kGranularity - kInBlock ? 0 : kInBlock;
 }
 
 int NewMemory(size_t bytes) {
@@ -228,12 +251,14 @@ Result cuCtxPopCurrent_v2(Context*) {
 
 Result cuMemAlloc_v2(DevicePointer* pointer, size_t bytes) {
   const std::lock_guard lock(state().mutex);
-  const int fd = NewMemory(bytes);
-  void* const data = fd < 0 ? nullptr : MapShared(fd, bytes);
+  const uint64_t block = BlockBytes(bytes);
+  const uint64_t in_block = PlaceInBlock(bytes);
+  const int fd = NewMemory(block);
+  void* const data = fd < 0 ? nullptr : MapShared(fd, block);
   if (data == nullptr) return kOutOfMemory;
-  *pointer = reinterpret_cast<uint64_t>(data);
+  *pointer = reinterpret_cast<uint64_t>(data) + in_block;
   state().mapped[*pointer] = {
-      Kind::kPlain, CurrentDevice(), fd, bytes, state().next_serial++, {}, 0};
+      Kind::kPlain, CurrentDevice(), fd, bytes, state().next_serial++, {}, 0, block, in_block};
   return kSuccess;
 }
 Result cuMemFree_v2(DevicePointer pointer) {
@@ -241,7 +266,7 @@ Result cuMemFree_v2(DevicePointer pointer) {
   const auto it = state().mapped.find(pointer);
   if (it == state().mapped.end() || it->second.kind != Kind::kPlain) return kInvalidValue;
   FinishUploads();
-  ::munmap(reinterpret_cast<void*>(pointer), it->second.bytes);
+  ::munmap(reinterpret_cast<void*>(pointer - it->second.in_block), it->second.block_bytes);
   ::close(it->second.fd);
   state().mapped.erase(it);
   return kSuccess;
@@ -348,8 +373,9 @@ Result cuIpcGetMemHandle(IpcHandle* handle, DevicePointer pointer) {
   if (found == nullptr || found->second.kind != Kind::kPlain) return kInvalidValue;
   struct stat info;
   if (::fstat(found->second.fd, &info) != 0) return kInvalidValue;
-  const RawHandle raw = {::getpid(), found->second.fd, found->second.serial, found->second.bytes,
-                         info.st_ino};
+  const Allocation& allocation = found->second;
+  const RawHandle raw = {::getpid(),  allocation.fd,          allocation.serial,  allocation.bytes,
+                         info.st_ino, allocation.block_bytes, allocation.in_block};
   std::memset(handle, 0, sizeof(*handle));
   std::memcpy(handle, &raw, sizeof(raw));
   return kSuccess;
@@ -367,7 +393,7 @@ Result cuIpcOpenMemHandle_v2(DevicePointer* pointer, IpcHandle handle, unsigned 
   for (const auto& [base, allocation] : state().mapped) {
     if (allocation.kind == Kind::kImported &&
         std::memcmp(&allocation.from, &raw, sizeof(raw)) == 0) {
-      *pointer = base;
+      *pointer = base + allocation.in_block;
       return kSuccess;
     }
   }
@@ -377,26 +403,32 @@ Result cuIpcOpenMemHandle_v2(DevicePointer* pointer, IpcHandle handle, unsigned 
   const int fd = ::open(path, O_RDWR | O_CLOEXEC);
   struct stat info;
   if (fd < 0 || ::fstat(fd, &info) != 0 || info.st_ino != raw.inode ||
-      static_cast<uint64_t>(info.st_size) != raw.bytes || raw.bytes == 0) {
+      static_cast<uint64_t>(info.st_size) != raw.block_bytes || raw.block_bytes == 0) {
     if (fd >= 0) ::close(fd);
     return kInvalidHandle;
   }
   const Device device = DeviceOf(fd).value_or(0);
-  void* const data = MapShared(fd, raw.bytes);
+  void* const data = MapShared(fd, raw.block_bytes);
   ::close(fd);
   if (data == nullptr) return kOutOfMemory;
-  *pointer = reinterpret_cast<uint64_t>(data);
-  state().mapped[*pointer] = {Kind::kImported, device, -1, raw.bytes, raw.serial, raw, 0};
+  const auto base = reinterpret_cast<uint64_t>(data);
+  const uint64_t in_block = Blocks() == "inside" ? raw.in_block : 0;
+  *pointer = base + in_block;
+  state().mapped[base] = {Kind::kImported, device,  -1, raw.block_bytes, raw.serial, raw, 0,
+                          raw.block_bytes, in_block};
   return kSuccess;
 }
 
 Result cuIpcCloseMemHandle(DevicePointer pointer) {
   const std::lock_guard lock(state().mutex);
-  const auto it = state().mapped.find(pointer);
-  if (it == state().mapped.end() || it->second.kind != Kind::kImported) return kInvalidValue;
+  const auto* const found = Find(pointer);
+  if (found == nullptr || found->second.kind != Kind::kImported ||
+      pointer != found->first + found->second.in_block) {
+    return kInvalidValue;
+  }
   FinishUploads();
-  ::munmap(reinterpret_cast<void*>(pointer), it->second.bytes);
-  state().mapped.erase(it);
+  ::munmap(reinterpret_cast<void*>(found->first), found->second.bytes);
+  state().mapped.erase(found->first);
   return kSuccess;
 }
 

@@ -30,7 +30,8 @@ std::string Driver::Open() {
       !entry("cuMemRelease", release_) || !entry("cuMemAddressReserve", reserve_) ||
       !entry("cuMemAddressFree", give_back_) || !entry("cuMemMap", map_) ||
       !entry("cuMemUnmap", unmap_) || !entry("cuMemSetAccess", set_access_) ||
-      !entry("cuCtxSynchronize", synchronize_)) {
+      !entry("cuCtxSynchronize", synchronize_) || !entry("cuIpcGetMemHandle", ipc_get_) ||
+      !entry("cuMemGetAddressRange_v2", range_) || !entry("cuPointerGetAttribute", attribute_)) {
     return "no device: libcuda.so.1 lacks an entry point";
   }
   entry("cuMemsetD8_v2", set_);
@@ -74,6 +75,20 @@ bool Driver::AllocateVmm(size_t bytes, cuda_abi::DevicePointer* pointer) const {
                          set_access_(*pointer, bytes, &access, 1) == kSuccess;
   // The mapping holds the memory from here on.
   return release_(handle) == kSuccess && is_mapped;
+}
+
+Driver::RawHandle Driver::HandleOf(const std::byte* memory) const {
+  const auto pointer = reinterpret_cast<cuda_abi::DevicePointer>(memory);
+  cuda_abi::IpcHandle handle = {};
+  cuda_abi::DevicePointer base = 0;
+  size_t bytes = 0;
+  unsigned long long number = 0;
+  if (ipc_get_(&handle, pointer) != kSuccess || range_(&base, &bytes, pointer) != kSuccess ||
+      attribute_(&number, cuda_abi::kPointerAttributeBufferId, pointer) != kSuccess) {
+    return {};
+  }
+  return {std::string(reinterpret_cast<const char*>(handle.reserved), sizeof(handle.reserved)),
+          bytes, number};
 }
 
 bool Driver::Write(std::byte* to, const void* from, int64_t bytes) const {

@@ -25,9 +25,17 @@ class Driver {
 
   // By the driver's own count; -1 when it fails.
   int64_t FreeBytes() const;
-  // Zeros, written when this returns. `bytes`: a multiple of 2 MiB. Null when there is no memory.
+  // Zeros, written when this returns. `bytes`: of kByVmm a multiple of 2 MiB. Null when there is no
+  // memory.
   std::byte* Allocate(const std::string& kind, int64_t bytes);
   bool Free(std::byte* memory);
+  // Of memory by kByIpc: the driver's own answers, where exporters refuse.
+  struct RawHandle {
+    std::string bytes;  // empty when the driver refuses
+    uint64_t allocation_bytes = 0;
+    uint64_t generation = 0;
+  };
+  RawHandle HandleOf(const std::byte* memory) const;
   // Between device memory and memory of this process; done when they return.
   bool Write(std::byte* to, const void* from, int64_t bytes) const;
   bool Read(void* to, const std::byte* from, int64_t bytes) const;
@@ -42,6 +50,9 @@ class Driver {
   cuda_abi::Result (*info_)(size_t*, size_t*) = nullptr;
   cuda_abi::Result (*write_)(cuda_abi::DevicePointer, const void*, size_t) = nullptr;
   cuda_abi::Result (*read_)(void*, cuda_abi::DevicePointer, size_t) = nullptr;
+  cuda_abi::Result (*ipc_get_)(cuda_abi::IpcHandle*, cuda_abi::DevicePointer) = nullptr;
+  cuda_abi::Result (*range_)(cuda_abi::DevicePointer*, size_t*, cuda_abi::DevicePointer) = nullptr;
+  cuda_abi::Result (*attribute_)(void*, int, cuda_abi::DevicePointer) = nullptr;
   // Null in a driver of host memory, which is zero.
   cuda_abi::Result (*set_)(cuda_abi::DevicePointer, unsigned char, size_t) = nullptr;
   cuda_abi::Result (*synchronize_)() = nullptr;

@@ -11,93 +11,22 @@
 #include <memory>
 #include <string>
 #include <utility>
-#include <vector>
 
-#include "absl/strings/escaping.h"
-#include "absl/strings/numbers.h"
-#include "absl/strings/str_split.h"
-#include "base/clock.h"
 #include "clients/cpp/device_memory.h"
 #include "service/memory/session_manager.h"
+#include "tests/gpu/device_sessions_fixture.h"
 #include "tests/gpu/ipc_driver.h"
 #include "tests/gpu/ipc_process.h"
 #include "tests/gpu/ipc_worker.h"
-#include "tests/integration/child_process.h"
 
 namespace keepset::gpu {
 namespace {
 
-using integration::ChildProcess;
 using service::RegionDescriptor;
 
-constexpr char kNoServer[] = "-";
 constexpr uint64_t kHuge = std::numeric_limits<uint64_t>::max();
-constexpr uint64_t kPiece = uint64_t{1} << 20;
 
-class RefusedDeviceMemory : public ::testing::Test {
- protected:
-  void SetUp() override {
-    if (const std::string reason = driver_.Open(); !reason.empty()) GTEST_SKIP() << reason;
-    sessions_ =
-        service::SessionManager::New({}, service::NewBuiltinTransports([](absl::string_view kind) {
-                                       return kind == kByIpc || kind == kByVmm;
-                                     }),
-                                     SystemClock(), nullptr);
-    service::OpenSessionArgs opening;
-    opening.client_uuid = std::string(16, 'u');
-    const auto session = sessions_->OpenSession(opening);
-    ASSERT_TRUE(session.ok()) << session.status();
-    session_ = session->session_id;
-  }
-
-  // What a worker of its own process says of its memory.
-  static RegionDescriptor HandleOf(ChildProcess& exporter) {
-    const std::vector<std::string> words = absl::StrSplit(exporter.AwaitLine("handle "), ' ');
-    RegionDescriptor region;
-    if (words.size() != 5) {
-      ADD_FAILURE() << "the exporter says nothing";
-      return region;
-    }
-    region.kind = kByIpc;
-    region.ipc_handle = absl::HexStringToBytes(words[1]);
-    region.length = kPiece;
-    region.device_uuid = words[3];
-    EXPECT_TRUE(absl::SimpleAtoi(words[2], &region.allocation_bytes));
-    EXPECT_TRUE(absl::SimpleAtoi(words[4], &region.generation));
-    return region;
-  }
-
-  static RegionDescriptor DescriptorOf(const client::DeviceRegion& exported) {
-    RegionDescriptor region;
-    region.kind = exported.kind();
-    region.ipc_handle = exported.ipc_handle();
-    region.allocation_bytes = exported.allocation_bytes();
-    region.length = kPiece;
-    region.device_uuid = exported.device_uuid();
-    region.generation = exported.generation();
-    return region;
-  }
-
-  absl::Status Register(const std::string& name, RegionDescriptor region, int fd = -1) {
-    uint64_t token = 0;
-    if (fd >= 0) {
-      const auto deposited = sessions_->DepositFd(session_, service::UniqueFd(::dup(fd)));
-      if (!deposited.ok()) return deposited.status();
-      token = *deposited;
-    }
-    return sessions_->RegisterRegion(session_, name, token, std::move(region)).status();
-  }
-
-  uint64_t MappedBytes() const {
-    uint64_t bytes = 0;
-    for (const auto& kind : sessions_->Counts().regions) bytes += kind.device_bytes;
-    return bytes;
-  }
-
-  Driver driver_;
-  std::unique_ptr<service::SessionManager> sessions_;
-  std::string session_;
-};
+class RefusedDeviceMemory : public DeviceSessions {};
 
 using Spoil = void (*)(RegionDescriptor&);
 struct Case {
@@ -173,16 +102,14 @@ TEST_F(RefusedDeviceMemory, HandleOfThisProcess) {
 
 TEST_F(RefusedDeviceMemory, HandleOfFreedMemory) {
   const auto exporter = NewWorker(kNoServer, kByIpc, "freed_handle");
-  const absl::Status status = Register("freed", HandleOf(*exporter));
-  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
+  ExpectDriverRefusal("freed memory", Register("freed", HandleOf(*exporter)));
 }
 
 TEST_F(RefusedDeviceMemory, HandleOfADeadProcess) {
   const auto exporter = NewWorker(kNoServer, kByIpc, "handle");
   RegionDescriptor region = HandleOf(*exporter);
   exporter->Kill();
-  const absl::Status status = Register("dead", std::move(region));
-  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << status;
+  ExpectDriverRefusal("dead process", Register("dead", std::move(region)));
 }
 
 TEST_F(RefusedDeviceMemory, MemoryOfAnExporterThatDiedIsBackWhenItsSessionEnds) {
@@ -208,20 +135,23 @@ TEST_F(RefusedDeviceMemory, DescriptorsThatAreWrong) {
     const service::UniqueFd ordinary(::memfd_create("ordinary", MFD_CLOEXEC));
     ASSERT_EQ(::ftruncate(ordinary.get(), kRegionBytes), 0);
     const service::UniqueFd null(::open("/dev/null", O_RDWR | O_CLOEXEC));
-    const auto refused = [&](const char* what, Spoil spoil, int passed, absl::StatusCode want) {
+    const auto announced = [&](Spoil spoil, int passed) {
       RegionDescriptor region = DescriptorOf(**exported);
       spoil(region);
       const absl::Status status = Register("bad", std::move(region), passed);
+      EXPECT_EQ(MappedBytes(), 0u) << status;
+      return status;
+    };
+    const auto refused = [&](const char* what, Spoil spoil, int passed, absl::StatusCode want) {
+      const absl::Status status = announced(spoil, passed);
       EXPECT_EQ(status.code(), want) << what << ": " << status;
-      EXPECT_EQ(MappedBytes(), 0u) << what;
     };
     constexpr Spoil kNothing = [](RegionDescriptor&) {};
-    refused("ordinary memory", kNothing, ordinary.get(), absl::StatusCode::kInvalidArgument);
-    refused("no memory", kNothing, null.get(), absl::StatusCode::kInvalidArgument);
+    ExpectDriverRefusal("ordinary memory", announced(kNothing, ordinary.get()));
+    ExpectDriverRefusal("no memory", announced(kNothing, null.get()));
     refused("no descriptor", kNothing, -1, absl::StatusCode::kInvalidArgument);
-    refused(
-        "twice the allocation", [](RegionDescriptor& r) { r.allocation_bytes *= 2; }, fd,
-        absl::StatusCode::kInvalidArgument);
+    ExpectDriverRefusal("twice the allocation",
+                        announced([](RegionDescriptor& r) { r.allocation_bytes *= 2; }, fd));
     refused(
         "past the end", [](RegionDescriptor& r) { r.offset = r.allocation_bytes; }, fd,
         absl::StatusCode::kInvalidArgument);

@@ -12,7 +12,10 @@
 
 #include "absl/status/status.h"
 #include "absl/strings/escaping.h"
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/string_view.h"
+#include "absl/strings/strip.h"
 #include "clients/cpp/client.h"
 #include "clients/cpp/device_memory.h"
 #include "tests/gpu/ipc_driver.h"
@@ -89,6 +92,10 @@ class Worker {
     region_ = *std::move(region);
     if (region_->kind() != kind_) return FailedBecause("exported as " + region_->kind());
     if (phase == "exported") StandStill("ready");
+    if (absl::string_view size = phase; absl::ConsumePrefix(&size, "sized_")) {
+      int64_t bytes = 0;
+      return absl::SimpleAtoi(size, &bytes) ? Sized(bytes) : FailedBecause("phase " + phase);
+    }
     if (phase == "handle") return Handle(After::kLives);
     if (phase == "freed_handle") return Handle(After::kIsFreed);
     if (absl::Status status = Connect(); !status.ok()) return status;
@@ -187,6 +194,26 @@ class Worker {
     if (!Eventually([&] { return (status = client_->Reopen()).ok(); })) return status;
     if (status = Call(); !status.ok()) return status;
     StandStill("again");
+  }
+
+  absl::Status Sized(int64_t bytes) {
+    for (int i = 0; i < 2; ++i) {
+      std::byte* const memory = driver_.Allocate(kByIpc, bytes);
+      const std::vector<unsigned char> pattern(kSizedBytes, kSizedPattern + i);
+      if (memory == nullptr || !driver_.Write(memory, pattern.data(), kSizedBytes)) {
+        return FailedBecause("write");
+      }
+      if (i == 0) {
+        const auto exported = client::DeviceRegion::Export(memory, kSizedBytes);
+        Say(exported.ok() ? "exported" : absl::StrCat("refused: ", exported.status().ToString()));
+      }
+      const Driver::RawHandle handle = driver_.HandleOf(memory);
+      if (handle.bytes.empty()) return FailedBecause("the driver gives no handle");
+      Say(absl::StrCat("handle ", absl::BytesToHexString(handle.bytes), " ",
+                       handle.allocation_bytes, " ", region_->device_uuid(), " ",
+                       handle.generation));
+    }
+    StandStill("all");
   }
 
   enum class After { kLives, kIsFreed };

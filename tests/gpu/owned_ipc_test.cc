@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cstdint>
+#include <iostream>
 #include <string>
 
 #include "tests/gpu/device_ipc_fixture.h"
@@ -46,13 +47,17 @@ TEST_P(OwnedDeviceMemory, OfALostSessionIsFreedByTheWorkersWord) {
 }
 
 TEST_P(OwnedDeviceMemory, OfAKilledServerIsLostByATypedErrorAndComesBack) {
+  const int64_t before = driver_.FreeBytes();
   const auto worker = Worker("owned_outlive");
   ASSERT_NE(worker->AwaitLine("ready"), "");
   server_->Kill();
   StartServer();
   EXPECT_NE(worker->AwaitLine("lost"), "");
-  EXPECT_NE(worker->AwaitLine("freed"), "");
+  const std::string end = worker->AwaitLine("over: ");
+  EXPECT_NE(end, "");
+  std::cout << GetParam() << ": " << end << std::endl;
   worker->Kill();
+  EXPECT_TRUE(IsBack(driver_, before));
 }
 
 INSTANTIATE_TEST_SUITE_P(EveryKind, OwnedDeviceMemory, ::testing::Values(kByIpc, kByVmm),

@@ -15,7 +15,9 @@ namespace keepset::gpu {
 //   owned_lost     opens its session anew, which loses the memory, and stands still with it mapped
 //   owned_word     the same, then retires it and says "retired"; stands still
 //   owned_outlive  waits until the server is gone and another one has come, says "lost" when the
-//                  memory says so, retires it and says "freed" when the driver has it back
+//                  memory says so, retires it and says "over: freed" when the driver has
+//                  it back, or "over: ..." when the driver refuses to close the mapping of a
+//                  process that is gone, as it may
 int RunOwnedWorker(const std::string& address, const std::string& kind, const std::string& phase);
 
 }  // namespace keepset::gpu

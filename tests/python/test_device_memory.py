@@ -87,6 +87,15 @@ def test_bytes_beyond_the_allocation_name_the_fix(library, plain):
         keepset.DeviceRegion(plain, BYTES + 1, library)
 
 
+def test_small_allocation_is_refused_for_its_neighbours(library):
+    driver, pointer = ctypes.CDLL(library), ctypes.c_uint64()
+    assert driver.cuMemAlloc_v2(ctypes.byref(pointer), ctypes.c_size_t(BYTES - 1)) == 0
+    with pytest.raises(keepset.KeepsetError, match="neighbours.*at least 2097152 bytes") as refusal:
+        keepset.DeviceRegion(pointer.value, 64, library)
+    assert refusal.value.code == "FAILED_PRECONDITION"
+    driver.cuMemFree_v2(pointer)
+
+
 def test_host_memory_is_refused(library):
     array = np.zeros(64)
     pointer = array.ctypes.data // 16 * 16

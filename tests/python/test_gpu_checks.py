@@ -31,8 +31,20 @@ echo "cuda: no device: no driver" >&2
 if [ "$1" = targets ]; then exit 0; fi
 exit 3
 """
-PASSES = "#!/bin/sh\necho '[  PASSED  ] 3 tests.'\n"
-SKIPS = "#!/bin/sh\necho '[  PASSED  ] 0 tests.'\n"
+PASSES = """#!/bin/sh
+echo '[       OK ] WindowParity.A (1 ms)'
+echo '[       OK ] HopperParity.A (1 ms)'
+echo "seed ${KEEPSET_TEST_SEED-fixed} filter $*"
+echo '[  PASSED  ] 2 tests.'
+"""
+SKIPS = """#!/bin/sh
+for name in A B; do
+  echo "[ RUN      ] DeviceIpc.$name"
+  echo 'tests/gpu/device_ipc_fixture.h:26: Skipped'
+  echo 'no device: no "libcuda.so.1"'
+done
+echo '[  PASSED  ] 0 tests.'
+"""
 
 
 @pytest.fixture
@@ -56,11 +68,11 @@ def write(root: Path, program: str, text: str) -> None:
     (root / "bin" / program).write_text(text)
 
 
-def run(root: Path, out: Path, **environment: str) -> tuple[int, dict]:
+def run(root: Path, out: Path, *options: str, **environment: str) -> tuple[int, dict]:
     """Exit code and report."""
     tools = {"PATH": f"{root / 'tools'}:{os.environ['PATH']}"}
     done = subprocess.run(
-        ["bash", str(root / "run-gpu-checks.sh"), str(out)],
+        ["bash", str(root / "run-gpu-checks.sh"), str(out), *options],
         env=os.environ | tools | environment,
         capture_output=True,
         text=True,
@@ -80,10 +92,109 @@ def test_program_that_dies_leaves_its_whole_lines(bundle: Path, tmp_path: Path) 
     assert report["device"]["name"] == "a card"
 
 
-def test_skipped_tests_are_no_result(bundle: Path, tmp_path: Path) -> None:
-    run(bundle, tmp_path / "out")
-    lines = [json.loads(line) for line in (tmp_path / "out" / "checks.jsonl").read_text().splitlines()]
-    assert lines == [{"check": "tests", "exit": 0}, {"check": "ipc", "skipped": "no test passed"}]
+def phases(report: dict) -> dict[str, dict]:
+    return {line["check"]: line for line in report["phases"]}
+
+
+def test_skipped_tests_are_a_failure_with_count_and_reason(bundle: Path, tmp_path: Path) -> None:
+    code, report = run(bundle, tmp_path / "out", "--phases", "tests,ipc")
+    assert code == 1
+    assert report["tests_exit"] == 0
+    assert report["ipc_exit"] == 1
+    ipc = phases(report)["ipc"]
+    assert ipc["skipped"] == "no test passed"
+    assert ipc["skips"] == [{"count": 2, "reason": 'no device: no "libcuda.so.1"'}]
+    assert phases(report)["tests"]["passed"] == 2
+
+
+@pytest.mark.parametrize(("card", "code"), [("cuda/sm_90", 1), ("cuda/sm_86", 0)])
+def test_hopper_without_a_test_of_its_kernels_has_failed(bundle: Path, tmp_path: Path, card: str, code: int) -> None:
+    probe = f"echo '{{\"bench\":\"device\",\"backend\":\"{card}\"}}'"
+    write(bundle, "gpu_bench", f"#!/bin/sh\nif [ \"$1\" = --probe ]; then {probe}; fi\n")
+    write(bundle, "cuda_device_test", PASSES.replace("HopperParity", "SelectionParity"))
+    ended, report = run(bundle, tmp_path / "out", "--phases", "tests")
+    assert ended == code
+    assert ("skipped" in phases(report)["tests"]) == bool(code)
+
+
+def test_phases_of_several_calls_are_one_report(bundle: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write(bundle, "gpu_ipc_test", PASSES)
+    code, report = run(bundle, out, "--phases", "tests,ipc,exporter")
+    assert (code, report["bench_exit"]) == (0, "not yet measured")
+    code, report = run(bundle, out, "--phases", "bench,service")
+    assert code == 1
+    assert (report["tests_exit"], report["bench_exit"], report["service_exit"]) == (0, 139, 0)
+    assert report["exporter"] == [{"passed": True}]
+    code, report = run(bundle, out, "--phases", "sizes,peers", "--quick")
+    assert code == 0
+    assert (report["bench_exit"], report["sizes_exit"], report["peers_exit"]) == (139, 0, 0)
+    assert [line["target"] for line in report["targets"]] == ["bench", "service", "peers", "checks"]
+    assert "--gtest_filter=Sizes/*" in (out / "sizes.log").read_text()
+
+
+def test_phase_that_runs_again_replaces_its_result(bundle: Path, tmp_path: Path) -> None:
+    run(bundle, tmp_path / "out", "--phases", "tests,ipc")
+    write(bundle, "gpu_ipc_test", PASSES)
+    code, report = run(bundle, tmp_path / "out", "--phases", "ipc")
+    assert code == 0
+    assert [line["check"] for line in report["phases"]] == ["tests", "ipc"]
+    assert report["ipc_exit"] == 0
+
+
+def test_results_of_another_device_do_not_stay(bundle: Path, tmp_path: Path) -> None:
+    run(bundle, tmp_path / "out", "--phases", "bench")
+    write(bundle, "gpu_bench", BENCH.replace("a card", "another"))
+    _, report = run(bundle, tmp_path / "out", "--phases", "tests")
+    assert report["device"]["name"] == "another"
+    assert report["bench"] == "not yet measured"
+
+
+def test_phases_without_a_device_leave_the_report(bundle: Path, tmp_path: Path) -> None:
+    _, before = run(bundle, tmp_path / "out", "--phases", "tests")
+    write(bundle, "gpu_bench", NO_DEVICE)
+    code, report = run(bundle, tmp_path / "out", "--phases", "bench")
+    assert code == 3
+    assert report == before
+
+
+def test_device_that_does_not_start_is_a_failure(bundle: Path, tmp_path: Path) -> None:
+    write(bundle, "gpu_bench", NO_DEVICE.replace("no device: no driver", "out of memory").replace("exit 3", "exit 1"))
+    code, report = run(bundle, tmp_path / "out")
+    assert code == 1
+    assert "gpu_bench --probe ends with 1: cuda: out of memory" in report["reason"]
+
+
+def test_program_that_does_not_end_is_stopped(bundle: Path, tmp_path: Path) -> None:
+    (bundle / "peers.py").write_text("import signal\nsignal.pause()\n")
+    code, report = run(bundle, tmp_path / "out", "--phases", "peers,exporter", "--limit", "1")
+    assert code == 0
+    assert report["peers_exit"] == 124
+    assert report["exporter_exit"] == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [((), "seed fixed"), (("--seed", "7"), "seed 7"), (("--seed", "fresh"), "seed ")],
+)
+def test_data_is_that_of_ci_unless_asked(bundle: Path, tmp_path: Path, options: tuple[str, ...], said: str) -> None:
+    _, report = run(bundle, tmp_path / "out", "--phases", "tests", *options)
+    log = (tmp_path / "out" / "tests.log").read_text()
+    assert said in log
+    assert f"seed {report['seed']} " in log
+    if "fresh" in options:
+        assert int(report["seed"]) >= 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--phases", "tests,none"), ("--phases",), ("--limit", "0"), ("--seed", "x"), ("--what",), ("second",)],
+)
+def test_words_that_mean_nothing_are_bad_usage(bundle: Path, tmp_path: Path, options: tuple[str, ...]) -> None:
+    command = ["bash", str(bundle / "run-gpu-checks.sh"), str(tmp_path / "out"), *options]
+    done = subprocess.run(command, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "OUTDIR [--quick]" in done.stderr
 
 
 def test_host_without_a_device_has_measured_nothing(bundle: Path, tmp_path: Path) -> None:
@@ -94,7 +205,7 @@ def test_host_without_a_device_has_measured_nothing(bundle: Path, tmp_path: Path
     assert report["device"] is None
     assert report["reason"] == "cuda: no device: no driver"
     assert set(report["programs"].values()) == {"no device"}
-    for phase in ("tests_exit", "ipc_exit", "exporter", "bench", "bench_exit", "service", "peers", "sanitizer"):
+    for phase in ("tests_exit", "ipc_exit", "sizes_exit", "exporter", "bench", "bench_exit", "service", "peers", "sanitizer"):
         assert report[phase] == "not yet measured"
 
 
@@ -141,16 +252,37 @@ def test_peers_without_python_are_reported(bundle: Path, tmp_path: Path) -> None
 def test_sanitizer_runs_where_it_is(bundle: Path, tmp_path: Path) -> None:
     tools = bundle / "tools"
     tools.mkdir()
-    (tools / "compute-sanitizer").write_text('#!/bin/sh\ncase "$2" in racecheck) exit 9 ;; initcheck) exit 1 ;; esac\n')
+    (tools / "compute-sanitizer").write_text(
+        '#!/bin/sh\necho "$*"\ncase "$2$*" in racecheck*=-*) exit 9 ;; initcheck*) exit 1 ;; esac\n'
+    )
     (tools / "compute-sanitizer").chmod(0o755)
-    code, report = run(bundle, tmp_path / "out")
-    assert code == 1
+    code, report = run(bundle, tmp_path / "out", "--phases", "memcheck,racecheck,synccheck,initcheck")
+    # Only memcheck decides.
+    assert code == 0
     assert report["sanitizer"] == {
         "memcheck": "clean",
         "racecheck": "errors",
         "synccheck": "clean",
         "initcheck": "did not run, exit 1",
     }
+
+
+    log = (tmp_path / "out" / "sanitizer-initcheck.log").read_text()
+    filters = [line.rsplit("=", 1)[1] for line in log.splitlines()]
+    assert [one.split(":")[0] for one in filters] == ["-*Hopper*", "*Hopper*-*Large*"]
+    assert all("*Cublas*" in one for one in filters)
+
+
+def test_memory_errors_are_a_failure(bundle: Path, tmp_path: Path) -> None:
+    tools = bundle / "tools"
+    tools.mkdir()
+    (tools / "compute-sanitizer").write_text('#!/bin/sh\necho "$*"\nexit 9\n')
+    (tools / "compute-sanitizer").chmod(0o755)
+    code, report = run(bundle, tmp_path / "out", "--phases", "memcheck", "--filter", "Hopper*:WindowParity*")
+    assert code == 1
+    assert report["sanitizer"] == {"memcheck": "errors"}
+    log = (tmp_path / "out" / "sanitizer-memcheck.log").read_text()
+    assert log.count("--gtest_filter=Hopper*:WindowParity*") == log.count("--tool") == 1
 
 
 def test_sanitizer_finds_the_cublas_of_a_python_package(bundle: Path, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ using fakes::DeviceMemory;
 using ::testing::HasSubstr;
 
 constexpr uint64_t kBytes = kDeviceBytes;
+constexpr cuda_abi::Result kLaunchFailure = 719;
 
 class CudaIpcTransportTest : public ::testing::Test {
  protected:
@@ -129,6 +130,13 @@ TEST_F(CudaIpcTransportTest, UnknownDeviceDoesNotFit) {
   EXPECT_THAT(status.message(), HasSubstr(fakes::kFakeDeviceUuid));
 }
 
+TEST_F(CudaIpcTransportTest, DeviceIsKnownByTheNameOfAMigInstance) {
+  RegionDescriptor descriptor = IpcRegion(exporter_, 0, 64);
+  descriptor.device_uuid.replace(0, 3, "MIG");
+  const auto region = Open(std::move(descriptor));
+  EXPECT_TRUE(region.ok()) << region.status();
+}
+
 TEST_F(CudaIpcTransportTest, DeviceMustBeNamed) {
   RegionDescriptor descriptor = IpcRegion(exporter_, 0, 64);
   descriptor.device_uuid.clear();
@@ -225,6 +233,10 @@ TEST_F(CudaIpcTransportTest, RefusalsOfTheHostsSetupSayWhatToChange) {
   };
   const Case cases[] = {
       {cuda_abi::kInvalidDevice, absl::StatusCode::kFailedPrecondition, "CUDA_VISIBLE_DEVICES"},
+      {cuda_abi::kAlreadyMapped, absl::StatusCode::kFailedPrecondition, "retire it"},
+      {cuda_abi::kMapFailed, absl::StatusCode::kFailedPrecondition, "cannot be mapped"},
+      {cuda_abi::kUnknown, absl::StatusCode::kInvalidArgument, "a process that has ended"},
+      {kLaunchFailure, absl::StatusCode::kInternal, "cuIpcOpenMemHandle"},
       {cuda_abi::kTooManyPeers, absl::StatusCode::kResourceExhausted, "name the device"},
       {cuda_abi::kPeerAccessUnsupported, absl::StatusCode::kFailedPrecondition, "name the device"},
       {cuda_abi::kOperatingSystem, absl::StatusCode::kFailedPrecondition, "IPC namespace"},

@@ -23,6 +23,8 @@ _ALIGNMENT = 16
 _DEVICE_MEMORY = 2
 _POSIX_FD = 1
 _LAZY_PEER_ACCESS = 1
+# The driver's blocks: smaller plain allocations share one (CUDA C++ Programming Guide, "Interprocess Communication").
+_BLOCK_BYTES = 2 << 20
 # CUpointer_attribute of NVIDIA's driver API reference.
 _MEMORY_TYPE, _BUFFER_ID, _DEVICE_ORDINAL = 2, 7, 9
 _IS_LEGACY_IPC_CAPABLE, _ALLOWED_HANDLE_TYPES = 10, 14
@@ -73,12 +75,17 @@ def _uuid_of(driver: ctypes.CDLL, device: ctypes.c_int) -> str:
     return "GPU-" + "-".join((digits[:8], digits[8:12], digits[12:16], digits[16:20], digits[20:]))
 
 
+def _digits_of(uuid: str) -> str:
+    """Without what tools print before them: "GPU-" of a device, "MIG-" of an instance."""
+    return uuid.removeprefix("GPU-").removeprefix("MIG-").lower()
+
+
 def _ordinal_of(driver: ctypes.CDLL, uuid: str) -> int:
     count, device = ctypes.c_int(), ctypes.c_int()
     _check(driver.cuDeviceGetCount(ctypes.byref(count)), "cuDeviceGetCount")
     for ordinal in range(count.value):
         _check(driver.cuDeviceGet(ctypes.byref(device), ordinal), "cuDeviceGet")
-        if _uuid_of(driver, device) == uuid:
+        if _digits_of(_uuid_of(driver, device)) == _digits_of(uuid):
             return ordinal
     raise KeepsetError(
         "FAILED_PRECONDITION",
@@ -95,7 +102,8 @@ class DeviceRegion:
     a cudaMemcpy from pageable memory alone makes nothing ready, it returns when the bytes are staged
     (`torch.cuda.synchronize()` covers both).
     Raises KeepsetError: NOT_FOUND no driver; INVALID_ARGUMENT no device memory, or bytes beyond the allocation;
-    FAILED_PRECONDITION memory its allocator made impossible to share, with what to change.
+    FAILED_PRECONDITION memory its allocator made impossible to share, or a plain allocation of less than 2 MiB, whose
+    neighbours CUDA IPC would expose; with what to change.
     """
 
     owned_by_server = False
@@ -151,6 +159,13 @@ class DeviceRegion:
     def _export(self, driver: ctypes.CDLL, base: int) -> None:
         """Sets kind and ipc_handle or fd."""
         if self._attribute(driver, _IS_LEGACY_IPC_CAPABLE, ctypes.c_uint):
+            if self.allocation_bytes < _BLOCK_BYTES:
+                raise KeepsetError(
+                    "FAILED_PRECONDITION",
+                    f"an allocation of {self.allocation_bytes} bytes: the driver packs small ones in one "
+                    "block, and CUDA IPC would expose the neighbours; make it part of an allocation of "
+                    f"at least {_BLOCK_BYTES} bytes",
+                )
             handle = _IpcHandle()
             status = driver.cuIpcGetMemHandle(ctypes.byref(handle), ctypes.c_uint64(base))
             _check(status, "cuIpcGetMemHandle")
