@@ -260,7 +260,7 @@ def test_ways_are_compared_on_prompts_of_a_task_not_seen(engine, small, tmp_path
                          "number", prompts, (30, 40))
     assert same["prompts"] == 0 and "least_loss" not in same
     told = "\n".join(ways_section({"columns": {"inside": {"ways": [found, same]}}}))
-    assert "In 1 of them both take the same way." in told
+    assert "In 1 of them both take the same way. " in told
     assert f"| inside | number | 2 | {far} | {found['chosen_loss']:.2f} | {near} |" in told
 
 

@@ -18,7 +18,8 @@ def ways_section(part: dict) -> Iterator[str]:
            f"held-out tasks. Would it be better to take the least measured loss? Asked of the {len(found)} tables that "
            "were compiled without a task, on that task's prompts of the calibration text, which neither compiled nor "
            "chose them: loss under compression, mean over the budgets of the fit, before the number of observations "
-           f"is chosen. In {len(found) - len(told)} of them both take the same way.")
+           f"is chosen. In {len(found) - len(told)} of them both take the same way. The last row draws prompts within "
+           "these tasks; of other tasks it says nothing.")
     yield ""
     if not told:
         return
@@ -32,7 +33,7 @@ def ways_section(part: dict) -> Iterator[str]:
     pairs = [pair for _, one in told for pair in one["by_prompt"]]
     strata = [number for number, (_, one) in enumerate(told) for _ in one["by_prompt"]]
     both = paired_difference([one[1] for one in pairs], [one[0] for one in pairs], strata)
-    yield (f"| all | {len(told)} tables | {len(pairs)} | | | | | {_interval(both)} | {_sign(both)} |")
+    yield (f"| all | {len(told)} table{'s' * (len(told) > 1)} | {len(pairs)} | | | | | {_interval(both)} | {_sign(both)} |")
     yield ""
 
 
