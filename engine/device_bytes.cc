@@ -1,5 +1,6 @@
 #include "engine/device_bytes.h"
 
+#include <bit>
 #include <cstddef>
 #include <memory>
 #include <numeric>
@@ -73,7 +74,7 @@ class Tensors {
 
  private:
   int64_t num_layers() const { return spec_.model.num_layers; }
-  std::byte* Next() { return reinterpret_cast<std::byte*>(kFirstTensor + kTensorBytes * count_++); }
+  std::byte* Next() { return std::bit_cast<std::byte*>(kFirstTensor + kTensorBytes * count_++); }
 
   LayerObservation AllInPages() {
     LayerObservation layer;

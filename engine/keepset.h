@@ -318,7 +318,20 @@ keepset_status keepset_operation_gather(keepset_operation* operation, int64_t la
 keepset_status keepset_operation_gather_in_place(keepset_operation* operation, int64_t layer,
                                                  const keepset_kv_view* k,
                                                  const keepset_kv_view* v);
-/* The same of several layers, together on a GPU. No destination overlaps a source or another
+/* Takes the engine's memory for gather_in_place of these layers until the operation is destroyed:
+ * none of them ends with KEEPSET_RESOURCE_EXHAUSTED then, so that all layers move, or none. Moves
+ * nothing; refuses what gather_in_place refuses. After KEEPSET_RESOURCE_EXHAUSTED keep the full
+ * cache, or try again later. */
+typedef struct keepset_layer_in_place {
+  size_t struct_size;
+  int64_t layer;
+  const keepset_kv_view* k;
+  const keepset_kv_view* v;
+} keepset_layer_in_place;
+keepset_status keepset_operation_reserve_in_place(keepset_operation* operation,
+                                                  const keepset_layer_in_place* const* layers,
+                                                  size_t num_layers);
+/* Gather of several layers, together on a GPU. No destination overlaps a source or another
  * destination. */
 typedef struct keepset_layer_gather {
   size_t struct_size;

@@ -127,6 +127,18 @@ absl::StatusOr<LayerGather> ReadGather(int64_t layer, const keepset_kv_view* k,
   return gather;
 }
 
+absl::StatusOr<LayerInPlace> ReadInPlace(int64_t layer, const keepset_kv_view* k,
+                                         const keepset_kv_view* v) {
+  KEEPSET_RETURN_IF_ERROR(RequirePointer(k, "k"));
+  KEEPSET_RETURN_IF_ERROR(RequirePointer(v, "v"));
+  const std::string where = absl::StrCat("layer ", layer, ": ");
+  LayerInPlace in_place;
+  in_place.layer = layer;
+  KEEPSET_ASSIGN_OR_RETURN(in_place.k, ToMutableKvView(*k, absl::StrCat(where, "k")));
+  KEEPSET_ASSIGN_OR_RETURN(in_place.v, ToMutableKvView(*v, absl::StrCat(where, "v")));
+  return in_place;
+}
+
 absl::StatusOr<Handover> ToHandover(int32_t from) {
   if (from == KEEPSET_LAYERS_TOGETHER) return Handover::kTogether;
   if (from == KEEPSET_LAYERS_ONE_BY_ONE) return Handover::kOneByOne;
@@ -163,6 +175,7 @@ absl::StatusOr<DeviceBytesOptions> ToOptions(const keepset_device_bytes_options*
 using ::keepset::engine::Guard;
 using ::keepset::engine::kLeastSpecBytes;
 using ::keepset::engine::ReadGather;
+using ::keepset::engine::ReadInPlace;
 using ::keepset::engine::ReadObservation;
 using ::keepset::engine::RequirePointer;
 using ::keepset::engine::RequireStruct;
@@ -307,14 +320,26 @@ keepset_status keepset_operation_gather_in_place(keepset_operation* operation, i
                                                  const keepset_kv_view* v) {
   return Guard([&]() -> absl::Status {
     KEEPSET_RETURN_IF_ERROR(RequirePointer(operation, "operation"));
-    KEEPSET_RETURN_IF_ERROR(RequirePointer(k, "k"));
-    KEEPSET_RETURN_IF_ERROR(RequirePointer(v, "v"));
-    const std::string where = absl::StrCat("layer ", layer, ": ");
-    KEEPSET_ASSIGN_OR_RETURN(const auto in_k,
-                             keepset::engine::ToMutableKvView(*k, absl::StrCat(where, "k")));
-    KEEPSET_ASSIGN_OR_RETURN(const auto in_v,
-                             keepset::engine::ToMutableKvView(*v, absl::StrCat(where, "v")));
-    return operation->operation->GatherInPlace(layer, in_k, in_v);
+    KEEPSET_ASSIGN_OR_RETURN(const keepset::engine::LayerInPlace one, ReadInPlace(layer, k, v));
+    return operation->operation->GatherInPlace(layer, one.k, one.v);
+  });
+}
+
+keepset_status keepset_operation_reserve_in_place(keepset_operation* operation,
+                                                  const keepset_layer_in_place* const* layers,
+                                                  size_t num_layers) {
+  return Guard([&]() -> absl::Status {
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(operation, "operation"));
+    KEEPSET_RETURN_IF_ERROR(RequirePointer(layers, "layers"));
+    std::vector<keepset::engine::LayerInPlace> moves;
+    for (size_t i = 0; i < num_layers; ++i) {
+      KEEPSET_RETURN_IF_ERROR(RequirePointer(layers[i], "layer"));
+      const keepset_layer_in_place& one = *layers[i];
+      KEEPSET_RETURN_IF_ERROR(
+          RequireStruct(one.struct_size, sizeof(one), "keepset_layer_in_place"));
+      KEEPSET_ASSIGN_OR_RETURN(moves.emplace_back(), ReadInPlace(one.layer, one.k, one.v));
+    }
+    return operation->operation->ReserveInPlace(moves);
   });
 }
 

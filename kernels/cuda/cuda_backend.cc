@@ -134,8 +134,7 @@ class CudaBackend : public ComputeBackend {
                              cuda::CurrentDevice::Set(traits_.ordinal, health_));
     auto* const stream = static_cast<cudaStream_t>(options.stream);
     KEEPSET_RETURN_IF_ERROR(cuda::CheckCallersStream(stream, traits_.ordinal, health_));
-    KEEPSET_ASSIGN_OR_RETURN(std::unique_ptr<cuda::StreamState> state, streams_.Acquire(stream));
-    return std::make_unique<cuda::CudaContext>(&streams_, std::move(state));
+    return std::make_unique<cuda::CudaContext>(&streams_, streams_.Acquire(stream));
   }
 
   int64_t layers_at_once() const override { return cuda::kMaxWindowLayers; }
@@ -369,6 +368,7 @@ class CudaBackend : public ComputeBackend {
                              cuda::CurrentDevice::Set(traits_.ordinal, health_));
     cuda::StreamState& state = static_cast<cuda::CudaContext&>(context).state();
     KEEPSET_RETURN_IF_ERROR(cuda::CheckNotInCapture(state.callers_stream(), health_));
+    KEEPSET_RETURN_IF_ERROR(state.Prepare());
     return Entered(std::move(device), &state);
   }
 

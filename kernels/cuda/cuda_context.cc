@@ -41,24 +41,30 @@ StreamState::StreamState(const DeviceTraits& traits, DeviceHealth& health, Devic
       faults_host_(health) {}
 
 StreamState::~StreamState() {
-  if (own_stream_ == nullptr && is_queued()) return;
-  Queue("cudaStreamSynchronize", [&] { return cudaStreamSynchronize(stream()); }).IgnoreError();
+  if (own_stream_ == nullptr) {
+    deferred_->Close();
+    return;
+  }
+  health_.Check(cudaStreamSynchronize(stream()), "cudaStreamSynchronize").IgnoreError();
   deferred_->Close();
-  if (own_stream_ == nullptr) return;
   health_.Check(cudaStreamDestroy(own_stream_), "cudaStreamDestroy").IgnoreError();
 }
 
-absl::Status StreamState::Init() {
-  if (!is_queued()) return absl::OkStatus();
+absl::Status StreamState::Prepare() {
+  if (!is_queued() || faults_host_.bytes() > 0) return absl::OkStatus();
+  if (own_stream_ == nullptr) KEEPSET_RETURN_IF_ERROR(NewOwnStream());
+  return faults_host_.Reserve(kFaultBytes);
+}
+
+absl::Status StreamState::NewOwnStream() {
   int least_priority = 0;
   int greatest_priority = 0;
   KEEPSET_RETURN_IF_CUDA_ERROR(
       health_, cudaDeviceGetStreamPriorityRange(&least_priority, &greatest_priority));
   // In the engine's process its own streams go first.
-  KEEPSET_RETURN_IF_CUDA_ERROR(
-      health_, cudaStreamCreateWithPriority(&own_stream_, cudaStreamNonBlocking, least_priority));
-  KEEPSET_RETURN_IF_ERROR(faults_host_.Reserve(kFaultBytes));
-  return absl::OkStatus();
+  return health_.Check(
+      cudaStreamCreateWithPriority(&own_stream_, cudaStreamNonBlocking, least_priority),
+      "cudaStreamCreateWithPriority");
 }
 
 absl::Status StreamState::TakeFaults() {
@@ -230,8 +236,10 @@ absl::Status StreamState::Reset() {
       return cudaMemsetAsync(faults_.data(), kAllOnes, kFaultBytes, stream());
     }));
   }
-  KEEPSET_RETURN_IF_ERROR(
-      Queue("cudaStreamSynchronize", [&] { return cudaStreamSynchronize(stream()); }));
+  // Null: nothing was ever queued.
+  if (stream() != nullptr) {
+    KEEPSET_RETURN_IF_CUDA_ERROR(health_, cudaStreamSynchronize(stream()));
+  }
   ForgetQueued();
   deferred_->Close();
   callers_stream_ = nullptr;
@@ -259,12 +267,9 @@ void StreamState::Abandon() {
   own_stream_ = nullptr;  // a call that would end a capture
 }
 
-absl::StatusOr<std::unique_ptr<StreamState>> StreamPool::Acquire(cudaStream_t stream) {
+std::unique_ptr<StreamState> StreamPool::Acquire(cudaStream_t stream) {
   std::unique_ptr<StreamState> state = TakeIdle();
-  if (state == nullptr) {
-    state = std::make_unique<StreamState>(traits_, health_, pool_);
-    KEEPSET_RETURN_IF_ERROR(state->Init());
-  }
+  if (state == nullptr) state = std::make_unique<StreamState>(traits_, health_, pool_);
   state->Begin(stream);
   return state;
 }

@@ -73,7 +73,10 @@ class StreamState {
   StreamState& operator=(const StreamState&) = delete;
   ~StreamState();
 
-  absl::Status Init();
+  // Takes what every op needs, a stream and memory to report faults; before each op, the first of
+  // which does the work. An operation that finds no memory for it ends as one that finds none
+  // later.
+  absl::Status Prepare();
   // Queues everything on `stream` until Reset; null: on its own.
   void Begin(cudaStream_t stream) {
     callers_stream_ = stream;
@@ -136,6 +139,7 @@ class StreamState {
   void Abandon();
 
  private:
+  absl::Status NewOwnStream();
   int64_t ring_bytes() const;
   absl::Status GrowRing(int64_t bytes);
   absl::Status TakeFaults();
@@ -179,7 +183,7 @@ class StreamPool {
       : traits_(traits), health_(health), pool_(pool) {}
 
   // Begun on `stream`, the caller's, or on its own where that is null.
-  absl::StatusOr<std::unique_ptr<StreamState>> Acquire(cudaStream_t stream);
+  std::unique_ptr<StreamState> Acquire(cudaStream_t stream);
   void Release(std::unique_ptr<StreamState> state);
 
  private:

@@ -150,8 +150,13 @@ absl::Status PinnedBuffer::Reserve(int64_t bytes) {
   if (bytes <= bytes_) return absl::OkStatus();
   const int64_t size = std::max(bytes, 2 * bytes_);
   void* data = nullptr;
-  KEEPSET_RETURN_IF_CUDA_ERROR(
-      health_, cudaHostAlloc(&data, static_cast<size_t>(size), cudaHostAllocDefault));
+  const cudaError_t error = cudaHostAlloc(&data, static_cast<size_t>(size), cudaHostAllocDefault);
+  if (error == cudaErrorMemoryAllocation) {
+    cudaGetLastError();  // Nobody else is to find that there was none.
+    return absl::ResourceExhaustedError(
+        absl::StrCat("cuda: there are no ", size, " bytes of page-locked host memory"));
+  }
+  KEEPSET_RETURN_IF_ERROR(health_.Check(error, "cudaHostAlloc"));
   if (data_ != nullptr) KEEPSET_RETURN_IF_CUDA_ERROR(health_, cudaFreeHost(data_));
   data_ = static_cast<std::byte*>(data);
   bytes_ = size;

@@ -2,6 +2,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <bit>
 #include <cstdint>
 #include <optional>
 
@@ -79,7 +80,7 @@ absl::StatusOr<std::unique_ptr<DeviceRegion>> DeviceRegion::New(const BackendOpt
 std::unique_ptr<DeviceRegion> DeviceRegion::NewOfNoMemory(DeviceHealth& health) {
   constexpr int64_t kBytes = int64_t{1} << 46;
   // Not null, as much aligned as what cudaMalloc returns, and above what processes use.
-  auto* const data = reinterpret_cast<std::byte*>(uintptr_t{1} << 60);
+  auto* const data = std::bit_cast<std::byte*>(uintptr_t{1} << 60);
   return absl::WrapUnique(new DeviceRegion(data, kBytes, Owner::kCaller, health));
 }
 

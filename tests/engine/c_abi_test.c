@@ -70,6 +70,8 @@ static void RunsAndGathers(keepset_engine* engine) {
   int64_t count = 0;
   keepset_layer_observation observation;
   keepset_kv_view k_view, v_view, out_k_view, out_v_view;
+  keepset_layer_in_place in_place;
+  const keepset_layer_in_place* const layers[] = {&in_place};
   int layer;
   size_t i;
 
@@ -102,6 +104,16 @@ static void RunsAndGathers(keepset_engine* engine) {
   EXPECT(memcmp(out_k, k, sizeof(float) * BUDGET * HEAD_DIM) == 0);
   EXPECT(memcmp(out_v + BUDGET * HEAD_DIM, v + SEQ_LEN * HEAD_DIM,
                 sizeof(float) * BUDGET * HEAD_DIM) == 0);
+  memset(&in_place, 0, sizeof(in_place));
+  in_place.struct_size = sizeof(in_place);
+  in_place.layer = NUM_LAYERS;
+  in_place.k = &k_view;
+  in_place.v = &v_view;
+  EXPECT(keepset_operation_reserve_in_place(operation, layers, 1) == KEEPSET_INVALID_ARGUMENT);
+  EXPECT(strstr(keepset_last_error(), "layer 2, want 0..1") != NULL);
+  in_place.layer = 1;
+  EXPECT(keepset_operation_reserve_in_place(operation, layers, 1) == KEEPSET_OK);
+  EXPECT(v[SEQ_LEN * HEAD_DIM] == (float)(SEQ_LEN * HEAD_DIM));
   EXPECT(keepset_operation_gather_in_place(operation, 1, &k_view, &v_view) == KEEPSET_OK);
   EXPECT(memcmp(v, out_v, sizeof(float) * BUDGET * HEAD_DIM) == 0);
   EXPECT(memcmp(v + SEQ_LEN * HEAD_DIM, out_v + BUDGET * HEAD_DIM,

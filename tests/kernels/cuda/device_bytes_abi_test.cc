@@ -1,4 +1,5 @@
 // keepset_operation_device_bytes: what the caller says of its layers reaches the engine.
+#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -78,7 +79,7 @@ TEST_F(DeviceBytesAbi, ALayerThatIsGivenCounts) {
   layer.struct_size = sizeof(layer);
   const auto rows = [](int64_t last_dim, int32_t dtype) {
     keepset_rows_view view = {};
-    view.data = reinterpret_cast<const void*>(uintptr_t{4096});
+    view.data = std::bit_cast<const void*>(uintptr_t{4096});
     view.size_bytes = int64_t{32} * kWindow * last_dim * 4;
     view.dtype = dtype;
     view.num_qo_heads = 32;
@@ -89,7 +90,7 @@ TEST_F(DeviceBytesAbi, ALayerThatIsGivenCounts) {
     return view;
   };
   layer.q_window = rows(128, KEEPSET_BF16);
-  layer.k.data = reinterpret_cast<void*>(uintptr_t{1} << 32);
+  layer.k.data = std::bit_cast<void*>(uintptr_t{1} << 32);
   layer.k.size_bytes = int64_t{8} * kSeqLen * 128 * 2;
   layer.k.dtype = KEEPSET_BF16;
   layer.k.num_kv_heads = 8;

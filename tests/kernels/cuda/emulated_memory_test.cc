@@ -155,6 +155,24 @@ TEST_F(EmulatedMemory, WhatDoesNotFitKeepsEverythingWhereThatIsAskedFor) {
   }
 }
 
+TEST_F(EmulatedMemory, WithoutHostMemoryEverythingIsKeptWhereThatIsAskedFor) {
+  engine::Bench bench(*NewCudaBackend(Fixed(kEnough)));
+  engine::OperationSpec spec = Spec("snapkv");
+  cuda::LimitEmulatedHostMemory(cuda::HostMemory::kNone);
+  const absl::Status refused = Run(bench, spec).status();
+  spec.on_short_memory = engine::OnShortMemory::kKeepFull;
+  const auto kept = Run(bench, spec);
+  cuda::LimitEmulatedHostMemory(cuda::HostMemory::kPlenty);
+  EXPECT_EQ(refused.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(Text(refused), HasSubstr("bytes of page-locked host memory"));
+  ASSERT_TRUE(kept.ok()) << kept.status();
+  EXPECT_EQ(kept->outcome, engine::Outcome::kKeptFull);
+  EXPECT_EQ(kept->reason, engine::Reason::kShed);
+  const auto next = Run(bench, spec);
+  ASSERT_TRUE(next.ok()) << next.status();
+  EXPECT_EQ(next->outcome, engine::Outcome::kCompressed);
+}
+
 // The most bytes that somebody else may hold of the region while `serves` is true.
 int64_t MostTaken(engine::Bench& bench, const std::function<bool()>& serves) {
   constexpr int64_t kStep = 2048;

@@ -49,6 +49,7 @@ struct Device {
   const void* elsewhere = nullptr;
   size_t largest_block = size_t{1} << 40;
   bool next_allocation_fails = false;
+  bool has_host_memory = true;
   cudaError_t next_wait = cudaSuccess;
   cudaError_t sticky = cudaSuccess;
   std::string name = "emulated";
@@ -241,6 +242,10 @@ void CountProducts(int warp_group, int64_t count) {
 void FailNextWait(cudaError_t error) { TheDevice().next_wait = error; }
 
 void FaultNow(cudaError_t error) { TheDevice().sticky = error; }
+
+void LimitEmulatedHostMemory(HostMemory memory) {
+  TheDevice().has_host_memory = memory == HostMemory::kPlenty;
+}
 
 void FailNextAllocation() { TheDevice().next_allocation_fails = true; }
 
@@ -440,6 +445,7 @@ cudaError_t cudaFree(void* data) {
   return State();
 }
 cudaError_t cudaHostAlloc(void** data, size_t bytes, unsigned /*flags*/) {
+  if (!TheDevice().has_host_memory) return cudaErrorMemoryAllocation;
   ++TheDevice().host_allocations;
   *data = keepset::kernels::cuda::Allocate(bytes, TheDevice().host_memory);
   return State();

@@ -43,6 +43,9 @@ void FaultNow(cudaError_t error);
 void PlaceElsewhere(const void* data);
 // What the device has free from now on, as far as one allocation is concerned.
 void LimitEmulatedMemory(size_t largest_block);
+// Whether there is page-locked memory from now on.
+enum class HostMemory { kPlenty, kNone };
+void LimitEmulatedHostMemory(HostMemory memory);
 // The next allocation finds no memory.
 void FailNextAllocation();
 // Blocks of device memory that are allocated now.

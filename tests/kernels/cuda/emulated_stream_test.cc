@@ -152,7 +152,7 @@ TEST(EmulatedUpload, FitsTheSmallerOfBothCopies) {
   cuda::DeviceHealth health;
   cuda::DevicePool pool(0, health, int64_t{1} << 30);
   cuda::StreamState state(traits, health, pool);
-  ASSERT_TRUE(state.Init().ok());
+  ASSERT_TRUE(state.Prepare().ok());
   state.Begin(nullptr);
   const std::vector<std::byte> data(300'000, std::byte{7});
   for (const int64_t bytes : {300'000, 200'000, 300'000}) {
