@@ -261,6 +261,11 @@ typedef struct keepset_operation_spec {
    * the default stream included: tensors are complete before the call. struct_size may end before.
    */
   void* cuda_stream;
+  /* 1: an operation for which there is no device memory ends with outcome kept_full, reason shed,
+   * not with KEEPSET_RESOURCE_EXHAUSTED; a gather still ends so, and has moved nothing. struct_size
+   * may end before. */
+  int32_t keep_full_on_short_memory;
+  int32_t reserved;
 } keepset_operation_spec;
 
 /* How the caller will hand over layers, observed ones and such whose rows move. */

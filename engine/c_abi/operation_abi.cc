@@ -97,7 +97,17 @@ absl::StatusOr<OperationSpec> ToSpec(const keepset_operation_spec& from) {
     return absl::InvalidArgumentError(absl::StrCat("shadow=", from.shadow, ", want 0 or 1"));
   }
   spec.mode = from.shadow == 1 ? Mode::kShadow : Mode::kDecide;
-  if (from.struct_size >= sizeof(from)) spec.device_stream = from.cuda_stream;
+  if (from.struct_size >= offsetof(keepset_operation_spec, keep_full_on_short_memory)) {
+    spec.device_stream = from.cuda_stream;
+  }
+  if (from.struct_size >= sizeof(from)) {
+    const int32_t keep_full = from.keep_full_on_short_memory;
+    if (keep_full != 0 && keep_full != 1) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("keep_full_on_short_memory=", keep_full, ", want 0 or 1"));
+    }
+    if (keep_full == 1) spec.on_short_memory = OnShortMemory::kKeepFull;
+  }
   return spec;
 }
 

@@ -239,6 +239,14 @@ static void ReportsErrors(keepset_engine* engine) {
   keepset_operation_destroy(operation);
   operation = NULL;
   spec = Spec();
+  spec.keep_full_on_short_memory = 2;
+  EXPECT(keepset_operation_begin(engine, &spec, &operation) == KEEPSET_INVALID_ARGUMENT);
+  EXPECT(strstr(keepset_last_error(), "keep_full_on_short_memory=2, want 0 or 1") != NULL);
+  spec.struct_size = offsetof(keepset_operation_spec, keep_full_on_short_memory);
+  EXPECT(keepset_operation_begin(engine, &spec, &operation) == KEEPSET_OK);
+  keepset_operation_destroy(operation);
+  operation = NULL;
+  spec = Spec();
   spec.kv_dtype = 9;
   EXPECT(keepset_operation_begin(engine, &spec, &operation) == KEEPSET_INVALID_ARGUMENT);
   EXPECT(strstr(keepset_last_error(), "dtype=9") != NULL);

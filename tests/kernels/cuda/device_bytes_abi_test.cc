@@ -47,6 +47,33 @@ class DeviceBytesAbi : public ::testing::Test {
     return bytes;
   }
 
+  static keepset_rows_view Rows(int64_t last_dim, int32_t dtype) {
+    keepset_rows_view view = {};
+    view.data = std::bit_cast<const void*>(uintptr_t{4096});
+    view.size_bytes = int64_t{32} * kWindow * last_dim * 4;
+    view.dtype = dtype;
+    view.num_qo_heads = 32;
+    view.num_rows = kWindow;
+    view.last_dim = last_dim;
+    view.head_stride = kWindow * last_dim;
+    view.row_stride = last_dim;
+    return view;
+  }
+  static keepset_layer_observation Layer() {
+    keepset_layer_observation layer = {};
+    layer.struct_size = sizeof(layer);
+    layer.q_window = Rows(128, KEEPSET_BF16);
+    layer.k.data = std::bit_cast<void*>(uintptr_t{1} << 32);
+    layer.k.size_bytes = int64_t{8} * kSeqLen * 128 * 2;
+    layer.k.dtype = KEEPSET_BF16;
+    layer.k.num_kv_heads = 8;
+    layer.k.seq_len = kSeqLen;
+    layer.k.head_dim = 128;
+    layer.k.head_stride = kSeqLen * 128;
+    layer.k.token_stride = 128;
+    return layer;
+  }
+
   keepset_engine engine_;
   keepset_operation_spec spec_ = {};
   keepset_device_bytes_options options_ = {};
@@ -73,35 +100,31 @@ TEST_F(DeviceBytesAbi, RowsInPlaceTakeAScratch) {
   EXPECT_GE(Said(&options_), int64_t{16} << 20);
 }
 
+// With its log-sum-exp no statistics of rows are kept.
 TEST_F(DeviceBytesAbi, ALayerThatIsGivenCounts) {
-  // With its log-sum-exp no statistics of rows are kept.
-  keepset_layer_observation layer = {};
-  layer.struct_size = sizeof(layer);
-  const auto rows = [](int64_t last_dim, int32_t dtype) {
-    keepset_rows_view view = {};
-    view.data = std::bit_cast<const void*>(uintptr_t{4096});
-    view.size_bytes = int64_t{32} * kWindow * last_dim * 4;
-    view.dtype = dtype;
-    view.num_qo_heads = 32;
-    view.num_rows = kWindow;
-    view.last_dim = last_dim;
-    view.head_stride = kWindow * last_dim;
-    view.row_stride = last_dim;
-    return view;
-  };
-  layer.q_window = rows(128, KEEPSET_BF16);
-  layer.k.data = std::bit_cast<void*>(uintptr_t{1} << 32);
-  layer.k.size_bytes = int64_t{8} * kSeqLen * 128 * 2;
-  layer.k.dtype = KEEPSET_BF16;
-  layer.k.num_kv_heads = 8;
-  layer.k.seq_len = kSeqLen;
-  layer.k.head_dim = 128;
-  layer.k.head_stride = kSeqLen * 128;
-  layer.k.token_stride = 128;
+  keepset_layer_observation layer = Layer();
   options_.layer = &layer;
   const int64_t without = Said(&options_);
-  layer.window_lse = rows(1, KEEPSET_F32);
+  layer.window_lse = Rows(1, KEEPSET_F32);
   EXPECT_LT(Said(&options_), without);
+}
+
+// Its scores alone are more than there is, so nothing is read of what it is shown.
+TEST_F(DeviceBytesAbi, TooFewEndAsTheCallerAsks) {
+  engine_.backend = *NewCudaBackend({.device_memory_bytes = 1 << 20});
+  keepset_operation* operation = nullptr;
+  EXPECT_EQ(keepset_operation_begin(&engine_, &spec_, &operation), KEEPSET_RESOURCE_EXHAUSTED);
+  spec_.keep_full_on_short_memory = 1;
+  ASSERT_EQ(keepset_operation_begin(&engine_, &spec_, &operation), KEEPSET_OK);
+  const keepset_layer_observation layer = Layer();
+  for (int64_t i = 0; i < 32; ++i) {
+    EXPECT_EQ(keepset_operation_observe(operation, i, &layer), KEEPSET_OK) << keepset_last_error();
+  }
+  const keepset_result* result = nullptr;
+  ASSERT_EQ(keepset_operation_finish(operation, &result), KEEPSET_OK) << keepset_last_error();
+  EXPECT_STREQ(keepset_result_outcome(result), "kept_full");
+  EXPECT_STREQ(keepset_result_reason(result), "shed");
+  keepset_operation_destroy(operation);
 }
 
 TEST_F(DeviceBytesAbi, ALayerThatDoesNotFitTheSpecIsRefused) {
