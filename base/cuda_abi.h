@@ -120,6 +120,7 @@ struct AllocationProperties {
   unsigned char flags[8] = {};
 };
 static_assert(sizeof(AllocationProperties) == 32);
+inline constexpr int kGranularityMinimum = 0;
 // Plain allocations of whole granules share no block with others, which an IPC handle would expose;
 // VMM allocations are whole granules.
 inline constexpr uint64_t kAllocationGranularity = uint64_t{2} << 20;
@@ -187,6 +188,8 @@ inline constexpr unsigned int kMemoryTypeDevice = 2;
   KEEPSET_CUDA_ENTRY(allocate, "cuMemAlloc_v2", (DevicePointer * pointer, size_t bytes))        \
   KEEPSET_CUDA_ENTRY(free, "cuMemFree_v2", (DevicePointer pointer))                             \
   KEEPSET_CUDA_ENTRY(ipc_get, "cuIpcGetMemHandle", (IpcHandle * handle, DevicePointer pointer)) \
+  KEEPSET_CUDA_ENTRY(granularity, "cuMemGetAllocationGranularity",                              \
+                     (size_t * bytes, const AllocationProperties* properties, int option))      \
   KEEPSET_CUDA_ENTRY(create, "cuMemCreate",                                                     \
                      (AllocationHandle * handle, size_t bytes,                                  \
                       const AllocationProperties* properties, unsigned long long flags))        \

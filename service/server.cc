@@ -122,7 +122,7 @@ class ServerImpl final : public Server {
         NewBuiltinTransports([this](absl::string_view kind) {
           if (kind == "posix_shm") return config_.memory().allow_posix_shm();
           // Memory of a device is of use to a backend of that device only.
-          return !absl::StartsWith(kind, "cuda_") || absl::StartsWith(backend_->name(), "cuda/");
+          return SpaceOf(kind) == MemorySpace::kHost || absl::StartsWith(backend_->name(), "cuda/");
         });
     std::vector<std::string> transport_kinds;
     for (const auto& transport : transports) {
@@ -152,6 +152,7 @@ class ServerImpl final : public Server {
          .default_lease = absl::Seconds(config_.memory().lease_seconds()),
          .max_owned_bytes = config_.memory().max_owned_bytes(),
          .max_owned_bytes_per_session = config_.memory().max_owned_bytes_per_session(),
+         .owned_device_uuid = backend_->Device().uuid,
          .quarantine = absl::Seconds(config_.memory().quarantine_seconds())},
         std::move(transports), clock_, session_observer_.get());
     KEEPSET_ASSIGN_OR_RETURN(

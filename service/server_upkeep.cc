@@ -5,7 +5,6 @@
 #include <utility>
 
 #include "absl/status/status.h"
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "service/metrics/process_usage.h"
 
@@ -40,7 +39,7 @@ void WarnOfFewDescriptors(uint64_t max_sessions, Logger& log) {
 uint64_t OwnedDeviceBytes(const SessionManager& sessions) {
   uint64_t bytes = 0;
   for (const SessionCounts::ByKind& kind : sessions.Counts().regions) {
-    if (absl::StartsWith(kind.kind, "cuda_")) bytes += kind.owned_bytes;
+    if (SpaceOf(kind.kind) == MemorySpace::kDevice) bytes += kind.owned_bytes;
   }
   return bytes;
 }

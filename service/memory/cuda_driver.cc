@@ -3,6 +3,7 @@
 #include <bit>
 #include <cstring>
 #include <initializer_list>
+#include <map>
 #include <string>
 #include <utility>
 #include <vector>
@@ -14,6 +15,7 @@
 #include "absl/synchronization/mutex.h"
 #include "base/cuda_abi.h"
 #include "base/status_macros.h"
+#include "service/memory/cuda_driver_status.h"
 
 namespace keepset::service {
 namespace {
@@ -123,7 +125,7 @@ class Libcuda final : public CudaDriver {
           CheckImport(api_.import_handle(&handle, os_handle, cuda_abi::kHandleTypePosixFd),
                       "cuMemImportFromShareableHandle"));
       const absl::Cleanup release = [&] { static_cast<void>(api_.release(handle)); };
-      return MapHandle(device, handle, bytes, access);
+      return MapHandle(device, handle, bytes, access, MemoryOf::kAnother);
     });
   }
 
@@ -144,19 +146,24 @@ class Libcuda final : public CudaDriver {
   absl::StatusOr<ExportedIpc> AllocateIpc(int device, uint64_t bytes) override {
     return In<ExportedIpc>(device, [&]() -> absl::StatusOr<ExportedIpc> {
       cuda_abi::DevicePointer base = 0;
-      KEEPSET_RETURN_IF_ERROR(Check(memory_.allocate(&base, bytes), "cuMemAlloc"));
+      KEEPSET_RETURN_IF_ERROR(Check(memory_.allocate(&base, bytes), "cuMemAlloc", MemoryOf::kOurs));
       absl::Cleanup free = [&] { static_cast<void>(memory_.free(base)); };
       KEEPSET_RETURN_IF_ERROR(Zero(base, bytes));
       cuda_abi::IpcHandle handle = {};
-      KEEPSET_RETURN_IF_ERROR(Check(memory_.ipc_get(&handle, base), "cuIpcGetMemHandle"));
+      KEEPSET_RETURN_IF_ERROR(
+          Check(memory_.ipc_get(&handle, base), "cuIpcGetMemHandle", MemoryOf::kOurs));
       cuda_abi::DevicePointer range_base = 0;
       size_t range_bytes = 0;
-      KEEPSET_RETURN_IF_ERROR(
-          Check(api_.address_range(&range_base, &range_bytes, base), "cuMemGetAddressRange"));
-      // What the handle opens, and the size that the worker is told.
-      if (range_base != base || range_bytes != bytes) {
+      KEEPSET_RETURN_IF_ERROR(Check(api_.address_range(&range_base, &range_bytes, base),
+                                    "cuMemGetAddressRange", MemoryOf::kOurs));
+      // What the handle opens, and the size that the worker is told. The driver's range is that of
+      // the allocation: that no other one shares its block only its place tells.
+      if (range_base != base || range_bytes != bytes ||
+          base % cuda_abi::kAllocationGranularity != 0) {
         return absl::InternalError(absl::StrCat(
-            "cuMemAlloc of ", bytes, " bytes answered a part of a block of ", range_bytes));
+            "cuMemAlloc of ", bytes, " bytes answered a part of a block: ", range_bytes, " bytes, ",
+            base % cuda_abi::kAllocationGranularity, " beyond a multiple of ",
+            cuda_abi::kAllocationGranularity, ", want cuda_vmm"));
       }
       std::move(free).Cancel();
       return ExportedIpc{
@@ -166,11 +173,12 @@ class Libcuda final : public CudaDriver {
   }
 
   absl::Status FreeIpc(int device, uint64_t base) override {
-    return In<bool>(device,
-                    [&]() -> absl::StatusOr<bool> {
-                      KEEPSET_RETURN_IF_ERROR(Check(memory_.free(base), "cuMemFree"));
-                      return true;
-                    })
+    return In<bool>(
+               device,
+               [&]() -> absl::StatusOr<bool> {
+                 KEEPSET_RETURN_IF_ERROR(Check(memory_.free(base), "cuMemFree", MemoryOf::kOurs));
+                 return true;
+               })
         .status();
   }
 
@@ -178,12 +186,15 @@ class Libcuda final : public CudaDriver {
     return In<ExportedVmm>(device, [&]() -> absl::StatusOr<ExportedVmm> {
       cuda_abi::AllocationProperties properties;
       properties.location.id = device;
+      KEEPSET_RETURN_IF_ERROR(CheckGranularity(properties));
       cuda_abi::AllocationHandle handle = 0;
-      KEEPSET_RETURN_IF_ERROR(Check(memory_.create(&handle, bytes, &properties, 0), "cuMemCreate"));
+      KEEPSET_RETURN_IF_ERROR(
+          Check(memory_.create(&handle, bytes, &properties, 0), "cuMemCreate", MemoryOf::kOurs));
       // Mapping and descriptor keep the memory.
       const absl::Cleanup release = [&] { static_cast<void>(api_.release(handle)); };
-      KEEPSET_ASSIGN_OR_RETURN(const DeviceRange range,
-                               MapHandle(device, handle, bytes, RegionAccess::kReadWrite));
+      KEEPSET_ASSIGN_OR_RETURN(
+          const DeviceRange range,
+          MapHandle(device, handle, bytes, RegionAccess::kReadWrite, MemoryOf::kOurs));
       absl::Cleanup unmap = [&] {
         static_cast<void>(api_.unmap(range.base, range.bytes));
         static_cast<void>(api_.address_free(range.base, range.bytes));
@@ -192,7 +203,7 @@ class Libcuda final : public CudaDriver {
       int fd = -1;
       KEEPSET_RETURN_IF_ERROR(
           Check(memory_.export_handle(&fd, handle, cuda_abi::kHandleTypePosixFd, 0),
-                "cuMemExportToShareableHandle"));
+                "cuMemExportToShareableHandle", MemoryOf::kOurs));
       std::move(unmap).Cancel();
       return ExportedVmm{range, UniqueFd(fd)};
     });
@@ -202,23 +213,49 @@ class Libcuda final : public CudaDriver {
   // On a stream of its own: work of others on the device is neither waited for nor held up.
   absl::Status Zero(cuda_abi::DevicePointer base, uint64_t bytes) const {
     cuda_abi::Stream stream = nullptr;
-    KEEPSET_RETURN_IF_ERROR(
-        Check(memory_.stream_create(&stream, cuda_abi::kStreamNonBlocking), "cuStreamCreate"));
+    KEEPSET_RETURN_IF_ERROR(Check(memory_.stream_create(&stream, cuda_abi::kStreamNonBlocking),
+                                  "cuStreamCreate", MemoryOf::kOurs));
     const absl::Cleanup destroy = [&] { static_cast<void>(memory_.stream_destroy(stream)); };
-    KEEPSET_RETURN_IF_ERROR(Check(memory_.fill(base, 0, bytes, stream), "cuMemsetD8Async"));
-    return Check(memory_.stream_synchronize(stream), "cuStreamSynchronize");
+    KEEPSET_RETURN_IF_ERROR(
+        Check(memory_.fill(base, 0, bytes, stream), "cuMemsetD8Async", MemoryOf::kOurs));
+    return Check(memory_.stream_synchronize(stream), "cuStreamSynchronize", MemoryOf::kOurs);
+  }
+
+  // Whether whole granules of ours are whole granules of the device, asked once of each.
+  absl::Status CheckGranularity(const cuda_abi::AllocationProperties& properties) {
+    const int device = properties.location.id;
+    size_t granularity = 0;
+    {
+      const absl::MutexLock lock(&mutex_);
+      size_t& known = granularities_[device];
+      if (known == 0) {
+        KEEPSET_RETURN_IF_ERROR(
+            Check(memory_.granularity(&granularity, &properties, cuda_abi::kGranularityMinimum),
+                  "cuMemGetAllocationGranularity", MemoryOf::kOurs));
+        known = granularity;
+      }
+      granularity = known;
+    }
+    if (granularity > 0 && cuda_abi::kAllocationGranularity % granularity == 0) {
+      return absl::OkStatus();
+    }
+    return absl::FailedPreconditionError(
+        absl::StrCat("device ", Uuid(device), " shares memory in pieces of ", granularity,
+                     " bytes, want a divisor of ", cuda_abi::kAllocationGranularity,
+                     ": ask for cuda_ipc, or memory of the host (memfd)"));
   }
 
   // In the device's context. The mapping keeps the memory without the handle.
   absl::StatusOr<DeviceRange> MapHandle(int device, cuda_abi::AllocationHandle handle,
-                                        uint64_t bytes, RegionAccess access) const {
+                                        uint64_t bytes, RegionAccess access,
+                                        MemoryOf memory) const {
     cuda_abi::DevicePointer base = 0;
     KEEPSET_RETURN_IF_ERROR(
-        Check(api_.address_reserve(&base, bytes, 0, 0, 0), "cuMemAddressReserve"));
+        Check(api_.address_reserve(&base, bytes, 0, 0, 0), "cuMemAddressReserve", memory));
     absl::Cleanup free = [&] { static_cast<void>(api_.address_free(base, bytes)); };
-    KEEPSET_RETURN_IF_ERROR(Check(api_.map(base, bytes, 0, handle, 0), "cuMemMap"));
+    KEEPSET_RETURN_IF_ERROR(Check(api_.map(base, bytes, 0, handle, 0), "cuMemMap", memory));
     absl::Cleanup unmap = [&] { static_cast<void>(api_.unmap(base, bytes)); };
-    KEEPSET_RETURN_IF_ERROR(Check(Allow(device, base, bytes, access), "cuMemSetAccess"));
+    KEEPSET_RETURN_IF_ERROR(Check(Allow(device, base, bytes, access), "cuMemSetAccess", memory));
     KEEPSET_RETURN_IF_ERROR(CheckPlace(device, base));
     std::move(unmap).Cancel();
     std::move(free).Cancel();
@@ -326,73 +363,11 @@ class Libcuda final : public CudaDriver {
     return absl::InternalError(absl::StrCat("device ordinal ", device, " is not the driver's"));
   }
 
-  // What the caller or the host's setup is to blame for says what to change; the rest (a faulty
-  // device, calls out of order) is Internal.
-  absl::Status Check(Result result, absl::string_view call) const {
-    const auto say = [&](absl::string_view why) {
-      return absl::StrCat(call, ": ", ErrorText(api_, result), why.empty() ? "" : ", ", why);
-    };
-    switch (result) {
-      case cuda_abi::kSuccess:
-        return absl::OkStatus();
-      case cuda_abi::kInvalidValue:
-      case cuda_abi::kInvalidHandle:
-      case cuda_abi::kNotFound:
-        return absl::InvalidArgumentError(say(
-            "the handle is of freed memory, of another device, of another kind of allocation, or "
-            "the sizes do not fit it"));
-      case cuda_abi::kInvalidDevice:
-      case cuda_abi::kNoDevice:
-        return absl::FailedPreconditionError(
-            say("the memory is of a device that keepsetd does not see: let CUDA_VISIBLE_DEVICES of "
-                "keepsetd list it"));
-      case cuda_abi::kOutOfMemory:
-        return absl::ResourceExhaustedError(say("no memory or address space left"));
-      case cuda_abi::kTooManyPeers:
-        return absl::ResourceExhaustedError(
-            say("the memory is of another device than device_uuid says, and that one has no room "
-                "for one more peer: name the device of the memory"));
-      case cuda_abi::kMapFailed:
-        return absl::FailedPreconditionError(say("the allocation cannot be mapped here"));
-      case cuda_abi::kAlreadyMapped:
-        return absl::FailedPreconditionError(
-            say("an earlier region over this memory is still mapped; retire it"));
-      case cuda_abi::kPeerAccessUnsupported:
-        return absl::FailedPreconditionError(
-            say("the memory is of another device than device_uuid says, and the two are no peers: "
-                "name the device of the memory"));
-      case cuda_abi::kNotSupported:
-        return absl::FailedPreconditionError(say("this device or driver cannot share that way"));
-      case cuda_abi::kOperatingSystem:
-      case cuda_abi::kNotPermitted:
-        return absl::FailedPreconditionError(
-            say("the operating system refuses: worker and keepsetd need the same user and, in "
-                "containers, the same IPC namespace"));
-      case cuda_abi::kDeviceUnavailable:
-        return absl::FailedPreconditionError(
-            say("another process has the device for itself: set its compute mode to default"));
-      case cuda_abi::kDeviceNotLicensed:
-        return absl::FailedPreconditionError(say("the virtual GPU has no licence: acquire one"));
-      case cuda_abi::kSystemNotReady:
-        return absl::UnavailableError(
-            say("the system is not ready: the services of its devices (fabric manager) must run"));
-      case cuda_abi::kSystemDriverMismatch:
-      case cuda_abi::kCompatNotSupportedOnDevice:
-        return absl::FailedPreconditionError(
-            say("libcuda does not fit the kernel's driver or the device: install the same version "
-                "of both"));
-      case cuda_abi::kMpsConnectionFailed:
-      case cuda_abi::kMpsRpcFailure:
-      case cuda_abi::kMpsServerNotReady:
-        return absl::UnavailableError(
-            say("the MPS server does not answer: start it, or run without MPS"));
-      case cuda_abi::kMpsMaxClientsReached:
-      case cuda_abi::kMpsMaxConnectionsReached:
-        return absl::ResourceExhaustedError(
-            say("the MPS server has no room: end other clients of it"));
-      default:
-        return absl::InternalError(say(""));
-    }
+  absl::Status Check(Result result, absl::string_view call,
+                     MemoryOf memory = MemoryOf::kAnother) const {
+    return result == cuda_abi::kSuccess
+               ? absl::OkStatus()
+               : DriverError(result, absl::StrCat(call, ": ", ErrorText(api_, result)), memory);
   }
 
   // Of a call that opens what a worker announced: a code that Check leaves Internal is the answer
@@ -411,6 +386,7 @@ class Libcuda final : public CudaDriver {
   absl::Mutex mutex_;
   // Beside devices_; null until first needed.
   std::vector<cuda_abi::Context> contexts_ ABSL_GUARDED_BY(mutex_);
+  std::map<int, size_t> granularities_ ABSL_GUARDED_BY(mutex_);  // of memory to share, by ordinal
 };
 
 }  // namespace

@@ -16,6 +16,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/strings/match.h"
 #include "absl/strings/string_view.h"
 #include "service/memory/seen_generations.h"
 
@@ -49,6 +50,10 @@ enum class MemorySpace {
   kHost,
   kDevice,  // only a backend of that device may touch the bytes
 };
+// Of the memory behind a kind of region, known or not.
+inline MemorySpace SpaceOf(absl::string_view kind) {
+  return absl::StartsWith(kind, "cuda_") ? MemorySpace::kDevice : MemorySpace::kHost;
+}
 
 struct RegionDescriptor {
   std::string kind;        // "memfd"

@@ -54,6 +54,8 @@ struct SessionLimits {
   // Memory of the server's own; 0: none.
   uint64_t max_owned_bytes = uint64_t{1} << 30;
   uint64_t max_owned_bytes_per_session = uint64_t{1} << 28;
+  // The device that operations use: memory of a device is made on no other. Empty: on any.
+  std::string owned_device_uuid = {};
   // After the end of the worker's process, or of the session where that cannot be watched.
   absl::Duration quarantine = absl::Seconds(60);
 };
@@ -155,8 +157,8 @@ class SessionManager {
                                                     absl::string_view name, uint64_t fd_token,
                                                     RegionDescriptor descriptor) = 0;
   // Fresh zeroed memory of the server's own as a read-write region. FailedPrecondition: the server
-  // gives none, or none of this kind. ResourceExhausted: a limit, named. Otherwise the errors of
-  // RegisterRegion and MemoryTransport::Create.
+  // gives none, none of this kind, or none of this device. ResourceExhausted: a limit, named.
+  // Otherwise the errors of RegisterRegion and MemoryTransport::Create.
   virtual absl::StatusOr<AllocatedRegion> AllocateRegion(absl::string_view session_id,
                                                          absl::string_view name,
                                                          const std::string& kind, uint64_t length,

@@ -5,6 +5,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/types/span.h"
@@ -17,6 +18,7 @@ namespace {
 
 constexpr size_t kMaxPendingFds = 64;
 constexpr uint64_t kMaxOwnedLength = uint64_t{1} << 62;
+constexpr size_t kMostEchoed = 64;
 
 // A token that is not in use.
 template <typename InUse>
@@ -168,6 +170,14 @@ absl::StatusOr<AllocatedRegion> SessionManagerImpl::Allocate(absl::string_view s
     if (info.length == 0 || info.length > kMaxOwnedLength) {
       return absl::InvalidArgumentError(
           absl::StrCat("length=", info.length, ", want 1..", kMaxOwnedLength));
+    }
+    // A context on a device that no operation uses would cost it memory for nothing.
+    if (SpaceOf(info.kind) == MemorySpace::kDevice && !device_uuid.empty() &&
+        !limits_.owned_device_uuid.empty() && device_uuid != limits_.owned_device_uuid) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("device_uuid=\"", absl::CHexEscape(device_uuid.substr(0, kMostEchoed)),
+                       "\": operations of this server use device \"", limits_.owned_device_uuid,
+                       "\", want that one"));
     }
     if (session->regions.FdTokens().size() >= kMaxPendingFds) {
       return absl::ResourceExhaustedError(absl::StrCat(

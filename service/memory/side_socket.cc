@@ -4,7 +4,6 @@
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <sys/socket.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -21,6 +20,7 @@
 #include "base/status_macros.h"
 #include "proto/side_socket_wire.h"
 #include "service/memory/host_mapping.h"
+#include "service/memory/peer_process.h"
 #include "service/memory/side_socket_frame.h"
 #include "service/memory/side_socket_listener.h"
 
@@ -37,7 +37,8 @@ enum class Fate { kKeep, kClose };
 
 struct Connection {
   UniqueFd socket;
-  // pidfd of the peer, shared with its session; null where the kernel or a namespace hides it.
+  // pidfd of the peer, shared with its session; null where the kernel does not tell
+  // (peer_process.h).
   std::shared_ptr<const UniqueFd> process;
   absl::Duration hello_deadline;
   SideSocketPhase phase = SideSocketPhase::kAwaitingHello;
@@ -253,17 +254,13 @@ void SideSocketServerImpl::Admit(UniqueFd socket) {
     Reply(connection, absl::StatusCode::kResourceExhausted, 0);
     return;
   }
-#ifdef SYS_pidfd_open
-  if (peer.pid > 0) {
-    UniqueFd process(static_cast<int>(::syscall(SYS_pidfd_open, peer.pid, 0)));
-    if (!process.valid() && (errno == EMFILE || errno == ENFILE || errno == ENOMEM)) {
-      // Without it the session's memory would be freed after a guessed time.
-      Reply(connection, absl::StatusCode::kResourceExhausted, 0);
-      return;
-    }
-    if (process.valid()) connection.process = std::make_shared<const UniqueFd>(std::move(process));
+  absl::StatusOr<UniqueFd> process = PeerProcess(connection.socket.get(), peer.pid);
+  if (!process.ok()) {
+    // Without it the session's memory would be freed after a guessed time.
+    Reply(connection, absl::StatusCode::kResourceExhausted, 0);
+    return;
   }
-#endif
+  if (process->valid()) connection.process = std::make_shared<const UniqueFd>(*std::move(process));
   connection.hello_deadline = SystemClock().Monotonic() + options_.hello_timeout;
   connections_.push_back(std::move(connection));
 }
@@ -325,10 +322,10 @@ Fate SideSocketServerImpl::Handle(Connection& connection, Received received) {
     }
     case wire::SideSocketFrameType::kFetchFd: {
       const absl::StatusOr<UniqueFd> fd = sessions_.FetchFd(connection.session_id, frame->fd_token);
-      return Reply(connection, fd.status().code(), frame->fd_token,
-                   fd.ok() ? fd->get() : kNoDescriptor)
-                 ? Fate::kKeep
-                 : Fate::kClose;
+      const bool sent = Reply(connection, fd.status().code(), frame->fd_token,
+                              fd.ok() ? fd->get() : kNoDescriptor);
+      const bool has_session = fd.ok() || sessions_.CheckSession(connection.session_id).ok();
+      return sent && has_session ? Fate::kKeep : Fate::kClose;
     }
   }
   return Fate::kClose;

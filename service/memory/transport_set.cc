@@ -4,7 +4,6 @@
 #include <string>
 
 #include "absl/strings/escaping.h"
-#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 
@@ -18,18 +17,17 @@ MemoryTransport* TransportSet::Find(absl::string_view kind) const {
 }
 
 absl::Status TransportSet::UnknownKind(absl::string_view kind) const {
-  constexpr absl::string_view kDeviceKinds = "cuda_";
   constexpr size_t kMostEchoed = 32;
   bool has_device = false;
   std::vector<absl::string_view> kinds;
   for (const auto& transport : transports_) {
     kinds.push_back(transport->kind());
-    has_device = has_device || absl::StartsWith(transport->kind(), kDeviceKinds);
+    has_device = has_device || SpaceOf(transport->kind()) == MemorySpace::kDevice;
   }
   const std::string asked =
       absl::StrCat("kind=\"", absl::CHexEscape(kind.substr(0, kMostEchoed)), "\"");
   const std::string taken = absl::StrJoin(kinds, ", ");
-  if (absl::StartsWith(kind, kDeviceKinds) && !has_device) {
+  if (SpaceOf(kind) == MemorySpace::kDevice && !has_device) {
     return absl::FailedPreconditionError(
         absl::StrCat(asked, ": this server has no device, want a server with backend \"cuda\", or ",
                      "memory of one of: ", taken));

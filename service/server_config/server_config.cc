@@ -3,6 +3,7 @@
 #include <google/protobuf/io/tokenizer.h>
 #include <google/protobuf/text_format.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
@@ -15,6 +16,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/strings/strip.h"
+#include "base/cuda_abi.h"
 #include "base/status_macros.h"
 
 namespace keepset::service {
@@ -24,6 +26,8 @@ constexpr absl::string_view kDefaultListen = "unix:/run/keepset/keepset.sock";
 constexpr absl::string_view kDefaultMetrics = "127.0.0.1:9464";
 // A Unix socket path must fit sockaddr_un.
 constexpr size_t kMaxUnixPath = 107;
+// Less would fit no memory of a device.
+constexpr uint64_t kLeastOwnedBytes = cuda_abi::kAllocationGranularity;
 
 class ErrorCollector final : public google::protobuf::io::ErrorCollector {
  public:
@@ -125,7 +129,8 @@ void FillMemory(v1::ServerConfig::Memory& memory) {
   if (memory.lease_seconds() == 0) memory.set_lease_seconds(120);
   if (!memory.has_max_owned_bytes()) memory.set_max_owned_bytes(uint64_t{1} << 30);
   if (memory.max_owned_bytes_per_session() == 0) {
-    memory.set_max_owned_bytes_per_session(memory.max_owned_bytes() / 4);
+    memory.set_max_owned_bytes_per_session(
+        std::max(memory.max_owned_bytes() / 4, kLeastOwnedBytes));
   }
   if (memory.quarantine_seconds() == 0) memory.set_quarantine_seconds(60);
 }
@@ -142,6 +147,17 @@ absl::Status CheckRange(absl::string_view field, Value value, Value low, Value h
     return absl::InvalidArgumentError(absl::StrCat(field, "=", value, ", want ", low, "..", high));
   }
   return absl::OkStatus();
+}
+
+absl::Status CheckOwnedMemory(const v1::ServerConfig::Memory& memory) {
+  const uint64_t bytes = memory.max_owned_bytes();
+  if (bytes == 0) return absl::OkStatus();
+  if (bytes < kLeastOwnedBytes) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "memory.max_owned_bytes=", bytes, ", want 0 (none) or ", kLeastOwnedBytes, " or more"));
+  }
+  return CheckRange<uint64_t>("memory.max_owned_bytes_per_session",
+                              memory.max_owned_bytes_per_session(), kLeastOwnedBytes, bytes);
 }
 
 }  // namespace
@@ -243,6 +259,7 @@ absl::Status ResolveServerConfig(v1::ServerConfig& config) {
                                                0, uint64_t{1} << 50));
   KEEPSET_RETURN_IF_ERROR(CheckRange<uint32_t>("num_workers", config.num_workers(), 1, 1024));
   KEEPSET_RETURN_IF_ERROR(CheckRange<uint32_t>("num_threads", config.num_threads(), 0, 4096));
+  KEEPSET_RETURN_IF_ERROR(CheckOwnedMemory(config.memory()));
   KEEPSET_RETURN_IF_ERROR(CheckRange<uint32_t>("memory.quarantine_seconds",
                                                config.memory().quarantine_seconds(), 1, 86'400));
   return CheckRange<uint32_t>("memory.lease_seconds", config.memory().lease_seconds(), 3, 3600);

@@ -40,6 +40,7 @@ namespace {
 using namespace keepset::cuda_abi;
 
 constexpr size_t kGranularity = 2 << 20;
+constexpr size_t kPageBytes = 4096;
 constexpr size_t kDeviceBytes = size_t{64} << 30;
 constexpr int kNumDevices = 2;
 constexpr char kMemoryName[] = "fake device memory ";
@@ -85,6 +86,7 @@ struct State {
   std::map<AllocationHandle, int> handles;  // VMM: descriptor
   std::set<AllocationHandle> unshareable;   // VMM: made without a kind of shareable handle
   uint32_t next_serial = 1;
+  int granularity_questions = 0;
   AllocationHandle next_handle = 1;
   PrimaryContext contexts[kNumDevices] = {{0}, {1}};
 };
@@ -127,6 +129,30 @@ uint64_t BlockBytes(uint64_t bytes) {
 }
 uint64_t PlaceInBlock(uint64_t bytes) {
   return Blocks().empty() || bytes > kGranularity - kInBlock ? 0 : kInBlock;
+}
+
+// Where plain allocations of whole granules lie: at a multiple of one, unless a test wants another
+// place.
+void* MapAtGranule(int fd, size_t bytes) {
+  void* const room =
+      ::mmap(nullptr, bytes + 2 * kGranularity, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (room == MAP_FAILED) return nullptr;
+  const uint64_t begin = reinterpret_cast<uint64_t>(room);
+  const uint64_t end = begin + bytes + 2 * kGranularity;
+  uint64_t base = (begin + kGranularity - 1) / kGranularity * kGranularity;
+  if (std::getenv("KEEPSET_FAKE_SHARED_BLOCK") != nullptr) base += kGranularity / 2;
+  ::munmap(room, base - begin);
+  const uint64_t after = base + (bytes + kPageBytes - 1) / kPageBytes * kPageBytes;
+  ::munmap(reinterpret_cast<void*>(after), end - after);
+  void* const data = ::mmap(reinterpret_cast<void*>(base), bytes, PROT_READ | PROT_WRITE,
+                            MAP_SHARED | MAP_FIXED, fd, 0);
+  return data == MAP_FAILED ? nullptr : data;
+}
+
+// What a test lets fail: the driver's error in that variable of the environment; else success.
+Result Wanted(const char* variable) {
+  const char* const error = std::getenv(variable);
+  return error == nullptr ? kSuccess : std::atoi(error);
 }
 
 int NewMemory(size_t bytes) {
@@ -251,10 +277,11 @@ Result cuCtxPopCurrent_v2(Context*) {
 
 Result cuMemAlloc_v2(DevicePointer* pointer, size_t bytes) {
   const std::lock_guard lock(state().mutex);
+  if (const Result error = Wanted("KEEPSET_FAKE_ALLOCATE_ERROR"); error != kSuccess) return error;
   const uint64_t block = BlockBytes(bytes);
   const uint64_t in_block = PlaceInBlock(bytes);
   const int fd = NewMemory(block);
-  void* const data = fd < 0 ? nullptr : MapShared(fd, block);
+  void* const data = fd < 0 ? nullptr : MapAtGranule(fd, block);
   if (data == nullptr) return kOutOfMemory;
   *pointer = reinterpret_cast<uint64_t>(data) + in_block;
   state().mapped[*pointer] = {
@@ -387,9 +414,7 @@ Result cuIpcOpenMemHandle_v2(DevicePointer* pointer, IpcHandle handle, unsigned 
   RawHandle raw;
   std::memcpy(static_cast<void*>(&raw), &handle, sizeof(raw));
   if (raw.process == ::getpid()) return kInvalidContext;
-  if (const char* const error = std::getenv("KEEPSET_FAKE_IPC_ERROR"); error != nullptr) {
-    return std::atoi(error);
-  }
+  if (const Result error = Wanted("KEEPSET_FAKE_IPC_ERROR"); error != kSuccess) return error;
   for (const auto& [base, allocation] : state().mapped) {
     if (allocation.kind == Kind::kImported &&
         std::memcmp(&allocation.from, &raw, sizeof(raw)) == 0) {
@@ -434,11 +459,19 @@ Result cuIpcCloseMemHandle(DevicePointer pointer) {
 
 // ---- virtual memory management
 
+Result cuMemGetAllocationGranularity(size_t* bytes, const void*, int) {
+  const std::lock_guard lock(state().mutex);
+  ++state().granularity_questions;
+  const char* const wanted = std::getenv("KEEPSET_FAKE_GRANULARITY");
+  *bytes = wanted == nullptr ? kGranularity : std::strtoull(wanted, nullptr, 10);
+  return kSuccess;
+}
 // properties: CUmemAllocationProp, whose second word holds the kinds of handle; null: a descriptor.
 Result cuMemCreate(AllocationHandle* handle, size_t bytes, const void* properties,
                    unsigned long long) {
   const std::lock_guard lock(state().mutex);
   if (bytes % kGranularity != 0) return kInvalidValue;
+  if (const Result error = Wanted("KEEPSET_FAKE_ALLOCATE_ERROR"); error != kSuccess) return error;
   const int fd = NewMemory(bytes);
   if (fd < 0) return kOutOfMemory;
   *handle = state().next_handle++;
@@ -544,6 +577,10 @@ int fake_cuda_mappings() {
   return static_cast<int>(state().mapped.size());
 }
 int fake_cuda_context_depth() { return static_cast<int>(current_contexts().size()); }
+int fake_cuda_granularity_questions() {
+  const std::lock_guard lock(state().mutex);
+  return state().granularity_questions;
+}
 // Retains of a device's primary context that were not released.
 int fake_cuda_retains(int device) {
   const std::lock_guard lock(state().mutex);

@@ -3,14 +3,17 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <string>
 #include <thread>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/notification.h"
 #include "tests/integration/server_fixture.h"
 #include "tests/integration/typed_worker.h"
+#include "tests/integration/worker.h"
 
 namespace keepset::integration {
 namespace {
@@ -142,30 +145,103 @@ TEST_F(OwnedRegion, TheEndOfTheObjectRetiresIt) {
   EXPECT_TRUE(client->AllocateRegion("out", Memory()).ok());
 }
 
-TEST_F(OwnedRegion, ARetireWaitsForTheOperationThatWritesIt) {
-  const auto client = Connect();
-  const auto inputs = *client::SharedRegion::Create("inputs", 1 << 21);
-  std::vector<client::LayerInput> layers = TypedLayers(prompt_);
-  MoveInto(*inputs, layers);
-  ASSERT_TRUE(client->RegisterRegion(*inputs, "in", client::RegionAccess::kReadOnly).ok());
-  const auto region = client->AllocateRegion("out", Memory());
-  ASSERT_TRUE(region.ok()) << region.status();
-  PlaceResults((*region)->data(), layers);
+// What a worker is told between two messages of the typed client.
+class OwnedRegionByHand : public OwnedRegion {
+ protected:
+  static v1::AllocateRegionRequest Request(const WorkerSession& session, uint64_t length) {
+    v1::AllocateRegionRequest request;
+    request.set_session_id(session.id());
+    request.set_name("out");
+    request.set_kind("memfd");
+    request.set_length(length);
+    return request;
+  }
+  // An operation whose results go to the region.
+  v1::CompressRequest OperationInto(const std::string& region_id, const WorkerSession& session) {
+    v1::CompressRequest request = WireRequest(prompt_, "snapkv", kBudget);
+    request.mutable_spec()->set_session_id(session.id());
+    request.mutable_spec()->set_gather(v1::GATHER_DESTINATION);
+    const uint64_t bytes = prompt_.shape().num_kv_heads * kBudget * row_bytes();
+    uint64_t offset = 0;
+    for (v1::LayerInput& layer : *request.mutable_layers()) {
+      auto* const destination = layer.mutable_destination();
+      destination->set_capacity_tokens(kBudget);
+      for (v1::KvTensor* const tensor : {destination->mutable_k(), destination->mutable_v()}) {
+        tensor->set_dtype(v1::DTYPE_F32);
+        v1::RegionSlice* const slice = tensor->mutable_data()->mutable_region();
+        slice->set_region_id(region_id);
+        slice->set_offset(offset);
+        slice->set_length(bytes);
+        offset += bytes;
+      }
+    }
+    return request;
+  }
+  // Allocates a region of `length` bytes, gives up while the server has it made and not answered.
+  void AllocateAndGiveUp(WorkerSession& session, uint64_t length) {
+    const v1::AllocateRegionRequest request = Request(session, length);
+    v1::AllocateRegionResponse response;
+    const auto context = NewContext();
+    absl::Notification over;
+    server_.log().Hold(absl::StrCat("region_allocated kind=memfd bytes=", length));
+    session.stub().async()->AllocateRegion(context.get(), &request, &response,
+                                           [&](const grpc::Status&) { over.Notify(); });
+    EXPECT_TRUE(server_.log().AwaitLine({absl::StrCat("bytes=", length)}));
+    context->TryCancel();
+    over.WaitForNotification();
+    // By an answer that writes no log, time for the server to hear of it.
+    server_.Health("");
+    server_.log().Release();
+    // Behind it on the same thread of the server.
+    v1::RegisterRegionResponse ignored;
+    EXPECT_FALSE(session.stub().RegisterRegion(NewContext().get(), {}, &ignored).ok());
+  }
+};
+
+TEST_F(OwnedRegionByHand, ARetireWaitsForTheOperationThatWritesIt) {
+  WorkerSession session(server_);
+  v1::AllocateRegionResponse region;
+  ASSERT_TRUE(
+      session.stub().AllocateRegion(NewContext().get(), Request(session, kBytes), &region).ok());
+  const v1::CompressRequest request = OperationInto(region.region_id(), session);
   server_.gate().Close();
-  absl::Status answered;
-  std::thread caller([&] {
-    answered = client->CompressUnary(Spec(client::GatherMode::kDestination), layers).status();
-  });
+  grpc::Status answered;
+  std::thread caller([&] { answered = Compress(server_, request, nullptr); });
   EXPECT_TRUE(server_.gate().AwaitWaiting(1));
-  absl::Status retired;
-  std::thread retirer([&] { retired = (*region)->Retire(); });
-  EXPECT_TRUE(AwaitMetric(absl::StrCat("keepset_owned_region_bytes{kind=\"memfd\"} ", kBytes)));
+  grpc::Status retired;
+  std::atomic<bool> has_returned = false;
+  std::thread retirer([&] {
+    retired = session.Retire(region.region_id(), 30000);
+    has_returned = true;
+  });
+  EXPECT_TRUE(Eventually([&] {
+    const v1::ListRegionsResponse regions = session.List();
+    return regions.regions_size() == 1 && regions.regions(0).retiring() &&
+           regions.regions(0).leases() == 1;
+  }));
+  EXPECT_EQ(session.Retire(region.region_id(), 1).error_code(),
+            grpc::StatusCode::DEADLINE_EXCEEDED);
+  EXPECT_FALSE(has_returned);
   server_.gate().Open();
   caller.join();
   retirer.join();
-  EXPECT_TRUE(answered.ok()) << answered;
-  EXPECT_TRUE(retired.ok()) << retired;
-  EXPECT_TRUE(AwaitMetric("keepset_owned_region_bytes{kind=\"memfd\"} 0"));
+  EXPECT_TRUE(answered.ok()) << answered.error_message();
+  EXPECT_TRUE(retired.ok()) << retired.error_message();
+  EXPECT_EQ(session.List().regions_size(), 0);
+}
+
+// Nobody has heard of it, so nobody would retire it. The server hears of a cancel some time after
+// the client has given up: then it has answered, and the next call is the one.
+TEST_F(OwnedRegionByHand, AnAllocationWhoseCallerIsGoneIsGivenBack) {
+  WorkerSession session(server_);
+  uint64_t length = 0;
+  EXPECT_TRUE(Eventually([&] {
+    length += 4096;
+    AllocateAndGiveUp(session, length);
+    const v1::ListRegionsResponse left = session.List();
+    for (const v1::Region& region : left.regions()) session.Retire(region.region_id(), 30000);
+    return left.regions_size() == 0;
+  }));
 }
 
 TEST_F(OwnedRegion, AReopenedSessionHasLostItAndItsMemoryCanStillBeReadAndRetired) {
@@ -254,12 +330,12 @@ TEST_F(NoOwnedRegions, TheServerNamesTheKeyAndDoesNotListTheExtension) {
 
 class FewOwnedBytes : public OwnedRegion {
  protected:
-  FewOwnedBytes() : OwnedRegion("memory { max_owned_bytes: 4194304 }") {}
+  FewOwnedBytes() : OwnedRegion("memory { max_owned_bytes: 16777216 }") {}
 };
 
 TEST_F(FewOwnedBytes, ASessionHasAQuarterOfTheServersLimit) {
   const auto client = Connect();
-  const auto region = client->AllocateRegion("out", Memory(1 << 20));
+  const auto region = client->AllocateRegion("out", Memory(4 << 20));
   ASSERT_TRUE(region.ok()) << region.status();
   const absl::Status status = client->AllocateRegion("more", Memory(1)).status();
   EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);

@@ -38,7 +38,18 @@ CapturedLog::int_type CapturedLog::overflow(int_type c) {
 std::streamsize CapturedLog::xsputn(const char* data, std::streamsize size) {
   absl::MutexLock lock(&mutex_);
   text_.append(data, size);
+  mutex_.Await(absl::Condition(this, &CapturedLog::MayGoOn));
   return size;
+}
+
+// Looks at the last line alone.
+bool CapturedLog::MayGoOn() const {
+  return held_.empty() || text_.find(held_, text_.rfind('\n', text_.size() - 2) + 1) == text_.npos;
+}
+
+void CapturedLog::Hold(const std::string& text) {
+  absl::MutexLock lock(&mutex_);
+  held_ = text;
 }
 
 std::string CapturedLog::text() const {

@@ -40,13 +40,19 @@ class CapturedLog : private std::streambuf {
   std::string text() const;
   // True when a line holds every one of `parts` before the deadline.
   bool AwaitLine(const std::vector<std::string>& parts) const;
+  // Whoever writes a line that holds `text` waits, until Release. Empty: nobody.
+  void Hold(const std::string& text);
+  void Release() { Hold(""); }
 
  private:
   int_type overflow(int_type c) override;
   std::streamsize xsputn(const char* data, std::streamsize size) override;
 
   mutable absl::Mutex mutex_;
+  bool MayGoOn() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+
   std::string text_ ABSL_GUARDED_BY(mutex_);
+  std::string held_ ABSL_GUARDED_BY(mutex_);
   std::ostream stream_;
   Logger logger_;
 };

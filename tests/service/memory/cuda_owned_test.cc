@@ -29,23 +29,43 @@ using ::testing::HasSubstr;
 
 constexpr uint64_t kGranule = 2 << 20;
 
-// By the kind of memory. What the driver hands out holds rubbish, as on a device.
-class CudaOwned : public ::testing::TestWithParam<const char*> {
+// What the driver hands out holds rubbish, as on a device.
+class CudaOwnedMemory : public ::testing::Test {
  protected:
-  CudaOwned() {
+  explicit CudaOwnedMemory(const std::string& kind)
+      : transport_(kind == "cuda_ipc" ? NewCudaIpcTransport(LoadOnce(KEEPSET_FAKE_LIBCUDA))
+                                      : NewCudaVmmTransport(LoadOnce(KEEPSET_FAKE_LIBCUDA))) {
     ::setenv("KEEPSET_FAKE_DIRTY_MEMORY", "1", 1);
-    transport_ = IsIpc() ? NewCudaIpcTransport(LoadOnce(KEEPSET_FAKE_LIBCUDA))
-                         : NewCudaVmmTransport(LoadOnce(KEEPSET_FAKE_LIBCUDA));
   }
-  ~CudaOwned() override { ::unsetenv("KEEPSET_FAKE_DIRTY_MEMORY"); }
-
-  static bool IsIpc() { return std::string(GetParam()) == "cuda_ipc"; }
+  ~CudaOwnedMemory() override {
+    for (const char* const name : {"KEEPSET_FAKE_DIRTY_MEMORY", "KEEPSET_FAKE_ALLOCATE_ERROR",
+                                   "KEEPSET_FAKE_SHARED_BLOCK", "KEEPSET_FAKE_GRANULARITY"}) {
+      ::unsetenv(name);
+    }
+  }
   absl::StatusOr<OwnedMemory> Create(uint64_t length,
                                      const std::string& device_uuid = kFakeDeviceUuid) {
     return transport_->Create(length, device_uuid);
   }
 
   std::unique_ptr<MemoryTransport> transport_;
+};
+
+class CudaOwnedByIpc : public CudaOwnedMemory {
+ protected:
+  CudaOwnedByIpc() : CudaOwnedMemory("cuda_ipc") {}
+};
+
+class CudaOwnedByDescriptor : public CudaOwnedMemory {
+ protected:
+  CudaOwnedByDescriptor() : CudaOwnedMemory("cuda_vmm") {}
+};
+
+// By the kind of memory.
+class CudaOwned : public CudaOwnedMemory, public ::testing::WithParamInterface<const char*> {
+ protected:
+  CudaOwned() : CudaOwnedMemory(GetParam()) {}
+  static bool IsIpc() { return std::string(GetParam()) == "cuda_ipc"; }
 };
 
 // Maps the memory in a process of its own, as a worker does, and runs `work` on it there.
@@ -115,8 +135,48 @@ TEST_P(CudaOwned, ADeviceThatIsNotHereIsNamedWithThoseThatAre) {
   EXPECT_THAT(std::string(status.message()), HasSubstr(kFakeDeviceUuid));
 }
 
+TEST_P(CudaOwned, ADeviceWithoutMemorySaysWhoseLimitItIs) {
+  ::setenv("KEEPSET_FAKE_ALLOCATE_ERROR", "2", 1);
+  const absl::Status status = Create(kGranule).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_THAT(std::string(status.message()), HasSubstr(IsIpc() ? "cuMemAlloc: " : "cuMemCreate: "));
+  EXPECT_THAT(std::string(status.message()),
+              HasSubstr("the device has no memory left: ask for less"));
+  EXPECT_EQ(DriverMappings(), 0);
+}
+
+// The caller named no handle that could be wrong.
+TEST_P(CudaOwned, AValueThatTheDriverRefusesIsNotTheCallers) {
+  ::setenv("KEEPSET_FAKE_ALLOCATE_ERROR", "1", 1);
+  const absl::Status status = Create(kGranule).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInternal);
+  EXPECT_THAT(std::string(status.message()), ::testing::Not(HasSubstr("handle")));
+}
+
 TEST_P(CudaOwned, WithoutADeviceItIsRefused) {
   EXPECT_EQ(Create(kGranule, "").status().code(), absl::StatusCode::kInvalidArgument);
+}
+
+TEST_P(CudaOwned, OnADeviceThatNoOperationUsesNothingIsMade) {
+  std::vector<std::unique_ptr<MemoryTransport>> transports;
+  transports.push_back(std::move(transport_));
+  SessionLimits limits;
+  limits.owned_device_uuid = kFakeDeviceUuid;
+  const auto sessions = SessionManager::New(limits, std::move(transports), SystemClock(), nullptr);
+  const auto session = sessions->OpenSession(testing::ArgsOf('a'));
+  ASSERT_TRUE(session.ok());
+  const auto allocate = [&](const std::string& uuid) {
+    return sessions->AllocateRegion(session->session_id, "out", GetParam(), kGranule, uuid)
+        .status();
+  };
+  const absl::Status status = allocate(kSecondFakeDeviceUuid);
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(status.message()), HasSubstr(kSecondFakeDeviceUuid));
+  EXPECT_THAT(std::string(status.message()),
+              HasSubstr(std::string("use device \"") + kFakeDeviceUuid));
+  EXPECT_EQ(RetainedContexts(1), 0);
+  EXPECT_EQ(sessions->Counts().regions[0].owned_bytes, 0u);
+  EXPECT_TRUE(allocate(kFakeDeviceUuid).ok());
 }
 
 TEST_P(CudaOwned, MemoryIsQuarantinedUntilTheWorkersWord) {
@@ -145,6 +205,29 @@ INSTANTIATE_TEST_SUITE_P(EveryKind, CudaOwned, ::testing::Values("cuda_ipc", "cu
                          [](const auto& info) {
                            return std::string(info.param) == "cuda_ipc" ? "ByIpc" : "ByDescriptor";
                          });
+
+TEST_F(CudaOwnedByIpc, MemoryInABlockWithOthersIsNotShared) {
+  ::setenv("KEEPSET_FAKE_SHARED_BLOCK", "1", 1);
+  const absl::Status status = Create(kGranule).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kInternal);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("1048576 beyond a multiple of 2097152"));
+  EXPECT_EQ(DriverMappings(), 0);
+}
+
+TEST_F(CudaOwnedByDescriptor, ADeviceOfLargerPiecesNamesThem) {
+  ::setenv("KEEPSET_FAKE_GRANULARITY", "16777216", 1);
+  const absl::Status status = Create(kGranule).status();
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("in pieces of 16777216 bytes"));
+}
+
+TEST_F(CudaOwnedByDescriptor, TheSizeOfPiecesIsAskedOnceOfEachDevice) {
+  const int before = CallFake("fake_cuda_granularity_questions");
+  for (const char* const uuid : {kFakeDeviceUuid, kFakeDeviceUuid, kSecondFakeDeviceUuid}) {
+    EXPECT_TRUE(Create(kGranule, uuid).ok());
+  }
+  EXPECT_EQ(CallFake("fake_cuda_granularity_questions") - before, 2);
+}
 
 }  // namespace
 }  // namespace keepset::service

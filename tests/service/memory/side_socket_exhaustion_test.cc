@@ -2,10 +2,13 @@
 #include <fcntl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/syscall.h>
 #include <sys/un.h>
+#include <unistd.h>
 
 #include <cstring>
 #include <optional>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -66,21 +69,37 @@ TEST_F(SideSocketTest, DescriptorThatFindsNoRoomIsResourceExhausted) {
   Bind(Open('b'));
 }
 
-TEST_F(SideSocketTest, ConnectionThatFindsNoRoomIsTurnedAway) {
-  StartServer();
-  UniqueFd waiting(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
+// What a connection is told while this process has room for `left` more descriptors; none: nothing,
+// before the deadline.
+std::optional<int32_t> GreetingWithRoomFor(rlim_t left, const std::string& path) {
+  const UniqueFd waiting(::socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC, 0));
+  const timeval deadline = {10, 0};
+  ::setsockopt(waiting.get(), SOL_SOCKET, SO_RCVTIMEO, &deadline, sizeof(deadline));
   sockaddr_un address = {};
   address.sun_family = AF_UNIX;
-  std::strncpy(address.sun_path, options_.path.c_str(), sizeof(address.sun_path) - 1);
-  {
-    std::vector<UniqueFd> fillers;
-    const ScopedNofile limit(FillDescriptorTable(fillers));
-    ASSERT_EQ(::connect(waiting.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)), 0);
-    wire::SideSocketReply received;
-    ASSERT_EQ(::recv(waiting.get(), &received, sizeof(received), 0),
-              static_cast<ssize_t>(sizeof(received)));
-    EXPECT_EQ(received.code, kExhausted);
+  std::strncpy(address.sun_path, path.c_str(), sizeof(address.sun_path) - 1);
+  std::vector<UniqueFd> fillers;
+  const ScopedNofile limit(FillDescriptorTable(fillers) + left);
+  EXPECT_EQ(::connect(waiting.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)), 0);
+  wire::SideSocketReply received;
+  const ssize_t size = ::recv(waiting.get(), &received, sizeof(received), 0);
+  return size == static_cast<ssize_t>(sizeof(received)) ? std::make_optional(received.code)
+                                                        : std::nullopt;
+}
+
+TEST_F(SideSocketTest, ConnectionThatFindsNoRoomIsTurnedAway) {
+  StartServer();
+  EXPECT_EQ(GreetingWithRoomFor(0, options_.path), kExhausted);
+  Bind(Open('b'));
+}
+
+// Its session's memory would be freed after a guessed time.
+TEST_F(SideSocketTest, ConnectionWhoseProcessFindsNoRoomToBeWatchedIsTurnedAway) {
+  if (!UniqueFd(static_cast<int>(::syscall(SYS_pidfd_open, ::getpid(), 0))).valid()) {
+    GTEST_SKIP() << "this kernel has no pidfd_open";
   }
+  StartServer();
+  EXPECT_EQ(GreetingWithRoomFor(1, options_.path), kExhausted);
   Bind(Open('b'));
 }
 

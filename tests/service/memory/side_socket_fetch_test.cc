@@ -81,6 +81,21 @@ TEST_F(SideSocketFetch, AnotherSessionsConnectionDoesNotGetIt) {
   EXPECT_EQ(owner->Receive()->code, kOk);
 }
 
+TEST_F(SideSocketFetch, AFetchOfAnEndedSessionEndsTheConnection) {
+  StartServer();
+  const SessionInfo session = Open('a');
+  const auto client = Bind(session);
+  const uint64_t token = Allocate(session);
+  ASSERT_TRUE(sessions_->CloseSession(session.session_id).ok());
+  ASSERT_TRUE(client->SendFetch(token));
+  UniqueFd fd;
+  const auto reply = client->Receive(&fd);
+  ASSERT_TRUE(reply.has_value());
+  EXPECT_EQ(reply->code, kNotFound);
+  EXPECT_FALSE(fd.valid());
+  EXPECT_FALSE(client->Receive().has_value());
+}
+
 TEST_F(SideSocketFetch, AFetchBeforeTheHelloEndsTheConnection) {
   StartServer();
   const uint64_t token = Allocate(Open('a'));

@@ -1,6 +1,7 @@
 #include "service/server_config/server_config.h"
 
 #include <fstream>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "gmock/gmock.h"
@@ -101,6 +102,25 @@ TEST(ResolveServerConfig, MemoryOfTheServersOwnIsAGibibyteUnlessItIsTurnedOff) {
   v1::ServerConfig off = Config("memory { max_owned_bytes: 0 }");
   ASSERT_TRUE(ResolveServerConfig(off).ok());
   EXPECT_EQ(off.memory().max_owned_bytes(), 0u);
+}
+
+TEST(ResolveServerConfig, ASessionMayOwnOnePieceOfADeviceAtLeast) {
+  v1::ServerConfig config = Config("memory { max_owned_bytes: 4194304 }");
+  ASSERT_TRUE(ResolveServerConfig(config).ok());
+  EXPECT_EQ(config.memory().max_owned_bytes_per_session(), uint64_t{2} << 20);
+}
+
+TEST(ResolveServerConfig, LimitsOfOwnedMemoryThatNothingFitsInAreRefused) {
+  const std::pair<const char*, const char*> cases[] = {
+      {"max_owned_bytes: 3", "memory.max_owned_bytes=3, want 0 (none) or 2097152 or more"},
+      {"max_owned_bytes_per_session: 4096",
+       "memory.max_owned_bytes_per_session=4096, want 2097152..1073741824"},
+      {"max_owned_bytes: 4194304 max_owned_bytes_per_session: 4194305",
+       "memory.max_owned_bytes_per_session=4194305, want 2097152..4194304"}};
+  for (const auto& [memory, message] : cases) {
+    v1::ServerConfig config = Config(absl::StrCat("memory { ", memory, " }"));
+    EXPECT_EQ(ResolveServerConfig(config), absl::InvalidArgumentError(message));
+  }
 }
 
 TEST(ResolveServerConfig, QuarantineIsAtMostADay) {
