@@ -94,11 +94,6 @@ def test_a_server_without_a_device_says_so(worker):
         worker.allocate_region(MIB, kind="cuda_ipc", device_uuid=FAKE_DEVICE)
 
 
-def test_what_this_package_does_not_map_names_what_it_does(worker):
-    with pytest.raises(keepset.KeepsetError, match="want 'cuda_ipc', or 'memfd'"):
-        worker.allocate_region(MIB, kind="cuda_vmm", device_uuid=FAKE_DEVICE)
-
-
 def test_no_bytes_are_refused(worker):
     with pytest.raises(keepset.InvalidInput, match="num_bytes=0"):
         worker.allocate_region(0)
@@ -158,13 +153,12 @@ def device_server():
             process.communicate(timeout=30)
 
 
-def test_device_memory_is_mapped_and_takes_rows(device_server):
+@pytest.mark.parametrize("kind", ["cuda_ipc", "cuda_vmm"])
+def test_device_memory_is_mapped_and_takes_rows(device_server, kind):
     address, library, _ = device_server
     layers = random_layers()
     with keepset.Client.connect(address, transport="memfd") as client:
-        region = client.allocate_region(
-            MIB, kind="cuda_ipc", device_uuid=FAKE_DEVICE, library=library
-        )
+        region = client.allocate_region(MIB, kind=kind, device_uuid=FAKE_DEVICE, library=library)
         assert not any(ctypes.string_at(region.pointer, MIB))
 
         def place(array: np.ndarray) -> np.ndarray:
@@ -259,6 +253,48 @@ def test_a_closed_device_region_has_no_room(mapped):
     region.close()
     with pytest.raises(keepset.InvalidInput, match="closed"):
         region.empty((4,), np.float32)
+
+
+@pytest.fixture
+def by_descriptor():
+    """A device region of this process, mapped by descriptor, and its driver of host memory."""
+    library = binary().parent.parent / "tests" / "service" / "memory" / "libfake_libcuda.so"
+    driver, handle, fd = ctypes.CDLL(str(library)), ctypes.c_uint64(), ctypes.c_int(-1)
+    size, none = ctypes.c_size_t(2 * MIB), ctypes.c_uint64(0)
+    assert driver.cuMemCreate(ctypes.byref(handle), size, None, none) == 0
+    assert driver.cuMemExportToShareableHandle(ctypes.byref(fd), handle, 1, none) == 0
+    driver.cuMemRelease(handle)
+    region = ServiceDeviceRegion.of_descriptor(fd.value, 2 * MIB, MIB, FAKE_DEVICE, str(library))
+    os.close(fd.value)
+    return region, driver
+
+
+def test_a_region_by_descriptor_is_mapped_until_it_is_closed(by_descriptor):
+    region, driver = by_descriptor
+    mapped = driver.fake_cuda_mappings()
+    placed = region.empty((MIB,), np.uint8)
+    ctypes.memset(placed.__array_interface__["data"][0], 7, MIB)
+    region.close()
+    assert driver.fake_cuda_mappings() == mapped - 1
+    assert driver.fake_cuda_context_depth() == 0
+
+
+def test_a_region_by_descriptor_that_cannot_be_unmapped_says_so(by_descriptor):
+    region, driver = by_descriptor
+    assert driver.cuMemUnmap(ctypes.c_uint64(region.pointer), ctypes.c_size_t(2 * MIB)) == 0
+    with pytest.raises(keepset.KeepsetError, match="cuMemUnmap"):
+        region.close()
+
+
+def test_a_descriptor_of_something_else_is_refused_and_leaves_nothing(by_descriptor):
+    region, driver = by_descriptor
+    mapped, fd = driver.fake_cuda_mappings(), os.memfd_create("something else")
+    library = driver._name
+    with pytest.raises(keepset.KeepsetError, match="cuMemImportFromShareableHandle"):
+        ServiceDeviceRegion.of_descriptor(fd, 2 * MIB, MIB, FAKE_DEVICE, library)
+    os.close(fd)
+    assert driver.fake_cuda_mappings() == mapped
+    region.close()
 
 
 def test_memory_that_cannot_be_unmapped_is_not_retired(worker, mapped, monkeypatch):

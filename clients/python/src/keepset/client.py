@@ -175,7 +175,7 @@ class Client:
         """Fresh zeroed memory of the server's own that it may write: kept from others until
         `retire`, for as long as the session lives.
 
-        kind: "memfd", or "cuda_ipc" with the `device_uuid` of one of server_info().devices. Arrays made in it
+        kind: "memfd", or "cuda_ipc" or "cuda_vmm" with the `device_uuid` of one of server_info().devices. Arrays made in it
         travel by reference; no array of it is to be used after `retire` or `close`. library: the CUDA driver.
         Raises Overloaded where a limit of the server's is reached, KeepsetError FAILED_PRECONDITION where it
         gives no such memory.
@@ -184,12 +184,6 @@ class Client:
             raise KeepsetError("FAILED_PRECONDITION", "the server's memory needs transport 'memfd'")
         if num_bytes < 1:
             raise InvalidInput("INVALID_ARGUMENT", f"num_bytes={num_bytes}, want at least 1")
-        if kind == "cuda_vmm":
-            raise KeepsetError(
-                "FAILED_PRECONDITION",
-                "kind 'cuda_vmm' of the server's memory is not mapped by this package, want 'cuda_ipc', "
-                "or 'memfd' on the host",
-            )
         if kind == "memfd":
             num_bytes = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
         reply = self._call(
@@ -200,10 +194,18 @@ class Client:
             ),
         )
         try:
-            if reply.WhichOneof("descriptor") == "fd_token":
+            if reply.WhichOneof("descriptor") == "ipc_handle":
+                region = ServiceDeviceRegion(reply.ipc_handle, num_bytes, device_uuid, library)
+            elif kind == "memfd":
                 region = SharedRegion.of_server(self._side.fetch_fd(reply.fd_token), num_bytes)
             else:
-                region = ServiceDeviceRegion(reply.ipc_handle, num_bytes, device_uuid, library)
+                fd = self._side.fetch_fd(reply.fd_token)
+                try:
+                    region = ServiceDeviceRegion.of_descriptor(
+                        fd, reply.allocation_bytes, num_bytes, device_uuid, library
+                    )
+                finally:
+                    os.close(fd)
         except BaseException:
             # What the server does not hear it keeps until the session ends; the first error is the cause.
             with contextlib.suppress(KeepsetError):

@@ -1,5 +1,5 @@
 """Sharing device memory with a server, over ctypes: of this process by CUDA IPC or by VMM descriptor, of the
-server's own by CUDA IPC.
+server's own by either.
 
 The driver library is loaded when first needed; torch is never imported, a tensor is read through `data_ptr`,
 `shape`, `stride` and `dtype`.
@@ -11,7 +11,7 @@ import contextlib
 import ctypes
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
@@ -23,6 +23,7 @@ _ALIGNMENT = 16
 _DEVICE_MEMORY = 2
 _POSIX_FD = 1
 _LAZY_PEER_ACCESS = 1
+_LOCATION_DEVICE, _READ_WRITE = 1, 3
 # The driver's blocks: smaller plain allocations share one (CUDA C++ Programming Guide, "Interprocess Communication").
 _BLOCK_BYTES = 2 << 20
 # CUpointer_attribute of NVIDIA's driver API reference.
@@ -34,6 +35,10 @@ _NUMPY_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uin
 
 class _IpcHandle(ctypes.Structure):
     _fields_ = [("reserved", ctypes.c_ubyte * 64)]
+
+
+class _AccessDescriptor(ctypes.Structure):
+    _fields_ = [("location_type", ctypes.c_int), ("location_id", ctypes.c_int), ("flags", ctypes.c_int)]
 
 
 @functools.cache
@@ -231,7 +236,8 @@ class DeviceRegion:
 
 
 class ServiceDeviceRegion:
-    """Device memory that a server made for this client, mapped here by CUDA IPC (`Client.allocate_region`).
+    """Device memory that a server made for this client, mapped here by CUDA IPC or by descriptor
+    (`Client.allocate_region`).
 
     `pointer` is its address here. Work on the device that uses it must have ended before `Client.retire` or
     `Client.close`, which unmap it. Not thread-safe.
@@ -239,9 +245,24 @@ class ServiceDeviceRegion:
     """
 
     owned_by_server = True
-    kind = "cuda_ipc"
 
     def __init__(self, ipc_handle: bytes, num_bytes: int, device_uuid: str, library: str = LIBCUDA):
+        self.kind = "cuda_ipc"
+        self._mapped_bytes = 0  # by descriptor
+        self._open(num_bytes, device_uuid, library, lambda: self._map_ipc(ipc_handle))
+
+    @classmethod
+    def of_descriptor(cls, fd: int, allocation_bytes: int, num_bytes: int, device_uuid: str,
+                      library: str = LIBCUDA) -> ServiceDeviceRegion:
+        """Of kind "cuda_vmm": `num_bytes` at the beginning of an allocation; `fd` stays the caller's."""
+        region = cls.__new__(cls)
+        region.kind = "cuda_vmm"
+        region._mapped_bytes = allocation_bytes
+        region._open(num_bytes, device_uuid, library, lambda: region._map_vmm(fd))
+        return region
+
+    def _open(self, num_bytes: int, device_uuid: str, library: str,
+              map_memory: Callable[[], int]) -> None:
         self.size_bytes, self.device_uuid, self.pointer = num_bytes, device_uuid, 0
         self._used = 0
         self._driver = _driver(library)
@@ -253,15 +274,47 @@ class ServiceDeviceRegion:
         _check(status, "cuDevicePrimaryCtxRetain")
         try:
             with _current_device(self._driver, self._ordinal):
-                pointer = ctypes.c_uint64()
-                status = self._driver.cuIpcOpenMemHandle_v2(
-                    ctypes.byref(pointer), _IpcHandle.from_buffer_copy(ipc_handle), _LAZY_PEER_ACCESS
-                )
-                _check(status, "cuIpcOpenMemHandle")
-                self.pointer = pointer.value
+                self.pointer = map_memory()
         except BaseException:
             self._driver.cuDevicePrimaryCtxRelease_v2(self._device)
             raise
+
+    def _map_ipc(self, ipc_handle: bytes) -> int:
+        pointer = ctypes.c_uint64()
+        status = self._driver.cuIpcOpenMemHandle_v2(
+            ctypes.byref(pointer), _IpcHandle.from_buffer_copy(ipc_handle), _LAZY_PEER_ACCESS
+        )
+        _check(status, "cuIpcOpenMemHandle")
+        return pointer.value
+
+    def _map_vmm(self, fd: int) -> int:
+        handle, pointer = ctypes.c_uint64(), ctypes.c_uint64()
+        size, none = ctypes.c_size_t(self._mapped_bytes), ctypes.c_uint64(0)
+        with contextlib.ExitStack() as undo:
+            # The descriptor travels in the pointer argument.
+            status = self._driver.cuMemImportFromShareableHandle(
+                ctypes.byref(handle), ctypes.c_void_p(fd), _POSIX_FD
+            )
+            _check(status, "cuMemImportFromShareableHandle")
+            try:
+                status = self._driver.cuMemAddressReserve(
+                    ctypes.byref(pointer), size, ctypes.c_size_t(0), none, none
+                )
+                _check(status, "cuMemAddressReserve")
+                undo.callback(self._driver.cuMemAddressFree, pointer, size)
+                status = self._driver.cuMemMap(pointer, size, ctypes.c_size_t(0), handle, none)
+                _check(status, "cuMemMap")
+                undo.callback(self._driver.cuMemUnmap, pointer, size)
+                access = _AccessDescriptor(_LOCATION_DEVICE, self._device.value, _READ_WRITE)
+                status = self._driver.cuMemSetAccess(
+                    pointer, size, ctypes.byref(access), ctypes.c_size_t(1)
+                )
+                _check(status, "cuMemSetAccess")
+            finally:
+                # The mapping keeps the memory.
+                self._driver.cuMemRelease(handle)
+            undo.pop_all()
+        return pointer.value
 
     def empty(self, shape: Sequence[int], dtype: str | np.dtype | type) -> np.ndarray:
         """Room inside the region as an array of device addresses: for Layer's fields, never to be read here.
@@ -302,8 +355,14 @@ class ServiceDeviceRegion:
         pointer, self.pointer = self.pointer, 0
         try:
             with _current_device(self._driver, self._ordinal):
-                status = self._driver.cuIpcCloseMemHandle(ctypes.c_uint64(pointer))
-                _check(status, "cuIpcCloseMemHandle")
+                if self.kind == "cuda_ipc":
+                    status = self._driver.cuIpcCloseMemHandle(ctypes.c_uint64(pointer))
+                    _check(status, "cuIpcCloseMemHandle")
+                    return
+                size = ctypes.c_size_t(self._mapped_bytes)
+                _check(self._driver.cuMemUnmap(ctypes.c_uint64(pointer), size), "cuMemUnmap")
+                # Addresses alone: the memory is not mapped any more.
+                self._driver.cuMemAddressFree(ctypes.c_uint64(pointer), size)
         finally:
             self._driver.cuDevicePrimaryCtxRelease_v2(self._device)
 
