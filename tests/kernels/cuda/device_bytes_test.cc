@@ -341,6 +341,18 @@ TEST(DeviceBytes, AreExactForProductsByCublas) {
   }
 }
 
+// Block tables and keep sets of all layers outgrow the memory that uploads begin with.
+TEST(DeviceBytes, AreExactWhereUploadsGrow) {
+  Memory memory;
+  fakes::PromptShape shape = Shape(KvLayout::kPaged, DType::kBF16, 1, 16000);
+  shape.num_layers = 5;
+  shape.head_dim = 8;
+  const Workload workload(shape, Observed::kQueries);
+  engine::OperationSpec spec = workload.Spec({"streaming_llm"});
+  spec.budget.tokens = 15000;
+  ExpectExact(memory, workload, spec, RowMove::kGather);
+}
+
 TEST(DeviceBytes, OfASpecAloneServeEveryInput) {
   Memory memory;
   for (const KvLayout layout : {KvLayout::kPaged, KvLayout::kNhd, KvLayout::kHnd}) {
