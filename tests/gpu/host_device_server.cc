@@ -1,6 +1,5 @@
-// keepsetd on a device of host memory: the real server, the CPU backend under the name of a device,
-// so that it takes the "device memory" of tests/fakes/fake_libcuda.cc. For tests of the life of
-// memory between processes.
+// keepsetd on a device of host memory: the real server, for tests of the life of memory between
+// processes.
 //
 //   host_device_server ... --listen ADDRESS ... [--metrics-listen HOST:PORT]
 //
@@ -18,24 +17,11 @@
 #include "kernels/backend_registry.h"
 #include "service/server.h"
 #include "service/server_config/server_config.h"
-#include "tests/fakes/device_exporter.h"
 #include "tests/fakes/gated_backend.h"
+#include "tests/gpu/host_device.h"
 
 namespace keepset::gpu {
 namespace {
-
-class HostDevice : public fakes::GatedBackend {
- public:
-  using GatedBackend::GatedBackend;
-  std::string name() const override { return "cuda/host"; }
-  kernels::DeviceInfo Device() const override {
-    kernels::DeviceInfo device;
-    device.uuid = fakes::kFakeDeviceUuid;
-    device.name = "host";
-    device.driver_version = "0.0";
-    return device;
-  }
-};
 
 int Main(const std::string& address, const std::string& metrics) {
   sigset_t signals;
