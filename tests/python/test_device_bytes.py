@@ -3,7 +3,7 @@
 import pytest
 
 from keepset import table_file
-from keepset.in_process import EngineError, Engine
+from keepset.in_process import Engine, EngineError
 
 from conftest import MODEL, SEQ_LEN, WINDOW
 
