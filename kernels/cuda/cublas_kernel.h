@@ -99,7 +99,8 @@ KEEPSET_KERNEL_BODY void PieceStats::Run(const Simt& simt, const Params& p) {
     const int first_token = p.first_token + begin;
     AddRowStats<Tile>(
         simt, p.window.shape.scale2, first_token, first_token + Tile::kTokens - 1 > last_seen,
-        [&](int /*r*/) { return last_seen; }, logits, stats);
+        [&](int /*r*/) { return last_seen; }, [&](int r, int c) -> float& { return logits[r][c]; },
+        stats);
   }
   const RowStat joined = JoinLaneStats<32>(simt, stats[0]);
   if (simt.lane() != 0) return;

@@ -172,12 +172,9 @@ KEEPSET_KERNEL_BODY void HopperRowStats<kType, kTokens>::Run(const Simt& simt, c
                                      p.num_slots, ring.Stage(cursor), kTokens, p.keys.num_spans, d);
         turns.Give(simt);
         simt.WaitMma(d);
-        float logits[Tile::kRows][Tile::kColumns];
-        KEEPSET_UNROLL
-        for (int c = 0; c < Tile::kColumns; ++c) {
-          logits[0][c] = d[(c >> 1) * 4 + (c & 1)];
-          logits[1][c] = d[(c >> 1) * 4 + 2 + (c & 1)];
-        }
+        const auto logits = [&](int r, int c) -> float& {
+          return d[(c >> 1) * 4 + 2 * r + (c & 1)];
+        };
         const auto limit = [&](int r) {
           return UnitRowLimit(
               window, task.at.unit,

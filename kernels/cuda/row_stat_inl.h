@@ -42,35 +42,61 @@ KEEPSET_HD inline RowStat JoinLaneStats(const Simt& simt, RowStat stat) {
   return joined;
 }
 
-// Adds a tile of raw logits to the statistics of the thread's rows. limit(r): last visible position
-// of row r, asked for where tokens are masked only; tokens of the tile start at `begin`.
-template <typename Tile, typename Simt, typename Limit>
+// Adds a tile of raw logits to the statistics of the thread's rows. logits(r, c): the logit of row
+// r and column c, which masking changes. limit(r): last visible position of row r, asked for where
+// tokens are masked only; tokens of the tile start at `begin`. Rows are independent, and of each
+// row a few maxima and sums, so that the instructions of one need not wait for those of another.
+template <typename Tile, typename Simt, typename Limit, typename Logits>
 KEEPSET_KERNEL_BODY inline void AddRowStats(const Simt& simt, float scale2, int begin,
-                                            bool is_masked, Limit limit,
-                                            float (&logits)[Tile::kRows][Tile::kColumns],
+                                            bool is_masked, Limit limit, Logits logits,
                                             RowStat (&stats)[Tile::kRows]) {
-  KEEPSET_UNROLL
-  for (int r = 0; r < Tile::kRows; ++r) {
-    if (is_masked) {
+  constexpr int kMaxima = Tile::kColumns < 4 ? Tile::kColumns : 4;
+  constexpr int kSums = Tile::kColumns < 2 ? Tile::kColumns : 2;
+  if (is_masked) {
+    KEEPSET_UNROLL
+    for (int r = 0; r < Tile::kRows; ++r) {
       const int last = limit(r);
       KEEPSET_UNROLL
       for (int c = 0; c < Tile::kColumns; ++c) {
-        if (begin + Tile::Column(simt.thread(), c) > last) logits[r][c] = MinusInfinity();
+        if (begin + Tile::Column(simt.thread(), c) > last) logits(r, c) = MinusInfinity();
       }
     }
-    float largest = logits[r][0];
+  }
+  float maxima[Tile::kRows][kMaxima];
+  KEEPSET_UNROLL
+  for (int c = 0; c < Tile::kColumns; ++c) {
     KEEPSET_UNROLL
-    for (int c = 1; c < Tile::kColumns; ++c) largest = simt.Max(largest, logits[r][c]);
-    // The scale is positive, so the largest scaled logit is the scaled largest.
-    const float max = simt.Max(stats[r].max, largest * scale2);
-    const float reference = StatReference(max);
-    float sum = 0.0f;
-    KEEPSET_UNROLL
-    for (int c = 0; c < Tile::kColumns; ++c) {
-      sum += simt.Exp2(logits[r][c] * scale2 - reference);
+    for (int r = 0; r < Tile::kRows; ++r) {
+      float& largest = maxima[r][c % kMaxima];
+      largest = c < kMaxima ? logits(r, c) : simt.Max(largest, logits(r, c));
     }
-    stats[r].sum = stats[r].sum * simt.Exp2(stats[r].max - reference) + sum;
-    stats[r].max = max;
+  }
+  float max[Tile::kRows];
+  float reference[Tile::kRows];
+  KEEPSET_UNROLL
+  for (int r = 0; r < Tile::kRows; ++r) {
+    float largest = maxima[r][0];
+    KEEPSET_UNROLL
+    for (int i = 1; i < kMaxima; ++i) largest = simt.Max(largest, maxima[r][i]);
+    // The scale is positive, so the largest scaled logit is the scaled largest.
+    max[r] = simt.Max(stats[r].max, largest * scale2);
+    reference[r] = StatReference(max[r]);
+  }
+  float sums[Tile::kRows][kSums] = {};
+  KEEPSET_UNROLL
+  for (int c = 0; c < Tile::kColumns; ++c) {
+    KEEPSET_UNROLL
+    for (int r = 0; r < Tile::kRows; ++r) {
+      sums[r][c % kSums] += simt.Exp2(logits(r, c) * scale2 - reference[r]);
+    }
+  }
+  KEEPSET_UNROLL
+  for (int r = 0; r < Tile::kRows; ++r) {
+    float sum = sums[r][0];
+    KEEPSET_UNROLL
+    for (int i = 1; i < kSums; ++i) sum += sums[r][i];
+    stats[r].sum = stats[r].sum * simt.Exp2(stats[r].max - reference[r]) + sum;
+    stats[r].max = max[r];
   }
 }
 

@@ -107,7 +107,9 @@ KEEPSET_KERNEL_BODY void MmaRowStats<kType>::Run(const Simt& simt, const Params&
                   k_rows + stage * kTileColumns * pitch, pitch, p.shape.padded_dim, kTileColumns,
                   logits);
     const bool is_masked = begin + kTileColumns - 1 > at.unit.smallest_limit;
-    AddRowStats<Tile>(simt, p.shape.scale2, begin, is_masked, limit, logits, stats);
+    AddRowStats<Tile>(
+        simt, p.shape.scale2, begin, is_masked, limit,
+        [&](int r, int c) -> float& { return logits[r][c]; }, stats);
     // The other stage is filled again in the next round.
     simt.SyncBlock();
   }
@@ -145,7 +147,9 @@ KEEPSET_KERNEL_BODY void FmaRowStats::Run(const Simt& simt, const Params& p) {
         },
         logits);
     const bool is_masked = begin + kTileColumns - 1 > at.unit.smallest_limit;
-    AddRowStats<Tile>(simt, p.shape.scale2, begin, is_masked, limit, logits, stats);
+    AddRowStats<Tile>(
+        simt, p.shape.scale2, begin, is_masked, limit,
+        [&](int r, int c) -> float& { return logits[r][c]; }, stats);
   }
   StoreRowStats<Tile>(simt, at.unit.num_rows - first_row, stats,
                       [&](int row) { return PlaceOfStat(simt, p, first_row + row); });
