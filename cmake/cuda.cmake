@@ -56,15 +56,16 @@ if(KEEPSET_HAS_CUDA)
   set(KEEPSET_CUDA_PORTABLE_OPTIONS
     $<$<COMPILE_LANGUAGE:CUDA>:--generate-code=arch=compute_80,code=[${KEEPSET_CUDA_CODES}]>
     ${KEEPSET_CUDA_COMMON_OPTIONS})
-  # No kernel spills registers with the assembler that they were written for; another one only warns.
-  if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13.0 AND CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 13.1)
-    list(APPEND KEEPSET_CUDA_PORTABLE_OPTIONS
-      $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=--warn-on-spills,--warning-as-error>)
-  else()
-    list(APPEND KEEPSET_CUDA_PORTABLE_OPTIONS $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=--warn-on-spills>)
-  endif()
   set(KEEPSET_CUDA_HOPPER_OPTIONS
     $<$<COMPILE_LANGUAGE:CUDA>:--generate-code=arch=compute_90a,code=sm_90a>
     ${KEEPSET_CUDA_COMMON_OPTIONS})
+  # No kernel spills registers with the assembler that they were written for; another one only warns.
+  set(KEEPSET_SPILL_OPTIONS --warn-on-spills)
+  if(CMAKE_CUDA_COMPILER_VERSION VERSION_GREATER_EQUAL 13.0 AND CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 13.1)
+    string(APPEND KEEPSET_SPILL_OPTIONS ",--warning-as-error")
+  endif()
+  foreach(options KEEPSET_CUDA_PORTABLE_OPTIONS KEEPSET_CUDA_HOPPER_OPTIONS)
+    list(APPEND ${options} $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=${KEEPSET_SPILL_OPTIONS}>)
+  endforeach()
 endif()
 message(STATUS "CUDA backend: ${KEEPSET_HAS_CUDA}, with cuBLAS: ${KEEPSET_HAS_CUBLAS}")

@@ -201,26 +201,51 @@ KEEPSET_KERNEL_BODY inline uint64_t OperandDescriptor(const Simt& simt, const st
 }
 
 // d = a b^T over all channels: 64 rows of `a` (of a_rows in each span) and kColumns of `b`. Queued,
-// not waited for.
+// not waited for. kSpans: num_spans, or 0 for any number; without a loop the accumulators stay where
+// they are from product to product.
+template <DType kType, int kColumns, int kSpans, typename Simt>
+KEEPSET_KERNEL_BODY inline void QueueSpans(const Simt& simt, uint64_t a, uint64_t a_span,
+                                           uint64_t b, uint64_t b_span, int num_spans,
+                                           float (&d)[kColumns / 2]) {
+  constexpr int kStepUnits = 2;  // 16 channels: 32 bytes
+  const auto add_span = [&](int span) {
+    KEEPSET_UNROLL
+    for (int step = 0; step < kSpanChannels / 16; ++step) {
+      simt.template MmaAsync<kType, kColumns>(d, a + step * kStepUnits, b + step * kStepUnits,
+                                              span + step > 0);
+    }
+    a += a_span;
+    b += b_span;
+  };
+  simt.FenceMma(d);
+  if constexpr (kSpans > 0) {
+    KEEPSET_UNROLL
+    for (int span = 0; span < kSpans; ++span) add_span(span);
+  } else {
+    KEEPSET_NO_UNROLL
+    for (int span = 0; span < num_spans; ++span) add_span(span);
+  }
+  simt.CommitMma();
+}
+
 template <DType kType, int kColumns, typename Simt>
 KEEPSET_KERNEL_BODY inline void QueueProduct(const Simt& simt, const std::byte* a, int a_rows,
                                              const std::byte* b, int b_rows, int num_spans,
                                              float (&d)[kColumns / 2]) {
-  uint64_t a_descriptor = OperandDescriptor(simt, a);
-  uint64_t b_descriptor = OperandDescriptor(simt, b);
-  constexpr int kStepUnits = 2;  // 16 channels: 32 bytes
-  simt.FenceMma(d);
-  KEEPSET_NO_UNROLL
-  for (int span = 0; span < num_spans; ++span) {
-    KEEPSET_UNROLL
-    for (int step = 0; step < kSpanChannels / 16; ++step) {
-      simt.template MmaAsync<kType, kColumns>(d, a_descriptor + step * kStepUnits,
-                                              b_descriptor + step * kStepUnits, span + step > 0);
-    }
-    a_descriptor += a_rows * (kSpanBytes >> 4);
-    b_descriptor += b_rows * (kSpanBytes >> 4);
+  constexpr int kRowUnits = kSpanBytes >> 4;
+  const uint64_t a_first = OperandDescriptor(simt, a);
+  const uint64_t b_first = OperandDescriptor(simt, b);
+  const auto a_span = static_cast<uint64_t>(a_rows * kRowUnits);
+  const auto b_span = static_cast<uint64_t>(b_rows * kRowUnits);
+  if (num_spans == 2) {
+    QueueSpans<kType, kColumns, 2>(simt, a_first, a_span, b_first, b_span, num_spans, d);
+  } else if (num_spans == 1) {
+    QueueSpans<kType, kColumns, 1>(simt, a_first, a_span, b_first, b_span, num_spans, d);
+  } else if (num_spans == 4) {
+    QueueSpans<kType, kColumns, 4>(simt, a_first, a_span, b_first, b_span, num_spans, d);
+  } else {
+    QueueSpans<kType, kColumns, 0>(simt, a_first, a_span, b_first, b_span, num_spans, d);
   }
-  simt.CommitMma();
 }
 
 // The two math groups take turns at queuing products.
