@@ -18,8 +18,11 @@ constexpr int kMostBoxTokens = 64;
 constexpr int kRowWarps = 8;  // warps of the kernels that take one row per warp
 // Fewer do not hide the way of the keys behind the products.
 constexpr int kLeastStages = 4;
-// Of each block of RowStats in a launch, where the call has so many.
+// Of each block of RowStats in a launch, where the call has so many; and no more than twice as
+// many.
 constexpr int64_t kLeastChunks = 8;
+// What one launch more costs, in chunks of a block.
+constexpr int64_t kLaunchChunks = 1;
 // Of 128 tokens, or of rows of more than 256 bytes; each is multiplied with all rows of the block.
 constexpr int kStatsLeastStages = 2;
 
@@ -169,6 +172,25 @@ void MakeParts(absl::Span<const WindowUnit> units, absl::Span<const WindowOutput
   plan->unit_part.push_back(static_cast<int32_t>(plan->parts.size()));
 }
 
+// Of least to most units in a launch, as many as make all launches of a call shortest: every block
+// takes as many chunks as the one that has most.
+int64_t UnitsAtOnce(int64_t least, int64_t most, int64_t all_units, int64_t chunks_of_unit,
+                    int64_t blocks) {
+  const auto chunks = [&](int64_t units) {
+    return units == 0 ? 0 : CeilDiv(units * chunks_of_unit, blocks) + kLaunchChunks;
+  };
+  int64_t best = least;
+  int64_t fewest = 0;
+  for (int64_t units = least; units <= most; ++units) {
+    const int64_t cost = all_units / units * chunks(units) + chunks(all_units % units);
+    if (units == least || cost < fewest) {
+      best = units;
+      fewest = cost;
+    }
+  }
+  return best;
+}
+
 template <DType kType>
 cudaError_t LaunchColumns(const LaunchShape& shape, const HopperParams& params, int slots,
                           cudaStream_t stream) {
@@ -237,10 +259,15 @@ HopperPlan PlanHopper(const WindowParams& params, const WindowPlan& portable,
     return plan;
   }
   MakeParts(units, outputs, plan.columns_capacity, &plan);
-  plan.units_at_once =
-      std::min({std::max(portable.units_at_once,
-                         CeilDiv(kLeastChunks * device.multiprocessors, params.shape.num_chunks)),
-                int64_t{params.num_layers} * params.num_units, kMaxUnitsOfLaunch});
+  const int64_t all_units = int64_t{params.num_layers} * params.num_units;
+  const int64_t chunks_of_unit =
+      CeilDiv(params.max_unit_rows, plan.stats_rows) * params.shape.num_chunks;
+  const int64_t most = std::min(all_units, kMaxUnitsOfLaunch);
+  const int64_t least =
+      std::min(most, std::max(portable.units_at_once,
+                              CeilDiv(kLeastChunks * device.multiprocessors, chunks_of_unit)));
+  plan.units_at_once = UnitsAtOnce(least, std::min(most, 2 * least), all_units, chunks_of_unit,
+                                   device.multiprocessors);
   return plan;
 }
 

@@ -124,8 +124,9 @@ struct HopperPlan {
   int32_t stats_tokens = 0;  // of a stage: 64 or 128
   int32_t stats_rows = 0;    // query rows in shared memory, at most kStatsRows: a part of a unit
   int32_t stats_stages = 0;
-  // As in WindowPlan, but enough of them to keep every multiprocessor busy for a while: what the
-  // second-level cache does not hold is read twice, which costs less than the start of a launch.
+  // As in WindowPlan, but enough of them to keep every multiprocessor busy for a while, and so many
+  // that blocks have equally much to do. The second-level cache does not hold the keys of so many:
+  // both passes read them from memory, which costs less than the start of a launch.
   int64_t units_at_once = 1;
 };
 

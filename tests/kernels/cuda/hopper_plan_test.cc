@@ -54,6 +54,11 @@ struct Call {
     }
   }
 
+  void SetLayers(int layers) {
+    params.num_layers = layers;
+    keys.resize(static_cast<size_t>(layers));
+  }
+
   void SetPages(int block_size, int64_t num_blocks, int32_t last_block) {
     DeviceRows& k = params.shape.k;
     k.block_size = FastDivider(static_cast<uint32_t>(block_size));
@@ -117,14 +122,28 @@ TEST(HopperPlan, RowsThatDoNotFitMakePartsOfOneSize) {
 }
 
 TEST(HopperPlan, LaunchesKeepTheDeviceBusy) {
-  Call call;
   // All 8 units of the layer are too few.
-  EXPECT_EQ(call.Plan().units_at_once, 8);
-  // 8 chunks for each of 132 multiprocessors, 256 of each unit.
-  call.params.num_layers = 32;
-  call.keys.resize(32);
+  EXPECT_EQ(Call().Plan().units_at_once, 8);
+  Call call;
+  call.SetLayers(32);
+  // 32k tokens: 33 units are 16 chunks for each of 132 multiprocessors.
+  call.params.shape.num_chunks = 64;
+  EXPECT_EQ(call.Plan().units_at_once, 33);
+  // 128k tokens: between 8 and 16 chunks for each.
   call.params.shape.num_chunks = 256;
-  EXPECT_EQ(call.Plan().units_at_once, 5);
+  EXPECT_EQ(call.Plan().units_at_once, 10);
+}
+
+TEST(HopperPlan, EveryLaunchHasUnits) {
+  Call call;
+  for (const int layers : {1, 3, 32}) {
+    call.SetLayers(layers);
+    for (int chunks = 1; chunks < 3000; chunks = chunks * 5 / 3 + 1) {
+      call.params.shape.num_chunks = chunks;
+      EXPECT_GE(call.Plan().units_at_once, 1) << chunks;
+      EXPECT_LE(call.Plan().units_at_once, 8 * layers) << chunks;
+    }
+  }
 }
 
 TEST(HopperPlan, FewRowsTakeNarrowProducts) {
