@@ -26,6 +26,7 @@ KEEPSET_KERNEL_BODY inline void LoadRange(const Simt& simt, const HopperParams& 
   StageCursor cursor;
   for (int64_t task = range.begin; task < range.end;) {
     const ColumnSegment segment = FindSegment(p, task, range.end);
+    if (simt.lane() == 0) simt.PrefetchMap(p.key_maps[segment.at.layer]);
     KEEPSET_NO_UNROLL
     for (int i = 0; i < segment.num_tiles; ++i) {
       LoadKeys(simt, p, segment.at, (segment.first_tile + i) * kColumnTokens, kColumnTokens, ring,

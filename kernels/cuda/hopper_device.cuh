@@ -50,24 +50,19 @@ class HopperThread : public DeviceThread {
   // be a mistake of the kernel, which is a trap (an error of the launch) instead of a stuck device.
   __device__ void WaitPhase(uint64_t* barrier, uint32_t parity) const {
     const uint32_t address = SharedAddress(barrier);
-    constexpr uint32_t kMostTries = 1u << 26;
+    if (IsPhaseOver(address, parity)) return;
+    constexpr uint64_t kMostNanoseconds = 2'000'000'000;
+    const uint64_t begin = GlobalNanoseconds();
     KEEPSET_NO_UNROLL
-    for (uint32_t i = 0; i < kMostTries; ++i) {
-      uint32_t is_over;
-      asm volatile(
-          "{\n"
-          ".reg .pred over;\n"
-          "mbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\n"
-          "selp.u32 %0, 1, 0, over;\n"
-          "}\n"
-          : "=r"(is_over)
-          : "r"(address), "r"(parity)
-          : "memory");
-      if (is_over != 0) return;
+    while (!IsPhaseOver(address, parity)) {
+      if (GlobalNanoseconds() - begin > kMostNanoseconds) __trap();
     }
-    __trap();
   }
 
+  // Has a map at hand before its first load. map: in kernel parameters.
+  __device__ void PrefetchMap(const CUtensorMap& map) const {
+    asm volatile("prefetch.tensormap [%0];\n" ::"l"(reinterpret_cast<uint64_t>(&map)) : "memory");
+  }
   // A box of a tensor of rank 3 or 4 into shared memory, by one thread; its bytes are counted on
   // `barrier`. to: aligned to 1024 bytes (128-byte swizzle). map: in kernel parameters.
   __device__ void LoadBox(std::byte* to, const CUtensorMap& map, int c0, int c1, int c2,
@@ -93,6 +88,8 @@ class HopperThread : public DeviceThread {
     asm volatile("fence.proxy.async.shared::cta;\n" ::: "memory");
   }
 
+  // The lanes of a warp meet.
+  __device__ void SyncWarp() const { __syncwarp(); }
   // Named barriers 1 to 15: `threads` threads, whole warps, meet; those that only arrive go on.
   __device__ void SyncNamed(int id, int threads) const {
     asm volatile("barrier.cta.sync.aligned %0, %1;\n" ::"r"(id), "r"(threads) : "memory");
@@ -134,6 +131,27 @@ class HopperThread : public DeviceThread {
     asm volatile("wgmma.wait_group.sync.aligned 0;\n" ::: "memory");
     KEEPSET_UNROLL
     for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+  }
+
+ private:
+  // Tries for a while that the device chooses.
+  __device__ static bool IsPhaseOver(uint32_t barrier, uint32_t parity) {
+    uint32_t is_over;
+    asm volatile(
+        "{\n"
+        ".reg .pred over;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, over;\n"
+        "}\n"
+        : "=r"(is_over)
+        : "r"(barrier), "r"(parity)
+        : "memory");
+    return is_over != 0;
+  }
+  __device__ static uint64_t GlobalNanoseconds() {
+    uint64_t time;
+    asm volatile("mov.u64 %0, %%globaltimer;\n" : "=l"(time));
+    return time;
   }
 };
 

@@ -121,8 +121,8 @@ KEEPSET_KERNEL_BODY inline KeyRing MakeRing(const Simt& simt, const HopperLayout
   return ring;
 }
 
-// The loading warp: `tokens` tokens from `first` on into the next stage. A load for each span of
-// each box, one per lane.
+// The loading warp: `tokens` tokens from `first` on into the next stage. A lane takes a box, and
+// loads each of its spans.
 template <typename Simt>
 KEEPSET_KERNEL_BODY inline void LoadKeys(const Simt& simt, const HopperParams& p,
                                          const UnitOfBlock& at, int first, int tokens,
@@ -135,18 +135,21 @@ KEEPSET_KERNEL_BODY inline void LoadKeys(const Simt& simt, const HopperParams& p
   uint64_t* const full = ring.full + cursor.stage();
   std::byte* const stage = ring.Stage(cursor);
   simt.WaitPhase(ring.empty + cursor.stage(), cursor.parity() ^ 1);
+  // A lane without a load of its own waits for a parity, which is the same again two phases later:
+  // no lane runs ahead of another that has not seen this phase yet.
+  simt.SyncWarp();
   if (simt.lane() == 0) {
     simt.ArriveAndExpect(full, boxes * keys.num_spans * keys.box_tokens * kSpanBytes);
   }
-  for (int i = simt.lane(); i < boxes * keys.num_spans; i += 32) {
-    const int box = i / keys.num_spans;
-    const int span = i - box * keys.num_spans;
+  for (int box = simt.lane(); box < boxes; box += 32) {
     const int token = first + box * keys.box_tokens;
-    std::byte* const to = stage + (span * tokens + box * keys.box_tokens) * kSpanBytes;
+    std::byte* to = stage + box * keys.box_tokens * kSpanBytes;
     if (keys.block_dim == 0) {
       const bool token_first = keys.token_dim == 1;
-      simt.LoadBox(to, map, span * kSpanChannels, token_first ? token : at.unit.kv_head,
-                   token_first ? at.unit.kv_head : token, full);
+      for (int span = 0; span < keys.num_spans; ++span, to += tokens * kSpanBytes) {
+        simt.LoadBox(to, map, span * kSpanChannels, token_first ? token : at.unit.kv_head,
+                     token_first ? at.unit.kv_head : token, full);
+      }
       continue;
     }
     const uint32_t block = at.k.block_size.Quotient(static_cast<uint32_t>(token));
@@ -160,7 +163,9 @@ KEEPSET_KERNEL_BODY inline void LoadKeys(const Simt& simt, const HopperParams& p
                    : dim == keys.head_dim ? at.unit.kv_head
                                           : block_id;
     }
-    simt.LoadBox(to, map, span * kSpanChannels, c[0], c[1], c[2], full);
+    for (int span = 0; span < keys.num_spans; ++span, to += tokens * kSpanBytes) {
+      simt.LoadBox(to, map, span * kSpanChannels, c[0], c[1], c[2], full);
+    }
   }
 }
 
@@ -201,8 +206,8 @@ KEEPSET_KERNEL_BODY inline uint64_t OperandDescriptor(const Simt& simt, const st
 }
 
 // d = a b^T over all channels: 64 rows of `a` (of a_rows in each span) and kColumns of `b`. Queued,
-// not waited for. kSpans: num_spans, or 0 for any number; without a loop the accumulators stay where
-// they are from product to product.
+// not waited for. kSpans: num_spans, or 0 for any number; without a loop the accumulators stay
+// where they are from product to product.
 template <DType kType, int kColumns, int kSpans, typename Simt>
 KEEPSET_KERNEL_BODY inline void QueueSpans(const Simt& simt, uint64_t a, uint64_t a_span,
                                            uint64_t b, uint64_t b_span, int num_spans,

@@ -116,6 +116,7 @@ KEEPSET_KERNEL_BODY void HopperRowStats<kType, kTokens>::Run(const Simt& simt, c
     for (int64_t i = range.begin; i < range.end; ++i) {
       const StatsTask task = FindStatsTask(window, p.num_slots, i);
       if (task.num_rows == 0) continue;
+      if (simt.lane() == 0) simt.PrefetchMap(p.key_maps[task.at.layer]);
       for (int begin = task.begin; begin < task.end; begin += kTokens) {
         LoadKeys(simt, p, task.at, begin, kTokens, ring, cursor);
         cursor.Advance(1, p.num_stages);

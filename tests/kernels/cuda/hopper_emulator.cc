@@ -52,6 +52,8 @@ uint32_t OperandAddress(uint64_t descriptor, int row, int channel) {
     // Matrices of 8 rows of 16 bytes.
     return start + group * stride + byte / 16 * leading + in_group * 16 + byte % 16;
   }
+  Require(mode != 1 || ((start >> 7) & 7) == pattern,
+          "operand that begins within 1024 bytes, and does not say where");
   const int row_bytes = 256 >> mode;  // 1: 128, 2: 64, 3: 32
   const uint32_t place =
       start + group * stride + in_group * static_cast<uint32_t>(row_bytes) + byte;
@@ -129,16 +131,22 @@ void HopperUnits::WaitPhase(int thread, uint64_t* barrier, uint32_t parity) {
   while ((at.phase & 1) == parity) block_.Wait(thread, &at.phase);
 }
 
+EmulatedTensorMap HopperUnits::CheckMap(const CUtensorMap& map) {
+  EmulatedTensorMap encoded;
+  Require(reinterpret_cast<uintptr_t>(&map) % 64 == 0, "tensor map that is not aligned");
+  std::memcpy(static_cast<void*>(&encoded), static_cast<const void*>(&map), sizeof(encoded));
+  Require(encoded.magic == EmulatedTensorMap::kMagic, "tensor map that nobody encoded");
+  return encoded;
+}
+
 void HopperUnits::LoadBox(std::byte* to, const CUtensorMap& map, const std::vector<int>& at,
                           uint64_t* barrier) {
-  Load load = {to, {}, at, barrier};
-  Require(reinterpret_cast<uintptr_t>(&map) % 64 == 0, "tensor map that is not aligned");
-  std::memcpy(static_cast<void*>(&load.map), static_cast<const void*>(&map), sizeof(load.map));
-  Require(load.map.magic == EmulatedTensorMap::kMagic, "tensor map that nobody encoded");
+  const Load load = {to, CheckMap(map), at, barrier};
   Require(load.map.rank == at.size(), "coordinates of another rank");
   Find(barrier);
   const uint32_t first = SharedAddress(to);
   Require(first % 128 == 0, "tile that is not aligned to 128 bytes");
+  Require(load.map.swizzle_bytes != 128 || first % 1024 == 0, "tile that begins within a swizzle");
   uint32_t bytes = 2;
   for (int i = 0; i < load.map.rank; ++i) bytes *= load.map.box[i];
   for (uint32_t byte = 0; byte < bytes; byte += kGranule) {

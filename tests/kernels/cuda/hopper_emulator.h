@@ -74,6 +74,8 @@ class HopperUnits {
   void FenceBarriers(int thread);
   void Arrive(uint64_t* barrier, int64_t expected_bytes);
   void WaitPhase(int thread, uint64_t* barrier, uint32_t parity);
+  // Ends the program for a map that nobody encoded.
+  static EmulatedTensorMap CheckMap(const CUtensorMap& map);
   void LoadBox(std::byte* to, const CUtensorMap& map, const std::vector<int>& at,
                uint64_t* barrier);
   void FenceAsyncProxy(int thread);
@@ -166,6 +168,7 @@ class EmulatedHopperThread : public EmulatedThread {
   void WaitPhase(uint64_t* barrier, uint32_t parity) const {
     hopper().WaitPhase(thread(), barrier, parity);
   }
+  void PrefetchMap(const CUtensorMap& map) const { hopper().CheckMap(map); }
   void LoadBox(std::byte* to, const CUtensorMap& map, int c0, int c1, int c2,
                uint64_t* barrier) const {
     hopper().LoadBox(to, map, {c0, c1, c2}, barrier);
@@ -175,6 +178,7 @@ class EmulatedHopperThread : public EmulatedThread {
     hopper().LoadBox(to, map, {c0, c1, c2, c3}, barrier);
   }
   void FenceAsyncProxy() const { hopper().FenceAsyncProxy(thread()); }
+  void SyncWarp() const { Ballot(true); }
   void SyncNamed(int id, int threads) const {
     hopper().MeetNamed(thread(), id, threads, HopperUnits::Named::kSync);
   }
