@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "tests/gpu/ceilings.h"
 #include "tests/gpu/cublas_functions.h"
@@ -11,7 +12,8 @@
 namespace keepset::gpu {
 namespace {
 
-constexpr int kRepetitions = 10;
+constexpr int kWarmUps = 3;
+constexpr int kRepetitions = 21;
 constexpr int kChains = 8;  // independent exponentials of a thread
 constexpr int kSteps = 4096;
 
@@ -39,7 +41,8 @@ __global__ void Exp2Kernel(float* out) {
   if (sum > 0.0f) out[0] = sum;
 }
 
-// bf16 values in (-1, 1): products of zeros would run faster than those of a model.
+// bf16 values of a normal distribution, as those of a model: products of zeros, or of values with
+// one exponent, would run faster.
 __global__ void FillKernel(uint16_t* out, int64_t count) {
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
@@ -47,18 +50,23 @@ __global__ void FillKernel(uint16_t* out, int64_t count) {
     uint32_t bits = static_cast<uint32_t>(i) * 2654435761u;
     bits ^= bits >> 15;
     bits *= 2246822519u;
-    out[i] = static_cast<uint16_t>((bits & 0x807fu) | 0x3f00u);
+    bits ^= bits >> 13;
+    // Box and Muller's transformation of 16 bits each.
+    const float radius = static_cast<float>((bits >> 16) + 1) / 65536.0f;
+    const float angle = static_cast<float>(bits & 0xffffu) / 32768.0f;
+    const float value = sqrtf(-2.0f * logf(radius)) * cospif(angle);
+    out[i] = static_cast<uint16_t>((__float_as_uint(value) + 0x8000u) >> 16);
   }
 }
 
 template <typename Work>
-std::string BestMilliseconds(Work work, double* best) {
+std::string MedianMilliseconds(Work work, double* median) {
   cudaEvent_t begin;
   cudaEvent_t end;
   KEEPSET_TRY(cudaEventCreate(&begin));
   KEEPSET_TRY(cudaEventCreate(&end));
-  *best = 1e30;
-  for (int i = 0; i < kRepetitions; ++i) {
+  std::vector<double> times;
+  for (int i = 0; i < kWarmUps + kRepetitions; ++i) {
     KEEPSET_TRY(cudaEventRecord(begin));
     work();
     KEEPSET_TRY(cudaEventRecord(end));
@@ -66,8 +74,10 @@ std::string BestMilliseconds(Work work, double* best) {
     KEEPSET_TRY(cudaGetLastError());
     float milliseconds = 0.0f;
     KEEPSET_TRY(cudaEventElapsedTime(&milliseconds, begin, end));
-    *best = std::min<double>(*best, milliseconds);
+    if (i >= kWarmUps) times.push_back(milliseconds);
   }
+  std::nth_element(times.begin(), times.begin() + kRepetitions / 2, times.end());
+  *median = times[kRepetitions / 2];
   KEEPSET_TRY(cudaEventDestroy(begin));
   KEEPSET_TRY(cudaEventDestroy(end));
   return {};
@@ -84,7 +94,7 @@ std::string MeasureCopy(double* gb_per_s) {
   KEEPSET_TRY(cudaMalloc(&to, bytes));
   KEEPSET_TRY(cudaMemset(from, 1, bytes));
   double milliseconds = 0.0;
-  const std::string error = BestMilliseconds(
+  const std::string error = MedianMilliseconds(
       [&] { cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice); }, &milliseconds);
   *gb_per_s = 2.0 * static_cast<double>(bytes) / (milliseconds * 1e6);
   KEEPSET_TRY(cudaFree(from));
@@ -104,7 +114,7 @@ std::string MeasureExp2(double* per_ns) {
   const int blocks = multiprocessors * kBlocksPerMultiprocessor;
   double milliseconds = 0.0;
   const std::string error =
-      BestMilliseconds([&] { Exp2Kernel<<<blocks, kThreads>>>(out); }, &milliseconds);
+      MedianMilliseconds([&] { Exp2Kernel<<<blocks, kThreads>>>(out); }, &milliseconds);
   *per_ns = static_cast<double>(blocks) * kThreads * kChains * kSteps / (milliseconds * 1e6);
   KEEPSET_TRY(cudaFree(out));
   return error;
@@ -125,7 +135,7 @@ std::string MeasureGemm(Ceilings* ceilings) {
   const float beta = 0.0f;
   bool is_done = true;
   double milliseconds = 0.0;
-  std::string error = BestMilliseconds(
+  std::string error = MedianMilliseconds(
       [&] {
         is_done = is_done &&
                   cublas.gemm(cublas.handle, CUBLAS_OP_T, CUBLAS_OP_N, kSize, kSize, kSize, &alpha,
@@ -145,7 +155,7 @@ std::string MeasureGemm(Ceilings* ceilings) {
 
 std::string MeasureLaunch(double* microseconds) {
   double milliseconds = 0.0;
-  const std::string error = BestMilliseconds([] { EmptyKernel<<<1, 32>>>(); }, &milliseconds);
+  const std::string error = MedianMilliseconds([] { EmptyKernel<<<1, 32>>>(); }, &milliseconds);
   *microseconds = milliseconds * 1e3;
   return error;
 }
@@ -170,7 +180,7 @@ std::string MeasureLogitsByGemm(const LogitsShape& shape, double* milliseconds, 
   const float alpha = 1.0f;
   const float beta = 0.0f;
   bool is_done = true;
-  const std::string error = BestMilliseconds(
+  const std::string error = MedianMilliseconds(
       [&] {
         for (int64_t layer = 0; layer < shape.num_layers; ++layer) {
           is_done = is_done &&

@@ -1,5 +1,6 @@
 // What the device can do at most, measured in the same run as the kernels: the yardstick of their
-// figures. Every function waits, and returns the best of several repetitions.
+// figures. Every function waits, and returns the median of several repetitions
+// after warm-ups, as the kernels are timed.
 #ifndef KEEPSET_TESTS_GPU_CEILINGS_H_
 #define KEEPSET_TESTS_GPU_CEILINGS_H_
 

@@ -66,6 +66,19 @@ void BenchHeadDims(const BenchMachine& machine, int64_t longest) {
   }
 }
 
+// Of smaller windows.
+void BenchRows(const BenchMachine& machine, int64_t longest) {
+  for (const int64_t seq_len : {4096, 32768}) {
+    if (seq_len > longest) continue;
+    for (const int64_t rows : {16, 32}) {
+      WindowCase shape;
+      shape.seq_len = seq_len;
+      shape.rows = rows;
+      BenchWindowScores(machine, shape);
+    }
+  }
+}
+
 // A backend with the kernels named; or null, with a line that says why.
 std::unique_ptr<kernels::ComputeBackend> BackendWith(const char* window_kernels) {
   auto backend = kernels::NewBackend("cuda", {.window_kernels = window_kernels});
@@ -90,6 +103,7 @@ void BenchCublas(const Ceilings& ceilings, int repetitions, int64_t longest) {
   const BenchMachine machine = {*backend, ceilings, repetitions};
   BenchLengths(machine, longest, {Calls::kAllLayers});
   BenchHeadDims(machine, longest);
+  BenchRows(machine, longest);
 }
 
 void BenchPortable(kernels::ComputeBackend& backend, const Ceilings& ceilings,
@@ -97,6 +111,7 @@ void BenchPortable(kernels::ComputeBackend& backend, const Ceilings& ceilings,
   const BenchMachine windows = {backend, ceilings, repetitions.window_scores};
   BenchLengths(windows, longest, {Calls::kPerLayer, Calls::kAllLayers});
   BenchHeadDims(windows, longest);
+  BenchRows(windows, longest);
   for (const int64_t seq_len : {4096, 32768}) {
     if (seq_len > longest) continue;
     for (const int64_t head_dim : {80, 96, 128, 192, 256}) BenchLogits(seq_len, head_dim);

@@ -5,10 +5,12 @@ Usage: peers.py [--quick | --cpu]. Exit codes: 0 done, 3 no torch or no device (
 Peers are written here from what they compute: the keep sets of SnapKV per KV head, and the kept rows of K
 and V. `repeat_kv` is the operator sequence of a press: K copied to all query heads, masks in full-size
 tensors, attention cast back to the queries' type, and a wait for the host where the window is padded.
-`grouped` has none of that: products per KV head, the mask on the last positions alone, fp32 until the end,
-means over rows and group at once, as pooling along the positions commutes with them. `grouped_compiled` is
+`grouped` has none of that: products per KV head (whose logits torch rounds to the queries' type, where our
+kernels keep fp32), the mask on the last positions alone, fp32 from the softmax on, means over rows and group
+at once, as pooling along the positions commutes with them. `grouped_compiled` is
 the same under torch.compile. `ms` is a prompt of all layers, `scores_ms` its window attention alone, as far
-as the mean over rows, `overlap` the share of the positions kept by `grouped` that a peer keeps too.
+as the mean over rows: beside it stands `device_ms` of gpu_bench's window scores, which form the norms of all
+values, too, but have no gaps between launches, `overlap` the share of the positions kept by `grouped` that a peer keeps too.
 """
 
 from __future__ import annotations

@@ -189,8 +189,9 @@ Target Elsewhere(std::string name, std::string goal, const std::string& page) {
 }
 
 Json WindowLine(const char* path, int64_t seq_len, bool has_lse, bool is_paged) {
-  return {{"bench", "window_scores"}, {"path", path},      {"seq_len", seq_len}, {"head_dim", 128},
-          {"window_lse", has_lse},    {"paged", is_paged}, {"one_call", true}};
+  return {{"bench", "window_scores"}, {"path", path},    {"seq_len", seq_len},
+          {"head_dim", 128},          {"rows", 64},      {"window_lse", has_lse},
+          {"paged", is_paged},        {"one_call", true}};
 }
 
 void AddWindowScores(std::vector<Target>* targets) {
@@ -256,8 +257,15 @@ void AddPeers(std::vector<Target>* targets) {
   }
   for (const int64_t seq_len : kLengths) {
     for (const char* const peer : {"repeat_kv", "grouped", "grouped_compiled"}) {
+      // The first is what our device_ms is to be compared with, the second holds pooling, selection
+      // and gathering, too.
       const Json line = {{"peer", peer}, {"seq_len", seq_len}};
-      targets->push_back(Stated(absl::StrCat("peer ", peer, ", ms, T ", seq_len), line, "ms"));
+      targets->push_back(Stated(
+          absl::StrCat("peer ", peer, ", window attention without value norms, ms, T ", seq_len),
+          line, "scores_ms"));
+      targets->push_back(
+          Stated(absl::StrCat("peer ", peer, ", from attention to kept rows, ms, T ", seq_len),
+                 line, "ms"));
     }
   }
   const Json line = {{"peer", "torch.topk"}, {"rows", 32}, {"length", 32768}, {"k", 512}};

@@ -28,11 +28,17 @@ Verdict VerdictOn(const std::string& target, const std::vector<Json>& lines) {
 }
 
 Json Window(const char* path, double ratio) {
-  return {{"bench", "window_scores"},   {"path", path},
-          {"seq_len", 32768},           {"head_dim", 128},
-          {"window_lse", false},        {"paged", false},
-          {"one_call", true},           {"device_ms", 4.0},
-          {"ratio_to_two_pass", ratio}, {"ratio_to_one_pass", ratio},
+  return {{"bench", "window_scores"},
+          {"path", path},
+          {"seq_len", 32768},
+          {"head_dim", 128},
+          {"rows", 64},
+          {"window_lse", false},
+          {"paged", false},
+          {"one_call", true},
+          {"device_ms", 4.0},
+          {"ratio_to_two_pass", ratio},
+          {"ratio_to_one_pass", ratio},
           {"floor_has_gemm", true}};
 }
 
@@ -54,6 +60,12 @@ TEST(Targets, RunWithoutLinesHasMeasuredNothing) {
     EXPECT_FALSE(verdict.measured.has_value()) << verdict.target;
     EXPECT_NE(verdict.note, "") << verdict.target;
   }
+}
+
+TEST(Targets, SmallerWindowsAreNoFigureOfIt) {
+  const Json small = With(Window("hopper", 9.0), "rows", 16);
+  EXPECT_EQ(VerdictOn(kHopper, {small}).verdict, kNotMeasured);
+  EXPECT_EQ(VerdictOn(kHopper, {small, Window("hopper", 1.2)}).measured, 1.2);
 }
 
 TEST(Targets, NamesAreUnique) {
@@ -171,7 +183,8 @@ TEST(Targets, FloorWithoutGemmRefutesNothing) {
 
 TEST(Targets, FigureWithoutAGoalIsMeasuredOnly) {
   const Json peer = {{"peer", "grouped"}, {"seq_len", 4096}, {"ms", 2.5}};
-  EXPECT_EQ(VerdictOn("peer grouped, ms, T 4096", {peer}).verdict, kMeasured);
+  EXPECT_EQ(VerdictOn("peer grouped, from attention to kept rows, ms, T 4096", {peer}).verdict,
+            kMeasured);
 }
 
 TEST(Targets, ServiceMayAddLessThanNothing) {
@@ -203,7 +216,8 @@ TEST(Targets, FailedTestsAreNoCorrectness) {
 
 TEST(Targets, LineThatSaysWhyItHasNoFigureIsQuoted) {
   const Json peer = {{"peer", "grouped"}, {"seq_len", 131072}, {"error", "out of memory"}};
-  EXPECT_EQ(VerdictOn("peer grouped, ms, T 131072", {peer}).note, "out of memory");
+  EXPECT_EQ(VerdictOn("peer grouped, from attention to kept rows, ms, T 131072", {peer}).note,
+            "out of memory");
   const Json hopper = {
       {"bench", "window_scores"}, {"path", "hopper"}, {"skipped", "the device is sm_80"}};
   EXPECT_EQ(VerdictOn(kHopper, {hopper}).note, "the device is sm_80");

@@ -24,7 +24,6 @@ using Json = nlohmann::ordered_json;
 constexpr int64_t kLayers = 32;
 constexpr int64_t kQoHeads = 32;
 constexpr int64_t kKvHeads = 8;
-constexpr int64_t kRows = 64;
 constexpr int64_t kPage = 16;
 constexpr int64_t kElement = 2;
 // Above the log-sum-exp of 131072 logits of random rows, which have variance 1.
@@ -33,7 +32,9 @@ constexpr float kGivenLse = 12.5f;
 int64_t LayerBytes(const WindowCase& shape) {
   return shape.seq_len * kKvHeads * shape.head_dim * kElement;
 }
-int64_t QueryBytes(const WindowCase& shape) { return kQoHeads * kRows * shape.head_dim * kElement; }
+int64_t QueryBytes(const WindowCase& shape) {
+  return kQoHeads * shape.rows * shape.head_dim * kElement;
+}
 
 // K and V of as many layers as there is room for, the rest read them again.
 class Prompt {
@@ -44,21 +45,21 @@ class Prompt {
         k_(distinct_ * LayerBytes(shape)),
         v_(distinct_ * LayerBytes(shape)),
         q_(QueryBytes(shape)),
-        lse_(kQoHeads * kRows * int64_t{sizeof(float)}),
+        lse_(kQoHeads * shape.rows * int64_t{sizeof(float)}),
         table_(static_cast<size_t>(shape.seq_len / kPage)),
-        positions_(kRows) {
+        positions_(static_cast<size_t>(shape.rows)) {
     if (!has_memory()) return;
     FillRandom(k_.data(), distinct_ * LayerBytes(shape), 1);
     FillRandom(v_.data(), distinct_ * LayerBytes(shape), 2);
     FillRandom(q_.data(), QueryBytes(shape), 3);
-    const std::vector<float> lse(kQoHeads * kRows, kGivenLse);
+    const std::vector<float> lse(static_cast<size_t>(kQoHeads * shape.rows), kGivenLse);
     Require(
         cudaMemcpy(lse_.data(), lse.data(), lse.size() * sizeof(float), cudaMemcpyHostToDevice));
     Require(cudaDeviceSynchronize());
     std::iota(table_.begin(), table_.end(), 0);
     std::mt19937 rng(4);
     std::shuffle(table_.begin(), table_.end(), rng);
-    std::iota(positions_.begin(), positions_.end(), shape.seq_len - kRows);
+    std::iota(positions_.begin(), positions_.end(), shape.seq_len - shape.rows);
   }
 
   bool has_memory() const {
@@ -73,9 +74,9 @@ class Prompt {
     args.q.size_bytes = QueryBytes(shape_);
     args.q.dtype = DType::kBF16;
     args.q.num_qo_heads = kQoHeads;
-    args.q.num_rows = kRows;
+    args.q.num_rows = shape_.rows;
     args.q.head_dim = shape_.head_dim;
-    args.q.head_stride = kRows * shape_.head_dim;
+    args.q.head_stride = shape_.rows * shape_.head_dim;
     args.q.row_stride = shape_.head_dim;
     args.k = View(k_, layer);
     args.v = View(v_, layer);
@@ -83,10 +84,10 @@ class Prompt {
     args.row_positions = positions_;
     if (shape_.lse == Lse::kGiven) {
       args.window_lse.data = lse_.data();
-      args.window_lse.size_bytes = kQoHeads * kRows * int64_t{sizeof(float)};
+      args.window_lse.size_bytes = kQoHeads * shape_.rows * int64_t{sizeof(float)};
       args.window_lse.num_qo_heads = kQoHeads;
-      args.window_lse.num_rows = kRows;
-      args.window_lse.head_stride = kRows;
+      args.window_lse.num_rows = shape_.rows;
+      args.window_lse.head_stride = shape_.rows;
     }
     args.softmax_scale = 1.0f / std::sqrt(static_cast<float>(shape_.head_dim));
     args.what = "bench";
@@ -132,7 +133,7 @@ class Prompt {
 
 // Adds the floors and how the time compares.
 void AddFloors(const Ceilings& ceilings, const WindowCase& shape, double milliseconds, Json* line) {
-  const double logits = static_cast<double>(kLayers * kQoHeads * kRows * shape.seq_len);
+  const double logits = static_cast<double>(kLayers * kQoHeads * shape.rows * shape.seq_len);
   const double bytes = 2.0 * static_cast<double>(kLayers * LayerBytes(shape));
   const double bytes_ms = bytes / (ceilings.copy_gb_per_s * 1e6);
   const double exp_ms = logits / (ceilings.exp2_per_ns * 1e6);
@@ -154,6 +155,7 @@ void BenchWindowScores(const BenchMachine& machine, const WindowCase& shape) {
   Json line = {{"bench", "window_scores"},
                {"seq_len", shape.seq_len},
                {"head_dim", shape.head_dim},
+               {"rows", shape.rows},
                {"window_lse", shape.lse == Lse::kGiven},
                {"paged", shape.pages == Pages::kPaged},
                {"one_call", shape.calls == Calls::kAllLayers},
@@ -208,7 +210,8 @@ void BenchLogits(int64_t seq_len, int64_t head_dim) {
   double milliseconds = 0.0;
   std::string note;
   const std::string error = MeasureLogitsByGemm(
-      {kLayers, kKvHeads, kQoHeads / kKvHeads * kRows, seq_len, head_dim}, &milliseconds, &note);
+      {kLayers, kKvHeads, kQoHeads / kKvHeads * WindowCase().rows, seq_len, head_dim},
+      &milliseconds, &note);
   if (!error.empty()) Require(absl::InternalError(error));
   Json line = {{"bench", "cublas_logits"}, {"seq_len", seq_len}, {"head_dim", head_dim}};
   if (note.empty()) {

@@ -1,5 +1,7 @@
 // Window scores of all layers of an 8B model against their floors: K and V once through memory, the
-// exponentials, and the products, each at the ceiling of the same run, whichever takes longest.
+// exponentials, and the products, each at the ceiling of the same run, whichever takes longest. The
+// floors leave out what is written (scores and value norms, 160 bytes per token and layer beside
+// 4,096 of K and V with head_dim 128) and that keys may be read twice.
 #ifndef KEEPSET_TESTS_GPU_WINDOW_BENCH_H_
 #define KEEPSET_TESTS_GPU_WINDOW_BENCH_H_
 
@@ -20,6 +22,7 @@ struct WindowCase {
   Lse lse = Lse::kComputed;
   Pages pages = Pages::kContiguous;
   Calls calls = Calls::kAllLayers;
+  int64_t rows = 64;  // observed rows of a head
 };
 
 // Reports one line. Its `path` says which kernels computed.
