@@ -8,11 +8,17 @@
 
 namespace keepset::gpu {
 
+CublasFunctions::~CublasFunctions() {
+  // A benchmark goes on with the figures it has.
+  if (handle != nullptr) static_cast<void>(destroy(handle));
+}
+
 std::string OpenCublas(CublasFunctions* functions) {
   const auto file = kernels::cuda::CublasFile::Load(kernels::cuda::CublasFile::Names(""));
   if (!file.ok()) return std::string(file.status().message());
   decltype(cublasCreate_v2)* create = nullptr;
   absl::Status status = file->Find("cublasCreate_v2", &create);
+  status.Update(file->Find("cublasDestroy_v2", &functions->destroy));
   status.Update(file->Find("cublasGemmEx", &functions->gemm));
   status.Update(file->Find("cublasGemmStridedBatchedEx", &functions->batched_gemm));
   if (!status.ok()) return std::string(status.message());

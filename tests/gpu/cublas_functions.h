@@ -19,10 +19,17 @@ using BatchedGemmEx = cublasStatus_t(cublasHandle_t, cublasOperation_t, cublasOp
                                      cudaDataType, int, long long, int, cublasComputeType_t,
                                      cublasGemmAlgo_t);
 
+// Not copyable: the handle ends with it.
 struct CublasFunctions {
+  CublasFunctions() = default;
+  CublasFunctions(const CublasFunctions&) = delete;
+  CublasFunctions& operator=(const CublasFunctions&) = delete;
+  ~CublasFunctions();
+
+  decltype(cublasDestroy_v2)* destroy = nullptr;
   GemmEx* gemm = nullptr;
   BatchedGemmEx* batched_gemm = nullptr;
-  cublasHandle_t handle = nullptr;  // of the current device, until the process ends
+  cublasHandle_t handle = nullptr;  // of the current device
 };
 
 // Empty, or why there is none.

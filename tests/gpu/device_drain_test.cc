@@ -22,7 +22,7 @@ namespace keepset::gpu {
 namespace {
 
 using integration::Eventually;
-using integration::kTestDeadline;
+using integration::TestDeadline;
 using integration::NewContext;
 
 constexpr uint64_t kGranule = 2 << 20;
@@ -89,7 +89,7 @@ TEST_F(DeviceDrain, LastsUntilTheMemoryIsRetired) {
   v1::RetireRegionResponse response;
   const grpc::Status status = sessions_->RetireRegion(NewContext().get(), retire_, &response);
   EXPECT_TRUE(status.ok()) << status.error_message();
-  EXPECT_TRUE(server_->WaitIdle(kTestDeadline));
+  EXPECT_TRUE(server_->WaitIdle(TestDeadline()));
   EXPECT_EQ(DriverMappings(), 0);
 }
 

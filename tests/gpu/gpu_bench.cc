@@ -16,6 +16,7 @@
 #include <string>
 #include <utility>
 
+#include "absl/strings/match.h"
 #include "absl/strings/string_view.h"
 #include "absl/types/span.h"
 #include "kernels/backend_registry.h"
@@ -139,7 +140,7 @@ int Main(absl::Span<const char* const> arguments) {
   auto backend = kernels::NewBackend("cuda", {.window_kernels = "portable"});
   if (!backend.ok()) {
     std::fprintf(stderr, "%s\n", std::string(backend.status().message()).c_str());
-    return kExitNoDevice;
+    return absl::StrContains(backend.status().message(), "no device") ? kExitNoDevice : 1;
   }
   const kernels::DeviceInfo device = (*backend)->Device();
   Report({{"bench", "device"},

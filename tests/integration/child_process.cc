@@ -4,7 +4,7 @@
 #include <gtest/gtest.h>
 #include <poll.h>
 #include <signal.h>
-#include <spawn.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -14,6 +14,12 @@
 extern char** environ;
 
 namespace keepset::integration {
+namespace {
+
+// As shells end where a program cannot be run.
+constexpr int kCannotExecute = 127;
+
+}  // namespace
 
 ChildProcess::ChildProcess(const std::vector<std::string>& arguments, Output output,
                            const std::vector<std::string>& environment) {
@@ -21,29 +27,31 @@ ChildProcess::ChildProcess(const std::vector<std::string>& arguments, Output out
   EXPECT_EQ(::pipe2(ends, O_CLOEXEC), 0);
   output_.Reset(ends[0]);
   const service::UniqueFd write_end(ends[1]);
-  posix_spawn_file_actions_t actions;
-  posix_spawn_file_actions_init(&actions);
-  posix_spawn_file_actions_adddup2(&actions, write_end.get(),
-                                   output == Output::kStdout ? STDOUT_FILENO : STDERR_FILENO);
-  // A test that crashes takes its children along: they would hold the runner's pipe.
-  const char* const end_with_the_test[] = {"/usr/bin/setpriv", "--pdeathsig", "KILL", "--"};
   std::vector<char*> argv;
-  for (const char* word : end_with_the_test) argv.push_back(const_cast<char*>(word));
   for (const std::string& argument : arguments) argv.push_back(const_cast<char*>(argument.c_str()));
   argv.push_back(nullptr);
   std::vector<char*> envp;
   for (const std::string& entry : environment) envp.push_back(const_cast<char*>(entry.c_str()));
   for (char** entry = environ; *entry != nullptr; ++entry) envp.push_back(*entry);
   envp.push_back(nullptr);
-  EXPECT_EQ(::posix_spawn(&pid_, argv[0], &actions, nullptr, argv.data(), envp.data()), 0)
-      << argv[0];
-  posix_spawn_file_actions_destroy(&actions);
+  const pid_t test = ::getpid();
+  const int stream = output == Output::kStdout ? STDOUT_FILENO : STDERR_FILENO;
+  pid_ = ::fork();
+  EXPECT_GE(pid_, 0) << argv[0];
+  if (pid_ != 0) return;
+  // The tests have threads: only calls that are safe in a signal handler from here on. A test that
+  // crashes takes its children along, which would hold the runner's pipe.
+  if (::prctl(PR_SET_PDEATHSIG, SIGKILL) == 0 && ::getppid() == test &&
+      ::dup2(write_end.get(), stream) == stream) {
+    ::execvpe(argv[0], argv.data(), envp.data());
+  }
+  ::_exit(kCannotExecute);
 }
 
 ChildProcess::~ChildProcess() { Kill(); }
 
 std::string ChildProcess::AwaitLine(const std::string& part) {
-  const absl::Duration end = SystemClock().Monotonic() + kTestDeadline;
+  const absl::Duration end = SystemClock().Monotonic() + TestDeadline();
   while (true) {
     for (size_t newline = unread_.find('\n'); newline != std::string::npos;
          newline = unread_.find('\n')) {

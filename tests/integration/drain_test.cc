@@ -30,7 +30,7 @@ TEST(Drain, RefusesNewOperationsAndFinishesOpenOnes) {
   const std::optional<v1::StreamResponse> response = stream.NextAnswer();
   ASSERT_TRUE(response.has_value());
   EXPECT_TRUE(response->has_result());
-  EXPECT_TRUE(server.server().WaitIdle(kTestDeadline));
+  EXPECT_TRUE(server.server().WaitIdle(TestDeadline()));
 }
 
 TEST(Drain, HealthSaysNotServing) {

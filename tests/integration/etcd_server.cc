@@ -158,7 +158,7 @@ std::unique_ptr<etcdserverpb::KV::Stub> EtcdServer::Keys() {
 std::unique_ptr<grpc::ClientContext> EtcdServer::Context() const {
   auto context = std::make_unique<grpc::ClientContext>();
   context->set_wait_for_ready(true);
-  context->set_deadline(std::chrono::system_clock::now() + absl::ToChronoSeconds(kTestDeadline));
+  context->set_deadline(std::chrono::system_clock::now() + absl::ToChronoSeconds(TestDeadline()));
   if (!token_.empty()) context->AddMetadata("token", token_);
   return context;
 }

@@ -141,7 +141,7 @@ int HealthAt(const std::string& address, const std::string& service) {
 
 std::unique_ptr<grpc::ClientContext> NewContext() {
   auto context = std::make_unique<grpc::ClientContext>();
-  context->set_deadline(std::chrono::system_clock::now() + absl::ToChronoSeconds(kTestDeadline));
+  context->set_deadline(std::chrono::system_clock::now() + absl::ToChronoSeconds(TestDeadline()));
   return context;
 }
 

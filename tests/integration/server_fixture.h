@@ -92,7 +92,7 @@ class TestServer {
   std::unique_ptr<service::Server> server_;
 };
 
-// A client context that gives up after kTestDeadline.
+// A client context that gives up after TestDeadline().
 std::unique_ptr<grpc::ClientContext> NewContext();
 
 }  // namespace keepset::integration

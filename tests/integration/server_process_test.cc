@@ -29,7 +29,7 @@ class NotifySocket {
     sockaddr_un address = {};
     address.sun_family = AF_UNIX;
     path_.copy(address.sun_path, sizeof(address.sun_path) - 1);
-    const timeval wait = absl::ToTimeval(kTestDeadline);
+    const timeval wait = absl::ToTimeval(TestDeadline());
     EXPECT_EQ(::setsockopt(socket_.get(), SOL_SOCKET, SO_RCVTIMEO, &wait, sizeof(wait)), 0);
     EXPECT_EQ(::bind(socket_.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)), 0);
   }

@@ -34,7 +34,7 @@ exit 3
 PASSES = """#!/bin/sh
 echo '[       OK ] WindowParity.A (1 ms)'
 echo '[       OK ] HopperParity.A (1 ms)'
-echo "seed ${KEEPSET_TEST_SEED-fixed} filter $*"
+echo "seed ${KEEPSET_TEST_SEED-fixed} deadline ${KEEPSET_TEST_DEADLINE_SECONDS-} filter $*"
 echo '[  PASSED  ] 2 tests.'
 """
 SKIPS = """#!/bin/sh
@@ -184,6 +184,13 @@ def test_data_is_that_of_ci_unless_asked(bundle: Path, tmp_path: Path, options: 
     assert f"seed {report['seed']} " in log
     if "fresh" in options:
         assert int(report["seed"]) >= 0
+
+
+def test_processes_are_waited_for_longer_than_in_ci(bundle: Path, tmp_path: Path) -> None:
+    run(bundle, tmp_path / "out", "--phases", "tests")
+    assert "deadline 90 " in (tmp_path / "out" / "tests.log").read_text()
+    run(bundle, tmp_path / "out", "--phases", "tests", KEEPSET_TEST_DEADLINE_SECONDS="7")
+    assert "deadline 7 " in (tmp_path / "out" / "tests.log").read_text()
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,11 @@ constexpr bool kIsEmulated = true;
 constexpr bool kIsEmulated = false;
 #endif
 
+// Whether this machine has a driver and a device. Where it has, whatever else keeps a backend from
+// starting is a failure: after an error that leaves the device unusable the runtime says the same
+// of it as of none.
+bool HasDevice();
+
 // Device memory with a copy of host bytes, there for every stream.
 class DeviceBytes {
  public:

@@ -109,7 +109,9 @@ class OperationParity : public CudaTest, public ::testing::WithParamInterface<Po
     if (IsSkipped()) return;
     const bool is_cublas = GetParam().window_kernels == "cublas";
     auto backend = NewCudaBackend(is_cublas ? CublasOptions() : BackendOptions());
-    if (!backend.ok() && !kIsEmulated) GTEST_SKIP() << backend.status().message();
+    if (const std::string absent = is_cublas ? WhyNoCublas(CublasOptions()) : ""; !absent.empty()) {
+      GTEST_SKIP() << absent;
+    }
     ASSERT_TRUE(backend.ok()) << backend.status();
     device_.emplace(*std::move(backend));
   }

@@ -11,6 +11,7 @@ enum cudaError_t {
   cudaErrorMemoryAllocation = 2,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorInsufficientDriver = 35,
+  cudaErrorNoDevice = 100,
   cudaErrorCallRequiresNewerDriver = 36,
   cudaErrorInvalidDevice = 101,
   cudaErrorECCUncorrectable = 214,

@@ -80,7 +80,7 @@ class RecordingListener : public MirrorListener {
     return mutex_.AwaitWithTimeout(
         absl::Condition(
             +[](const std::function<bool()>* c) { return (*c)(); }, &condition),
-        integration::kTestDeadline);
+        integration::TestDeadline());
   }
 
   mutable absl::Mutex mutex_;
