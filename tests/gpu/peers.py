@@ -10,7 +10,8 @@ kernels keep fp32), the mask on the last positions alone, fp32 from the softmax 
 at once, as pooling along the positions commutes with them. `grouped_compiled` is
 the same under torch.compile. `ms` is a prompt of all layers, `scores_ms` its window attention alone, as far
 as the mean over rows: beside it stands `device_ms` of gpu_bench's window scores, which form the norms of all
-values, too, but have no gaps between launches, `overlap` the share of the positions kept by `grouped` that a peer keeps too.
+values, too, but have no gaps between launches. `overlap` is the share of the positions kept by `grouped`
+that a peer keeps too.
 """
 
 from __future__ import annotations

@@ -160,6 +160,10 @@ TEST(HopperDescriptor, ReservedBitsEndTheProgram) {
   EXPECT_DEATH(OperandAddress(uint64_t{1} << 14, 0, 0), "reserved bits");
 }
 
+TEST(HopperDescriptor, OperandWithinASwizzleEndsTheProgram) {
+  EXPECT_DEATH(OperandAddress(kRowsOf128 | ((8192 + 3 * 128) >> 4), 0, 0), "begins within 1024");
+}
+
 TEST(HopperLoad, BoxIsSwizzledAndZeroOutside) {
   const Keys keys(2, 90, 72, kRows);
   ASSERT_TRUE(keys.status().ok()) << keys.status();
