@@ -4,6 +4,7 @@
 #include <sys/wait.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <fstream>
 #include <memory>
 #include <string>
@@ -20,6 +21,7 @@
 namespace keepset::integration {
 namespace {
 
+using ::testing::AllOf;
 using ::testing::HasSubstr;
 
 constexpr int kExitRefused = 3;
@@ -34,18 +36,19 @@ class DeviceChoice : public ::testing::Test {
  protected:
   std::string address() const { return absl::StrCat("unix:", directory_.path(), "/k.sock"); }
 
-  void Launch(const std::string& config) {
+  void Launch(const std::string& config, const std::string& program = KEEPSETD_BINARY) {
     const std::string file = directory_.path() + "/keepsetd.conf";
     std::ofstream(file) << config;
     process_ = std::make_unique<ChildProcess>(
-        std::vector<std::string>{KEEPSETD_BINARY, "--config", file, "--listen", address(),
+        std::vector<std::string>{program, "--config", file, "--listen", address(),
                                  "--metrics-listen", "off", "--threads", "1"},
         ChildProcess::Output::kStderr);
   }
 
   // The line with which a server of `config` complains, and how it ends.
-  std::string ComplaintOf(const std::string& config, int* exit_code) {
-    Launch(config);
+  std::string ComplaintOf(const std::string& config, int* exit_code,
+                          const std::string& program = KEEPSETD_BINARY) {
+    Launch(config, program);
     std::string line = process_->AwaitLine("keepsetd: ");
     const int status = process_->Wait();
     *exit_code = WIFEXITED(status) ? WEXITSTATUS(status) : -1;
@@ -107,6 +110,40 @@ TEST_F(DeviceChoice, ServerOfAnAbsentDeviceDoesNotStart) {
     EXPECT_EQ(exit_code, kExitFailure) << kernels;
   }
 }
+
+#ifdef KEEPSET_EMULATED_KEEPSETD
+// A keepsetd whose device is there.
+TEST_F(DeviceChoice, ServerWithoutTheLibraryOfItsWindowKernelsDoesNotStart) {
+  // In front of those that this host may have.
+  for (const char* const name : {"/libcublas.so.13", "/libcublas.so.12"}) {
+    std::ofstream(directory_.path() + name).flush();
+  }
+  const char* const before = std::getenv("LD_LIBRARY_PATH");
+  const std::string kept = before == nullptr ? "" : before;
+  ::setenv("LD_LIBRARY_PATH", directory_.path().c_str(), 1);
+  int exit_code = 0;
+  const std::string complaint = ComplaintOf("backend: \"cuda\" window_kernels: \"cublas\"",
+                                            &exit_code, KEEPSET_EMULATED_KEEPSETD);
+  before == nullptr ? ::unsetenv("LD_LIBRARY_PATH") : ::setenv("LD_LIBRARY_PATH", kept.c_str(), 1);
+  EXPECT_THAT(complaint,
+              AllOf(HasSubstr("keepsetd: cuda: window_kernels=\"cublas\": "),
+                    HasSubstr("/libcublas.so.13: file too short"), HasSubstr("want cuBLAS 12")));
+  EXPECT_EQ(exit_code, kExitFailure);
+}
+
+TEST_F(DeviceChoice, ServerWhoseMemoryDoesNotFitOnTheDeviceDoesNotStart) {
+  int exit_code = 0;
+  EXPECT_THAT(ComplaintOf("backend: \"cuda\" device_memory_bytes: 2199023255552", &exit_code,
+                          KEEPSET_EMULATED_KEEPSETD),
+              AllOf(HasSubstr("keepsetd: cuda: "), HasSubstr("2199023255552")));
+  EXPECT_EQ(exit_code, kExitFailure);
+}
+
+TEST_F(DeviceChoice, ServerWhoseMemoryFitsStarts) {
+  Launch("backend: \"cuda\" device_memory_bytes: 1048576", KEEPSET_EMULATED_KEEPSETD);
+  EXPECT_THAT(process_->AwaitLine("ready"), HasSubstr("backend=cuda/"));
+}
+#endif
 
 TEST_F(DeviceChoice, ServerInHostMemorySaysSo) {
   Launch("");
