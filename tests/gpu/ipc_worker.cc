@@ -1,10 +1,7 @@
 #include "tests/gpu/ipc_worker.h"
 
-#include <unistd.h>
-
 #include <atomic>
 #include <cstddef>
-#include <iostream>
 #include <memory>
 #include <thread>
 #include <utility>
@@ -19,6 +16,7 @@
 #include "clients/cpp/client.h"
 #include "clients/cpp/device_memory.h"
 #include "tests/gpu/ipc_driver.h"
+#include "tests/gpu/worker_lines.h"
 #include "tests/integration/eventually.h"
 
 namespace keepset::gpu {
@@ -66,13 +64,6 @@ std::vector<client::LayerInput> Layers(const std::byte* memory) {
     memory += kQueryBytes + kKeyBytes;
   }
   return layers;
-}
-
-void Say(const std::string& line) { std::cout << line << std::endl; }
-
-[[noreturn]] void StandStill(const std::string& line) {
-  Say(line);
-  while (true) ::pause();
 }
 
 absl::Status FailedBecause(const std::string& what) { return absl::InternalError(what); }
@@ -238,9 +229,7 @@ class Worker {
 }  // namespace
 
 int RunIpcWorker(const std::string& address, const std::string& kind, const std::string& phase) {
-  const absl::Status status = Worker(address, kind).Run(phase);
-  if (!status.ok()) Say(absl::StrCat("failed: ", status.ToString()));
-  return status.ok() ? 0 : 1;
+  return ExitStatus(Worker(address, kind).Run(phase));
 }
 
 }  // namespace keepset::gpu

@@ -1,11 +1,8 @@
 #include "tests/gpu/owned_worker.h"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <iostream>
 #include <memory>
 #include <random>
 #include <utility>
@@ -18,6 +15,7 @@
 #include "tests/fakes/test_seed.h"
 #include "tests/gpu/ipc_driver.h"
 #include "tests/gpu/ipc_worker.h"
+#include "tests/gpu/worker_lines.h"
 #include "tests/integration/eventually.h"
 
 namespace keepset::gpu {
@@ -85,13 +83,6 @@ std::vector<uint16_t> RandomNumbers(int64_t bytes) {
     number = static_cast<uint16_t>((bits & 0x807f) | ((0x7c + (bits >> 32) % 4) << 7));
   }
   return numbers;
-}
-
-void Say(const std::string& line) { std::cout << line << std::endl; }
-
-[[noreturn]] void StandStill(const std::string& line) {
-  Say(line);
-  while (true) ::pause();
 }
 
 class Worker {
@@ -234,9 +225,7 @@ class Worker {
 }  // namespace
 
 int RunOwnedWorker(const std::string& address, const std::string& kind, const std::string& phase) {
-  const absl::Status status = Worker(address, kind).Run(phase);
-  if (!status.ok()) Say(absl::StrCat("failed: ", status.ToString()));
-  return status.ok() ? 0 : 1;
+  return ExitStatus(Worker(address, kind).Run(phase));
 }
 
 }  // namespace keepset::gpu

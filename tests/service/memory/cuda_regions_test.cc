@@ -205,14 +205,16 @@ TEST(CudaVmmTransport, MemoryOfAnotherDeviceNamesBothAndLeavesNothing) {
   EXPECT_EQ(DriverMappings(), 0);
 }
 
-TEST(DeviceRegions, EndOfTheSessionGivesTheMappingBackAfterTheLastLease) {
-  const DeviceExporter exporter(KEEPSET_FAKE_LIBCUDA, DeviceMemory::kPlain, kBytes);
+std::unique_ptr<SessionManager> SessionsWithIpc() {
   std::vector<std::unique_ptr<MemoryTransport>> transports;
   transports.push_back(NewCudaIpcTransport(LoadOnce(KEEPSET_FAKE_LIBCUDA)));
-  const auto sessions = SessionManager::New({}, std::move(transports), SystemClock(), nullptr);
-  OpenSessionArgs opening;
-  opening.client_uuid = std::string(16, 'u');
-  const auto session = sessions->OpenSession(opening);
+  return SessionManager::New({}, std::move(transports), SystemClock(), nullptr);
+}
+
+TEST(DeviceRegions, EndOfTheSessionGivesTheMappingBackAfterTheLastLease) {
+  const DeviceExporter exporter(KEEPSET_FAKE_LIBCUDA, DeviceMemory::kPlain, kBytes);
+  const auto sessions = SessionsWithIpc();
+  const auto session = sessions->OpenSession(testing::ArgsOf('u'));
   ASSERT_TRUE(session.ok()) << session.status();
   const auto region =
       sessions->RegisterRegion(session->session_id, "kv", 0, IpcRegion(exporter, 0, kBytes));
@@ -230,13 +232,9 @@ TEST(DeviceRegions, EndOfTheSessionGivesTheMappingBackAfterTheLastLease) {
 // the process id and the addresses of the one before.
 TEST(DeviceRegions, GenerationsOfAnEndedSessionBindNobody) {
   const DeviceExporter exporter(KEEPSET_FAKE_LIBCUDA, DeviceMemory::kPlain, kBytes);
-  std::vector<std::unique_ptr<MemoryTransport>> transports;
-  transports.push_back(NewCudaIpcTransport(LoadOnce(KEEPSET_FAKE_LIBCUDA)));
-  const auto sessions = SessionManager::New({}, std::move(transports), SystemClock(), nullptr);
+  const auto sessions = SessionsWithIpc();
   const auto register_as = [&](char client, uint64_t generation) {
-    OpenSessionArgs opening;
-    opening.client_uuid = std::string(16, client);
-    const auto session = sessions->OpenSession(opening);
+    const auto session = sessions->OpenSession(testing::ArgsOf(client));
     RegionDescriptor descriptor = IpcRegion(exporter, 0, 64);
     descriptor.generation = generation;
     const absl::Status status =
@@ -254,12 +252,8 @@ TEST(DeviceRegions, RefusedOnesLeaveTheSessionAsItWas) {
   constexpr uint64_t kHuge = std::numeric_limits<uint64_t>::max();
   const DeviceExporter exporter(KEEPSET_FAKE_LIBCUDA, DeviceMemory::kPlain, kBytes);
   DeviceExporter freed(KEEPSET_FAKE_LIBCUDA, DeviceMemory::kPlain, kBytes);
-  std::vector<std::unique_ptr<MemoryTransport>> transports;
-  transports.push_back(NewCudaIpcTransport(LoadOnce(KEEPSET_FAKE_LIBCUDA)));
-  const auto sessions = SessionManager::New({}, std::move(transports), SystemClock(), nullptr);
-  OpenSessionArgs opening;
-  opening.client_uuid = std::string(16, 'u');
-  const auto session = sessions->OpenSession(opening);
+  const auto sessions = SessionsWithIpc();
+  const auto session = sessions->OpenSession(testing::ArgsOf('u'));
   ASSERT_TRUE(session.ok()) << session.status();
   const auto register_region = [&](const std::string& name, RegionDescriptor descriptor) {
     return sessions->RegisterRegion(session->session_id, name, 0, std::move(descriptor));
