@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/types/span.h"
+#include "base/cuda_abi.h"
 #include "base/status_macros.h"
 #include "service/memory/random_id.h"
 #include "service/memory/session_manager_impl.h"
@@ -173,7 +174,8 @@ absl::StatusOr<AllocatedRegion> SessionManagerImpl::Allocate(absl::string_view s
     }
     // A context on a device that no operation uses would cost it memory for nothing.
     if (SpaceOf(info.kind) == MemorySpace::kDevice && !device_uuid.empty() &&
-        !limits_.owned_device_uuid.empty() && device_uuid != limits_.owned_device_uuid) {
+        !limits_.owned_device_uuid.empty() &&
+        !cuda_abi::IsSameDevice(device_uuid, limits_.owned_device_uuid)) {
       return absl::FailedPreconditionError(
           absl::StrCat("device_uuid=\"", absl::CHexEscape(device_uuid.substr(0, kMostEchoed)),
                        "\": operations of this server use device \"", limits_.owned_device_uuid,

@@ -179,6 +179,19 @@ TEST_P(CudaOwned, OnADeviceThatNoOperationUsesNothingIsMade) {
   EXPECT_TRUE(allocate(kFakeDeviceUuid).ok());
 }
 
+TEST_P(CudaOwned, TheDeviceOfOperationsMayBeNamedAsTheToolsNameAnInstance) {
+  std::vector<std::unique_ptr<MemoryTransport>> transports;
+  transports.push_back(std::move(transport_));
+  SessionLimits limits;
+  limits.owned_device_uuid = kFakeDeviceUuid;
+  const auto sessions = SessionManager::New(limits, std::move(transports), SystemClock(), nullptr);
+  const auto session = sessions->OpenSession(testing::ArgsOf('a'));
+  ASSERT_TRUE(session.ok());
+  const std::string instance = "MIG-" + std::string(kFakeDeviceUuid).substr(4);
+  EXPECT_TRUE(
+      sessions->AllocateRegion(session->session_id, "out", GetParam(), kGranule, instance).ok());
+}
+
 TEST_P(CudaOwned, MemoryIsQuarantinedUntilTheWorkersWord) {
   std::vector<std::unique_ptr<MemoryTransport>> transports;
   transports.push_back(std::move(transport_));
