@@ -10,6 +10,8 @@ namespace keepset::gpu {
 std::unique_ptr<kernels::OpContext> NewContext(const BenchMachine& machine) {
   auto context = machine.backend.NewContext();
   Require(context.status());
+  // The first op would make the stream, which is asked for before.
+  Require(static_cast<kernels::cuda::CudaContext&>(**context).state().Prepare());
   return *std::move(context);
 }
 
