@@ -11,6 +11,7 @@
 #include "kernels/cuda/callers_stream.h"
 #include "kernels/cuda/current_device.h"
 #include "kernels/cuda/fault_code.h"
+#include "kernels/cuda/piece_bounds.h"
 
 namespace keepset::kernels::cuda {
 namespace {
@@ -80,6 +81,7 @@ absl::StatusOr<std::byte*> StreamState::Workspace(int64_t bytes) {
     workspace_ = DeviceBlock();
     KEEPSET_ASSIGN_OR_RETURN(workspace_, pool_.Acquire(bytes));
   }
+  OpenBytes(workspace_.data(), bytes);
   return workspace_.data();
 }
 
@@ -119,6 +121,7 @@ absl::Status StreamState::GrowRing(int64_t bytes) {
   deferred_->Add(std::move(ring_));
   if (ring_host_ != nullptr) old_rings_.push_back(std::move(ring_host_));
   ring_ = std::move(block);
+  CloseBytes(ring_.data(), ring_.bytes());
   ring_host_ = std::move(host);
   ring_used_ = 0;
   return absl::OkStatus();
@@ -134,6 +137,7 @@ absl::StatusOr<const std::byte*> StreamState::Upload(const void* data, int64_t b
     KEEPSET_RETURN_IF_ERROR(GrowRing(bytes));
   }
   std::byte* const device = ring_.data() + ring_used_;
+  OpenBytes(device, bytes);
   if (bytes > 0) {
     KEEPSET_RETURN_IF_ERROR(Queue("cudaMemcpyAsync", [&] {
       std::byte* const host = ring_host_->data() + ring_used_;
@@ -154,7 +158,10 @@ absl::Status StreamState::ReserveUploads(int64_t bytes) {
 }
 
 absl::Status StreamState::Keep(int64_t bytes) {
-  if (bytes <= kept_.bytes()) return absl::OkStatus();
+  if (bytes <= kept_.bytes()) {
+    OpenBytes(kept_.data(), bytes);
+    return absl::OkStatus();
+  }
   kept_ = DeviceBlock();
   KEEPSET_ASSIGN_OR_RETURN(kept_, pool_.Acquire(bytes));
   return absl::OkStatus();
@@ -196,6 +203,7 @@ void StreamState::ForgetQueued() {
     if (pool_.is_fixed()) spare_rings_.push_back(std::move(ring));
   }
   old_rings_.clear();
+  CloseBytes(ring_.data(), ring_.bytes());
   ring_used_ = 0;
   temporary_bytes_ = 0;
 }
@@ -244,6 +252,7 @@ absl::Status StreamState::Reset() {
   deferred_->Close();
   callers_stream_ = nullptr;
   kept_ = DeviceBlock();
+  CloseBytes(workspace_.data(), workspace_.bytes());
   if (pool_.is_fixed()) {
     workspace_ = DeviceBlock();
     faults_ = DeviceBlock();

@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "kernels/cuda/current_device.h"
+#include "kernels/cuda/piece_bounds.h"
 
 namespace keepset::kernels::cuda {
 namespace {
@@ -60,6 +61,7 @@ absl::StatusOr<DeviceBlock> DevicePool::Acquire(int64_t bytes) {
       kept_bytes_ -= found->first;
       NoteUse(found->first);
       kept_.erase(found);
+      OpenBytes(block.data(), bytes);
       return block;
     }
   }
@@ -83,6 +85,7 @@ absl::StatusOr<DeviceBlock> DevicePool::Acquire(int64_t bytes) {
     const absl::MutexLock lock(&mutex_);
     NoteUse(size);
   }
+  CloseBytes(static_cast<std::byte*>(data) + bytes, size - bytes);
   return DeviceBlock(this, static_cast<std::byte*>(data), size);
 }
 
@@ -91,6 +94,7 @@ void DevicePool::Release(std::byte* data, int64_t bytes) {
   {
     const absl::MutexLock lock(&mutex_);
     NoteUse(-bytes);
+    CloseBytes(data, bytes);
     if (kept_bytes_ + bytes <= most_kept_bytes_) {
       kept_.emplace(bytes, data);
       kept_bytes_ += bytes;

@@ -9,6 +9,7 @@
 #include "absl/memory/memory.h"
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
+#include "kernels/cuda/piece_bounds.h"
 
 namespace keepset::kernels::cuda {
 namespace {
@@ -84,14 +85,23 @@ std::unique_ptr<DeviceRegion> DeviceRegion::NewOfNoMemory(DeviceHealth& health) 
   return absl::WrapUnique(new DeviceRegion(data, kBytes, Owner::kCaller, health));
 }
 
+DeviceRegion::DeviceRegion(std::byte* data, int64_t bytes, Owner owner, DeviceHealth& health)
+    : data_(data), owner_(owner), health_(health), pieces_(bytes) {
+  CloseBytes(data_, pieces_.bytes());
+}
+
 DeviceRegion::~DeviceRegion() {
+  OpenBytes(data_, pieces_.bytes());
   if (owner_ == Owner::kUs) health_.Check(cudaFree(data_), "cudaFree").IgnoreError();
 }
 
 absl::StatusOr<std::byte*> DeviceRegion::Take(int64_t bytes) {
   const absl::MutexLock lock(&mutex_);
   const std::optional<int64_t> offset = pieces_.Take(bytes);
-  if (offset.has_value()) return data_ + *offset;
+  if (offset.has_value()) {
+    OpenBytes(data_ + *offset, bytes);
+    return data_ + *offset;
+  }
   return absl::ResourceExhaustedError(absl::StrCat(
       "cuda: ", bytes, " bytes of device memory do not fit: of device_memory_bytes=",
       pieces_.bytes(), " ", pieces_.free_bytes(), " are free, ", pieces_.largest_free(),
@@ -100,6 +110,7 @@ absl::StatusOr<std::byte*> DeviceRegion::Take(int64_t bytes) {
 
 void DeviceRegion::Return(std::byte* data, int64_t bytes) {
   const absl::MutexLock lock(&mutex_);
+  CloseBytes(data, bytes);
   pieces_.Return(data - data_, bytes);
 }
 

@@ -47,8 +47,7 @@ class DeviceRegion {
  private:
   enum class Owner { kUs, kCaller };
 
-  DeviceRegion(std::byte* data, int64_t bytes, Owner owner, DeviceHealth& health)
-      : data_(data), owner_(owner), health_(health), pieces_(bytes) {}
+  DeviceRegion(std::byte* data, int64_t bytes, Owner owner, DeviceHealth& health);
 
   std::byte* const data_;
   const Owner owner_;

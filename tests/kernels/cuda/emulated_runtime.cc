@@ -1,8 +1,5 @@
 #include "tests/kernels/cuda/emulated_runtime.h"
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <atomic>
 #include <cstddef>
 #include <cstdlib>
@@ -18,6 +15,7 @@
 #include "base/check.h"
 #include "kernels/cuda/cuda_status.h"
 #include "kernels/cuda/launch.h"
+#include "tests/kernels/cuda/guarded_memory.h"
 #include "tests/kernels/cuda/hopper_emulator.h"
 
 struct CUstream_st {
@@ -29,19 +27,13 @@ struct CUstream_st {
 namespace keepset::kernels::cuda {
 namespace {
 
-struct Allocation {
-  void* mapped;
-  size_t mapped_bytes;
-  size_t bytes;
-};
-
 // The emulated device of this process.
 struct Device {
   std::mutex mutex;
-  std::map<uintptr_t, Allocation> memory;       // by address
-  std::map<uintptr_t, Allocation> host_memory;  // page-locked
-  std::map<const void*, int> shared_limits;     // by function
-  std::set<cudaStream_t> streams;               // not destroyed
+  std::map<uintptr_t, GuardedMemory> memory;       // by address
+  std::map<uintptr_t, GuardedMemory> host_memory;  // page-locked
+  std::map<const void*, int> shared_limits;        // by function
+  std::set<cudaStream_t> streams;                  // not destroyed
   CUstream_st legacy_stream;
   std::vector<std::function<void()>> uploads;  // of pageable memory, staged
   std::function<void()> after_shared_limit;
@@ -75,19 +67,13 @@ Device& TheDevice() {
   return *device;
 }
 
-// Filled with NaN, the end followed by an inaccessible page.
-void* Allocate(size_t bytes, std::map<uintptr_t, Allocation>& memory) {
-  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  const size_t used = (bytes + page - 1) / page * page;
-  void* const mapped =
-      mmap(nullptr, used + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  KEEPSET_CHECK(mapped != MAP_FAILED);
-  KEEPSET_CHECK(mprotect(static_cast<std::byte*>(mapped) + used, page, PROT_NONE) == 0);
-  void* const data = static_cast<std::byte*>(mapped) + (used - bytes) / 256 * 256;
-  std::memset(data, 0xff, bytes);
+void* Allocate(size_t bytes, std::map<uintptr_t, GuardedMemory>& memory) {
+  constexpr size_t kAlignment = 256;
+  GuardedMemory made(bytes, kAlignment);
+  void* const data = made.data();
   Device& device = TheDevice();
   const std::lock_guard<std::mutex> lock(device.mutex);
-  memory[reinterpret_cast<uintptr_t>(data)] = {mapped, used + page, bytes};
+  memory.emplace(reinterpret_cast<uintptr_t>(data), std::move(made));
   return data;
 }
 
@@ -421,7 +407,7 @@ cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* all_bytes) {
   auto& device = TheDevice();
   const std::lock_guard<std::mutex> lock(device.mutex);
   *free_bytes = device.largest_block;
-  for (const auto& [address, allocation] : device.memory) *free_bytes -= allocation.bytes;
+  for (const auto& [address, allocation] : device.memory) *free_bytes -= allocation.bytes();
   *all_bytes = 2 * device.largest_block;
   return State();
 }
@@ -440,7 +426,6 @@ cudaError_t cudaFree(void* data) {
   const std::lock_guard<std::mutex> lock(device.mutex);
   const auto found = device.memory.find(reinterpret_cast<uintptr_t>(data));
   if (found == device.memory.end()) return cudaErrorInvalidValue;
-  munmap(found->second.mapped, found->second.mapped_bytes);
   device.memory.erase(found);
   return State();
 }
@@ -455,7 +440,6 @@ cudaError_t cudaFreeHost(void* data) {
   const std::lock_guard<std::mutex> lock(device.mutex);
   const auto found = device.host_memory.find(reinterpret_cast<uintptr_t>(data));
   if (found == device.host_memory.end()) return cudaErrorInvalidValue;
-  KEEPSET_CHECK(munmap(found->second.mapped, found->second.mapped_bytes) == 0);
   device.host_memory.erase(found);
   return State();
 }
@@ -505,7 +489,7 @@ cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const vo
   attributes->device = pointer != nullptr && pointer == device.elsewhere ? 1 : 0;
   if (after != device.memory.begin()) {
     --after;
-    if (address < after->first + after->second.bytes) attributes->type = cudaMemoryTypeDevice;
+    if (address < after->first + after->second.bytes()) attributes->type = cudaMemoryTypeDevice;
   }
   return cudaSuccess;
 }

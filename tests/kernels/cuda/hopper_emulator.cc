@@ -14,6 +14,8 @@ namespace {
 constexpr int kGroupThreads = 128;
 constexpr int64_t kRegistersOfMultiprocessor = 65536;
 constexpr size_t kSlotBytes = 32;
+constexpr int kProductDepth = 16;
+constexpr int kWarpProductRows = 16;  // of the 64 of a product
 // Collectives of this file, apart from those of EmulatedThread.
 constexpr int kQueueProduct = 100;
 constexpr int kFenceProducts = 101;
@@ -93,6 +95,7 @@ void HopperUnits::InitBarrier(int thread, uint64_t* barrier, int arrivals) {
   Barrier& made = barriers_[barrier];
   made.arrivals = made.pending = arrivals;
   made.owner = thread;
+  made.place = barrier;
 }
 
 void HopperUnits::FenceBarriers(int thread) {
@@ -115,11 +118,13 @@ void HopperUnits::Complete(Barrier* barrier) {
   }
   ++barrier->phase;
   barrier->pending = barrier->arrivals;
+  block_.races().CompletePhase(barrier->place);
 }
 
-void HopperUnits::Arrive(uint64_t* barrier, int64_t expected_bytes) {
+void HopperUnits::Arrive(int thread, uint64_t* barrier, int64_t expected_bytes) {
   Barrier& at = Find(barrier);
   Require(at.pending > 0, "more arrivals than the phase has");
+  block_.races().Release(barrier, thread);
   at.bytes += expected_bytes;
   --at.pending;
   Complete(&at);
@@ -129,6 +134,7 @@ void HopperUnits::WaitPhase(int thread, uint64_t* barrier, uint32_t parity) {
   Require(parity <= 1, "parity is 0 or 1");
   Barrier& at = Find(barrier);
   while ((at.phase & 1) == parity) block_.Wait(thread, &at.phase);
+  block_.races().Acquire(barrier, thread);
 }
 
 EmulatedTensorMap HopperUnits::CheckMap(const CUtensorMap& map) {
@@ -139,8 +145,8 @@ EmulatedTensorMap HopperUnits::CheckMap(const CUtensorMap& map) {
   return encoded;
 }
 
-void HopperUnits::LoadBox(std::byte* to, const CUtensorMap& map, const std::vector<int>& at,
-                          uint64_t* barrier) {
+void HopperUnits::LoadBox(int thread, std::byte* to, const CUtensorMap& map,
+                          std::initializer_list<int> at, uint64_t* barrier) {
   const Load load = {to, CheckMap(map), at, barrier};
   Require(load.map.rank == at.size(), "coordinates of another rank");
   Find(barrier);
@@ -156,6 +162,8 @@ void HopperUnits::LoadBox(std::byte* to, const CUtensorMap& map, const std::vect
     ++granule.loads;
     granule.copied_by = -1;
   }
+  block_.races().WriteBy(thread, to, bytes);
+  block_.races().Release(barrier, thread);
   loads_.push_back(load);
 }
 
@@ -214,12 +222,16 @@ void HopperUnits::MeetNamed(int thread, int id, int threads, Named kind) {
   if (barrier.present.empty()) barrier.threads = threads;
   Require(barrier.threads == threads, "named barrier with two numbers of threads");
   Require(barrier.present.insert(thread).second, "thread that comes twice to a named barrier");
+  RaceCheck& races = block_.races();
+  races.Release(&barrier, thread);
   if (static_cast<int>(barrier.present.size()) == threads) {
     barrier.present.clear();
     ++barrier.phase;
-    return;
+    races.CompletePhase(&barrier);
+  } else if (kind == Named::kSync) {
+    block_.Wait(thread, &barrier.phase);
   }
-  if (kind == Named::kSync) block_.Wait(thread, &barrier.phase);
+  if (kind == Named::kSync) races.Acquire(&barrier, thread);
 }
 
 void HopperUnits::SetRegisters(int thread, int registers) {
@@ -274,6 +286,7 @@ void HopperUnits::MmaAsync(int thread, float* d, uint64_t a, uint64_t b, int col
     Require(granules_[granule].loads == 0, "operand that is still on its way");
     Require(granules_[granule].copied_by < 0, "operand that was copied and not fenced");
     ++granules_[granule].readers;
+    block_.races().ReadBy(thread, block_.shared() + granule * kGranule, kGranule);
   });
 }
 
@@ -286,6 +299,21 @@ float HopperUnits::Element(uint32_t address, DType type) const {
   uint16_t bits;
   std::memcpy(&bits, block_.shared() + (address - window_), sizeof(bits));
   return type == DType::kF16 ? HalfBitsToFloat(bits) : BfloatBitsToFloat(bits);
+}
+
+void HopperUnits::ReadOperands(int warp_index, Warp* warp) const {
+  warp->operands.clear();
+  for (const Product& product : warp->open) {
+    const auto read = [&](uint64_t descriptor, int first_row, int rows) {
+      for (int row = first_row; row < first_row + rows; ++row) {
+        for (int k = 0; k < kProductDepth; ++k) {
+          warp->operands.push_back(Element(OperandAddress(descriptor, row, k), product.type));
+        }
+      }
+    };
+    read(product.a, warp_index % 4 * kWarpProductRows, kWarpProductRows);
+    read(product.b, 0, product.columns);
+  }
 }
 
 void HopperUnits::WaitMma(int thread, float* d, int count) {
@@ -302,19 +330,21 @@ void HopperUnits::WaitMma(int thread, float* d, int count) {
   if (lane == 0 && warp_index % 4 == 0) {
     CountProducts(warp_index / 4, static_cast<int64_t>(warp.open.size()));
   }
+  // By the first lane for all.
+  if (warp.left_to_wait == 0) ReadOperands(warp_index, &warp);
   std::vector<float> sums = warp.before[lane];
+  const float* operands = warp.operands.data();
   for (const Product& product : warp.open) {
+    const float* const rows = operands;
+    const float* const columns = operands + kProductDepth * kWarpProductRows;
+    operands = columns + kProductDepth * product.columns;
     // Fragment of m64nNk16: element i of a lane.
     for (int r = 0; r < 2; ++r) {
-      const int row = warp_index % 4 * 16 + lane / 4 + 8 * r;
-      float x[16];
-      for (int k = 0; k < 16; ++k) x[k] = Element(OperandAddress(product.a, row, k), product.type);
+      const float* const x = rows + kProductDepth * (lane / 4 + 8 * r);
       for (int c = 0; c < product.columns / 4; ++c) {
-        const int column = c / 2 * 8 + lane % 4 * 2 + c % 2;
+        const float* const y = columns + kProductDepth * (c / 2 * 8 + lane % 4 * 2 + c % 2);
         float sum = 0.0f;
-        for (int k = 0; k < 16; ++k) {
-          sum += x[k] * Element(OperandAddress(product.b, column, k), product.type);
-        }
+        for (int k = 0; k < kProductDepth; ++k) sum += x[k] * y[k];
         float& to = sums[static_cast<size_t>(c / 2 * 4 + 2 * r + c % 2)];
         to = product.adds ? to + sum : sum;
       }
@@ -326,7 +356,12 @@ void HopperUnits::WaitMma(int thread, float* d, int count) {
   if (++warp.left_to_wait == kWarpLanes) {
     warp.left_to_wait = 0;
     for (const Product& product : warp.open) {
-      VisitOperands(warp_index, product, [&](size_t granule) { --granules_[granule].readers; });
+      VisitOperands(warp_index, product, [&](size_t granule) {
+        --granules_[granule].readers;
+        // They may be read until now.
+        block_.races().ReadBy(warp_index * kWarpLanes, block_.shared() + granule * kGranule,
+                              kGranule);
+      });
     }
     warp.open.clear();
     warp.is_fenced = false;

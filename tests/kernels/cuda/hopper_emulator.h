@@ -15,12 +15,14 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <map>
 #include <random>
 #include <set>
 #include <vector>
 
 #include "kernels/views.h"
+#include "tests/kernels/cuda/race_check.h"
 #include "tests/kernels/cuda/simt_emulator.h"
 
 namespace keepset::kernels::cuda {
@@ -51,6 +53,7 @@ class FiberBlock {
   virtual std::byte* shared() const = 0;
   virtual int64_t shared_bytes() const = 0;
   virtual std::mt19937& rng() = 0;
+  virtual RaceCheck& races() = 0;
 };
 
 // Where element (row, channel) of an operand lies by its descriptor: an address of the shared
@@ -72,11 +75,11 @@ class HopperUnits {
   uint32_t SharedAddress(const void* pointer) const;
   void InitBarrier(int thread, uint64_t* barrier, int arrivals);
   void FenceBarriers(int thread);
-  void Arrive(uint64_t* barrier, int64_t expected_bytes);
+  void Arrive(int thread, uint64_t* barrier, int64_t expected_bytes);
   void WaitPhase(int thread, uint64_t* barrier, uint32_t parity);
   // Ends the program for a map that nobody encoded.
   static EmulatedTensorMap CheckMap(const CUtensorMap& map);
-  void LoadBox(std::byte* to, const CUtensorMap& map, const std::vector<int>& at,
+  void LoadBox(int thread, std::byte* to, const CUtensorMap& map, std::initializer_list<int> at,
                uint64_t* barrier);
   void FenceAsyncProxy(int thread);
   enum class Named { kSync, kArrive };
@@ -92,6 +95,7 @@ class HopperUnits {
   static constexpr int kGranule = 16;  // bytes of shared memory that are watched together
 
   struct Barrier {
+    uint64_t* place = nullptr;
     int arrivals = 0;
     int pending = 0;
     int64_t bytes = 0;
@@ -127,6 +131,8 @@ class HopperUnits {
     bool is_fenced = false;
     bool is_committed = true;
     std::vector<Product> open;
+    // Of all of these, while they are waited for: rows of a, then of b, 16 channels each.
+    std::vector<float> operands;
     size_t num_queued = 0;  // in all
     float* d[kWarpLanes] = {};
     std::vector<float> before[kWarpLanes];
@@ -134,9 +140,10 @@ class HopperUnits {
   };
 
   Barrier& Find(uint64_t* barrier);
-  static void Complete(Barrier* barrier);
+  void Complete(Barrier* barrier);
   size_t GranuleOf(uint32_t address) const;
   float Element(uint32_t address, DType type) const;
+  void ReadOperands(int warp_index, Warp* warp) const;
   // Calls visit(granule) for each granule that a warp's product reads.
   template <typename Visit>
   void VisitOperands(int warp, const Product& product, const Visit& visit);
@@ -163,22 +170,23 @@ class EmulatedHopperThread : public EmulatedThread {
     hopper().InitBarrier(thread(), barrier, arrivals);
   }
   void FenceBarriers() const { hopper().FenceBarriers(thread()); }
-  void Arrive(uint64_t* barrier) const { hopper().Arrive(barrier, 0); }
-  void ArriveAndExpect(uint64_t* barrier, int bytes) const { hopper().Arrive(barrier, bytes); }
+  void Arrive(uint64_t* barrier) const { hopper().Arrive(thread(), barrier, 0); }
+  void ArriveAndExpect(uint64_t* barrier, int bytes) const {
+    hopper().Arrive(thread(), barrier, bytes);
+  }
   void WaitPhase(uint64_t* barrier, uint32_t parity) const {
     hopper().WaitPhase(thread(), barrier, parity);
   }
   void PrefetchMap(const CUtensorMap& map) const { hopper().CheckMap(map); }
   void LoadBox(std::byte* to, const CUtensorMap& map, int c0, int c1, int c2,
                uint64_t* barrier) const {
-    hopper().LoadBox(to, map, {c0, c1, c2}, barrier);
+    hopper().LoadBox(thread(), to, map, {c0, c1, c2}, barrier);
   }
   void LoadBox(std::byte* to, const CUtensorMap& map, int c0, int c1, int c2, int c3,
                uint64_t* barrier) const {
-    hopper().LoadBox(to, map, {c0, c1, c2, c3}, barrier);
+    hopper().LoadBox(thread(), to, map, {c0, c1, c2, c3}, barrier);
   }
   void FenceAsyncProxy() const { hopper().FenceAsyncProxy(thread()); }
-  void SyncWarp() const { Ballot(true); }
   void SyncNamed(int id, int threads) const {
     hopper().MeetNamed(thread(), id, threads, HopperUnits::Named::kSync);
   }

@@ -1,13 +1,13 @@
 #include "tests/kernels/cuda/simt_emulator.h"
 
 #include <algorithm>
-#include <memory>
 #include <numeric>
 #include <random>
 
 #include "base/check.h"
 #include "tests/kernels/cuda/emulated_block.h"
 #include "tests/kernels/cuda/hopper_emulator.h"
+#include "tests/kernels/cuda/race_check.h"
 
 namespace keepset::kernels::cuda {
 namespace {
@@ -24,6 +24,8 @@ int EmulatedThread::grid_x() const { return static_cast<int>(block_->shape().gri
 int EmulatedThread::grid_y() const { return static_cast<int>(block_->shape().grid_y); }
 std::byte* EmulatedThread::shared() const { return block_->shared(); }
 void EmulatedThread::SyncBlock() const { block_->Barrier(thread_); }
+
+void EmulatedThread::SyncWarp() const { block_->SyncWarp(thread_, kSyncWarp); }
 
 const std::byte* EmulatedThread::Exchange(Collective collective, const void* data,
                                           size_t bytes) const {
@@ -50,9 +52,10 @@ uint32_t EmulatedThread::MatchAny(uint32_t value) const {
 
 void EmulatedThread::CopyAsync16(std::byte* to, const std::byte* from, bool valid) const {
   KEEPSET_CHECK(reinterpret_cast<uintptr_t>(to) % 16 == 0);
-  PendingCopy copy = {to, {}};
+  PendingCopy copy = {to, {}, false};
   if (valid) {
     KEEPSET_CHECK(reinterpret_cast<uintptr_t>(from) % 16 == 0);
+    block_->races().Read(from, sizeof(copy.bytes));
     std::memcpy(copy.bytes, from, sizeof(copy.bytes));
   }
   block_->StartCopy(thread_, copy);
@@ -60,6 +63,17 @@ void EmulatedThread::CopyAsync16(std::byte* to, const std::byte* from, bool vali
 
 void EmulatedThread::CommitCopies() const { block_->CommitCopies(thread_); }
 void EmulatedThread::WaitCopies(int newest) const { block_->WaitCopies(thread_, newest); }
+
+void EmulatedThread::AddShared(uint32_t* to, uint32_t value) const {
+  block_->races().Atomic(to, sizeof(*to));
+  *to += value;
+}
+void EmulatedThread::MinShared(uint32_t* to, uint32_t value) const {
+  block_->races().Atomic(to, sizeof(*to));
+  *to = std::min(*to, value);
+}
+// Nothing of a launch reads what is joined so in global memory.
+void EmulatedThread::MinGlobal(uint64_t* to, uint64_t value) const { *to = std::min(*to, value); }
 
 // ldmatrix .x4: lane 8 i + j brings the address of row j of matrix i; lane l receives of each
 // matrix elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4.
@@ -69,6 +83,7 @@ void EmulatedThread::LoadMatrix4(uint32_t* out, const std::byte* row) const {
   for (int matrix = 0; matrix < 4; ++matrix) {
     const std::byte* from;
     std::memcpy(&from, slots + (matrix * 8 + lane() / 4) * kSlotBytes, sizeof(from));
+    block_->races().Read(from + lane() % 4 * 4, sizeof(uint32_t));
     std::memcpy(&out[matrix], from + lane() % 4 * 4, sizeof(uint32_t));
   }
 }
@@ -104,16 +119,19 @@ void EmulatedThread::Multiply(float* c, const uint32_t* a, uint32_t b0, uint32_t
 void EmulateGrid(const LaunchShape& shape,
                  const std::function<void(const EmulatedThread& thread)>& body) {
   std::mt19937 rng(g_seed);
-  // Left uninitialized: most of it is never touched.
-  const std::unique_ptr<std::byte[]> stacks(
-      new std::byte[static_cast<size_t>(shape.threads) * kStackBytes]);
+  thread_local FiberPool fibers;
+  constexpr size_t kSharedAlignment = 16;
+  const GuardedMemory shared(static_cast<size_t>(shape.shared_bytes), kSharedAlignment);
+  RaceCheck races(shape.threads, shared.data(), shape.shared_bytes);
   std::vector<int64_t> order(static_cast<size_t>(shape.grid_x * shape.grid_y * shape.grid_z));
   std::iota(order.begin(), order.end(), int64_t{0});
   std::shuffle(order.begin(), order.end(), rng);
   for (const int64_t i : order) {
+    races.BeginBlock(i);
     EmulatedBlock(shape, static_cast<int>(i % shape.grid_x),
                   static_cast<int>(i / shape.grid_x % shape.grid_y),
-                  static_cast<int>(i / shape.grid_x / shape.grid_y), body, stacks.get(), &rng)
+                  static_cast<int>(i / shape.grid_x / shape.grid_y), body, shared, &fibers, &races,
+                  &rng)
         .Run();
   }
 }

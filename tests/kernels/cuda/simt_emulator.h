@@ -44,6 +44,7 @@ class EmulatedThread {
 
   std::byte* shared() const;
   void SyncBlock() const;
+  void SyncWarp() const;
 
   template <typename T>
   T ShuffleXor(T value, int mask) const {
@@ -99,16 +100,16 @@ class EmulatedThread {
   double Add(double a, double b) const { return a + b; }
   double Div(double a, double b) const { return a / b; }
 
-  void AddShared(uint32_t* to, uint32_t value) const { *to += value; }
-  void MinShared(uint32_t* to, uint32_t value) const { *to = value < *to ? value : *to; }
-  void MinGlobal(uint64_t* to, uint64_t value) const { *to = value < *to ? value : *to; }
+  void AddShared(uint32_t* to, uint32_t value) const;
+  void MinShared(uint32_t* to, uint32_t value) const;
+  void MinGlobal(uint64_t* to, uint64_t value) const;
 
  protected:
   HopperUnits& hopper() const;
 
  private:
   static constexpr size_t kSlotBytes = 32;
-  enum Collective { kShuffle, kBallot, kMatch, kLoadMatrix, kMultiply };
+  enum Collective { kShuffle, kBallot, kMatch, kSyncWarp, kLoadMatrix, kMultiply };
   friend class EmulatedBlock;
 
   // Meets the other lanes; returns what each of them brought, kSlotBytes apart.
