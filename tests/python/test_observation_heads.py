@@ -187,23 +187,45 @@ def gate_points(**lost_from: float | None) -> list[dict]:
 
 def test_the_risk_curve_allows_for_few_prompts():
     curve = heads.risk_curve(gate_points(a_0=0.2, a_1=0.3, b_0=0.3, b_1=None))
-    # One more prompt, lost: 1, 2 and 4 of 5; between two masses the rate of the larger one.
-    assert curve == [[0.1, 0.2], [0.1 + 1e-6, 0.4], [0.2, 0.4], [0.2 + 1e-6, 0.8]]
+    # One more prompt, lost: 1, 2 and 4 of 5; between two masses the rate of the larger one, above all 1.
+    assert curve == [[0.1, 0.2], [0.1 + 1e-6, 0.4], [0.2, 0.4], [0.2 + 1e-6, 0.8], [0.3, 0.8],
+                     [0.3 + 1e-6, 1.0]]
 
 
-def test_a_gate_set_by_the_curve_misses_no_more_than_it_was_told():
+def test_the_risk_curve_tells_nothing_of_masses_that_were_not_tried():
+    assert heads.risk_curve(gate_points(a_0=None, a_1=None, a_2=None, a_3=None)) == [
+        [0.1, 0.2], [0.3, 0.2], [0.3 + 1e-6, 1.0]]
+
+
+def gated(engine, prompt, points: list[dict], target: float):
+    """Under the curve of `points`, by a head that looks everywhere: one position leaves most outside."""
+    table = heads.heads_table(prompt.model, "gated", [(0, 0, KEY_NOVELTY, 1.0)])
+    return heads.keep(engine, prompt, heads.with_curve(table, heads.risk_curve(points))[0], 40,
+                      {"risk_target": target, "risk_max_tokens": prompt.seq_len - 1})
+
+
+def test_a_calibration_that_lost_nothing_allows_no_more_than_was_tried(engine, small):
+    prompt = small.prompt("number", 5, LENGTH)
+    points = gate_points(a_0=None, a_1=None, a_2=None, a_3=None)
+    kept = gated(engine, prompt, points, 0.2)
+    assert 0.2 < kept.outside_mass <= 0.3 and kept.predicted_miss_rate == pytest.approx(0.2)
+    assert len(kept.sets()[0]) > prompt.protect_sink + prompt.protect_window + 1
+
+
+@pytest.mark.parametrize("lost_from", [(0.05, 0.5), (0.88, 1.0)])
+def test_a_gate_set_by_the_curve_misses_no_more_than_it_was_told(engine, small, lost_from):
     """Draws calibration and test prompts alike, many times; the mean miss rate is what is guaranteed."""
     rng = np.random.default_rng(0)
-    missed, allowed = [], []
-    for _ in range(300):
-        first = rng.uniform(0.05, 0.5, 11)
-        curve = heads.risk_curve([
+    prompt = small.prompt("number", 5, LENGTH)
+    missed, outside = [], []
+    for _ in range(200):
+        first = rng.uniform(*lost_from, 11)
+        kept = gated(engine, prompt, [
             {"task": "a", "seed": seed, "length": 256, "allowed": mass, "missed": mass >= one}
-            for seed, one in enumerate(first[:10]) for mass in heads._GATE_MASSES])
-        mass = max([mass for mass, rate in curve if rate <= 0.3], default=0.0)
-        missed.append(mass >= first[10])
-        allowed.append(mass)
-    assert np.mean(missed) <= 0.3 and max(allowed) > 0.05
+            for seed, one in enumerate(first[:10]) for mass in heads._GATE_MASSES], 0.3)
+        missed.append(kept.outside_mass >= first[10])
+        outside.append(kept.outside_mass)
+    assert np.mean(missed) <= 0.3 and max(outside) > 0.05
 
 
 def test_a_task_that_is_lost_whatever_is_kept_gets_no_curve():

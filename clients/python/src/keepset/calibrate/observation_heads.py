@@ -162,7 +162,8 @@ def risk_curve(points: Sequence[dict]) -> list[list[float]]:
     Conformal risk control (arXiv:2208.02814): a prompt counts as lost at a mass when it is lost there or at
     a smaller one, and (lost + 1) of (prompts + 1) is the rate. A gate that is set where the curve is at most
     a target misses at most so many of prompts that are drawn like these, few as they may be. The curve is a
-    step function: between two masses it stands at the rate of the larger one.
+    step function: between two masses it stands at the rate of the larger one, and above the largest one at
+    1, for nothing is known of what was not tried.
     """
     lost_from = _lost_from(points)
     curve: list[list[float]] = []
@@ -175,6 +176,8 @@ def risk_curve(points: Sequence[dict]) -> list[list[float]]:
             curve += [[before, curve[-1][1]], [before + _STEP, rate]] if before > curve[-1][0] else [
                 [before + _STEP, rate]]
         before = mass
+    if curve[-1][1] < 1 and before + _STEP <= 1:
+        curve += ([[before, curve[-1][1]]] if before > curve[-1][0] else []) + [[before + _STEP, 1.0]]
     return curve
 
 
