@@ -9,8 +9,8 @@
 //     fixed time: it has no mapping any more, but work that it left on the device may still run. A
 //     process that it handed the memory on to is not seen;
 //   - where there is no pidfd (no side socket; in kernels before 6.5 a pid namespace that hides the
-//     process): a fixed time after the session's end. This one is a guess: a worker that stood still
-//     for longer may still have the memory mapped.
+//     process): a fixed time after the session's end. This one is a guess: a worker that stood
+//     still for longer may still have the memory mapped.
 // Memory that operations use waits for them in every case. What is freed goes back to the kernel or
 // the driver, never to another region.
 #ifndef KEEPSET_SERVICE_MEMORY_QUARANTINE_H_

@@ -22,8 +22,8 @@ namespace keepset::gpu {
 namespace {
 
 using integration::Eventually;
-using integration::TestDeadline;
 using integration::NewContext;
+using integration::TestDeadline;
 
 constexpr uint64_t kGranule = 2 << 20;
 
