@@ -110,9 +110,32 @@ void ScaleToOne(std::vector<double>& weights) {
   for (double& weight : weights) weight /= largest;
 }
 
-// Least squares of the needed mass, scaled to a maximum of 1, on the chosen columns outside
-// protected positions: weights >= 0 by coordinate descent in a fixed order. Prompts count by their
-// MixtureShares.
+// Objective of adding each of `candidates` to the chosen ones with a weight, [candidate].
+std::vector<double> TryCandidates(absl::Span<const FitPrompt> prompts,
+                                  absl::Span<const int64_t> which, const Choice& chosen,
+                                  double weight, absl::Span<const int64_t> candidates,
+                                  const FitSettings& settings) {
+  std::vector<std::vector<float>> base;
+  for (const int64_t p : which) base.push_back(ScoresOf(prompts[p], chosen));
+  const std::vector<double> shares = MixtureShares(prompts, which);
+  std::vector<double> objective(candidates.size(), 0.0);
+  std::atomic<size_t> next = 0;
+  RunOnThreads(ThreadCount(settings.num_threads), [&](int) {
+    for (size_t c = next++; c < candidates.size(); c = next++) {
+      std::vector<double> recalls;
+      for (size_t i = 0; i < which.size(); ++i) {
+        std::vector<float> scores = base[i];
+        AddColumn(prompts[which[i]], candidates[c], weight, scores);
+        recalls.push_back(Recall(prompts[which[i]], scores, settings));
+      }
+      objective[c] = MixtureMean(shares, recalls);
+    }
+  });
+  return objective;
+}
+
+}  // namespace
+
 std::vector<double> RefitWeights(absl::Span<const FitPrompt> prompts,
                                  absl::Span<const int64_t> which,
                                  const std::vector<int64_t>& candidates) {
@@ -156,32 +179,6 @@ std::vector<double> RefitWeights(absl::Span<const FitPrompt> prompts,
   }
   return weights;
 }
-
-// Objective of adding each of `candidates` to the chosen ones with a weight, [candidate].
-std::vector<double> TryCandidates(absl::Span<const FitPrompt> prompts,
-                                  absl::Span<const int64_t> which, const Choice& chosen,
-                                  double weight, absl::Span<const int64_t> candidates,
-                                  const FitSettings& settings) {
-  std::vector<std::vector<float>> base;
-  for (const int64_t p : which) base.push_back(ScoresOf(prompts[p], chosen));
-  const std::vector<double> shares = MixtureShares(prompts, which);
-  std::vector<double> objective(candidates.size(), 0.0);
-  std::atomic<size_t> next = 0;
-  RunOnThreads(ThreadCount(settings.num_threads), [&](int) {
-    for (size_t c = next++; c < candidates.size(); c = next++) {
-      std::vector<double> recalls;
-      for (size_t i = 0; i < which.size(); ++i) {
-        std::vector<float> scores = base[i];
-        AddColumn(prompts[which[i]], candidates[c], weight, scores);
-        recalls.push_back(Recall(prompts[which[i]], scores, settings));
-      }
-      objective[c] = MixtureMean(shares, recalls);
-    }
-  });
-  return objective;
-}
-
-}  // namespace
 
 std::vector<int64_t> Everyone(size_t count) {
   std::vector<int64_t> all(count);

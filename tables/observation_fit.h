@@ -67,6 +67,13 @@ double Recall(const FitPrompt& prompt, const Choice& choice, const FitSettings& 
 double MeanRecall(absl::Span<const FitPrompt> prompts, absl::Span<const int64_t> which,
                   const Choice& choice, const FitSettings& settings);
 
+// Weights of `candidates`, parallel: non-negative least squares of the needed mass, each prompt's
+// scaled to a maximum of 1, on their columns outside protected positions. Prompts count by their
+// MixtureShares. A ridge of a thousandth of the mean squared column keeps nearly equal ones apart.
+std::vector<double> RefitWeights(absl::Span<const FitPrompt> prompts,
+                                 absl::Span<const int64_t> which,
+                                 const std::vector<int64_t>& candidates);
+
 // The choices of 1, 2, .. observations, each the one before with the observation that raises the
 // objective most (ties to the lower candidate) and weights refitted by non-negative least squares
 // where that is better. Where none raises it, the next is the best by itself of those that do not

@@ -12,7 +12,7 @@ import safetensors.numpy
 import keepset
 from keepset import table_file
 from keepset.calibrate.head_prompts import KEY_NOVELTY, LAST_ROW, MAX_ROWS, MEAN_ROWS, PROBE_MAX
-from keepset.calibrate.observation_heads import heads_table
+from keepset.calibrate.observation_heads import heads_table, with_curve
 from keepset.in_process import EngineError, QueryLayer
 from keepset.registry import TableRegistry
 from keepset.server_process import ServerProcess
@@ -245,6 +245,43 @@ def test_a_named_span_of_the_capture_observes(build, engine, capture, layers, he
         answer = client.compress(layers=layers, **spec(
             policy="observation_heads", parameters=span, table=keepset.TablePin("spans")))
     assert np.array_equal(answer.layers[0].keep_indices, want)
+
+
+def test_the_risk_gate_answers_alike_everywhere(build, engine, capture, layers, heads_server, tmp_path):
+    """More than the budget where the target needs it; the set and what is predicted of it, on every surface."""
+    table = with_curve(heads_table(MODEL, "risky", [(1, 2, MEAN_ROWS, 1.0)]), [[0.0, 0.0], [1.0, 0.5]])[0]
+    path = tmp_path / "risky.safetensors"
+    path.write_bytes(table)
+    gate = {"risk_target": "0.1", "risk_max_tokens": "80"}
+    kept = engine.keep(
+        model=MODEL, policy="observation_heads", seq_len=SEQ_LEN, budget_tokens=24, table=table,
+        layers={index: QueryLayer(one.q_window, one.k, one.v) for index, one in enumerate(layers)},
+        softmax_scale=MODEL.head_dim**-0.5, row_positions=np.arange(SEQ_LEN - WINDOW, SEQ_LEN),
+        parameters=gate)
+    want = kept.sets()[0]
+    assert 24 < len(want) < 80
+    assert kept.predicted_miss_rate == pytest.approx(kept.outside_mass / 2) and kept.predicted_miss_rate <= 0.1
+
+    with TableRegistry.connect(heads_server.address) as tables:
+        tables.load(table)
+        tables.activate("risky@1")
+    with keepset.Client.connect(heads_server.address) as client:
+        answer = client.compress(layers=layers, **spec(
+            policy="observation_heads", parameters=gate, table=keepset.TablePin("risky")))
+    assert np.array_equal(answer.layers[0].keep_indices, want)
+    assert answer.outside_mass == kept.outside_mass
+    assert answer.predicted_miss_rate == kept.predicted_miss_rate
+
+    words = ("compress", capture, "--policy", "observation_heads", "--budget", 24, "--table", path, "--json",
+             *(word for one in gate.items() for word in ("--param", "=".join(one))))
+    # The command line is the C++ client's where it asks a server.
+    for name, server in (("result", ()), ("served", ("--server", heads_server.address))):
+        done = _run(build, *words, *server, "--out", tmp_path / name)
+        assert done.returncode == 0, done
+        told = json.loads(done.stdout)
+        assert told["outside_mass"] == kept.outside_mass
+        assert told["predicted_miss_rate"] == kept.predicted_miss_rate
+        assert np.array_equal(safetensors.numpy.load_file(tmp_path / name)["layers.0.keep_indices"], want)
 
 
 def test_the_command_line_inspects_and_compares_tables(build, tmp_path):

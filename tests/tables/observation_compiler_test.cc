@@ -19,6 +19,7 @@
 namespace keepset::tables {
 namespace {
 
+using ::testing::DoubleNear;
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::UnorderedElementsAre;
@@ -429,6 +430,35 @@ TEST(ObservationRecall, CountsNeedOnKeptPositionsOutsideProtectedOnes) {
   settings.dilate = 1;  // 1 stands behind the best of all, which is protected; then 2
   settings.budgets = {3};
   EXPECT_DOUBLE_EQ(Recall(prompt, scores, settings), 0.3);
+}
+
+// Three positions and a protected one, whose score counts for nothing: columns (1, 1, 0) and
+// (0, 1, 1).
+FitPrompt TwoColumns(std::vector<double> need) {
+  FitPrompt prompt;
+  prompt.task = "a";
+  prompt.seq_len = 4;
+  prompt.columns = {1.0f, 1.0f, 0.0f, 100.0f, 0.0f, 1.0f, 1.0f, 50.0f};
+  prompt.need = std::move(need);
+  prompt.need.push_back(0.0);
+  prompt.is_protected = {false, false, false, true};
+  prompt.num_protected = 1;
+  return prompt;
+}
+
+// Of the normal equations of either test: the columns' squares are 2.
+constexpr double kRidge = 2e-3;
+
+TEST(RefitWeights, FindsTheWeightsOfASum) {
+  const double weight = 1.5 / (3.0 + kRidge);  // 1/2 of each, need being scaled to a maximum of 1
+  EXPECT_THAT(RefitWeights({TwoColumns({3.0, 6.0, 3.0})}, {0}, {0, 1}),
+              ElementsAre(DoubleNear(weight, 1e-9), DoubleNear(weight, 1e-9)));
+}
+
+// Without the bound 2/3 and -1/3: the other weight is refitted, not cut off.
+TEST(RefitWeights, AWeightBelowZeroIsLeftOut) {
+  EXPECT_THAT(RefitWeights({TwoColumns({1.0, 0.0, 0.0})}, {0}, {1, 0}),
+              ElementsAre(0.0, DoubleNear(1.0 / (2.0 + kRidge), 1e-9)));
 }
 
 }  // namespace

@@ -225,6 +225,18 @@ TEST(DiffTables, ObservationsAreComparedWhateverTheirOrder) {
               ElementsAre("weight of layer 1 head 0 max_rows: 1 -> 2"));
 }
 
+TEST(DiffTables, SettingsAreComparedByName) {
+  ObservationHeadsContent other = GoldenHeads();
+  other.settings.dilate = 0;
+  other.settings.layer_groups = {{0, 2}};
+  other.settings.risk_curve[1].miss_rate = 0.5;
+  EXPECT_THAT(DiffTables(*Parsed(GoldenHeads()), *Parsed(other)),
+              ElementsAre("observation_heads.dilate: 12 -> 0",
+                          "observation_heads.layer_groups: [[0,1],[1,2]] -> [[0,2]]",
+                          "observation_heads.risk.curve: [[0.0,0.0],[0.5,0.25]] -> "
+                          "[[0.0,0.0],[0.5,0.5]]"));
+}
+
 TEST(DiffTables, TablesOfTwoKindsDifferInKind) {
   const auto bytes = SerializeTable(SmallTable());
   ASSERT_TRUE(bytes.ok());
