@@ -4,7 +4,10 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
+#include "absl/strings/string_view.h"
 #include "base/status_macros.h"
 #include "clients/cli/bench_command.h"
 #include "clients/cli/bench_workload.h"
@@ -23,12 +26,13 @@ constexpr double kPerplexity = 12.7;
 constexpr int64_t kTokens[] = {1024, 4096, 8192};
 constexpr int64_t kDefaultRepeats = 5;
 constexpr int64_t kMaxRepeats = 100000;
+constexpr absl::string_view kHeadsPolicy = "observation_heads";
 
 struct EngineBenchOptions {
   std::string policy = "compilerkv";
   int64_t repeats = kDefaultRepeats;
   int64_t num_layers = BenchShape().num_layers;
-  int64_t num_heads = 16;  // of an observation_heads table
+  std::vector<int64_t> num_heads{16};  // of observation_heads tables, one after the other
   std::vector<int64_t> tokens{std::begin(kTokens), std::end(kTokens)};
 };
 
@@ -58,8 +62,9 @@ absl::StatusOr<TableHandle> HeadsTable(const std::string& model_json, const Benc
   return LoadTable(path);
 }
 
+// num_heads: of the table of policy observation_heads.
 absl::StatusOr<Json> Measure(keepset_engine* engine, const EngineBenchOptions& options,
-                             int64_t tokens, Progress& progress) {
+                             int64_t tokens, int64_t num_heads, Progress& progress) {
   BenchShape shape;
   shape.num_layers = options.num_layers;
   shape.seq_len = tokens;
@@ -73,8 +78,8 @@ absl::StatusOr<Json> Measure(keepset_engine* engine, const EngineBenchOptions& o
   if (options.policy == "compilerkv") {
     KEEPSET_ASSIGN_OR_RETURN(table, UniformTable(workload.model_json()));
     spec.table = table.get();
-  } else if (options.policy == "observation_heads") {
-    KEEPSET_ASSIGN_OR_RETURN(table, HeadsTable(workload.model_json(), shape, options.num_heads));
+  } else if (options.policy == kHeadsPolicy) {
+    KEEPSET_ASSIGN_OR_RETURN(table, HeadsTable(workload.model_json(), shape, num_heads));
     spec.table = table.get();
   }
   // The machine's clock moves: the yardstick is the better of before and after.
@@ -99,36 +104,52 @@ absl::StatusOr<Json> Measure(keepset_engine* engine, const EngineBenchOptions& o
 
   // One multiply-add per element of Q K^T: the least any exact method does. The score stage also
   // holds exponentials, row sums and value norms, so its rate understates the logits part.
-  const int64_t query_heads = options.policy == "observation_heads"
-                                  ? options.num_heads
-                                  : shape.num_layers * shape.num_qo_heads;
+  const int64_t query_heads =
+      options.policy == kHeadsPolicy ? num_heads : shape.num_layers * shape.num_qo_heads;
   const double logits_gflop = 2e-9 * static_cast<double>(query_heads) *
                               static_cast<double>(shape.window) * static_cast<double>(tokens) *
                               static_cast<double>(shape.head_dim);
   const double score_p50 = Quantile(score, 0.5);
   const double floor_seconds = logits_gflop / peak_gflops;
   const double token_heads = static_cast<double>(tokens * shape.num_kv_heads * shape.num_layers);
-  return Json{{"bench", "engine"},
-              {"policy", options.policy},
-              {"backend", keepset_engine_backend(engine)},
-              {"layers", shape.num_layers},
-              {"qo_heads", shape.num_qo_heads},
-              {"kv_heads", shape.num_kv_heads},
-              {"head_dim", shape.head_dim},
-              {"window", shape.window},
-              {"dtype", "bf16"},
-              {"tokens", tokens},
-              {"repeats", options.repeats},
-              {"seconds_p50", Quantile(total, 0.5)},
-              {"seconds_p99", Quantile(total, 0.99)},
-              {"score_seconds_p50", score_p50},
-              {"select_seconds_p50", Quantile(select, 0.5)},
-              {"ns_per_token_kv_head", 1e9 * Quantile(total, 0.5) / token_heads},
-              {"logits_gflops", logits_gflop / score_p50},
-              {"peak_gflops", peak_gflops},
-              {"share_of_peak", logits_gflop / score_p50 / peak_gflops},
-              {"floor_seconds", floor_seconds},
-              {"ratio_to_floor", score_p50 / floor_seconds}};
+  Json line{{"bench", "engine"},
+            {"policy", options.policy},
+            {"backend", keepset_engine_backend(engine)},
+            {"layers", shape.num_layers},
+            {"qo_heads", shape.num_qo_heads},
+            {"kv_heads", shape.num_kv_heads},
+            {"head_dim", shape.head_dim},
+            {"window", shape.window},
+            {"dtype", "bf16"},
+            {"tokens", tokens},
+            {"repeats", options.repeats},
+            {"seconds_p50", Quantile(total, 0.5)},
+            {"seconds_p99", Quantile(total, 0.99)},
+            {"score_seconds_p50", score_p50},
+            {"select_seconds_p50", Quantile(select, 0.5)},
+            {"ns_per_token_kv_head", 1e9 * Quantile(total, 0.5) / token_heads},
+            {"logits_gflops", logits_gflop / score_p50},
+            {"peak_gflops", peak_gflops},
+            {"share_of_peak", logits_gflop / score_p50 / peak_gflops},
+            {"floor_seconds", floor_seconds},
+            {"ratio_to_floor", score_p50 / floor_seconds}};
+  if (options.policy == kHeadsPolicy) line["heads"] = num_heads;
+  return line;
+}
+
+absl::StatusOr<std::vector<int64_t>> ParseHeads(const std::string& text, int64_t most) {
+  std::vector<int64_t> counts;
+  for (const absl::string_view part : absl::StrSplit(text, ',')) {
+    int64_t count;
+    if (!absl::SimpleAtoi(part, &count)) {
+      return UsageError(absl::StrCat("--heads=", text, ", want integers such as 1,16"));
+    }
+    if (count < 1 || count > most) {
+      return RefusedError(absl::StrCat("--heads=", text, ": ", count, ", want 1..", most));
+    }
+    counts.push_back(count);
+  }
+  return counts;
 }
 
 }  // namespace
@@ -139,7 +160,7 @@ absl::Status RunBenchEngine(absl::Span<const std::string> arguments, Console& co
   std::optional<int64_t> repeats;
   std::optional<int64_t> threads;
   std::optional<int64_t> tokens;
-  std::optional<int64_t> heads;
+  std::optional<std::string> heads;
   std::optional<std::string> against;
   bool quick = false;
   bool json = false;
@@ -150,7 +171,8 @@ absl::Status RunBenchEngine(absl::Span<const std::string> arguments, Console& co
   parser.Text("--policy", "NAME", "default compilerkv, with a uniform table", &policy)
       .Int("--tokens", "N", "this length only", &tokens)
       .Int("--repeats", "N", "timed repeats, default 5", &repeats)
-      .Int("--heads", "N", "heads of the observation_heads table, default 16", &heads)
+      .Text("--heads", "N,..", "heads of the observation_heads tables, one each; default 16",
+            &heads)
       .Text("--against", "NAME", "time this policy too and print the share of its time", &against)
       .Int("--threads", "N", "CPU threads (0: all cores)", &threads)
       .Switch("--quick", "2 layers of 1k tokens, twice: whether it still runs", &quick)
@@ -167,11 +189,12 @@ absl::Status RunBenchEngine(absl::Span<const std::string> arguments, Console& co
   }
   if (policy.has_value()) options.policy = *policy;
   if (tokens.has_value()) options.tokens = {*tokens};
-  if (heads.has_value()) options.num_heads = *heads;
-  const int64_t most_heads = options.num_layers * BenchShape().num_qo_heads;
-  if (options.num_heads < 1 || options.num_heads > most_heads) {
-    return RefusedError(absl::StrCat("--heads=", options.num_heads, ", want 1..", most_heads));
+  if (heads.has_value()) {
+    KEEPSET_ASSIGN_OR_RETURN(options.num_heads,
+                             ParseHeads(*heads, options.num_layers * BenchShape().num_qo_heads));
   }
+  // No other policy has heads to count.
+  if (options.policy != kHeadsPolicy) options.num_heads.resize(1);
   if (repeats.has_value()) options.repeats = *repeats;
   if (options.repeats < 1 || options.repeats > kMaxRepeats) {
     return RefusedError(absl::StrCat("--repeats=", options.repeats, ", want 1..", kMaxRepeats));
@@ -185,17 +208,23 @@ absl::Status RunBenchEngine(absl::Span<const std::string> arguments, Console& co
   KEEPSET_ASSIGN_OR_RETURN(const EngineHandle engine, NewEngine(threads.value_or(0)));
   Progress progress(console);
   for (int64_t length : options.tokens) {
-    KEEPSET_ASSIGN_OR_RETURN(Json line, Measure(engine.get(), options, length, progress));
+    double reference_seconds = 1.0;
     if (against.has_value()) {
       EngineBenchOptions other = options;
       other.policy = *against;
-      KEEPSET_ASSIGN_OR_RETURN(const Json reference,
-                               Measure(engine.get(), other, length, progress));
+      KEEPSET_ASSIGN_OR_RETURN(const Json reference, Measure(engine.get(), other, length,
+                                                             options.num_heads.front(), progress));
       console.out << reference.dump() << std::endl;
-      line["share_of_time_of_" + *against] =
-          line.value("seconds_p50", 0.0) / reference.value("seconds_p50", 1.0);
+      reference_seconds = reference.value("seconds_p50", 1.0);
     }
-    console.out << line.dump() << std::endl;
+    for (int64_t num_heads : options.num_heads) {
+      KEEPSET_ASSIGN_OR_RETURN(Json line,
+                               Measure(engine.get(), options, length, num_heads, progress));
+      if (against.has_value()) {
+        line["share_of_time_of_" + *against] = line.value("seconds_p50", 0.0) / reference_seconds;
+      }
+      console.out << line.dump() << std::endl;
+    }
   }
   return absl::OkStatus();
 }

@@ -2,9 +2,11 @@
 #include <string>
 #include <vector>
 
+#include "absl/strings/str_split.h"
 #include "clients/cli/command_list.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "nlohmann/json.hpp"
 #include "tests/clients/cli_runner.h"
 
 namespace keepset::cli {
@@ -141,6 +143,29 @@ TEST(KeepsetUsage, BenchEngineQuickPrintsOneJsonLine) {
   EXPECT_TRUE(IsOneLine(run.out));
   EXPECT_THAT(run.out, HasSubstr("\"peak_gflops\""));
   EXPECT_THAT(run.out, HasSubstr("\"ratio_to_floor\""));
+}
+
+TEST(KeepsetUsage, BenchEngineComparesTablesOfSeveralNumbersOfHeads) {
+  const CliRun run = RunBinary({"bench", "engine", "--quick", "--policy", "observation_heads",
+                                "--against", "snapkv", "--heads", "1,4,16"});
+  EXPECT_EQ(run.exit_code, 0) << run.err;
+  const std::vector<std::string> lines = absl::StrSplit(run.out, '\n', absl::SkipEmpty());
+  ASSERT_EQ(lines.size(), 4u) << run.out;
+  EXPECT_EQ(nlohmann::json::parse(lines[0])["policy"], "snapkv");
+  for (size_t i = 1; i < lines.size(); ++i) {
+    const auto line = nlohmann::json::parse(lines[i]);
+    EXPECT_EQ(line["policy"], "observation_heads");
+    EXPECT_EQ(line["heads"], i == 1 ? 1 : i == 2 ? 4 : 16);
+    EXPECT_GT(line["share_of_time_of_snapkv"], 0.0);
+  }
+}
+
+TEST(KeepsetUsage, BenchEngineRefusesNumbersOfHeadsThatTheModelLacks) {
+  const CliRun run =
+      RunBinary({"bench", "engine", "--quick", "--policy", "observation_heads", "--heads", "1,65"});
+  EXPECT_EQ(run.exit_code, 3);
+  EXPECT_THAT(run.err, HasSubstr("--heads=1,65: 65, want 1..64"));
+  EXPECT_EQ(RunBinary({"bench", "engine", "--heads", "many"}).exit_code, 2);
 }
 
 }  // namespace
