@@ -11,7 +11,7 @@ from keepset.calibrate.head_prompts import OutOfTime, RememberedTasks
 from keepset.calibrate.task_prompts import TaskAdapter
 from keepset.evidence.head_compilerkv import COMPILED, CompilerKvSettings, compile_table
 from keepset.evidence.head_measure import measure, strata_of, summarize
-from keepset.evidence.head_methods import OURS, compilerkv
+from keepset.evidence.head_methods import OURS, UNCHOSEN, compilerkv
 from keepset.evidence.head_part import HeadPart, Settings
 from keepset.evidence.observation_heads_report import _POLICIES, _best_other, _methods
 
@@ -89,7 +89,8 @@ def test_a_method_of_some_prompts_is_no_rival_of_all(tmp_path, small):
     assert f"| {COMPILED} (prompts of 256 tokens alone: 1) | 1.00 [" in told
 
 
-def test_without_time_for_the_table_the_other_methods_stand(tmp_path, small):
+@pytest.mark.parametrize("new", [(COMPILED,), (UNCHOSEN,), (COMPILED, UNCHOSEN)])
+def test_without_time_for_new_methods_the_others_stand(tmp_path, small, new):
     methods = {OURS: lambda prompt, budget: [np.arange(prompt.seq_len)] * 2}
     settings = Settings({"inside": ("number",)}, (LENGTH,), (40,), (40,), prompts=(1,), failing_prompts=1,
                         gate_prompts=1, fit_lengths=(LENGTH,))
@@ -97,7 +98,8 @@ def test_without_time_for_the_table_the_other_methods_stand(tmp_path, small):
                     settings, silent)
     before, _ = part._outcomes("inside", "number", LENGTH, True, methods)
     late = dataclasses.replace(part, test=RememberedTasks(small, until=-math.inf))
-    after, wanted = late._outcomes("inside", "number", LENGTH, True, methods | {COMPILED: methods[OURS]})
+    after, wanted = late._outcomes("inside", "number", LENGTH, True,
+                                   methods | dict.fromkeys(new, methods[OURS]))
     assert after == before and wanted == 1
 
 

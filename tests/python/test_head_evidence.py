@@ -11,17 +11,25 @@ import numpy as np
 import pytest
 
 from keepset.calibrate import observation_heads as heads
-from keepset.calibrate.head_prompts import LAST_ROW, MAX_ROWS, OutOfTime, RememberedTasks
+from keepset.calibrate.head_prompts import (
+    KEY_NOVELTY,
+    LAST_ROW,
+    MAX_ROWS,
+    OutOfTime,
+    RememberedTasks,
+)
 from keepset.calibrate.small_head_tasks import SmallModelTasks
 from keepset.evidence import head_baselines
 from keepset.evidence import observation_heads as evidence_command
 from keepset.evidence.earlier_run import keep_earlier
 from keepset.evidence.head_measure import measure, risk_of, summarize, summarize_risk
 from keepset.evidence.head_methods import (
+    UNCHOSEN,
     HeadsRun,
     agnostic_methods,
     plain_methods,
     shuffled,
+    unchosen,
 )
 from keepset.evidence.head_part import HeadPart, Settings
 from keepset.evidence.head_ways import held_out_ways
@@ -95,6 +103,25 @@ def test_what_the_full_cache_seldom_answers_is_compared_by_divergence(small, tmp
     for task in ("code", "summary"):
         rows = summarize([measure(tmp_path, small, task, 0, 256, methods, (40,))], (40,))
         assert rows["value"] == "kl" and rows["methods"]["observation_heads"]["40"]["value"] == 0.0
+
+
+@pytest.mark.parametrize("task", ["number", "code"])
+def test_what_was_predicted_is_kept_of_every_prompt(small, tmp_path, task):
+    """Of tasks scored by divergence, too; None is what the full cache predicts, which stands beside it."""
+    def method(prompt, budget):
+        return [np.arange(prompt.seq_len - budget, prompt.seq_len)] * 2
+
+    found = [measure(tmp_path, small, task, seed, 256, {"observation_heads": method}, (40,))
+             for seed in range(2)]
+    rows = summarize(found, (40,))
+    full = [small.prompt(task, seed, 256).outcome([np.arange(one["tokens"])] * 2)
+            for seed, one in enumerate(found)]
+    assert rows["full_of_prompts"] == [{"exact": one.share, "predicted": one.predicted} for one in full]
+    cut = [small.prompt(task, seed, 256).outcome(method(small.prompt(task, seed, 256), 40)).predicted
+           for seed in range(2)]
+    told = rows["methods"]["observation_heads"]["40"]["predicted"]
+    assert [one or beside.predicted for one, beside in zip(told, full)] == cut
+    assert any(told)
 
 
 def test_replies_predict_and_targets_are_followed(engine, small, tmp_path):
@@ -210,6 +237,28 @@ def test_every_comparison_keeps_the_budget(engine, small):
         assert max(counts) <= 40, name
 
 
+def test_without_choice_every_head_observes_as_the_table_does(engine, small):
+    model = small.fingerprint
+    table = heads.heads_table(model, "two", [(1, 2, LAST_ROW, 1.0), (0, 1, MAX_ROWS, 0.25)], pool_kernel=5,
+                              dilate=12)
+    alike = heads.heads_table(model, "alike", [
+        (layer, head, way, 1.0) for way in (LAST_ROW, MAX_ROWS) for layer in range(model.num_layers)
+        for head in range(model.num_qo_heads)], pool_kernel=5, dilate=12)
+    prompt = small.prompt("number", 6, LENGTH)
+    want = HeadsRun(engine, alike)(prompt, 40)
+    assert np.array_equal(HeadsRun(engine, unchosen(table))(prompt, 40), want)
+    assert not np.array_equal(HeadsRun(engine, table)(prompt, 40), want)
+
+
+def test_without_choice_every_kv_head_tells_novelty(engine, small):
+    model = small.fingerprint
+    table = heads.heads_table(model, "one", [(1, 0, KEY_NOVELTY, 1.0)])
+    every = heads.heads_table(model, "every", [(layer, head, KEY_NOVELTY, 1.0) for layer in range(
+        model.num_layers) for head in range(model.num_kv_heads)])
+    prompt = small.prompt("number", 6, LENGTH)
+    assert np.array_equal(HeadsRun(engine, unchosen(table))(prompt, 40), HeadsRun(engine, every)(prompt, 40))
+
+
 def test_the_evidence_of_a_model_in_small(build, engine, small, tmp_path):
     tested = SmallModelTasks(small.model, text="MPL-2.0")
     settings = Settings({"inside": ("number", "code"), "agnostic": ("later_number",)}, (256,), (40, 80),
@@ -219,7 +268,7 @@ def test_the_evidence_of_a_model_in_small(build, engine, small, tmp_path):
                      small.PROBE, settings, lambda _: None).run()
     number, code = (found["columns"]["inside"]["tasks"][one] for one in ("number", "code"))
     assert (number["value"], code["value"]) == ("exact", "kl")
-    assert {"budgets by head", "one layer's last row", "observation_heads", "shuffled",
+    assert {"budgets by head", "one layer's last row", "observation_heads", "shuffled", UNCHOSEN,
             "retrieval heads full, others streaming (DuoAttention-like)",
             "echo and induction heads full, others streaming (RazorAttention-like)"} < set(
         number["methods"])
@@ -234,7 +283,7 @@ def test_the_evidence_of_a_model_in_small(build, engine, small, tmp_path):
                        "run": {"wall_seconds": 60, "cpu_seconds": 30, "cores": 2, "resumed": False},
                        "small_model": found | {"calibration_text": "a", "test_text": "b",
                                                "trained": [256, 2048]}}, ["picture.png"])
-    assert "Not measured by this run" not in report
+    assert "Not measured by this run" not in report and "not measured yet" not in report
     assert "| inside | code | 1 | 0.00 (1) | KL |" in report and "(picture.png)" in report
     # 4 sinks and 16 rows of the window are inside the budget.
     assert "| inside | code | 20 | 20 |" in report

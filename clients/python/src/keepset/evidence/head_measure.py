@@ -131,10 +131,13 @@ def summarize(outcomes: Sequence[dict], budgets: Sequence[int], floor: float = F
                     [one["methods"][OTHERS][key][field] for one in held], values, strata)
                 if all(OTHERS in one["methods"] for one in held) else None,
                 "by_prompt": [round(one, 4) for one in values],
-                "predicted": [one["methods"][name][key]["predicted"] for one in held]
-                if field == "share" else []}
+                # null: as with the full cache.
+                "predicted": [one["methods"][name][key]["predicted"] for one in held]}
     rows["lengths_of_prompts"] = [one["length"] for one in good]
     rows["seeds_of_prompts"] = [one["seed"] for one in good]
+    # Where the full cache is exact, its prediction is the answer.
+    rows["full_of_prompts"] = [{"exact": one["full"]["share"], "predicted": one["full"]["predicted"]}
+                               for one in good]
     return rows
 
 

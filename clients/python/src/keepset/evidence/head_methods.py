@@ -26,9 +26,11 @@ PLAIN = ("streaming_llm", "random", "knorm", "tova", "snapkv")
 OURS, OTHERS, SHUFFLED = "observation_heads", "observation_heads, other tasks", "shuffled"
 # As many observations as asked for, chosen by recall alone.
 OTHERS_FIXED = "observation_heads, other tasks, fixed number"
+# Tells what the choice of heads gives apart from that of rows, pooling and dilation.
+UNCHOSEN = "all heads, pooled and dilated as the table"
 UNIFORM = "compilerkv uniform"
 # Methods of ours: not what ours is compared with.
-OWN = (OURS, OTHERS, OTHERS_FIXED, SHUFFLED)
+OWN = (OURS, OTHERS, OTHERS_FIXED, SHUFFLED, UNCHOSEN)
 
 # One with an attribute `identity` is measured again when that changes.
 Run = Callable[[HeadPrompt, int], list]
@@ -66,6 +68,22 @@ def shuffled(table: bytes, seed: int = 0) -> bytes:
     document["provenance"] = {"source": "hand-written"}
     document["observation_heads"].pop("risk", None)
     tensors["heads"] = heads
+    return safetensors.numpy.save(tensors, metadata={"keepset": json.dumps(document)})
+
+
+def unchosen(table: bytes) -> bytes:
+    """Every head of the model alike, by each of the rows that the table has; all else is the table's."""
+    tensors = safetensors.numpy.load(table)
+    document = with_curve(table, None, name="unchosen")[1]
+    model = document["model"]
+    every = [(layer, head, way) for way in sorted(set(map(int, tensors["rows"])))
+             for layer in range(model["num_layers"])
+             for head in range(model["num_kv_heads" if way == KEY_NOVELTY else "num_qo_heads"])]
+    document["provenance"] = {"source": "hand-written"}
+    document["observation_heads"].pop("risk", None)
+    layers, heads, ways = np.array(every, np.int32).T
+    tensors |= {"heads": np.stack([layers, heads], 1), "rows": ways.copy(),
+                "weights": np.ones(len(every), np.float32)}
     return safetensors.numpy.save(tensors, metadata={"keepset": json.dumps(document)})
 
 

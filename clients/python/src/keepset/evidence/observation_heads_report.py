@@ -7,7 +7,15 @@ from collections.abc import Iterator, Sequence
 
 from keepset.evidence.head_compilerkv import COMPILED
 from keepset.evidence.head_measure import FEWEST
-from keepset.evidence.head_methods import OTHERS, OTHERS_FIXED, OURS, OWN, SHUFFLED, UNIFORM
+from keepset.evidence.head_methods import (
+    OTHERS,
+    OTHERS_FIXED,
+    OURS,
+    OWN,
+    SHUFFLED,
+    UNCHOSEN,
+    UNIFORM,
+)
 from keepset.evidence.head_ways_report import ways_section
 
 _COLUMNS = {
@@ -49,7 +57,8 @@ def markdown(found: dict, pictures: Sequence[str]) -> str:
         "",
         f"Written by `{found['command']}` (`make evidence-heads`) with libkeepset "
         f"{found['versions']['keepset']}, backend {found['versions']['backend']}, numpy "
-        f"{found['versions']['numpy']}. Raw predictions: `observation_heads.json`. What a table of this "
+        f"{found['versions']['numpy']}. Raw predictions: `observation_heads.json`, "
+        "null where they are the full cache's, which stand beside them as `full_of_prompts`. What a table of this "
         "kind is: [docs/observation-heads.md](../observation-heads.md).",
         "",
         _cost(found["run"]),
@@ -146,7 +155,7 @@ def _short(parts: Sequence[tuple[str, dict]]) -> Iterator[str]:
                 if not cells:
                     continue
                 rivals = ["best other", "snapkv", "tova", UNIFORM, COMPILED, "keydiff, per head",
-                          SHUFFLED]
+                          SHUFFLED, UNCHOSEN]
                 if column == "agnostic":
                     rivals.insert(5, "expected attention, per head")
                 for rival in rivals:
@@ -194,7 +203,8 @@ def _part(title: str, part: dict, pictures: Sequence[str], kept: dict[str, dict]
            f"{part['test_seeds'][0]}). `{OURS}` is "
            f"compiled on all tasks of its column that the full cache answers; `{OTHERS}` without a "
            f"prompt of the tested task; `{SHUFFLED}` carries the same weights on heads drawn anew for "
-           "each seed. The first 4 positions, the last window and the question stay for every method, "
+           f"each seed; `{UNCHOSEN}` has every head of the model alike, by the rows, pooling and dilation of the "
+           f"table of all tasks{_unmeasured(part)}. The first 4 positions, the last window and the question stay for every method, "
            "inside the budget. Per-head methods keep their own set in every KV head. The methods "
            "called DuoAttention-like and RazorAttention-like give the bytes of the budget to chosen KV "
            "heads in full; neither the former's trained gates nor the latter's compensation token are "
@@ -223,6 +233,12 @@ def _part(title: str, part: dict, pictures: Sequence[str], kept: dict[str, dict]
     yield from _tables(part)
     yield from ways_section(part)
     yield from _risk(part, pictures)
+
+
+def _unmeasured(part: dict) -> str:
+    measured = any(UNCHOSEN in rows["methods"] for column in part["columns"].values()
+                   for rows in column["tasks"].values())
+    return "" if measured else " (not measured yet)"
 
 
 def _other_budgets(part: dict) -> str:
