@@ -237,11 +237,11 @@ template <DType kType, int kColumns, typename Simt>
 KEEPSET_KERNEL_BODY inline void QueueProduct(const Simt& simt, const std::byte* a, int a_rows,
                                              const std::byte* b, int b_rows, int num_spans,
                                              float (&d)[kColumns / 2]) {
-  constexpr int kRowUnits = kSpanBytes >> 4;
+  constexpr uint64_t kRowUnits = kSpanBytes >> 4;
   const uint64_t a_first = OperandDescriptor(simt, a);
   const uint64_t b_first = OperandDescriptor(simt, b);
-  const auto a_span = static_cast<uint64_t>(a_rows * kRowUnits);
-  const auto b_span = static_cast<uint64_t>(b_rows * kRowUnits);
+  const auto a_span = static_cast<uint64_t>(a_rows) * kRowUnits;
+  const auto b_span = static_cast<uint64_t>(b_rows) * kRowUnits;
   if (num_spans == 2) {
     QueueSpans<kType, kColumns, 2>(simt, a_first, a_span, b_first, b_span, num_spans, d);
   } else if (num_spans == 1) {
