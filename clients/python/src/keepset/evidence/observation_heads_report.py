@@ -7,15 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from keepset.evidence.head_compilerkv import COMPILED
 from keepset.evidence.head_measure import FEWEST
-from keepset.evidence.head_methods import (
-    OTHERS,
-    OTHERS_FIXED,
-    OURS,
-    OWN,
-    SHUFFLED,
-    UNCHOSEN,
-    UNIFORM,
-)
+from keepset.evidence.head_methods import OTHERS, OTHERS_FIXED, OURS, OWN, SHUFFLED, UNCHOSEN, UNIFORM
 from keepset.evidence.head_ways_report import ways_section
 
 _COLUMNS = {
