@@ -14,6 +14,7 @@
 #include "base/status_macros.h"
 #include "engine/operation.h"
 #include "engine/spec_check.h"
+#include "kernels/writable_view.h"
 
 namespace keepset::engine {
 namespace {
@@ -22,23 +23,6 @@ constexpr int64_t kPageTokens = 16;
 // Tensors that nobody has lie apart from each other, above what a process can address.
 constexpr uintptr_t kFirstTensor = uintptr_t{1} << 58;
 constexpr uintptr_t kTensorBytes = uintptr_t{1} << 44;
-
-template <typename View>
-kernels::MutableKvView Writable(const View& view, std::byte* data) {
-  kernels::MutableKvView to;
-  to.data = data;
-  to.size_bytes = view.size_bytes;
-  to.dtype = view.dtype;
-  to.num_kv_heads = view.num_kv_heads;
-  to.seq_len = view.seq_len;
-  to.head_dim = view.head_dim;
-  to.head_stride = view.head_stride;
-  to.token_stride = view.token_stride;
-  to.block_size = view.block_size;
-  to.block_stride = view.block_stride;
-  to.block_table = view.block_table;
-  return to;
-}
 
 // What the layers of one operation bring and where their rows go. `spec` has been checked, and
 // outlives it.
@@ -60,14 +44,16 @@ class Tensors {
   std::vector<LayerGather> Gathers() {
     std::vector<LayerGather> gathers;
     for (int64_t layer = 0; layer < num_layers(); ++layer) {
-      gathers.push_back({layer, k_, v_, Writable(k_, Next()), Writable(v_, Next())});
+      gathers.push_back(
+          {layer, k_, v_, kernels::WritableLike(k_, Next()), kernels::WritableLike(v_, Next())});
     }
     return gathers;
   }
   std::vector<LayerInPlace> Moves() {
     std::vector<LayerInPlace> moves;
     for (int64_t layer = 0; layer < num_layers(); ++layer) {
-      moves.push_back({layer, Writable(k_, Next()), Writable(v_, Next())});
+      moves.push_back(
+          {layer, kernels::WritableLike(k_, Next()), kernels::WritableLike(v_, Next())});
     }
     return moves;
   }

@@ -16,6 +16,7 @@
 #include "gtest/gtest.h"
 #include "kernels/backend_registry.h"
 #include "kernels/cuda/region_pieces.h"
+#include "kernels/writable_view.h"
 #include "tests/engine/run_operation.h"
 #include "tests/kernels/cuda/cublas_fixture.h"
 #include "tests/kernels/cuda/cuda_fixture.h"
@@ -56,22 +57,6 @@ constexpr fakes::PromptShape Shape(KvLayout layout, DType dtype, int64_t num_kv_
 }
 
 constexpr fakes::PromptShape kPagedBf16 = Shape(KvLayout::kPaged, DType::kBF16, 2, 119);
-
-MutableKvView Writable(const KvView& view, std::byte* data) {
-  MutableKvView to;
-  to.data = data;
-  to.size_bytes = view.size_bytes;
-  to.dtype = view.dtype;
-  to.num_kv_heads = view.num_kv_heads;
-  to.seq_len = view.seq_len;
-  to.head_dim = view.head_dim;
-  to.head_stride = view.head_stride;
-  to.token_stride = view.token_stride;
-  to.block_size = view.block_size;
-  to.block_stride = view.block_stride;
-  to.block_table = view.block_table;
-  return to;
-}
 
 // Operations whose inputs and destinations all lie in device memory.
 class Workload {
@@ -165,7 +150,7 @@ class Workload {
       const auto copy = [&](const KvView& view) {
         copies.push_back(std::make_unique<DeviceBytes>(
             std::vector<std::byte>(view.data, view.data + view.size_bytes)));
-        return Writable(view, copies.back()->data());
+        return WritableLike(view, copies.back()->data());
       };
       const KvView& k = layer.observation.k;
       const KvView& v = layer.observation.v;

@@ -47,6 +47,12 @@ class CudaOwnedMemory : public ::testing::Test {
                                      const std::string& device_uuid = kFakeDeviceUuid) {
     return transport_->Create(length, device_uuid);
   }
+  // Takes the transport.
+  std::unique_ptr<SessionManager> Sessions(const SessionLimits& limits) {
+    std::vector<std::unique_ptr<MemoryTransport>> transports;
+    transports.push_back(std::move(transport_));
+    return SessionManager::New(limits, std::move(transports), SystemClock(), nullptr);
+  }
 
   std::unique_ptr<MemoryTransport> transport_;
 };
@@ -158,11 +164,9 @@ TEST_P(CudaOwned, WithoutADeviceItIsRefused) {
 }
 
 TEST_P(CudaOwned, OnADeviceThatNoOperationUsesNothingIsMade) {
-  std::vector<std::unique_ptr<MemoryTransport>> transports;
-  transports.push_back(std::move(transport_));
   SessionLimits limits;
   limits.owned_device_uuid = kFakeDeviceUuid;
-  const auto sessions = SessionManager::New(limits, std::move(transports), SystemClock(), nullptr);
+  const auto sessions = Sessions(limits);
   const auto session = sessions->OpenSession(testing::ArgsOf('a'));
   ASSERT_TRUE(session.ok());
   const auto allocate = [&](const std::string& uuid) {
@@ -180,11 +184,9 @@ TEST_P(CudaOwned, OnADeviceThatNoOperationUsesNothingIsMade) {
 }
 
 TEST_P(CudaOwned, TheDeviceOfOperationsMayBeNamedAsTheToolsNameAnInstance) {
-  std::vector<std::unique_ptr<MemoryTransport>> transports;
-  transports.push_back(std::move(transport_));
   SessionLimits limits;
   limits.owned_device_uuid = kFakeDeviceUuid;
-  const auto sessions = SessionManager::New(limits, std::move(transports), SystemClock(), nullptr);
+  const auto sessions = Sessions(limits);
   const auto session = sessions->OpenSession(testing::ArgsOf('a'));
   ASSERT_TRUE(session.ok());
   const std::string instance = "MIG-" + std::string(kFakeDeviceUuid).substr(4);
@@ -193,9 +195,7 @@ TEST_P(CudaOwned, TheDeviceOfOperationsMayBeNamedAsTheToolsNameAnInstance) {
 }
 
 TEST_P(CudaOwned, MemoryIsQuarantinedUntilTheWorkersWord) {
-  std::vector<std::unique_ptr<MemoryTransport>> transports;
-  transports.push_back(std::move(transport_));
-  const auto sessions = SessionManager::New({}, std::move(transports), SystemClock(), nullptr);
+  const auto sessions = Sessions({});
   const auto session = sessions->OpenSession(testing::ArgsOf('a'));
   ASSERT_TRUE(session.ok());
   const auto region = sessions->AllocateRegion(session->session_id, "out", GetParam(), kGranule + 1,
