@@ -43,7 +43,8 @@ typedef enum keepset_status {
   KEEPSET_OUT_OF_RANGE = 11,
   KEEPSET_UNIMPLEMENTED = 12,
   KEEPSET_INTERNAL = 13,
-  KEEPSET_UNAVAILABLE = 14
+  KEEPSET_UNAVAILABLE = 14,
+  KEEPSET_DATA_LOSS = 15
 } keepset_status;
 
 typedef enum keepset_dtype { KEEPSET_F32 = 1, KEEPSET_F16 = 2, KEEPSET_BF16 = 3 } keepset_dtype;
@@ -262,8 +263,9 @@ typedef struct keepset_operation_spec {
    */
   void* cuda_stream;
   /* 1: an operation for which there is no device memory ends with outcome kept_full, reason shed,
-   * not with KEEPSET_RESOURCE_EXHAUSTED; a gather still ends so, and has moved nothing. struct_size
-   * may end before. */
+   * not with KEEPSET_RESOURCE_EXHAUSTED. A gather still ends so; the caller's cache is whole, and
+   * the result is kept_full, reason shed, from then on, unless rows of another layer have moved in
+   * place. struct_size may end before. */
   int32_t keep_full_on_short_memory;
   int32_t reserved;
 } keepset_operation_spec;
@@ -312,14 +314,17 @@ keepset_status keepset_operation_observe_layers(
     const keepset_layer_observation* const* observations, size_t num_layers);
 /* The result belongs to the operation. */
 keepset_status keepset_operation_finish(keepset_operation* operation, const keepset_result** out);
-/* Moves the kept rows of one layer, bit for bit. */
+/* Moves the kept rows of one layer, bit for bit; k and v stay as they are. When the device fails,
+ * and where keep_full_on_short_memory says so, an error makes the result kept_full: read it again.
+ * What was borrowed of it before stays valid until the operation is destroyed. */
 keepset_status keepset_operation_gather(keepset_operation* operation, int64_t layer,
                                         const keepset_kv_view* k, const keepset_kv_view* v,
                                         const keepset_kv_view* out_k, const keepset_kv_view* out_v);
 /* The same within k and v: kept rows move to the front, rows behind them stay; nothing moves with
  * outcome kept_full. k and v must not share bytes. KEEPSET_INVALID_ARGUMENT,
  * KEEPSET_FAILED_PRECONDITION and KEEPSET_RESOURCE_EXHAUSTED: nothing of the layer has moved; after
- * any other error the layer's cache is lost. */
+ * any other error the layer's cache is lost. Once rows of a layer have moved, no error makes the
+ * result kept_full. */
 keepset_status keepset_operation_gather_in_place(keepset_operation* operation, int64_t layer,
                                                  const keepset_kv_view* k,
                                                  const keepset_kv_view* v);

@@ -1,5 +1,6 @@
 #include "engine/kept_rows.h"
 
+#include <new>
 #include <string>
 #include <utility>
 
@@ -69,14 +70,20 @@ absl::Status KeptRows::ReserveInPlace(absl::Span<const LayerInPlace> layers) con
   return backend_.ReserveCompaction(*plan_.op_context, tasks);
 }
 
-absl::Status KeptRows::GatherInPlace(const LayerInPlace& one) const {
-  // Before K has moved, whatever V needs.
-  KEEPSET_RETURN_IF_ERROR(ReserveInPlace(absl::MakeConstSpan(&one, 1)));
-  const std::string where = InPlaceName(one.layer);
+absl::Status KeptRows::MoveInPlace(const LayerInPlace& one) const {
+  const std::string k = InPlaceName(one.layer) + "k";
+  const std::string v = InPlaceName(one.layer) + "v";
   const std::vector<absl::Span<const int32_t>> sets = SetsOf(one.layer);
-  KEEPSET_RETURN_IF_ERROR(
-      kernels::NamedBy(where + "k", backend_.CompactRows(*plan_.op_context, sets, one.k)));
-  return kernels::NamedBy(where + "v", backend_.CompactRows(*plan_.op_context, sets, one.v));
+  // Made while there is memory.
+  absl::Status lost = absl::DataLossError(absl::StrCat(
+      InPlaceName(one.layer), "k and v: out of memory while rows moved, compute them again"));
+  try {
+    KEEPSET_RETURN_IF_ERROR(
+        kernels::NamedBy(k, backend_.CompactRows(*plan_.op_context, sets, one.k)));
+    return kernels::NamedBy(v, backend_.CompactRows(*plan_.op_context, sets, one.v));
+  } catch (const std::bad_alloc&) {
+    return lost;
+  }
 }
 
 absl::Status KeptRows::CheckTensorInPlace(const kernels::MutableKvView& view, int64_t head_dim,

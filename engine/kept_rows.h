@@ -27,10 +27,10 @@ class KeptRows {
 
   // Whether views fit the model. InvalidArgument.
   absl::Status CheckInPlace(const LayerInPlace& one) const;
-  // Takes what GatherInPlace of checked layers needs of the backend's memory.
+  // Takes what MoveInPlace of checked layers needs of the backend's memory.
   absl::Status ReserveInPlace(absl::Span<const LayerInPlace> layers) const;
-  // Of a checked layer. Nothing has moved after ResourceExhausted.
-  absl::Status GatherInPlace(const LayerInPlace& one) const;
+  // Of a reserved layer. After any error its K and V may be half moved.
+  absl::Status MoveInPlace(const LayerInPlace& one) const;
 
  private:
   absl::Status CheckTensorInPlace(const kernels::MutableKvView& view, int64_t head_dim,

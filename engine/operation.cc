@@ -137,10 +137,12 @@ class OperationImpl final : public Operation {
   }
 
   const OperationResult& FinishKeptFull(Reason reason) override {
-    // A device that fails in the gather, or has no memory for it, takes back what was decided.
-    const bool takes_back =
-        reason == Reason::kDeviceFault || (reason == Reason::kShed && short_of_memory_);
+    // A device that fails in the gather, or has no memory for it, takes back what was decided. Rows
+    // that have moved in place are not to be taken back.
+    const bool takes_back = !has_moved_in_place_ && (reason == Reason::kDeviceFault ||
+                                                     (reason == Reason::kShed && short_of_memory_));
     if (finished_ && !takes_back) return result_;
+    // First of all: without memory for it the result stays as it was.
     std::vector<int32_t> everything(seq_len());
     std::iota(everything.begin(), everything.end(), 0);
     const int64_t sets = plan_.scope == Scope::kKvHead ? spec().model.num_kv_heads : 1;
@@ -148,10 +150,19 @@ class OperationImpl final : public Operation {
     full.keep_indices.assign(sets, everything);
     full.candidates.assign(sets, 0);
     full.filled.assign(sets, 0);
-    result_.layers.assign(num_layers(), full);
+    std::vector<LayerResult> layers(num_layers(), full);
+    // A caller of keepset.h may still read it.
+    if (finished_) superseded_.push_back(std::move(result_.layers));
+    OperationResult kept_full;
+    kept_full.layers = std::move(layers);
+    kept_full.times.gather = result_.times.gather;
+    result_ = std::move(kept_full);
     result_.outcome = spec().mode == Mode::kShadow ? Outcome::kShadow : Outcome::kKeptFull;
     result_.reason = reason;
     Describe();
+    // Nothing lies outside of everything.
+    result_.outside_mass.reset();
+    result_.predicted_miss_rate.reset();
     return result_;
   }
 
@@ -174,7 +185,7 @@ class OperationImpl final : public Operation {
   absl::Status GatherLayers(absl::Span<const LayerGather> layers) override {
     const absl::Duration start = clock_.Monotonic();
     for (const LayerGather& one : layers) KEEPSET_RETURN_IF_ERROR(CheckGatherMode(one.layer));
-    const absl::Status gathered = kept_rows_.Gather(layers);
+    const absl::Status gathered = Caught([&] { return kept_rows_.Gather(layers); });
     KeepsFullFor(gathered);
     KEEPSET_RETURN_IF_ERROR(gathered);
     result_.times.gather += clock_.Monotonic() - start;
@@ -186,9 +197,7 @@ class OperationImpl final : public Operation {
   absl::Status ReserveInPlace(absl::Span<const LayerInPlace> layers) override {
     KEEPSET_RETURN_IF_ERROR(CheckInPlace(layers));
     if (result_.outcome == Outcome::kKeptFull) return absl::OkStatus();
-    absl::Status reserved = kept_rows_.ReserveInPlace(layers);
-    KeepsFullFor(reserved);
-    return reserved;
+    return Reserve(layers);
   }
 
   absl::Status GatherInPlace(int64_t layer, const kernels::MutableKvView& k,
@@ -198,7 +207,10 @@ class OperationImpl final : public Operation {
     // Whole already.
     if (result_.outcome == Outcome::kKeptFull) return absl::OkStatus();
     const absl::Duration start = clock_.Monotonic();
-    KEEPSET_RETURN_IF_ERROR(kept_rows_.GatherInPlace(one));
+    // Before K has moved, whatever V needs.
+    KEEPSET_RETURN_IF_ERROR(Reserve(absl::MakeConstSpan(&one, 1)));
+    has_moved_in_place_ = true;
+    KEEPSET_RETURN_IF_ERROR(kept_rows_.MoveInPlace(one));
     result_.times.gather += clock_.Monotonic() - start;
     return absl::OkStatus();
   }
@@ -275,6 +287,22 @@ class OperationImpl final : public Operation {
     if (!absl::IsResourceExhausted(status)) return false;
     short_of_memory_ = true;
     return true;
+  }
+
+  // What `call` throws for want of memory is a status: it says whether the cache is whole.
+  template <typename Call>
+  static absl::Status Caught(const Call& call) {
+    try {
+      return call();
+    } catch (const std::bad_alloc&) {
+      return absl::ResourceExhaustedError("gather: out of memory");
+    }
+  }
+
+  absl::Status Reserve(absl::Span<const LayerInPlace> layers) {
+    absl::Status reserved = Caught([&] { return kept_rows_.ReserveInPlace(layers); });
+    KeepsFullFor(reserved);
+    return reserved;
   }
 
   bool DeviceWorks() const { return backend_.Health().ok(); }
@@ -389,9 +417,11 @@ class OperationImpl final : public Operation {
   bool deadline_passed_ = false;
   bool short_of_memory_ = false;
   bool finished_ = false;
+  bool has_moved_in_place_ = false;
   absl::Status finish_status_;
   int64_t next_layer_ = 0;
   OperationResult result_;
+  std::vector<std::vector<LayerResult>> superseded_;  // of results that were taken back
   const KeptRows kept_rows_{plan_, result_.layers, backend_};
   std::unique_ptr<OperationImpl> shadow_;
   bool shadow_shares_ = false;  // what is worked out of the layers of one call

@@ -72,7 +72,8 @@ class Operation {
                               const kernels::MutableKvView& out_v) = 0;
 
   // With OnShortMemory::kKeepFull: whether the backend had no memory for this operation. When that
-  // was in a Gather or in ReserveInPlace, FinishKeptFull(shed) replaces the result.
+  // was in a Gather or in ReserveInPlace, FinishKeptFull(shed) replaces the result, unless rows of
+  // a layer have moved in place.
   virtual bool is_short_of_memory() const = 0;
 
   // Takes what GatherInPlace of any of `layers` needs of the backend's memory, until the operation
@@ -82,8 +83,8 @@ class Operation {
 
   // The same within the worker's own tensors: kept rows move to the front, rows behind them stay.
   // InvalidArgument, FailedPrecondition and ResourceExhausted, which layers of ReserveInPlace do
-  // not end with: nothing of the layer has moved. After any other error K and V of the layer may be
-  // half moved: the worker's cache is lost.
+  // not end with: nothing of the layer has moved. After any other error, DataLoss for one, K and V
+  // of the layer may be half moved: the worker's cache is lost.
   virtual absl::Status GatherInPlace(int64_t layer, const kernels::MutableKvView& k,
                                      const kernels::MutableKvView& v) = 0;
 
@@ -98,7 +99,8 @@ class Operation {
 
   // The answer when somebody else decides not to compress (load shedding, a device fault): every
   // position of every layer. Ends the operation. Of a finished operation only device_fault
-  // replaces the result, and shed where memory was short.
+  // replaces the result, and shed where memory was short; neither when rows have moved in place.
+  // Arrays of a replaced result live as long as the operation.
   virtual const OperationResult& FinishKeptFull(Reason reason) = 0;
 };
 

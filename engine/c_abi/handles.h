@@ -46,7 +46,9 @@ struct keepset_result {
 
 struct keepset_operation {
   std::unique_ptr<keepset::engine::Operation> operation;
+  const keepset::kernels::ComputeBackend* backend = nullptr;  // the engine's
   keepset_result result;
+  std::string superseded_json;  // of a result that was taken back: callers may still read it
 };
 
 struct keepset_capture {
@@ -63,17 +65,23 @@ namespace keepset::engine {
 // Records this thread's last error and returns its code.
 keepset_status ReportStatus(const absl::Status& status);
 
-// Runs `call`, a callable returning absl::Status, and reports what came of it. What libraries throw
-// (no memory, above all) must not cross into C.
+// What came of `call`, a callable returning absl::Status. What libraries throw (no memory, above
+// all) must not cross into C.
+template <typename Call>
+absl::Status StatusOf(const Call& call) {
+  try {
+    return call();
+  } catch (const std::bad_alloc&) {
+    return absl::ResourceExhaustedError("out of memory");
+  } catch (const std::exception& error) {
+    return absl::InternalError(error.what());
+  }
+}
+
+// Runs `call` and reports what came of it.
 template <typename Call>
 keepset_status Guard(const Call& call) {
-  try {
-    return ReportStatus(call());
-  } catch (const std::bad_alloc&) {
-    return ReportStatus(absl::ResourceExhaustedError("out of memory"));
-  } catch (const std::exception& error) {
-    return ReportStatus(absl::InternalError(error.what()));
-  }
+  return ReportStatus(StatusOf(call));
 }
 
 // keepset_operation_spec of the first callers ends here.

@@ -179,10 +179,38 @@ absl::StatusOr<DeviceBytesOptions> ToOptions(const keepset_device_bytes_options*
   return options;
 }
 
+// Where a gather left the caller's cache whole and the operation is to end so, the result says
+// kept_full from now on: nobody reads "compressed" of rows that are nowhere.
+absl::Status TakeBack(keepset_operation& operation) {
+  if (operation.result.result->outcome != Outcome::kCompressed) return absl::OkStatus();
+  if (!operation.backend->Health().ok()) {
+    operation.operation->FinishKeptFull(Reason::kDeviceFault);
+  } else if (operation.operation->is_short_of_memory()) {
+    operation.operation->FinishKeptFull(Reason::kShed);
+  }
+  if (operation.result.result->outcome == Outcome::kCompressed) return absl::OkStatus();
+  operation.superseded_json.swap(operation.result.json);
+  // Finish makes it where there is no memory for it now.
+  operation.result.json.clear();
+  operation.result.json = ResultJson(*operation.result.result);
+  return absl::OkStatus();
+}
+
+// Guard of a call that moves rows.
+template <typename Call>
+keepset_status GuardMove(keepset_operation* operation, const Call& call) {
+  const absl::Status status = StatusOf(call);
+  if (!status.ok() && operation != nullptr && operation->result.result != nullptr) {
+    StatusOf([operation] { return TakeBack(*operation); }).IgnoreError();
+  }
+  return ReportStatus(status);
+}
+
 }  // namespace
 }  // namespace keepset::engine
 
 using ::keepset::engine::Guard;
+using ::keepset::engine::GuardMove;
 using ::keepset::engine::kLeastSpecBytes;
 using ::keepset::engine::ReadGather;
 using ::keepset::engine::ReadInPlace;
@@ -206,6 +234,7 @@ keepset_status keepset_operation_begin(keepset_engine* engine, const keepset_ope
     KEEPSET_ASSIGN_OR_RETURN(operation->operation, keepset::engine::Operation::Begin(
                                                        std::move(converted), *engine->policies,
                                                        *engine->backend, keepset::SystemClock()));
+    operation->backend = engine->backend.get();
     *out = operation.release();
     return absl::OkStatus();
   });
@@ -299,7 +328,7 @@ keepset_status keepset_operation_gather(keepset_operation* operation, int64_t la
                                         const keepset_kv_view* k, const keepset_kv_view* v,
                                         const keepset_kv_view* out_k,
                                         const keepset_kv_view* out_v) {
-  return Guard([&]() -> absl::Status {
+  return GuardMove(operation, [&]() -> absl::Status {
     KEEPSET_RETURN_IF_ERROR(RequirePointer(operation, "operation"));
     KEEPSET_ASSIGN_OR_RETURN(const keepset::engine::LayerGather gather,
                              ReadGather(layer, k, v, out_k, out_v));
@@ -310,7 +339,7 @@ keepset_status keepset_operation_gather(keepset_operation* operation, int64_t la
 keepset_status keepset_operation_gather_layers(keepset_operation* operation,
                                                const keepset_layer_gather* const* layers,
                                                size_t num_layers) {
-  return Guard([&]() -> absl::Status {
+  return GuardMove(operation, [&]() -> absl::Status {
     KEEPSET_RETURN_IF_ERROR(RequirePointer(operation, "operation"));
     KEEPSET_RETURN_IF_ERROR(RequirePointer(layers, "layers"));
     std::vector<keepset::engine::LayerGather> gathers;
@@ -328,7 +357,7 @@ keepset_status keepset_operation_gather_layers(keepset_operation* operation,
 keepset_status keepset_operation_gather_in_place(keepset_operation* operation, int64_t layer,
                                                  const keepset_kv_view* k,
                                                  const keepset_kv_view* v) {
-  return Guard([&]() -> absl::Status {
+  return GuardMove(operation, [&]() -> absl::Status {
     KEEPSET_RETURN_IF_ERROR(RequirePointer(operation, "operation"));
     KEEPSET_ASSIGN_OR_RETURN(const keepset::engine::LayerInPlace one, ReadInPlace(layer, k, v));
     return operation->operation->GatherInPlace(layer, one.k, one.v);
@@ -338,7 +367,7 @@ keepset_status keepset_operation_gather_in_place(keepset_operation* operation, i
 keepset_status keepset_operation_reserve_in_place(keepset_operation* operation,
                                                   const keepset_layer_in_place* const* layers,
                                                   size_t num_layers) {
-  return Guard([&]() -> absl::Status {
+  return GuardMove(operation, [&]() -> absl::Status {
     KEEPSET_RETURN_IF_ERROR(RequirePointer(operation, "operation"));
     KEEPSET_RETURN_IF_ERROR(RequirePointer(layers, "layers"));
     std::vector<keepset::engine::LayerInPlace> moves;

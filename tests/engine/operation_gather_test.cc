@@ -1,12 +1,16 @@
 // What an operation moves after its decision.
 #include <cstddef>
 #include <cstdint>
+#include <string>
+#include <utility>
 #include <vector>
 
 #include "engine/operation.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
+#include "kernels/backend_registry.h"
 #include "tests/engine/operation_fixture.h"
+#include "tests/fakes/gated_backend.h"
 
 namespace keepset::engine {
 namespace {
@@ -105,6 +109,32 @@ TEST_F(OperationGather, GatherInPlaceOfOtherShapesIsRefused) {
   const absl::Status status = operation->GatherInPlace(0, in_k, in_v);
   EXPECT_EQ(status.message(), "layer 0: gather in place of v: seq_len=95, want 96");
   EXPECT_EQ(k, before);
+}
+
+// What was said of the decision is not said of the cache as it is, nor anything twice.
+TEST_F(OperationGather, AResultThatIsTakenBackSaysNothingOfTheDecision) {
+  OperationSpec spec = Spec("compilerkv", 10);
+  fakes::TableSample sample;
+  sample.ppl_edges = {5.0f, 10.0f, 30.0f};
+  spec.table = fakes::MakeTable(prompt_.model(), sample);
+  spec.parameters = {{"missing_ppl", "median"}};
+  spec.on_short_memory = OnShortMemory::kKeepFull;
+  fakes::Gate gate;
+  fakes::GatedBackend backend(std::move(*kernels::NewBackend("cpu", {.num_threads = 1})), gate);
+  auto operation = *Operation::Begin(spec, bench_.policies(), backend, bench_.clock());
+  for (int64_t layer = 0; layer < 3; ++layer) ASSERT_TRUE(Observe(*operation, layer).ok());
+  const OperationResult decided = **operation->Finish();
+  ASSERT_TRUE(decided.has_candidates);
+  gate.FailReservations(absl::ResourceExhaustedError("none"));
+  std::vector<float> k;
+  std::vector<float> v;
+  EXPECT_FALSE(operation->ReserveInPlace({{0, Cache(k), Cache(v)}}).ok());
+  const OperationResult& full = operation->FinishKeptFull(Reason::kShed);
+  EXPECT_EQ(full.reason, Reason::kShed);
+  EXPECT_EQ(full.defaulted_inputs, std::vector<std::string>{"ppl"});
+  EXPECT_EQ(full.relaxed, decided.relaxed);
+  EXPECT_FALSE(full.has_candidates);
+  EXPECT_EQ(full.bytes_after, full.bytes_before);
 }
 
 TEST_F(OperationGather, GatherBeforeFinishIsRefused) {

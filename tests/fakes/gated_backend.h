@@ -44,13 +44,27 @@ class Gate {
   }
   // Compaction `number` of a tensor, counted from 0, fails with `status`.
   void FailCompaction(int number, absl::Status status) {
+    AnswerCompaction(number, [status = std::move(status)] { return status; });
+  }
+  // It ends as `answer` does, which may throw.
+  void AnswerCompaction(int number, std::function<absl::Status()> answer) {
     absl::MutexLock lock(&mutex_);
     compactions_left_ = number;
-    compaction_failure_ = std::move(status);
+    compaction_answer_ = std::move(answer);
   }
   absl::Status Compact() {
     absl::MutexLock lock(&mutex_);
-    return compactions_left_-- == 0 ? compaction_failure_ : absl::OkStatus();
+    return compactions_left_-- == 0 ? compaction_answer_() : absl::OkStatus();
+  }
+  // The same of gathers to other memory.
+  void AnswerGather(int number, std::function<absl::Status()> answer) {
+    absl::MutexLock lock(&mutex_);
+    gathers_left_ = number;
+    gather_answer_ = std::move(answer);
+  }
+  absl::Status Gather() {
+    absl::MutexLock lock(&mutex_);
+    return gathers_left_-- == 0 ? gather_answer_() : absl::OkStatus();
   }
   // Reservations for compactions fail with `status` from now on.
   void FailReservations(absl::Status status) {
@@ -102,7 +116,9 @@ class Gate {
   std::function<void()> throw_ ABSL_GUARDED_BY(mutex_);
   int compactions_left_ ABSL_GUARDED_BY(mutex_) = -1;
   absl::Status reservation_failure_ ABSL_GUARDED_BY(mutex_);
-  absl::Status compaction_failure_ ABSL_GUARDED_BY(mutex_);
+  std::function<absl::Status()> compaction_answer_ ABSL_GUARDED_BY(mutex_);
+  int gathers_left_ ABSL_GUARDED_BY(mutex_) = -1;
+  std::function<absl::Status()> gather_answer_ ABSL_GUARDED_BY(mutex_);
   std::vector<size_t> layers_ ABSL_GUARDED_BY(mutex_);
 };
 
@@ -199,6 +215,7 @@ class GatedBackend : public kernels::ComputeBackend {
   absl::Status GatherRows(kernels::OpContext& context, const kernels::KvView& in,
                           absl::Span<const absl::Span<const int32_t>> keep_indices,
                           const kernels::MutableKvView& out) override {
+    if (absl::Status status = gate_.Gather(); !status.ok()) return status;
     return inner_->GatherRows(context, in, keep_indices, out);
   }
   absl::Status ReserveCompaction(kernels::OpContext& context,
