@@ -36,13 +36,16 @@ class NormStream {
   KEEPSET_KERNEL_BODY void Run(const Simt& simt, const WindowParams& p) const {
     const int first = simt.warp() - 1;
     const int tiles = (segment_.num_tiles - first + kGroupWarps - 2) / (kGroupWarps - 1);
-    if (StreamTiles(simt, tiles)) return;
-    for (int i = 0; i < tiles; ++i) {
-      const int token = Token(simt, i);
+    // A norm is stored once: which of two lanes stored last would not be defined.
+    int done = StreamTiles(simt, tiles);
+    while (done < tiles * kColumnTokens) {
+      const int in_tile = done % kColumnTokens;
+      const int token = Token(simt, done / kColumnTokens) + in_tile;
       const int left = v_.num_tokens - token;
-      WarpRowNorms(simt, v_, segment_.at.unit.kv_head, token,
-                   left < kColumnTokens ? left : kColumnTokens, FirstPlace() + token,
-                   norms_ + token, p.layers[segment_.at.layer].value_fault);
+      const int count = kColumnTokens - in_tile;
+      WarpRowNorms(simt, v_, segment_.at.unit.kv_head, token, left < count ? left : count,
+                   FirstPlace() + token, norms_ + token, p.layers[segment_.at.layer].value_fault);
+      done += count;
     }
   }
 
@@ -64,18 +67,19 @@ class NormStream {
     return static_cast<int64_t>(segment_.at.unit.kv_head) * segment_.at.k.num_tokens;
   }
 
-  // Whether these rows can pass through shared memory, and all norms are finite.
+  // How many rows, counted through this warp's tiles, have their norms stored: as far as they can
+  // pass through shared memory, and up to the first batch with a norm that is not finite.
   template <typename Simt>
-  KEEPSET_KERNEL_BODY bool StreamTiles(const Simt& simt, int tiles) const {
-    if (v_.dtype != kType || !HasAlignedRows(v_)) return false;
+  KEEPSET_KERNEL_BODY int StreamTiles(const Simt& simt, int tiles) const {
+    if (v_.dtype != kType || !HasAlignedRows(v_)) return 0;
     const int64_t pieces = PiecesPerRow(v_);
     if (pieces == 8) return StreamRows<8>(simt, tiles);
     if (pieces == 16) return StreamRows<16>(simt, tiles);
-    return pieces == 32 && StreamRows<32>(simt, tiles);
+    return pieces == 32 ? StreamRows<32>(simt, tiles) : 0;
   }
 
   template <int kPieces, typename Simt>
-  KEEPSET_KERNEL_BODY bool StreamRows(const Simt& simt, int tiles) const {
+  KEEPSET_KERNEL_BODY int StreamRows(const Simt& simt, int tiles) const {
     constexpr uint32_t kRows = kNormLoads * 32 / kPieces;
     const bool is_even = v_.block_table == nullptr || v_.block_size.divisor() % kRows == 0;
     return is_even ? Stream<kPieces, Spacing::kEven>(simt, tiles)
@@ -83,7 +87,7 @@ class NormStream {
   }
 
   template <int kPieces, Spacing kSpacing, typename Simt>
-  KEEPSET_KERNEL_BODY bool Stream(const Simt& simt, int tiles) const {
+  KEEPSET_KERNEL_BODY int Stream(const Simt& simt, int tiles) const {
     constexpr int kRowsAtOnce = 32 / kPieces;
     constexpr int kRows = kNormLoads * kRowsAtOnce;
     constexpr int kBatches = kColumnTokens / kRows;
@@ -101,10 +105,10 @@ class NormStream {
       const int row = batch < count ? token_of(batch) + copied : v_.num_tokens;
       Copy<kRowsAtOnce, kSpacing>(simt, row, lane_piece * 16, batch);
     };
-    bool is_finite = true;
     for (int batch = 0; batch < kNormDepth; ++batch) copy(batch);
+    int batch = 0;
     KEEPSET_NO_UNROLL
-    for (int batch = 0; batch < count; ++batch) {
+    for (; batch < count; ++batch) {
       simt.template WaitCopies<kNormDepth - 1>();
       float sums[kNormLoads];
       KEEPSET_UNROLL
@@ -114,15 +118,16 @@ class NormStream {
       }
       // Into the place that has just been read.
       copy(batch + kNormDepth);
-      const float norm = simt.Sqrt(Join<kPieces>(simt, sums));
-      is_finite = is_finite && IsFiniteValue(norm);
+      const float sum = Join<kPieces>(simt, sums);
+      if (simt.Ballot(!IsFiniteValue(sum)) != 0) break;
+      const float norm = simt.Sqrt(sum);
       const int row = token_of(batch) + held;
       if (row < v_.num_tokens && lane_piece % kLanesPerSum == 0)
         simt.StoreGlobal(norms_ + row, norm);
     }
-    // Zeros for rows past the last one, too: the next segment copies to the same places.
+    // Also for those that nobody reads: the next segment copies to the same places.
     simt.template WaitCopies<0>();
-    return simt.Ballot(!is_finite) == 0;
+    return batch * kRows;
   }
 
   // The pieces at `offset` of rows `row`, row + kRowsAtOnce, ...

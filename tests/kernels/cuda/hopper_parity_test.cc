@@ -172,6 +172,25 @@ TEST_F(HopperParity, NormsWhoseSquaresDoNotFitFp32AreRight) {
   ExpectNormsNearCpu(shape, tensors);
 }
 
+// Rows up to the batch with the large value are streamed, others are not.
+TEST_F(HopperParity, NormsBesideALargeValueKeepTheirBits) {
+  for (const int64_t head_dim : {64, 128, 256}) {
+    const WindowCase shape = {
+        .num_kv_heads = 1, .num_rows = 2, .seq_len = 470, .head_dim = head_dim};
+    for (const int64_t position : {0, 250, 469}) {
+      WindowTensors tensors = RandomWindow(shape, 5);
+      std::vector<float> want;
+      ASSERT_TRUE(Columns(shape, tensors, nullptr, &want).ok());
+      tensors.v.Set(0, position, 3, 1e25f);
+      std::vector<float> norms;
+      ASSERT_TRUE(Columns(shape, tensors, nullptr, &norms).ok());
+      want[static_cast<size_t>(position)] = norms[static_cast<size_t>(position)];
+      EXPECT_NEAR(norms[static_cast<size_t>(position)] / 1e25f, 1.0f, 0.01f);
+      EXPECT_EQ(norms, want) << "head_dim " << head_dim << ", position " << position;
+    }
+  }
+}
+
 TEST_F(HopperParity, NanInKeyNamesHeadAndPosition) {
   const WindowCase shape;
   WindowTensors tensors = RandomWindow(shape, 2);

@@ -14,7 +14,6 @@ constexpr bool kChecksRaces = false;
 #endif
 // The smallest elements of the kernels.
 constexpr size_t kCellBytes = 2;
-constexpr int kLanes = 32;
 
 struct Running {
   RaceCheck* check = nullptr;
@@ -53,10 +52,7 @@ void GlobalRaces::Touch(const RaceCheck& check, uintptr_t address, size_t bytes,
   for (uintptr_t at = address / kCellBytes; at <= (address + bytes - 1) / kCellBytes; ++at) {
     Cell& cell = cells_[at];
     const bool is_read = access == Access::kRead;
-    // Lanes of a warp store to one place in the order of the program.
-    const bool is_of_warp = !is_read && cell.writer.block == by.block &&
-                            cell.writer.thread / kLanes == by.thread / kLanes;
-    if (!is_of_warp && !IsOrdered(check, cell.writer, by)) {
+    if (!IsOrdered(check, cell.writer, by)) {
       report(is_read ? "read after write" : "write after write", cell.writer);
     }
     const bool is_after_reads = IsOrdered(check, cell.reader, by);

@@ -5,8 +5,8 @@
 //
 // The compiler reports the accesses: emulated_launch.cc is instrumented as for ThreadSanitizer, and
 // race_check.cc is the runtime of that. What the emulator does for a thread it reports itself. Warp
-// collectives but SyncWarp order nothing, as on a device; that two lanes of a warp store to the
-// same place of global memory is no race.
+// collectives but SyncWarp order nothing, as on a device: neither do they order lanes that store to
+// the same place.
 //
 // Blocks of a launch are never ordered. In a block, SyncBlock orders all before it and all after
 // it. Hopper's barriers order as release and acquire, by clocks of each thread (Lamport's vectors).

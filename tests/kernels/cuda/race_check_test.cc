@@ -78,6 +78,18 @@ TEST(RaceCheckDeathTest, AShuffleOrdersNoMemory) {
   });
 }
 
+// Which of them is last is not defined.
+TEST(RaceCheckDeathTest, LanesStoreToOnePlaceBehindASyncWarpOnly) {
+  uint32_t word = 0;
+  const auto kernel = [&word](const EmulatedThread& thread, bool syncs) {
+    if (thread.thread() == 0) Write(&word);
+    if (syncs) thread.SyncWarp();
+    if (thread.thread() == 1) Write(&word);
+  };
+  RunKernel(1, [&](const EmulatedThread& thread) { kernel(thread, true); });
+  ExpectRace(1, [&](const EmulatedThread& thread) { kernel(thread, false); });
+}
+
 TEST(RaceCheckDeathTest, AtomicsRaceWithPlainAccessesOnly) {
   const auto kernel = [](const EmulatedThread& thread, bool has_barrier) {
     thread.AddShared(Words(thread), 1);
