@@ -24,13 +24,19 @@ from keepset.evidence import observation_heads as evidence_command
 from keepset.evidence.earlier_run import keep_earlier
 from keepset.evidence.head_measure import measure, risk_of, summarize, summarize_risk
 from keepset.evidence.head_methods import (
+    NOVELTY,
+    OTHERS,
+    OURS,
     UNCHOSEN,
+    UNCHOSEN_OTHERS,
     HeadsRun,
     agnostic_methods,
     plain_methods,
     shuffled,
     unchosen,
 )
+from keepset.evidence.head_novelty import fit_novelty
+from keepset.evidence.head_novelty_report import novelty_section
 from keepset.evidence.head_part import HeadPart, Settings
 from keepset.evidence.head_ways import held_out_ways
 from keepset.evidence.head_ways_report import ways_section
@@ -287,6 +293,47 @@ def test_the_evidence_of_a_model_in_small(build, engine, small, tmp_path):
     assert "| inside | code | 1 | 0.00 (1) | KL |" in report and "(picture.png)" in report
     # 4 sinks and 16 rows of the window are inside the budget.
     assert "| inside | code | 20 | 20 |" in report
+
+
+def test_an_untaught_task_is_tested_by_a_table_of_the_others(build, engine, small, tmp_path):
+    tested = SmallModelTasks(small.model, text="MPL-2.0")
+    settings = Settings({"agnostic": ("later_number", "later_summary")}, (256,), (80,), (40,), prompts=(1,),
+                        failing_prompts=1, gate_prompts=1, fit_lengths=(256,), calibration_prompts=2,
+                        risk_prompts=1, max_heads=1, folds=2, untaught=("later_summary",), novelty_heads=2)
+    column = HeadPart(build, engine, tmp_path, RememberedTasks(small), RememberedTasks(tested), small.PROBE,
+                      settings, lambda _: None).run()["columns"]["agnostic"]
+    assert set(column["tables"]) == {"all tasks"} and not list(tmp_path.glob("records/later_summary*"))
+    methods = column["tasks"]["later_summary"]["methods"]
+    assert methods[OTHERS]["80"]["by_prompt"] == methods[OURS]["80"]["by_prompt"]
+    told = column["tasks"]["later_summary"]["novelty"]["80"]
+    keydiff = methods["keydiff, per head"]["80"]["value"]
+    assert told["value"] == methods[NOVELTY]["80"]["value"]
+    assert told["against"]["keydiff, per head"]["difference"]["mean"] == pytest.approx(told["value"] - keydiff)
+    report = "\n".join(novelty_section({"columns": {"agnostic": column}}))
+    assert f"| agnostic | later_summary | 80 | 1 | {told['value']:.2f} KL | {keydiff:.2f} |" in report
+    assert len(column["novelty_tables"]["later_summary"]["heads"]) == 2
+
+
+def test_the_table_of_the_other_tasks_has_a_control_of_its_own(build, engine, small, tmp_path):
+    settings = Settings({"inside": ("number", "multi")}, (256,), (40,), (40,), prompts=(1,), failing_prompts=1,
+                        gate_prompts=1, fit_lengths=(256,))
+    tasks = RememberedTasks(small)
+    part = HeadPart(build, engine, tmp_path, tasks, tasks, small.PROBE, settings, lambda _: None)
+    table = heads.heads_table(small.fingerprint, "others", [(1, 2, LAST_ROW, 1.0)], dilate=12)
+    runs = part._of_others("inside", "number", ("multi",), table)
+    assert {name: run.identity for name, run in runs.items()} == {
+        OTHERS: heads.keeps_by(table), UNCHOSEN_OTHERS: heads.keeps_by(unchosen(table))}
+
+
+def test_novelty_alone_reads_keys_alone(build, engine, small, tmp_path):
+    records = [tmp_path / f"{seed}.safetensors" for seed in range(2)]
+    for seed, path in enumerate(records):
+        heads.write_record(small.prompt("later_number", seed, LENGTH), path)
+    table, told = fit_novelty(build, records, tmp_path / "novelty", "few", 2, (40,), lambda _: None)
+    needs = engine.input_needs(model=small.fingerprint, policy="observation_heads", table=table)
+    assert needs["rows"] == [] and needs["probe"] is None
+    assert not any(one["queries"] for one in needs["layers"])
+    assert sum(len(one["kv_heads"]) for one in needs["layers"]) == len(told["heads"]) == 2
 
 
 def test_ways_are_compared_on_prompts_of_a_task_not_seen(engine, small, tmp_path):

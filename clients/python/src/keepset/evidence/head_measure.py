@@ -12,12 +12,14 @@ import numpy as np
 from keepset import table_file
 from keepset.calibrate.head_prompts import KL, HeadPrompt, Tasks
 from keepset.calibrate.observation_heads import keep, undated
-from keepset.evidence.head_methods import OTHERS, OURS, Run
+from keepset.evidence.head_methods import NOVELTY, OTHERS, OURS, Run
 from keepset.evidence.statistics import bootstrap_interval, paired_difference
 from keepset.in_process import Engine
 
 # A task whose full cache gives fewer exact answers is not compared by answers.
 FLOOR = 0.6
+# What key novelty of a few KV heads stands against: that of all of them.
+_NOVELTY_RIVALS = ("keydiff, per head", "key novelty, one set")
 # Fewer prompts of a length have no interval to speak of.
 FEWEST = 4
 
@@ -133,11 +135,29 @@ def summarize(outcomes: Sequence[dict], budgets: Sequence[int], floor: float = F
                 "by_prompt": [round(one, 4) for one in values],
                 # null: as with the full cache.
                 "predicted": [one["methods"][name][key]["predicted"] for one in held]}
+    if novelty := _novelty_rows(good, budgets, field):
+        rows["novelty"] = novelty
     rows["lengths_of_prompts"] = [one["length"] for one in good]
     rows["seeds_of_prompts"] = [one["seed"] for one in good]
     # Where the full cache is exact, its prediction is the answer.
     rows["full_of_prompts"] = [{"exact": one["full"]["share"], "predicted": one["full"]["predicted"]}
                                for one in good]
+    return rows
+
+
+def _novelty_rows(outcomes: Sequence[dict], budgets: Sequence[int], field: str) -> dict:
+    """By budget, on the prompts that NOVELTY was measured on; empty without any."""
+    rows = {}
+    for key in map(str, budgets):
+        held = [one for one in outcomes if key in one["methods"].get(NOVELTY, {})]
+        if not held:
+            continue
+        strata = strata_of([one["length"] for one in held])
+        values = {name: [one["methods"][name][key][field] for one in held] for name in (NOVELTY, *_NOVELTY_RIVALS)}
+        rows[key] = {"prompts": len(held), "value": float(np.mean(values[NOVELTY])), "against": {
+            name: {"value": float(np.mean(values[name])),
+                   "difference": paired_difference(values[NOVELTY], values[name], strata)}
+            for name in _NOVELTY_RIVALS}}
     return rows
 
 

@@ -28,9 +28,12 @@ OURS, OTHERS, SHUFFLED = "observation_heads", "observation_heads, other tasks", 
 OTHERS_FIXED = "observation_heads, other tasks, fixed number"
 # Tells what the choice of heads gives apart from that of rows, pooling and dilation.
 UNCHOSEN = "all heads, pooled and dilated as the table"
+UNCHOSEN_OTHERS = "all heads, pooled and dilated as the other tasks' table"
+# The query-agnostic form that reads the keys of a few KV heads alone.
+NOVELTY = "key novelty of a few KV heads, other tasks"
 UNIFORM = "compilerkv uniform"
 # Methods of ours: not what ours is compared with.
-OWN = (OURS, OTHERS, OTHERS_FIXED, SHUFFLED, UNCHOSEN)
+OWN = (OURS, OTHERS, OTHERS_FIXED, SHUFFLED, UNCHOSEN, UNCHOSEN_OTHERS, NOVELTY)
 
 # One with an attribute `identity` is measured again when that changes.
 Run = Callable[[HeadPrompt, int], list]

@@ -32,7 +32,17 @@ from keepset.evidence.head_measure import (
     summarize,
     summarize_risk,
 )
-from keepset.evidence.head_methods import OTHERS, OTHERS_FIXED, OURS, SHUFFLED, UNCHOSEN, Run
+from keepset.evidence.head_methods import (
+    NOVELTY,
+    OTHERS,
+    OTHERS_FIXED,
+    OURS,
+    SHUFFLED,
+    UNCHOSEN,
+    UNCHOSEN_OTHERS,
+    Run,
+)
+from keepset.evidence.head_novelty import fit_novelty
 from keepset.evidence.head_ways import held_out_ways
 from keepset.in_process import Engine
 
@@ -41,7 +51,8 @@ _GATE_SEED, _RISK_SEED, _TEST_SEED = 900, 500, 1000
 # Of the prompt that tells heads with echo and induction.
 _REPEATED, _TIMES = 200, 4
 # Left out of a prompt for which there is no time to measure them: the fewest that let the others stand.
-_LEFT_OUT: tuple[tuple[str, ...], ...] = ((), (COMPILED,), (UNCHOSEN,), (COMPILED, UNCHOSEN))
+_OPTIONAL = (COMPILED, UNCHOSEN, UNCHOSEN_OTHERS, NOVELTY)
+_LEFT_OUT = [some for count in range(len(_OPTIONAL) + 1) for some in itertools.combinations(_OPTIONAL, count)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +62,9 @@ class Settings:
     `floor` of their prompts), which are scored by KL alone. fit_lengths: of the prompts of the
     calibration text, some of `lengths`. fixed_heads: by column, how many observations a further table of
     the other tasks has, neither pooled nor chosen by loss, dilated by 12. compilerkv: of a compiled
-    compilerkv table, which is measured on prompts of the length that it was calibrated at.
+    compilerkv table, which is measured on prompts of the length that it was calibrated at. untaught: tasks
+    that no table learns from; they are tested by the column's. novelty_heads: of the table of AGNOSTIC that
+    reads the key novelty of so many KV heads alone; 0 for none.
     """
 
     tasks: dict[str, tuple[str, ...]]
@@ -70,6 +83,8 @@ class Settings:
     fixed_heads: Mapping[str, int] = dataclasses.field(default_factory=dict)
     targets: tuple[float, ...] = (0.02, 0.05, 0.1, 0.2)
     compilerkv: CompilerKvSettings | None = None
+    untaught: tuple[str, ...] = ()
+    novelty_heads: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +112,7 @@ class HeadPart:
                      "layers_and_heads": [self.test.fingerprint.num_layers,
                                           self.test.fingerprint.num_qo_heads],
                      "fixed_heads": dict(settings.fixed_heads),
+                     "untaught": list(settings.untaught), "novelty_heads": settings.novelty_heads,
                      "calibration_prompts": settings.calibration_prompts,
                      "test_seeds": [_TEST_SEED, _TEST_SEED + max(settings.prompts)],
                      "prompts": list(settings.prompts), "columns": {}, "missing": []}
@@ -125,23 +141,24 @@ class HeadPart:
         able = tuple(task for task in names if gate[task] >= self.settings.floor)
         self.say(f"{column}: the full cache answers {', '.join(able) or 'no task'}")
         # Without a task to learn from, the whole list is what there is.
-        learn = able or tuple(names)
+        learn = tuple(task for task in able if task not in self.settings.untaught) or able or tuple(names)
         every = self._compile(column, learn)
         plain = self._plain(column, learn, compiled)
-        tables, methods = {"all tasks": every}, {}
+        tables, methods, novelty = {"all tasks": every}, {}, {}
         for task in names:
             methods[task] = plain | {OURS: head_methods.HeadsRun(self.engine, every.table)}
             others = tuple(one for one in learn if one != task)
-            if others and task in able:
+            if others and task not in learn and task in able:
+                methods[task][OTHERS] = methods[task][OURS]
+            elif others and task in able:
                 tables[f"without {task}"] = self._compile(f"{column}-without-{task}", others)
-                methods[task][OTHERS] = head_methods.HeadsRun(self.engine,
-                                                              tables[f"without {task}"].table)
-                if number := self.settings.fixed_heads.get(column):
-                    methods[task][OTHERS_FIXED] = head_methods.HeadsRun(
-                        self.engine, self._fixed(f"{column}-without-{task}", others, number))
+                methods[task] |= self._of_others(column, task, others, tables[f"without {task}"].table)
             methods[task][SHUFFLED] = head_methods.ShuffledRun(self.engine, every.table)
             methods[task][UNCHOSEN] = head_methods.HeadsRun(self.engine,
                                                             head_methods.unchosen(every.table))
+            if others and task in able and column == AGNOSTIC and self.settings.novelty_heads:
+                table, novelty[task] = self._novelty(others)
+                methods[task][NOVELTY] = head_methods.HeadsRun(self.engine, table)
         ways = [self._held_out_ways(column, task, tables[f"without {task}"]) for task in names
                 if f"without {task}" in tables]
         outcomes: dict[str, list[dict]] = {task: [] for task in names}
@@ -159,8 +176,21 @@ class HeadPart:
         return {"tasks": {task: summarize(found, self.settings.budgets, self.settings.floor)
                           for task, found in outcomes.items() if found},
                 "gate": gate, "tables": {name: describe(found) for name, found in tables.items()},
-                "ways": [one for one in ways if one],
+                "ways": [one for one in ways if one], "novelty_tables": novelty,
                 "risk": summarize_risk(risk) | {"untold": every.untold}}
+
+    def _of_others(self, column: str, task: str, others: tuple[str, ...], table: bytes) -> dict[str, Run]:
+        """What no prompt of the task had a part in, and the heads of the same table unchosen."""
+        found: dict[str, Run] = {OTHERS: head_methods.HeadsRun(self.engine, table)}
+        if number := self.settings.fixed_heads.get(column):
+            found[OTHERS_FIXED] = head_methods.HeadsRun(
+                self.engine, self._fixed(f"{column}-without-{task}", others, number))
+        return found | {UNCHOSEN_OTHERS: head_methods.HeadsRun(self.engine, head_methods.unchosen(table))}
+
+    def _novelty(self, names: tuple[str, ...]) -> tuple[bytes, dict]:
+        return fit_novelty(self.build, self._records(names), self.work / "novelty",
+                           "novelty-of-" + "-".join(names), self.settings.novelty_heads,
+                           self.settings.fit_budgets, self.say)
 
     def _held_out_ways(self, column: str, task: str, table: CompiledHeads) -> dict | None:
         """On the calibration prompts of the task that the table was compiled without."""

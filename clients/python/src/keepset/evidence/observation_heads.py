@@ -87,7 +87,8 @@ def hf_part(build: Build, engine: Engine, options: argparse.Namespace, say: Say)
                         compilerkv=CompilerKvSettings(
                             tuple(options.hf_compilerkv_tasks), lengths[0],
                             tuple(options.hf_fit_budgets), options.hf_compilerkv_prompts)
-                        if options.hf_compilerkv_prompts else None)
+                        if options.hf_compilerkv_prompts else None,
+                        untaught=tuple(options.hf_untaught), novelty_heads=options.hf_novelty_heads)
     until = time.monotonic() + 60 * options.hf_minutes
     part = HeadPart(build, engine, options.work / f"hf-{learned.fingerprint.revision}",
                     RememberedTasks(learned, until), RememberedTasks(tested, until), HfTasks.PROBE,
@@ -160,6 +161,8 @@ def _options() -> argparse.Namespace:
     hf.add_argument("--hf-tasks", nargs="+", default=[
         "number", "code", "quotation", "multi", "tracking", "few_shot", "summary", "later_number",
         "later_code", "later_quotation", "later_summary"])
+    hf.add_argument("--hf-untaught", nargs="*", default=[],
+                    help="of these tasks, those that no table learns from: they are tested alone")
     hf.add_argument("--hf-lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     hf.add_argument("--hf-budgets", type=int, nargs="+", default=[64, 128, 256, 512])
     hf.add_argument("--hf-fit-budgets", type=int, nargs="+", default=[128, 256])
@@ -185,6 +188,9 @@ def _options() -> argparse.Namespace:
     hf.add_argument("--hf-max-heads", type=int, default=16)
     hf.add_argument("--hf-fixed-heads", type=int, default=16,
                     help="observations of a further table of the other needles; 0: none")
+    hf.add_argument("--hf-novelty-heads", type=int, default=4,
+                    help="KV heads of a further table of the other tasks that are asked after compression, "
+                    "by key novelty alone; 0: none")
     hf.add_argument("--hf-folds", type=int, default=2, help="of the validation; time grows with them")
     hf.add_argument("--hf-window", type=int, default=32, help="rows that window methods observe")
     hf.add_argument("--hf-device", default="cpu")
@@ -259,11 +265,14 @@ def _command(options: argparse.Namespace) -> str:
         return command
     told = {name: " ".join(map(str, getattr(options, name))) for name in (
         "hf_tasks", "hf_compilerkv_tasks", "hf_lengths", "hf_budgets", "hf_fit_budgets", "hf_prompts")}
+    if options.hf_untaught:
+        told["hf_untaught"] = " ".join(options.hf_untaught)
     if options.hf_fit_lengths:
         told["hf_fit_lengths"] = " ".join(map(str, options.hf_fit_lengths))
     told |= {name: str(getattr(options, name)) for name in (
         "hf_calibration_prompts", "hf_risk_prompts", "hf_gate_prompts", "hf_floor", "hf_max_heads",
-        "hf_fixed_heads", "hf_compilerkv_prompts", "hf_folds", "hf_window", "hf_dtype", "hf_threads")}
+        "hf_fixed_heads", "hf_novelty_heads", "hf_compilerkv_prompts", "hf_folds", "hf_window", "hf_dtype",
+        "hf_threads")}
     return " ".join([command, "--hf-model DIRECTORY",
                      *(f"--{name.replace('_', '-')} {value}" for name, value in told.items())])
 

@@ -7,7 +7,19 @@ from collections.abc import Iterator, Sequence
 
 from keepset.evidence.head_compilerkv import COMPILED
 from keepset.evidence.head_measure import FEWEST
-from keepset.evidence.head_methods import OTHERS, OTHERS_FIXED, OURS, OWN, SHUFFLED, UNCHOSEN, UNIFORM
+from keepset.evidence.head_methods import (
+    NOVELTY,
+    OTHERS,
+    OTHERS_FIXED,
+    OURS,
+    OWN,
+    SHUFFLED,
+    UNCHOSEN,
+    UNCHOSEN_OTHERS,
+    UNIFORM,
+)
+from keepset.evidence.head_novelty_report import novelty_section
+from keepset.evidence.head_risk_report import risk_section
 from keepset.evidence.head_ways_report import ways_section
 
 _COLUMNS = {
@@ -147,7 +159,7 @@ def _short(parts: Sequence[tuple[str, dict]]) -> Iterator[str]:
                 if not cells:
                     continue
                 rivals = ["best other", "snapkv", "tova", UNIFORM, COMPILED, "keydiff, per head",
-                          SHUFFLED, UNCHOSEN]
+                          SHUFFLED, UNCHOSEN, UNCHOSEN_OTHERS]
                 if column == "agnostic":
                     rivals.insert(5, "expected attention, per head")
                 for rival in rivals:
@@ -196,14 +208,20 @@ def _part(title: str, part: dict, pictures: Sequence[str], kept: dict[str, dict]
            f"compiled on all tasks of its column that the full cache answers; `{OTHERS}` without a "
            f"prompt of the tested task; `{SHUFFLED}` carries the same weights on heads drawn anew for "
            f"each seed; `{UNCHOSEN}` has every head of the model alike, by the rows, pooling and dilation of the "
-           f"table of all tasks{_unmeasured(part)}. The first 4 positions, the last window and the question stay for every method, "
-           "inside the budget. Per-head methods keep their own set in every KV head. The methods "
+           f"table of all tasks{_unmeasured(part)}, and `{UNCHOSEN_OTHERS}` by those of the table of the other "
+           "tasks. The first 4 positions, the last window and the question stay for every method, inside the "
+           "budget. Per-head methods keep their own set in every KV head. The methods "
            "called DuoAttention-like and RazorAttention-like give the bytes of the budget to chosen KV "
            "heads in full; neither the former's trained gates nor the latter's compensation token are "
            "reproduced."
            + "".join(f" `{OTHERS_FIXED}` ({column}): {number} observations by recall on the other tasks, "
                      "not pooled, dilated by 12, no choice by measured loss."
-                     for column, number in part["fixed_heads"].items()))
+                     for column, number in part["fixed_heads"].items())
+           + "".join(f" No table learned from `{task}`: it is tested by those of its column, so that both columns "
+                     "of figures are of the same table." for task in part.get("untaught", ()))
+           + (f" `{NOVELTY}`: {part['novelty_heads']} KV heads chosen by recall on the other tasks, pooled over 5 "
+              "positions, one set; it reads the keys of these heads and no query."
+              if part.get("novelty_heads") else ""))
     yield ""
     if "model" in part:
         yield from _model(part)
@@ -224,7 +242,8 @@ def _part(title: str, part: dict, pictures: Sequence[str], kept: dict[str, dict]
         yield from _column(part, column, kept.get(column))
     yield from _tables(part)
     yield from ways_section(part)
-    yield from _risk(part, pictures)
+    yield from novelty_section(part)
+    yield from risk_section(part, pictures)
 
 
 def _unmeasured(part: dict) -> str:
@@ -435,39 +454,6 @@ def _tables(part: dict) -> Iterator[str]:
                    f"{table['worst_task']} {table['worst_task_recall']:.2f} | {worst['task']} at "
                    f"{worst['length']}: {worst['recall']:.2f} | {table['uniform_recall']:.2f} | "
                    f"{table['shuffled_recall']:.2f} | {table['oracle_recall']:.2f} | {losses} |")
-    yield ""
-
-
-def _risk(part: dict, pictures: Sequence[str]) -> Iterator[str]:
-    shown = {column: rows["risk"] for column, rows in part["columns"].items()
-             if rows["risk"]["points"]}
-    untold = {column: rows["risk"]["untold"] for column, rows in part["columns"].items()
-              if rows["risk"].get("untold")}
-    if not shown and not untold:
-        return
-    yield "### Predicted miss rate"
-    yield ""
-    for column, why in untold.items():
-        yield f"Column {column} has no risk curve: {why}."
-        yield ""
-    if not shown:
-        return
-    yield ("The reply states the miss rate that its table's curve predicts; the curve was learned on "
-           "held-out prompts of the calibration text, under the gate itself. Below: replies at all budgets in five bins ordered "
-           "by what they predicted, then replies that were given a target miss rate and kept as few "
-           f"positions as that allows, at most {max(part['budgets'])}.")
-    yield ""
-    for picture in pictures:
-        yield f"![Predicted against measured miss rates]({picture})"
-        yield ""
-    yield "| column | replies | target | predicted | measured | 95 % | mean kept |"
-    yield "|---|---|---|---|---|---|---|"
-    for column, risk in shown.items():
-        for one in (*risk["bins"], *risk["targets"]):
-            low, high = one["interval"]
-            kept = f"{one['kept']:.0f}" if "kept" in one else "-"
-            yield (f"| {column} | {one['prompts']} | {one.get('target', '-')} | {one['predicted']:.2f} | "
-                   f"{one['measured']:.2f} | {low:.2f} .. {high:.2f} | {kept} |")
     yield ""
 
 
