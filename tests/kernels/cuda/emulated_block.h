@@ -103,6 +103,7 @@ class EmulatedBlock : public FiberBlock {
   int x() const { return x_; }
   int y() const { return y_; }
   int z() const { return z_; }
+  int num_threads() const override { return shape_.threads; }
   std::byte* shared() const override { return shared_.data(); }
   int64_t shared_bytes() const override { return shape_.shared_bytes; }
   std::mt19937& rng() override { return rng_; }

@@ -387,7 +387,11 @@ void HopperUnits::CheckEnd() const {
               "warps of a group with different numbers of products");
     }
   }
-  int64_t registers = 0;
+  if (registers_.empty()) return;
+  // Who neither gives nor takes has what the compiler may give each thread.
+  const int num_warps = block_.num_threads() / kWarpLanes;
+  int64_t registers = (num_warps - static_cast<int64_t>(registers_.size())) * kWarpLanes *
+                      (kRegistersOfMultiprocessor / block_.num_threads() / 8 * 8);
   for (const auto& [warp, count] : registers_) {
     const auto next = registers_.find(warp ^ 1);
     Require(next != registers_.end() && next->second == count,

@@ -50,6 +50,7 @@ class FiberBlock {
   virtual void Wait(int thread, const uint64_t* phase) = 0;
   // Meets the other lanes; returns what each of them brought, 32 bytes apart.
   virtual const std::byte* Exchange(int thread, int collective, const void* data, size_t bytes) = 0;
+  virtual int num_threads() const = 0;
   virtual std::byte* shared() const = 0;
   virtual int64_t shared_bytes() const = 0;
   virtual std::mt19937& rng() = 0;

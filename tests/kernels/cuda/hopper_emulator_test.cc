@@ -370,6 +370,17 @@ TEST(HopperStrictness, MoreRegistersThanThereAre) {
                "more registers");
 }
 
+TEST(HopperStrictness, RegistersThatNobodyGaveBack) {
+  LaunchShape shape;
+  shape.threads = 384;
+  EXPECT_DEATH(EmulateGrid(shape,
+                           [](const EmulatedThread& thread) {
+                             const Thread simt(thread);
+                             if (simt.warp() >= 4) simt.GrowRegisters<216>();
+                           }),
+               "more registers");
+}
+
 TEST(HopperTensorMap, StridesOfTheDriversManual) {
   TensorMapSpec spec;
   alignas(64) static std::byte memory[1024];
