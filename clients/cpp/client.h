@@ -82,7 +82,8 @@ class CompressStream {
   // Ends the operation and waits for its result. Layer inputs must outlive this call when they lie
   // in regions.
   virtual absl::StatusOr<OperationResult> Finish(uint64_t operation) = 0;
-  // Gives the operation up; nothing happens for one that is over.
+  // Gives the operation up; nothing happens for one that is over. A call of another thread that
+  // waits for it ends with Cancelled.
   virtual absl::Status Cancel(uint64_t operation) = 0;
 };
 
@@ -117,7 +118,9 @@ class Client {
   // has no session (inline transport).
   virtual absl::StatusOr<std::unique_ptr<ServiceRegion>> AllocateRegion(
       const std::string& name, const ServiceMemory& memory) = 0;
-  // Answers when no operation uses the region any more. NotFound: no such name.
+  // Answers when no operation uses the region any more. Calls no longer name it, whatever the
+  // answer; after another error than NotFound (no such name) the memory may still be in use: ask
+  // again.
   virtual absl::Status RetireRegion(const std::string& name) = 0;
 
   // What has to be sent for `spec`, of which model, policy, parameters and table are looked at.

@@ -1,6 +1,7 @@
 #include "clients/cpp/compress_stream.h"
 
 #include <map>
+#include <memory>
 #include <optional>
 #include <utility>
 #include <vector>
@@ -41,7 +42,8 @@ class GrpcCompressStream final : public CompressStream {
       absl::MutexLock lock(&mutex_);
       if (end_.has_value()) return StreamEnd();
       operation = next_operation_++;
-      pending_[operation].context = MakeReplyContext(spec);
+      pending_[operation] = std::make_shared<Pending>();
+      pending_[operation]->context = MakeReplyContext(spec);
     }
     request.set_operation_id(operation);
     if (absl::Status sent = stream_.Write(std::move(request), call_timeout_); !sent.ok()) {
@@ -59,21 +61,20 @@ class GrpcCompressStream final : public CompressStream {
       absl::MutexLock lock(&mutex_);
       const auto found = pending_.find(operation);
       if (found == pending_.end()) return UnknownOperation(operation);
-      const Pending& pending = found->second;
+      const std::shared_ptr<Pending> pending = found->second;
       const auto may_send = [&]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
-        return credits_ > 0 || pending.over() || end_.has_value();
+        return credits_ > 0 || pending->over() || end_.has_value();
       };
       if (!mutex_.AwaitWithTimeout(absl::Condition(&may_send), call_timeout_)) {
         return absl::DeadlineExceededError(absl::StrCat(
             "stream: no layer input was granted within ", absl::FormatDuration(call_timeout_)));
       }
-      if (pending.failure.has_value()) {
-        absl::Status failure = *pending.failure;  // before its owner is erased
-        pending_.erase(found);
-        return failure;
+      if (pending->failure.has_value()) {
+        pending_.erase(operation);
+        return *pending->failure;
       }
       if (end_.has_value()) return StreamEnd();
-      NoteDestination(layer, found->second.context);
+      NoteDestination(layer, pending->context);
       --credits_;
     }
     return stream_.Write(std::move(request), call_timeout_);
@@ -85,7 +86,7 @@ class GrpcCompressStream final : public CompressStream {
     if (found == pending_.end()) return {};
     // A copy shares the gathered bytes, which Finish hands out again.
     std::vector<LayerResult> out;
-    for (auto& [layer, result] : found->second.early) {
+    for (auto& [layer, result] : found->second->early) {
       if (result.taken) continue;
       result.taken = true;
       out.push_back(result.layer);
@@ -97,45 +98,44 @@ class GrpcCompressStream final : public CompressStream {
     v1::StreamRequest request;
     request.set_operation_id(operation);
     request.mutable_end();
+    std::shared_ptr<Pending> pending;
     {
       absl::MutexLock lock(&mutex_);
       const auto found = pending_.find(operation);
       if (found == pending_.end()) return UnknownOperation(operation);
-      if (found->second.failure.has_value()) {
-        const absl::Status failure = *found->second.failure;
+      pending = found->second;
+      if (pending->failure.has_value()) {
         pending_.erase(found);
-        return failure;
+        return *pending->failure;
       }
     }
     if (absl::Status sent = stream_.Write(std::move(request), call_timeout_); !sent.ok()) {
       Forget(operation);
       return sent;
     }
-    Pending pending;
     {
       absl::MutexLock lock(&mutex_);
-      const auto found = pending_.find(operation);
-      if (found == pending_.end()) return UnknownOperation(operation);
-      const Pending& waiting = found->second;
       const auto answered = [&]() ABSL_SHARED_LOCKS_REQUIRED(mutex_) {
-        return waiting.over() || end_.has_value();
+        return pending->over() || end_.has_value();
       };
       const bool in_time = mutex_.AwaitWithTimeout(absl::Condition(&answered), call_timeout_);
-      pending = std::move(found->second);
-      pending_.erase(found);
-      if (!pending.over() && in_time) return StreamEnd();
+      // From here on it is this call's alone, unless another took it meanwhile.
+      if (pending_.erase(operation) == 0) {
+        return pending->failure.value_or(UnknownOperation(operation));
+      }
+      if (!pending->over() && in_time) return StreamEnd();
     }
-    if (!pending.over()) {
+    if (!pending->over()) {
       (void)Cancel(operation);
       return absl::DeadlineExceededError(
           absl::StrCat("stream: no result within ", absl::FormatDuration(call_timeout_)));
     }
-    if (pending.failure.has_value()) return *pending.failure;
+    if (pending->failure.has_value()) return *pending->failure;
     KEEPSET_ASSIGN_OR_RETURN(OperationResult result,
-                             DecodeResult(*pending.result, pending.context));
+                             DecodeResult(*pending->result, pending->context));
     for (LayerResult& layer : result.layers) {
-      const auto early = pending.early.find(layer.layer);
-      if (early == pending.early.end() || !layer.gathered.empty()) continue;
+      const auto early = pending->early.find(layer.layer);
+      if (early == pending->early.end() || !layer.gathered.empty()) continue;
       layer.gathered = early->second.layer.gathered;
       layer.owned_k = early->second.layer.owned_k;
       layer.owned_v = early->second.layer.owned_v;
@@ -144,7 +144,7 @@ class GrpcCompressStream final : public CompressStream {
   }
 
   absl::Status Cancel(uint64_t operation) override {
-    Forget(operation);
+    GiveUp(operation);
     v1::StreamRequest request;
     request.set_operation_id(operation);
     request.mutable_cancel();
@@ -179,6 +179,18 @@ class GrpcCompressStream final : public CompressStream {
     pending_.erase(operation);
   }
 
+  // Forget, and calls of other threads that wait for it end.
+  void GiveUp(uint64_t operation) {
+    absl::MutexLock lock(&mutex_);
+    const auto found = pending_.find(operation);
+    if (found == pending_.end()) return;
+    if (!found->second->over()) {
+      found->second->failure = absl::CancelledError(
+          absl::StrCat("stream: operation ", operation, " was cancelled by its client"));
+    }
+    pending_.erase(found);
+  }
+
   void OnMessage(v1::StreamResponse& response) {
     absl::MutexLock lock(&mutex_);
     if (response.has_credit()) {
@@ -187,7 +199,7 @@ class GrpcCompressStream final : public CompressStream {
     }
     const auto found = pending_.find(response.operation_id());
     if (found == pending_.end()) return;  // cancelled; its last answers may still be under way
-    Pending& pending = found->second;
+    Pending& pending = *found->second;
     if (response.has_layer()) {
       absl::StatusOr<LayerResult> layer = DecodeLayer(*response.mutable_layer(), pending.context);
       if (!layer.ok()) {
@@ -219,7 +231,8 @@ class GrpcCompressStream final : public CompressStream {
   absl::Mutex mutex_;
   uint64_t next_operation_ ABSL_GUARDED_BY(mutex_) = 1;
   int64_t credits_ ABSL_GUARDED_BY(mutex_) = 0;
-  std::map<uint64_t, Pending> pending_ ABSL_GUARDED_BY(mutex_);
+  // Shared with the calls that wait for one: Cancel may take it out meanwhile.
+  std::map<uint64_t, std::shared_ptr<Pending>> pending_ ABSL_GUARDED_BY(mutex_);
   std::optional<absl::Status> end_ ABSL_GUARDED_BY(mutex_);
   // Last: its destructor waits for the callbacks, which use the members above.
   BidiStream<v1::StreamRequest, v1::StreamResponse> stream_;

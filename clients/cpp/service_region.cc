@@ -2,6 +2,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
+#include "base/status_macros.h"
 #include "clients/cpp/service_mapping.h"
 
 namespace keepset::client {
@@ -46,20 +47,30 @@ void ServiceRegion::NoteLost() const {
 }
 
 absl::Status ServiceRegion::Retire() {
+  absl::MutexLock retire_lock(&retire_mutex_);
   forget_();
   std::unique_ptr<ServiceMapping> mapping;
   {
     absl::MutexLock lock(&mutex_);
-    if (mapping_ == nullptr) return absl::OkStatus();
-    mapping = std::move(mapping_);
-    status_ = absl::FailedPreconditionError(absl::StrCat("region \"", name_, "\" is retired"));
+    if (mapping_ != nullptr) {
+      mapping = std::move(mapping_);
+      status_ = absl::FailedPreconditionError(absl::StrCat("region \"", name_, "\" is retired"));
+    }
   }
-  const absl::Status unmapped = mapping->Unmap();
-  mapping.reset();
-  if (unmapped.ok()) return tell_server_();
-  return absl::Status(unmapped.code(), absl::StrCat("region \"", name_,
-                                                    "\": not unmapped, so the server is not told: ",
-                                                    unmapped.message()));
+  if (mapping != nullptr) {
+    if (const absl::Status unmapped = mapping->Unmap(); !unmapped.ok()) {
+      unmapped_ = absl::Status(
+          unmapped.code(),
+          absl::StrCat("region \"", name_,
+                       "\": not unmapped, so the server is not told: ", unmapped.message()));
+    }
+    mapping.reset();
+  }
+  KEEPSET_RETURN_IF_ERROR(unmapped_);
+  if (is_told_) return absl::OkStatus();
+  const absl::Status told = tell_server_();
+  is_told_ = told.ok() || absl::IsNotFound(told);
+  return told;
 }
 
 }  // namespace keepset::client

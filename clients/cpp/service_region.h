@@ -59,7 +59,8 @@ class ServiceRegion {
   // Unmaps the memory, then tells the server, in this order: the server frees it upon that word.
   // Answers what the server said, NotFound after its restart. Internal: the memory could not be
   // unmapped; data() is null all the same, and the server, which is not told, keeps the memory from
-  // others until this process has ended. OK for one that is retired.
+  // others until this process has ended, and that stays the answer. Called again after an error of
+  // the server's or of the connection, it tells the server again. OK for one that is retired.
   absl::Status Retire();
 
  private:
@@ -68,6 +69,9 @@ class ServiceRegion {
   const int64_t offset_;
   const std::function<void()> forget_;  // calls name it no longer
   const std::function<absl::Status()> tell_server_;
+  absl::Mutex retire_mutex_ ABSL_ACQUIRED_BEFORE(mutex_);  // held while the server is told
+  absl::Status unmapped_ ABSL_GUARDED_BY(retire_mutex_);
+  bool is_told_ ABSL_GUARDED_BY(retire_mutex_) = false;
   mutable absl::Mutex mutex_;
   std::unique_ptr<ServiceMapping> mapping_ ABSL_GUARDED_BY(mutex_);
   mutable absl::Status status_ ABSL_GUARDED_BY(mutex_);

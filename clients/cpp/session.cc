@@ -129,10 +129,12 @@ absl::Status Session::RetireRegion(const std::string& name) {
           absl::StrCat("region \"", name, "\" is the server's, want ServiceRegion::Retire"));
     }
     request.set_region_id(found->second.region_id);
-    regions_.erase(found);
+    found->second.is_retiring = true;
   }
   request.set_session_id(id_);
-  return Retire(stub_, request, call_timeout_);
+  const absl::Status retired = Retire(stub_, request, call_timeout_);
+  if (retired.ok() || absl::IsNotFound(retired)) Forget(name, request.region_id());
+  return retired;
 }
 
 absl::StatusOr<std::unique_ptr<ServiceMapping>> Session::Map(
@@ -210,6 +212,7 @@ absl::Status Session::AdoptRegions(Session& other) {
     absl::MutexLock lock(&other.mutex_);
     other.is_replaced_ = true;
     regions = other.regions_;
+    std::erase_if(regions, [](const auto& entry) { return entry.second.is_retiring; });
     for (const auto& [name, region] : regions) {
       const auto* const owned = std::get_if<const ServiceRegion*>(&region.memory);
       if (owned != nullptr) (*owned)->NoteLost();
@@ -232,6 +235,7 @@ absl::Status Session::AdoptRegions(Session& other) {
 bool Session::Resolve(const void* data, int64_t size_bytes, v1::RegionSlice* slice) const {
   absl::MutexLock lock(&mutex_);
   for (const auto& [name, region] : regions_) {
+    if (region.is_retiring) continue;
     const auto offset = std::visit(
         [&](const auto* memory) {
           return memory->Contains(data, size_bytes)

@@ -56,6 +56,7 @@ class Session : public std::enable_shared_from_this<Session> {
     std::variant<const SharedRegion*, const DeviceRegion*, const ServiceRegion*> memory;
     RegionAccess access;
     std::string region_id;
+    bool is_retiring = false;  // its memory may be gone: only its name and id are used
   };
   // The mapping of what AllocateRegion answered.
   absl::StatusOr<std::unique_ptr<ServiceMapping>> Map(const ServiceMemory& memory,

@@ -289,6 +289,21 @@ TEST_F(ClientTest, WaitingForAResultEndsAtTheTimeLimitAndCancels) {
       [](const FakeObservations& seen) { return seen.cancelled_operations == 1; }, kPatience));
 }
 
+TEST_F(ClientTest, CancelOfAnotherThreadEndsTheWaitForAResult) {
+  Start();
+  ASSERT_TRUE(Connect(Transport::kInline).ok());
+  const auto stream = *client_->OpenStream();
+  const uint64_t silent = *stream->Begin(Spec(kSilentPolicy));
+  absl::Status finished;
+  std::thread waiting([&] { finished = stream->Finish(silent).status(); });
+  EXPECT_TRUE(server_->Await(
+      [](const FakeObservations& seen) { return seen.ended_operations == 1; }, kPatience));
+  EXPECT_TRUE(stream->Cancel(silent).ok());
+  waiting.join();
+  EXPECT_EQ(finished.code(), absl::StatusCode::kCancelled) << finished;
+  EXPECT_EQ(stream->Finish(silent).status().code(), absl::StatusCode::kNotFound);
+}
+
 TEST_F(ClientTest, UnaryCallEndsAtTheTimeLimit) {
   Start();
   ASSERT_TRUE(Connect(Transport::kInline, kImpatience).ok());
@@ -346,6 +361,20 @@ TEST_F(ClientTest, RetiredRegionIsForgotten) {
   EXPECT_THAT(server_->Observed().retired, ElementsAre("r1"));
   EXPECT_EQ(client_->CompressUnary(Spec(), layers).status().code(),
             absl::StatusCode::kFailedPrecondition);
+}
+
+TEST_F(ClientTest, RetiringARegionInUseCanBeAskedAgain) {
+  FakeOptions options;
+  options.retires_in_use = 1;
+  Start(options);
+  ASSERT_TRUE(Connect(Transport::kMemfd).ok());
+  const std::vector<LayerInput> layers = SharedLayers();
+  EXPECT_EQ(client_->RetireRegion("kv").code(), absl::StatusCode::kDeadlineExceeded);
+  EXPECT_EQ(client_->CompressUnary(Spec(), layers).status().code(),
+            absl::StatusCode::kFailedPrecondition);
+  EXPECT_TRUE(client_->RetireRegion("kv").ok());
+  EXPECT_THAT(server_->Observed().retired, ElementsAre("r1", "r1"));
+  EXPECT_EQ(client_->RetireRegion("kv").code(), absl::StatusCode::kNotFound);
 }
 
 TEST_F(ClientTest, RetiringAnUnknownRegionIsNotFound) {

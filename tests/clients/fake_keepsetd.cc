@@ -150,6 +150,9 @@ class Fake final : public FakeKeepsetd,
                             v1::RetireRegionResponse*) override {
     absl::MutexLock lock(&mutex_);
     seen_.retired.push_back(request->region_id());
+    if (seen_.retired.size() <= static_cast<size_t>(options_.retires_in_use)) {
+      return grpc::Status(grpc::StatusCode::DEADLINE_EXCEEDED, "in use");
+    }
     return grpc::Status::OK;
   }
 
@@ -238,7 +241,12 @@ class Fake final : public FakeKeepsetd,
           Grant(stream, static_cast<uint32_t>(unacknowledged));
           unacknowledged = 0;
         }
-      } else if (request.has_end() && open[id].first.policy() != kSilentPolicy) {
+      } else if (request.has_end()) {
+        {
+          absl::MutexLock lock(&mutex_);
+          ++seen_.ended_operations;
+        }
+        if (open[id].first.policy() == kSilentPolicy) continue;
         Conclude(open[id].first, &open[id].second);
         *response.mutable_result() = std::move(open[id].second);
         stream->Write(response);

@@ -26,6 +26,7 @@ struct FakeOptions {
   uint64_t max_inline_bytes = 0;  // 0: no limit
   uint32_t stream_credits = 2;
   uint32_t heartbeat_seconds = 1;
+  int64_t retires_in_use = 0;  // RetireRegion calls that are answered DEADLINE_EXCEEDED
 };
 
 // What the server saw, so far.
@@ -37,6 +38,7 @@ struct FakeObservations {
   int64_t hang_ups = 0;
   int64_t closed_sessions = 0;
   int64_t max_layers_in_flight = 0;  // layer inputs that came before their credit was renewed
+  int64_t ended_operations = 0;      // End was received
   int64_t cancelled_operations = 0;
 };
 

@@ -37,16 +37,17 @@ class ScriptedMapping final : public ServiceMapping {
 };
 
 std::unique_ptr<ServiceRegion> NewRegion(const std::string& kind, absl::Status unmapped,
-                                         std::vector<std::string>& events) {
+                                         std::vector<std::string>& events,
+                                         std::vector<absl::Status> answers = {}) {
   ServiceMemory memory;
   memory.kind = kind;
   memory.size_bytes = 1;
   return std::make_unique<ServiceRegion>(
       "r", memory, 0, std::make_unique<ScriptedMapping>(std::move(unmapped), events),
       [&events] { events.push_back("forget"); },
-      [&events] {
+      [&events, answers = std::move(answers), told = std::make_shared<size_t>(0)] {
         events.push_back("tell");
-        return absl::OkStatus();
+        return *told < answers.size() ? answers[(*told)++] : absl::OkStatus();
       });
 }
 
@@ -66,6 +67,33 @@ TEST(ServiceRegion, TheServerIsNotToldWhenItCouldNotBeUnmapped) {
   EXPECT_THAT(std::string(status.message()), HasSubstr("region \"r\": not unmapped"));
   EXPECT_EQ(region->data(), nullptr);
   region = nullptr;
+  EXPECT_THAT(events, ElementsAre("forget", "unmap", "forget"));
+}
+
+TEST(ServiceRegion, TheServerIsToldUntilItHasAnswered) {
+  std::vector<std::string> events;
+  const auto region = NewRegion("cuda_ipc", absl::OkStatus(), events,
+                                {absl::DeadlineExceededError("in use"), absl::OkStatus()});
+  EXPECT_EQ(region->Retire().code(), absl::StatusCode::kDeadlineExceeded);
+  EXPECT_TRUE(region->Retire().ok());
+  EXPECT_TRUE(region->Retire().ok());
+  EXPECT_THAT(events, ElementsAre("forget", "unmap", "tell", "forget", "tell", "forget"));
+}
+
+TEST(ServiceRegion, AServerThatKnowsTheRegionNoMoreIsNotAskedAgain) {
+  std::vector<std::string> events;
+  const auto region =
+      NewRegion("cuda_ipc", absl::OkStatus(), events, {absl::NotFoundError("restarted")});
+  EXPECT_EQ(region->Retire().code(), absl::StatusCode::kNotFound);
+  EXPECT_TRUE(region->Retire().ok());
+  EXPECT_THAT(events, ElementsAre("forget", "unmap", "tell", "forget"));
+}
+
+TEST(ServiceRegion, AMappingThatStaysIsNeverTold) {
+  std::vector<std::string> events;
+  const auto region = NewRegion("cuda_ipc", absl::InternalError("error 700"), events);
+  EXPECT_EQ(region->Retire().code(), absl::StatusCode::kInternal);
+  EXPECT_EQ(region->Retire().code(), absl::StatusCode::kInternal);
   EXPECT_THAT(events, ElementsAre("forget", "unmap", "forget"));
 }
 
