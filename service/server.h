@@ -1,6 +1,6 @@
 // keepsetd as an object: wires every room, listens, drains. Usable in process by tests.
 //
-// With main.cc the only place that knows concrete backends, policies, transports and sources.
+// The only place that knows concrete backends, policies, transports and sources.
 #ifndef KEEPSET_SERVICE_SERVER_H_
 #define KEEPSET_SERVICE_SERVER_H_
 

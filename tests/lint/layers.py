@@ -51,7 +51,7 @@ ALLOWED = {
         "service/metrics",
         "keepset/v1",
     },
-    "service": None,  # main and server know everything
+    "service": None,  # server.cc knows everything
     "clients/cpp": {"base", "engine/keepset.h", "keepset/v1", "proto/side_socket_wire.h"},
     "clients/cli": {
         "base",
