@@ -31,8 +31,19 @@ namespace {
 constexpr float kEpsilon = 1e-8f;
 
 // With a row's own log-sum-exp its attention sums to 1; what a cache in fewer bits than the
-// engine's attention saw adds stays far below this.
-constexpr double kMassTolerance = 0.05;
+// engine's attention saw adds stays far below .05. A log-sum-exp below 128 that was rounded to
+// `dtype` is wrong by up to half a unit in the last place: 2^-5 in f16, 2^-2 in bf16.
+double MassTolerance(kernels::DType dtype) {
+  switch (dtype) {
+    case kernels::DType::kF32:
+      return 0.05;
+    case kernels::DType::kF16:
+      return 0.05 + std::expm1(0x1p-5);
+    case kernels::DType::kBF16:
+      return 0.05 + std::expm1(0x1p-2);
+  }
+  return 0.0;
+}
 
 // Whose attention alpha is.
 enum class AlphaScope {
@@ -69,12 +80,13 @@ bool IsByLse(const LayerObservation& observation) {
          !observation.column_stats.present();
 }
 
-absl::Status CheckMassByLse(double mass, absl::string_view where) {
-  if (std::abs(mass - 1.0) <= kMassTolerance) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat(
-      where, ": window_lse: by it the attention of a row sums to ", mass,
-      " in the mean, want 1: the log-sum-exp of softmax_scale * q.k over the positions "
-      "the row sees, in the stated base, or none"));
+absl::Status CheckMassByLse(double mass, double tolerance, absl::string_view where) {
+  if (std::abs(mass - 1.0) <= tolerance) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat(where, ": window_lse: by it the attention of a row sums to ", mass,
+                   " in the mean, want 1 +- ", tolerance,
+                   ": the log-sum-exp of softmax_scale * q.k over the positions "
+                   "the row sees, in the stated base, or none"));
 }
 
 class CompilerKvPolicy final : public RetentionPolicy {
@@ -141,6 +153,7 @@ class CompilerKvPolicy final : public RetentionPolicy {
     kernels::OpContext& op = context.op_context;
     for (const ObservedLayer& layer : layers) {
       all_by_lse_ = all_by_lse_ && IsByLse(layer.observation);
+      lse_tolerance_ = std::max(lse_tolerance_, MassTolerance(layer.observation.window_lse.dtype));
     }
     if (is_decider_) KEEPSET_RETURN_IF_ERROR(ObserveLayers(context, layers));
     for (size_t i = 0; i < layers.size(); ++i) {
@@ -178,7 +191,8 @@ class CompilerKvPolicy final : public RetentionPolicy {
       return absl::Status(mass.status().code(),
                           absl::StrCat("attention mass of all layers: ", mass.status().message()));
     }
-    if (all_by_lse_) KEEPSET_RETURN_IF_ERROR(CheckMassByLse(mass->sum, "all layers"));
+    if (all_by_lse_)
+      KEEPSET_RETURN_IF_ERROR(CheckMassByLse(mass->sum, lse_tolerance_, "all layers"));
     diagnostics_.entropy = mass->entropy;
     diagnostics_.entropy_bin = tables::BinOf(table_->entropy_edges(), mass->entropy);
     for (size_t layer = 0; layer < scores.size(); ++layer) {
@@ -260,7 +274,9 @@ class CompilerKvPolicy final : public RetentionPolicy {
     for (size_t i = 0; i < layers.size(); ++i) {
       const int64_t layer = layers[i].layer;
       if (IsByLse(layers[i].observation)) {
-        KEEPSET_RETURN_IF_ERROR(CheckMassByLse((*masses)[i].sum, absl::StrCat("layer ", layer)));
+        KEEPSET_RETURN_IF_ERROR(
+            CheckMassByLse((*masses)[i].sum, MassTolerance(layers[i].observation.window_lse.dtype),
+                           absl::StrCat("layer ", layer)));
       }
       const double entropy = (*masses)[i].entropy;
       Gate(layer, entropy);
@@ -339,8 +355,9 @@ class CompilerKvPolicy final : public RetentionPolicy {
   int64_t ppl_bin_ = 0;
   std::vector<LayerVerdict> verdicts_;  // [L]
   std::shared_ptr<Stages> stages_;
-  bool all_by_lse_ = true;  // every layer so far brought its log-sum-exp
-  bool is_decider_ = true;  // false: another policy writes stages_
+  bool all_by_lse_ = true;      // every layer so far brought its log-sum-exp
+  double lse_tolerance_ = 0.0;  // of the coarsest so far
+  bool is_decider_ = true;      // false: another policy writes stages_
   PolicyDiagnostics diagnostics_;
 };
 

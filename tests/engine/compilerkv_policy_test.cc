@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/base/casts.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/engine/compilerkv_test_support.h"
@@ -113,6 +114,40 @@ TEST(CompilerKvPolicy, ALogSumExpThatIsNotOfTheseLogitsIsRefused) {
       EXPECT_THAT(status.message(), HasSubstr("window_lse"));
       EXPECT_THAT(status.message(), HasSubstr(scope == "global" ? "all layers" : "layer 0"));
     }
+  }
+}
+
+// In bf16 a log-sum-exp of 20 can be off by .06 and one of 100 by .25.
+TEST(CompilerKvPolicy, ALogSumExpMayBeOffByTheRoundingOfItsType) {
+  CompilerKvSample sample;
+  fakes::PromptShape shape = sample.prompt.shape();
+  shape.dtype = kernels::DType::kBF16;
+  sample.prompt = fakes::SyntheticPrompt(shape);
+  sample.Reset();
+  const auto status_in_bf16 = [&](double offset) {
+    Bench bench;
+    absl::StatusOr<std::unique_ptr<Operation>> operation = bench.Begin(sample.spec);
+    EXPECT_TRUE(operation.ok()) << operation.status();
+    for (int64_t layer = 0; layer < sample.spec.model.num_layers; ++layer) {
+      const std::vector<float> exact = sample.prompt.window_lse(layer, offset);
+      std::vector<uint16_t> rounded;
+      for (const float value : exact) {
+        rounded.push_back(static_cast<uint16_t>((absl::bit_cast<uint32_t>(value) + 0x8000) >> 16));
+      }
+      LayerObservation observation = sample.prompt.observation(layer, exact);
+      observation.window_lse.data = reinterpret_cast<const std::byte*>(rounded.data());
+      observation.window_lse.size_bytes = static_cast<int64_t>(rounded.size() * sizeof(uint16_t));
+      observation.window_lse.dtype = kernels::DType::kBF16;
+      const absl::Status status = (*operation)->Observe(layer, observation);
+      if (!status.ok()) return status;
+    }
+    return (*operation)->Finish().status();
+  };
+  for (const std::string scope : {"global", "layer", "head"}) {
+    sample.spec.parameters["alpha_scope"] = scope;
+    EXPECT_FALSE(StatusWithLse(sample, 0.1).ok()) << scope;
+    EXPECT_TRUE(status_in_bf16(0.1).ok()) << scope << ": " << status_in_bf16(0.1);
+    EXPECT_FALSE(status_in_bf16(2.0).ok()) << scope;
   }
 }
 
