@@ -399,6 +399,8 @@ keepset_status keepset_capture_fill_spec(const keepset_capture* capture,
 /* Span `name` of the capture; NOT_FOUND lists the names. */
 keepset_status keepset_capture_span(const keepset_capture* capture, const char* name,
                                     keepset_span* out);
+/* Layer `layer` as the capture states it; what it does not state is cleared, as far as
+ * out->struct_size goes. Pointers belong to the capture. */
 keepset_status keepset_capture_layer(const keepset_capture* capture, int64_t layer,
                                      keepset_layer_observation* out);
 

@@ -1,6 +1,8 @@
 // keepset.h: captures and result files.
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <cstring>
 #include <limits>
 #include <memory>
 #include <string>
@@ -152,15 +154,14 @@ keepset_status keepset_capture_layer(const keepset_capture* capture, int64_t lay
           absl::StrCat("layer ", layer, ", want 0..", layers.size() - 1));
     }
     const keepset::tables::CaptureLayer& from = layers[layer];
+    keepset_layer_observation cleared = {};
+    cleared.struct_size = out->struct_size;
+    std::memcpy(out, &cleared, std::min(out->struct_size, sizeof(cleared)));
     out->q_window = keepset::engine::RowsView(from.q_window);
     out->window_lse = keepset::engine::RowsView(from.window_lse);
     out->attn_tile = keepset::engine::RowsView(from.attn_tile);
     out->k = keepset::engine::KvOf(from.k);
     out->v = keepset::engine::KvOf(from.v);
-    if (out->struct_size >= sizeof(*out)) {
-      out->column_stats = {};
-      out->column_reduction = 0;
-    }
     return absl::OkStatus();
   });
 }

@@ -275,6 +275,21 @@ TEST_F(CaptureAbiTest, LayerOutsideTheCaptureIsRefused) {
   EXPECT_STREQ(keepset_last_error(), "layer 3, want 0..2");
 }
 
+// A caller may hand in a struct of another layer, or one of which only struct_size is set.
+TEST_F(CaptureAbiTest, ALayerIsClearedOfWhatTheCaptureDoesNotState) {
+  keepset_layer_observation observation;
+  std::memset(&observation, 0x5a, sizeof(observation));
+  observation.struct_size = offsetof(keepset_layer_observation, qo_heads);
+  EXPECT_EQ(keepset_capture_layer(capture_, 0, &observation), KEEPSET_OK);
+  EXPECT_EQ(observation.lse_base, KEEPSET_LSE_BASE_E);
+  EXPECT_EQ(observation.column_stats.data, nullptr);
+  EXPECT_NE(observation.qo_heads, nullptr);  // not of this caller's struct
+  observation.struct_size = sizeof(observation);
+  EXPECT_EQ(keepset_capture_layer(capture_, 0, &observation), KEEPSET_OK);
+  EXPECT_EQ(observation.qo_heads, nullptr);
+  EXPECT_EQ(observation.struct_size, sizeof(observation));
+}
+
 TEST_F(CaptureAbiTest, ErrorsAreClearedByTheNextSuccess) {
   keepset_span span = {};
   EXPECT_EQ(keepset_capture_span(capture_, "user", &span), KEEPSET_NOT_FOUND);
