@@ -320,6 +320,9 @@ class ServerImpl final : public Server {
       SideSocketOptions side_socket;
       side_socket.path = config_.side_socket();
       side_socket.mode = config_.socket_mode();
+      side_socket.on_trouble = [this](const absl::Status& why) {
+        log_.Warning("side_socket", {{"error", std::string(why.message())}});
+      };
       KEEPSET_ASSIGN_OR_RETURN(side_socket_, SideSocketServer::Start(side_socket, *sessions_));
     }
     if (config_.metrics_listen() != kMetricsOff) {

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
 #include "base/clock.h"
 #include "base/status_macros.h"
 #include "proto/side_socket_wire.h"
@@ -32,6 +33,8 @@ namespace {
 constexpr size_t kMaxFdsReceived = 8;
 // Frames of one connection served before the others get their turn.
 constexpr int kFramesPerTurn = 16;
+// Between two looks at connections that cannot be waited for together.
+constexpr int kLookMs = 100;
 
 enum class Fate { kKeep, kClose };
 
@@ -147,6 +150,9 @@ class SideSocketServerImpl : public SideSocketServer {
 
  private:
   void Serve();
+  // Waits until a descriptor of `polled`, the first of which is the stop event, has something to
+  // say, or a deadline comes.
+  void Poll(std::vector<pollfd>& polled);
   int PollTimeoutMs() const;
   void Accept();
   void Admit(UniqueFd socket);
@@ -167,31 +173,31 @@ class SideSocketServerImpl : public SideSocketServer {
   UniqueFd reserve_;  // given up for a moment to accept and turn away when out of descriptors
   std::thread thread_;
   std::vector<Connection> connections_;  // the thread's own
+  bool polls_together_ = true;           // the thread's own
 };
 
 void SideSocketServerImpl::Serve() {
   std::vector<pollfd> polled;
   while (true) {
+    // Open descriptors only: poll refuses more entries than the process may have descriptors.
     polled.clear();
     polled.push_back({stop_event_.get(), POLLIN, 0});
     polled.push_back({listener_.fd(), POLLIN, 0});
     for (const Connection& connection : connections_) {
       polled.push_back({connection.socket.get(), POLLIN, 0});
-      // poll ignores -1.
-      const int process = connection.process == nullptr ? -1 : connection.process->get();
-      polled.push_back({process, POLLIN, 0});
+      if (connection.process != nullptr) polled.push_back({connection.process->get(), POLLIN, 0});
     }
-    if (::poll(polled.data(), polled.size(), PollTimeoutMs()) < 0) continue;  // EINTR
+    Poll(polled);
     if (polled[0].revents != 0) break;
 
     const absl::Duration now = SystemClock().Monotonic();
     std::vector<Connection> kept;
-    for (size_t i = 0; i < connections_.size(); ++i) {
-      Connection& connection = connections_[i];
+    size_t next = 2;
+    for (Connection& connection : connections_) {
       Fate fate = Fate::kKeep;
-      if (polled[2 + 2 * i].revents != 0) fate = Read(connection);
+      if (polled[next++].revents != 0) fate = Read(connection);
       // A child that inherited the socket keeps it open; the peer is gone all the same.
-      if (polled[3 + 2 * i].revents != 0) fate = Fate::kClose;
+      if (connection.process != nullptr && polled[next++].revents != 0) fate = Fate::kClose;
       if (connection.phase == SideSocketPhase::kAwaitingHello && connection.hello_deadline <= now) {
         fate = Fate::kClose;
       }
@@ -206,6 +212,26 @@ void SideSocketServerImpl::Serve() {
   }
   for (Connection& connection : connections_) Close(std::move(connection));
   connections_.clear();
+}
+
+void SideSocketServerImpl::Poll(std::vector<pollfd>& polled) {
+  if (::poll(polled.data(), polled.size(), PollTimeoutMs()) >= 0) {
+    polls_together_ = true;
+    return;
+  }
+  const int error = errno;
+  for (pollfd& entry : polled) entry.revents = 0;
+  if (error == EINTR) return;
+  // The limit on descriptors was lowered under those that are open, or the kernel has no memory.
+  if (std::exchange(polls_together_, false) && options_.on_trouble) {
+    options_.on_trouble(absl::ErrnoToStatus(
+        error, absl::StrCat("side socket: cannot wait for ", polled.size(),
+                            " descriptors together, looks at each every ", kLookMs, " ms")));
+  }
+  ::poll(polled.data(), 1, kLookMs);
+  for (pollfd& entry : polled) {
+    if (::poll(&entry, 1, 0) < 0) entry.revents = 0;
+  }
 }
 
 int SideSocketServerImpl::PollTimeoutMs() const {

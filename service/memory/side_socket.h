@@ -10,10 +10,12 @@
 
 #include <sys/types.h>
 
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
 
+#include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "service/memory/session_manager.h"
@@ -26,6 +28,9 @@ struct SideSocketOptions {
   std::optional<uid_t> allowed_uid = std::nullopt;  // absent: whoever the socket's mode lets in
   absl::Duration hello_timeout = absl::Seconds(10);
   int max_connections = 1024;  // more are closed at once
+  // Called on the server's thread when it can no longer wait for its connections as it should, and
+  // serves them more slowly. May be empty.
+  std::function<void(const absl::Status& why)> on_trouble = {};
 };
 
 class SideSocketServer {

@@ -1,5 +1,7 @@
 // The side socket when the process has no descriptor left.
 #include <fcntl.h>
+#include <gmock/gmock.h>
+#include <poll.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/syscall.h>
@@ -7,11 +9,14 @@
 #include <unistd.h>
 
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "absl/base/thread_annotations.h"
+#include "absl/synchronization/mutex.h"
 #include "gtest/gtest.h"
 #include "proto/side_socket_wire.h"
 #include "tests/service/memory/memory_test_support.h"
@@ -20,6 +25,7 @@
 namespace keepset::service {
 namespace {
 
+using ::testing::HasSubstr;
 using testing::kExhausted;
 using testing::NewMemfd;
 using testing::PageBytes;
@@ -101,6 +107,60 @@ TEST_F(SideSocketTest, ConnectionWhoseProcessFindsNoRoomToBeWatchedIsTurnedAway)
   StartServer();
   EXPECT_EQ(GreetingWithRoomFor(1, options_.path), kExhausted);
   Bind(Open('b'));
+}
+
+// poll then refuses to wait for all of them together.
+class SideSocketUnderALoweredLimit : public SideSocketTest {
+ protected:
+  static constexpr int kConnections = 8;
+  static constexpr rlim_t kLimit = 4;
+
+  SideSocketUnderALoweredLimit() {
+    options_.hello_timeout = absl::Seconds(1);
+    options_.on_trouble = [this](const absl::Status& why) {
+      const absl::MutexLock lock(&mutex_);
+      troubles_.push_back(why);
+    };
+  }
+
+  absl::Mutex mutex_;
+  std::vector<absl::Status> troubles_ ABSL_GUARDED_BY(mutex_);
+};
+
+TEST_F(SideSocketUnderALoweredLimit, HelloDeadlineAndHangUpAreSeen) {
+  StartServer();
+  std::vector<SessionInfo> sessions;
+  std::vector<std::unique_ptr<testing::RawSideSocketClient>> clients;
+  testing::RawSideSocketClient silent(options_.path);
+  for (int i = 0; i < kConnections; ++i) {
+    sessions.push_back(Open(static_cast<char>('a' + i)));
+    clients.push_back(Bind(sessions.back()));
+  }
+  pollfd hung_up = {silent.fd(), POLLIN, 0};
+  const ScopedNofile limit(kLimit);
+  EXPECT_EQ(::poll(&hung_up, 1, 10'000), 1);
+  clients[3].reset();
+  EXPECT_EQ(observer_.AwaitEnd(sessions[3].session_id), SessionEnd::kHangUp);
+  ASSERT_TRUE(clients[0]->SendHello(sessions[0].token));
+  EXPECT_EQ(observer_.AwaitEnd(sessions[0].session_id), SessionEnd::kHangUp) << "a malformed frame";
+  server_.reset();
+  EXPECT_EQ(observer_.AwaitEnd(sessions[1].session_id), SessionEnd::kHangUp);
+}
+
+TEST_F(SideSocketUnderALoweredLimit, TroubleIsToldOnce) {
+  StartServer();
+  std::vector<std::unique_ptr<testing::RawSideSocketClient>> clients;
+  for (int i = 0; i < kConnections; ++i) clients.push_back(Bind(Open(static_cast<char>('a' + i))));
+  const SessionInfo last = Open('z');
+  auto last_client = Bind(last);
+  const ScopedNofile limit(kLimit);
+  last_client.reset();  // wakes the thread
+  EXPECT_EQ(observer_.AwaitEnd(last.session_id), SessionEnd::kHangUp);
+  clients.pop_back();
+  server_.reset();
+  const absl::MutexLock lock(&mutex_);
+  ASSERT_EQ(troubles_.size(), 1u);
+  EXPECT_THAT(troubles_[0].message(), HasSubstr("descriptors together"));
 }
 
 }  // namespace
