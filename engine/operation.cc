@@ -42,6 +42,7 @@ class OperationImpl final : public Operation {
   const OperationSpec& spec() const override { return plan_.spec; }
 
   absl::Status Observe(int64_t layer, const LayerObservation& observation) override {
+    KEEPSET_RETURN_IF_ERROR(PassUnread(std::min(layer, num_layers())));
     KEEPSET_RETURN_IF_ERROR(CheckLayer(next_layer_, layer, observation));
     if (policy().NeedsLayer(layer) && !keeps_all_ && !DeadlinePassed() && DeviceWorks() &&
         !short_of_memory_) {
@@ -86,6 +87,7 @@ class OperationImpl final : public Operation {
 
   absl::StatusOr<const OperationResult*> Finish() override {
     if (finished_) return &result_;
+    KEEPSET_RETURN_IF_ERROR(PassUnread(num_layers()));
     if (const int64_t next = NeededLayerFrom(next_layer_); next < num_layers()) {
       return absl::FailedPreconditionError(absl::StrCat("layer ", next,
                                                         ": not observed, want layers ", next, "..",
@@ -219,6 +221,16 @@ class OperationImpl final : public Operation {
   RetentionPolicy& policy() const { return *plan_.policy; }
   int64_t num_layers() const { return plan_.spec.model.num_layers; }
   int64_t seq_len() const { return plan_.spec.seq_len; }
+
+  // Layers before `end` of which the policy reads nothing come without being handed over.
+  absl::Status PassUnread(int64_t end) {
+    while (!finished_ && next_layer_ < end) {
+      const Requirements needs = policy().layer_requirements(next_layer_);
+      if (needs.observation || needs.keys || needs.values) break;
+      KEEPSET_RETURN_IF_ERROR(Observe(next_layer_, {}));
+    }
+    return absl::OkStatus();
+  }
 
   // Whether `layer` may be the next one after `next` layers.
   absl::Status CheckLayer(int64_t next, int64_t layer, const LayerObservation& observation) const {

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/string_view.h"
 #include "base/status_macros.h"
@@ -112,6 +113,15 @@ class CompilerKvPolicy final : public RetentionPolicy {
 
   int64_t score_rows(const PolicyContext& context) const override {
     return context.scope == Scope::kKvHead ? context.spec.model.num_kv_heads : 1;
+  }
+
+  // A table with perplexity bins reads the prompt's perplexity.
+  absl::StatusOr<InputNeeds> Needs(const OperationSpec& spec) const override {
+    KEEPSET_ASSIGN_OR_RETURN(InputNeeds needs, RetentionPolicy::Needs(spec));
+    const tables::CompilerKvTable* table =
+        spec.table == nullptr ? nullptr : spec.table->AsCompilerKv();
+    needs.ppl = table != nullptr && !table->ppl_edges().empty();
+    return needs;
   }
 
   absl::Status Begin(PolicyContext& context) override {

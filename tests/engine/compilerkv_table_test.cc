@@ -2,6 +2,8 @@
 #include <cmath>
 #include <string>
 
+#include "engine/input_needs.h"
+#include "engine/policies/policy_registry.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/engine/compilerkv_test_support.h"
@@ -22,6 +24,14 @@ TEST(CompilerKvPolicy, MissingPplIsRefusedWhenTheTableAsksForIt) {
   EXPECT_THAT(sample.BeginStatus().message(),
               HasSubstr("missing ppl, want ppl or window_logprobs, or parameter "
                         "missing_ppl=median"));
+}
+
+TEST(CompilerKvPolicy, NeedsSayWhetherTheTableAsksForPpl) {
+  CompilerKvSample sample;
+  EXPECT_FALSE(DescribeNeeds(sample.spec, *NewBuiltinPolicyRegistry())->ppl);
+  sample.table.ppl_edges = {5.0f, 10.0f, 30.0f};
+  sample.Reset();
+  EXPECT_TRUE(DescribeNeeds(sample.spec, *NewBuiltinPolicyRegistry())->ppl);
 }
 
 TEST(CompilerKvPolicy, MissingPplIsTheMedianEdgeWhenAskedAndReported) {

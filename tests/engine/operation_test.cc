@@ -1,6 +1,7 @@
 #include "engine/operation.h"
 
 #include <cmath>
+#include <cstddef>
 #include <limits>
 #include <memory>
 #include <string>
@@ -47,6 +48,23 @@ TEST_F(OperationTest, FinishWithMissingLayersIsRefused) {
   const absl::Status status = operation->Finish().status();
   EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
   EXPECT_THAT(status.message(), HasSubstr("want layers 1..2 before Finish"));
+}
+
+TEST_F(OperationTest, LayersOfWhichNothingIsReadMayBeLeftOut) {
+  const OperationSpec spec = Spec("random", 10);
+  const auto whole = Observed(spec);
+  const auto none = Begin(spec);
+  const auto last = Begin(spec);
+  ASSERT_TRUE(Observe(*last, 2).ok());
+  const auto want = whole->Finish();
+  ASSERT_TRUE(want.ok());
+  for (const auto& operation : {none.get(), last.get()}) {
+    const auto result = operation->Finish();
+    ASSERT_TRUE(result.ok()) << result.status();
+    for (size_t layer = 0; layer < 3; ++layer) {
+      EXPECT_EQ((*result)->layers[layer].keep_indices, (*want)->layers[layer].keep_indices);
+    }
+  }
 }
 
 TEST_F(OperationTest, RefusedObservationMayBeRepeated) {
