@@ -13,7 +13,7 @@ import keepset
 from keepset import table_file
 from keepset.calibrate.head_prompts import KEY_NOVELTY, LAST_ROW, MAX_ROWS, MEAN_ROWS, PROBE_MAX
 from keepset.calibrate.observation_heads import heads_table, with_curve
-from keepset.in_process import EngineError, QueryLayer
+from keepset.in_process import EngineError
 from keepset.registry import TableRegistry
 from keepset.server_process import ServerProcess
 
@@ -164,8 +164,7 @@ def test_a_bad_table_is_refused_by_the_command_line(build, capture, tmp_path, ti
 @pytest.mark.parametrize("title", BAD_REQUESTS)
 def test_a_bad_request_is_refused_in_process(engine, layers, title):
     request = BAD_REQUESTS[title]
-    sent = {index: QueryLayer(layer.q_window, layer.k, layer.v)
-            for index, layer in enumerate(layers) if index != request.left_out}
+    sent = {index: layer for index, layer in enumerate(layers) if index != request.left_out}
     with pytest.raises(EngineError) as error:
         engine.keep(model=MODEL, policy="observation_heads", layers=sent, seq_len=SEQ_LEN,
                     budget_tokens=24, softmax_scale=MODEL.head_dim**-0.5,
@@ -222,7 +221,7 @@ def test_a_named_span_of_the_capture_observes(build, engine, capture, layers, he
     path = tmp_path / "spans.safetensors"
     path.write_bytes(table)
     span = {"observe": f"{SEQ_LEN - 6}:{SEQ_LEN - 2}"}
-    sent = {index: QueryLayer(layer.q_window, layer.k, layer.v) for index, layer in enumerate(layers)}
+    sent = dict(enumerate(layers))
     asked = {"model": MODEL, "policy": "observation_heads", "layers": sent, "seq_len": SEQ_LEN,
              "budget_tokens": 24, "softmax_scale": MODEL.head_dim**-0.5, "table": table,
              "row_positions": np.arange(SEQ_LEN - WINDOW, SEQ_LEN)}
@@ -255,7 +254,7 @@ def test_the_risk_gate_answers_alike_everywhere(build, engine, capture, layers, 
     gate = {"risk_target": "0.1", "risk_max_tokens": "80"}
     kept = engine.keep(
         model=MODEL, policy="observation_heads", seq_len=SEQ_LEN, budget_tokens=24, table=table,
-        layers={index: QueryLayer(one.q_window, one.k, one.v) for index, one in enumerate(layers)},
+        layers=dict(enumerate(layers)),
         softmax_scale=MODEL.head_dim**-0.5, row_positions=np.arange(SEQ_LEN - WINDOW, SEQ_LEN),
         parameters=gate)
     want = kept.sets()[0]

@@ -1,6 +1,7 @@
 """observation_heads from rollouts to a served table, in small."""
 
 import dataclasses
+import hashlib
 import re
 import subprocess
 import sys
@@ -25,6 +26,7 @@ from keepset.eval import constructed, facts, text_tasks
 from keepset.evidence import head_baselines
 from keepset.in_process import EngineError
 from keepset.server_process import ServerProcess
+from keepset.types import LayerNeeds, TableIdentity
 
 from conftest import MODEL, SEQ_LEN, WINDOW, binary, random_layers, spec
 
@@ -97,9 +99,9 @@ def test_the_engine_keeps_what_numpy_keeps(engine, small):
 def test_only_the_layers_that_are_read_are_asked_for(engine, small):
     table = heads.heads_table(small.fingerprint, "one", [(1, 2, LAST_ROW, 1.0)])
     needs = engine.input_needs(model=small.fingerprint, policy="observation_heads", table=table)
-    assert needs["layers"] == [{"layer": 1, "queries": True, "keys": True, "values": False,
-                                "columns": False, "qo_heads": [2], "kv_heads": [1]}]
-    assert needs["rows"] == ["last_row"] and needs["probe"] is None
+    assert needs.layers == (LayerNeeds(1, queries=True, keys=True, values=False, qo_heads=(2,), kv_heads=(1,)),)
+    assert needs.rows == ("last_row",) and needs.probe is None
+    assert needs.table == TableIdentity("one", "1", f"sha256:{hashlib.sha256(table).hexdigest()}", "hand-written")
 
 
 def test_a_table_of_the_probe_uses_its_rows(engine, small):

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from keepset.calibrate.__main__ import Build
-from keepset.in_process import Engine, QueryLayer
-from keepset.types import ModelFingerprint
+from keepset.in_process import Engine
+from keepset.types import Layer, ModelFingerprint
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "gpu" / "peers.py"
 
@@ -50,7 +50,7 @@ def test_positions_are_those_of_snapkv(
     model = ModelFingerprint("test", 1, qo_heads, kv_heads, head_dim)
     with Engine(build.library) as engine:
         ours = engine.keep(
-            model=model, policy="snapkv", layers={0: QueryLayer(q_window=q, k=k, v=v)},
+            model=model, policy="snapkv", layers={0: Layer(q_window=q, k=k, v=v)},
             seq_len=seq_len, budget_tokens=budget, softmax_scale=head_dim**-0.5,
             row_positions=range(seq_len - rows, seq_len), scope="kv_head",
         )  # fmt: skip

@@ -6,85 +6,26 @@ the same engine as keepsetd's.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from keepset.types import ModelFingerprint
+from keepset import _abi
+from keepset.types import InputNeeds, Layer, LayerNeeds, ModelFingerprint, PagedKv, TableIdentity
 
 _ABI_VERSION = 1
-_F32 = 1
-_DTYPES = {"float32": _F32, "float16": 2, "bfloat16": 3}
 _HANDOVERS = {"together": 0, "one_by_one": 1}
 _ROW_MOVES = {"gathered": 0, "in_place": 1, "stay": 2}
 _BUDGET_TOKENS = 1
-_POINTER = ctypes.c_void_p
-
-
-class _KvView(ctypes.Structure):
-    _fields_ = [
-        ("data", _POINTER), ("size_bytes", ctypes.c_int64), ("dtype", ctypes.c_int32),
-        ("reserved", ctypes.c_int32), ("num_kv_heads", ctypes.c_int64), ("seq_len", ctypes.c_int64),
-        ("head_dim", ctypes.c_int64), ("head_stride", ctypes.c_int64),
-        ("token_stride", ctypes.c_int64), ("block_size", ctypes.c_int64),
-        ("block_stride", ctypes.c_int64), ("block_table", _POINTER), ("num_blocks", ctypes.c_int64),
-    ]  # fmt: skip
-
-
-class _RowsView(ctypes.Structure):
-    _fields_ = [
-        ("data", _POINTER), ("size_bytes", ctypes.c_int64), ("dtype", ctypes.c_int32),
-        ("reserved", ctypes.c_int32), ("num_qo_heads", ctypes.c_int64),
-        ("num_rows", ctypes.c_int64), ("last_dim", ctypes.c_int64),
-        ("head_stride", ctypes.c_int64), ("row_stride", ctypes.c_int64),
-    ]  # fmt: skip
-
-
-class _LayerObservation(ctypes.Structure):
-    _fields_ = [
-        ("struct_size", ctypes.c_size_t), ("q_window", _RowsView), ("window_lse", _RowsView),
-        ("attn_tile", _RowsView), ("k", _KvView), ("v", _KvView),
-    ]  # fmt: skip
-
-
-class _Parameter(ctypes.Structure):
-    _fields_ = [("name", ctypes.c_char_p), ("value", ctypes.c_char_p)]
-
-
-class _EngineOptions(ctypes.Structure):
-    _fields_ = [("struct_size", ctypes.c_size_t), ("backend", ctypes.c_char_p),
-                ("num_threads", ctypes.c_int32), ("window_kernels", ctypes.c_char_p),
-                ("device_memory_bytes", ctypes.c_int64), ("device_memory", _POINTER)]  # fmt: skip
-
-
-class _DeviceBytesOptions(ctypes.Structure):
-    _fields_ = [("struct_size", ctypes.c_size_t), ("handover", ctypes.c_int32),
-                ("row_move", ctypes.c_int32), ("layer", _POINTER)]  # fmt: skip
-
-
-class _OperationSpec(ctypes.Structure):
-    _fields_ = [
-        ("struct_size", ctypes.c_size_t), ("model_json", ctypes.c_char_p),
-        ("seq_len", ctypes.c_int64), ("num_rows", ctypes.c_int64), ("row_positions", _POINTER),
-        ("softmax_scale", ctypes.c_float), ("kv_dtype", ctypes.c_int32),
-        ("value_head_dim", ctypes.c_int64), ("policy", ctypes.c_char_p),
-        ("parameters", ctypes.POINTER(_Parameter)), ("num_parameters", ctypes.c_size_t),
-        ("budget_kind", ctypes.c_int32), ("budget", ctypes.c_int64),
-        ("kept_fraction", ctypes.c_double), ("scope", ctypes.c_char_p),
-        ("protect_sink", ctypes.c_int64), ("protect_window", ctypes.c_int64),
-        ("protect_spans", _POINTER), ("num_protect_spans", ctypes.c_size_t),
-        ("ppl", ctypes.c_double), ("window_logprobs", _POINTER),
-        ("num_window_logprobs", ctypes.c_size_t), ("table", _POINTER), ("shadow", ctypes.c_int32),
-        ("cuda_stream", _POINTER),
-    ]  # fmt: skip
-
-
+_POINTER = _abi.POINTER
+_MOST_THREADS = 2**31 - 1
 _LEGACY_STREAM = 1  # cudaStreamLegacy: in the structure NULL is no stream of the caller's
 
 
@@ -108,15 +49,6 @@ class TileLayer:
     """Attention tile [num_qo_heads, num_rows, seq_len] and values [num_kv_heads, seq_len, d], fp32."""
 
     attn_tile: np.ndarray
-    v: np.ndarray
-
-
-@dataclasses.dataclass(frozen=True)
-class QueryLayer:
-    """Queries of the observed rows [num_qo_heads, W, d], keys and values [num_kv_heads, T, d], fp32."""
-
-    q_window: np.ndarray
-    k: np.ndarray
     v: np.ndarray
 
 
@@ -153,15 +85,18 @@ class Engine:
 
     def __init__(self, library: str | os.PathLike, num_threads: int = 1, backend: str = "cpu",
                  window_kernels: str = "", device_memory_bytes: int = 0):
+        self._engine = _POINTER()
         self._library = ctypes.CDLL(str(library))
         self._declare()
         if self._library.keepset_abi_version() != _ABI_VERSION:
             raise EngineError("FAILED_PRECONDITION",
                               f"{library}: ABI {self._library.keepset_abi_version()}, "
                               f"want {_ABI_VERSION}")
-        options = _EngineOptions(ctypes.sizeof(_EngineOptions), backend.encode(), num_threads,
-                                 window_kernels.encode(), device_memory_bytes)
-        self._engine = _POINTER()
+        options = _abi.EngineOptions(
+            ctypes.sizeof(_abi.EngineOptions), _abi.text(backend, "backend"),
+            _abi.count("num_threads", num_threads, -1 - _MOST_THREADS, _MOST_THREADS),
+            _abi.text(window_kernels, "window_kernels"),
+            _abi.count("device_memory_bytes", device_memory_bytes))
         self._check(self._library.keepset_engine_create(
             ctypes.byref(options), ctypes.byref(self._engine)))
 
@@ -182,106 +117,85 @@ class Engine:
 
     @property
     def backend(self) -> str:
-        return self._library.keepset_engine_backend(self._engine).decode()
+        return self._library.keepset_engine_backend(self._open_engine()).decode()
 
     @property
     def policies(self) -> tuple[str, ...]:
         """Names of all policies."""
-        return tuple(self._library.keepset_engine_policies(self._engine).decode().split())
+        return tuple(self._library.keepset_engine_policies(self._open_engine()).decode().split())
 
     def decide(self, *, model: ModelFingerprint, layers: Sequence[TileLayer], table: bytes,
                budget_tokens: int, ppl: float, parameters: Mapping[str, object] | None = None,
                protect_sink: int = 0, protect_window: int = 0) -> Decision:
         """Runs compilerkv with a table given as the bytes of its file."""
-        seq_len = layers[0].attn_tile.shape[2]
-        listed = [(str(k).encode(), str(v).encode()) for k, v in (parameters or {}).items()]
-        spec = _OperationSpec(
-            struct_size=ctypes.sizeof(_OperationSpec),
-            model_json=json.dumps(model.to_json()).encode(), seq_len=seq_len,
-            num_rows=layers[0].attn_tile.shape[1], softmax_scale=1.0, kv_dtype=_F32,
-            value_head_dim=layers[0].v.shape[2], policy=b"compilerkv",
-            parameters=(_Parameter * len(listed))(*listed), num_parameters=len(listed),
-            budget_kind=_BUDGET_TOKENS, budget=budget_tokens,
-            protect_sink=protect_sink, protect_window=protect_window, ppl=ppl)
-        handle, operation = self._load(table), _POINTER()
-        try:
-            spec.table = handle
-            self._check(self._library.keepset_operation_begin(
-                self._engine, ctypes.byref(spec), ctypes.byref(operation)))
-            for index, layer in enumerate(layers):
-                observation = _LayerObservation(struct_size=ctypes.sizeof(_LayerObservation),
-                                                attn_tile=_rows_view(layer.attn_tile),
-                                                v=_kv_view(layer.v))
-                self._check(self._library.keepset_operation_observe(
-                    operation, index, ctypes.byref(observation)))
-            return self._finish(operation, len(layers))
-        finally:
-            if operation:
-                self._library.keepset_operation_destroy(operation)
-            self._library.keepset_table_destroy(handle)
+        shown = [Layer(attn_tile=one.attn_tile, v=one.v) for one in layers]
+        if not shown:
+            raise ValueError("layers=[], want those of the model")
+        _, num_rows, seq_len = shown[0].attn_tile.shape
+        spec = self._spec(model, "compilerkv", parameters)
+        self._shape(spec, seq_len, num_rows, budget_tokens, None, protect_sink, protect_window)
+        spec.softmax_scale, spec.kv_dtype, spec.ppl = 1.0, _abi.F32, ppl
+        spec.value_head_dim = shown[0].v.shape[2]
+        with self._operation(spec, table, enumerate(shown), seq_len) as result:
+            document = json.loads(self._library.keepset_result_json(result))
+            keep_indices = [self._indices(result, layer, 0) for layer in range(len(shown))]
+        entropy = [layer.get("entropy") if layer.get("entropy") is not None
+                   else document["entropy"] for layer in document["layers"]]
+        return Decision(keep_indices, [layer["candidates"] for layer in document["layers"]],
+                        entropy, document["ppl"])
 
-    def keep(self, *, model: ModelFingerprint, policy: str, layers: Mapping[int, QueryLayer],
+    def keep(self, *, model: ModelFingerprint, policy: str, layers: Mapping[int, Layer],
              seq_len: int, budget_tokens: int, softmax_scale: float,
              row_positions: Sequence[int] | np.ndarray, table: bytes | None = None,
              parameters: Mapping[str, object] | None = None, scope: str | None = None,
              protect_sink: int = 0, protect_window: int = 0, ppl: float = float("nan"),
-             cuda_stream: int | None = None) -> Kept:
+             cuda_stream: int | None = None, kv_dtype: str | None = None,
+             keep_full_on_short_memory: bool = False) -> Kept:
         """Runs any policy; `layers` by index, those that the policy reads (`input_needs`).
 
         cuda_stream: a cudaStream_t for the operation's kernels (backend cuda); 0 is the default stream, as in
         `torch.cuda.current_stream().cuda_stream`. None: the engine's own, which waits for no other.
+        kv_dtype: of the cache, where no layer shows it: "float32" by default.
+        keep_full_on_short_memory: an operation for which there is no device memory keeps every position,
+        outcome kept_full and reason shed, instead of EngineError RESOURCE_EXHAUSTED.
         """
-        rows = np.ascontiguousarray(row_positions, np.int64)
+        rows = _abi.integers(row_positions, np.int64, "row_positions")
         spec = self._spec(model, policy, parameters)
-        spec.seq_len, spec.num_rows, spec.row_positions = seq_len, len(rows), rows.ctypes.data
-        spec.softmax_scale, spec.kv_dtype = softmax_scale, _F32
-        spec.budget_kind, spec.budget = _BUDGET_TOKENS, budget_tokens
-        spec.scope = None if scope is None else scope.encode()
-        spec.protect_sink, spec.protect_window, spec.ppl = protect_sink, protect_window, ppl
-        spec.cuda_stream = _LEGACY_STREAM if cuda_stream == 0 else cuda_stream
-        handle, operation = _POINTER(), _POINTER()
-        try:
-            if table is not None:
-                handle = self._load(table)
-                spec.table = handle
-            self._check(self._library.keepset_operation_begin(
-                self._engine, ctypes.byref(spec), ctypes.byref(operation)))
-            for index, layer in sorted(layers.items()):
-                observation = _LayerObservation(
-                    struct_size=ctypes.sizeof(_LayerObservation),
-                    q_window=_rows_view(layer.q_window), k=_kv_view(layer.k), v=_kv_view(layer.v))
-                self._check(self._library.keepset_operation_observe(
-                    operation, index, ctypes.byref(observation)))
-            result = _POINTER()
-            self._check(self._library.keepset_operation_finish(operation, ctypes.byref(result)))
+        self._shape(spec, seq_len, len(rows), budget_tokens, scope, protect_sink, protect_window)
+        spec.row_positions = rows.ctypes.data
+        spec.softmax_scale, spec.ppl = softmax_scale, ppl
+        spec.kv_dtype = _kv_dtype(layers, kv_dtype)
+        if cuda_stream is not None:
+            spec.cuda_stream = _abi.count("cuda_stream", cuda_stream, 0) or _LEGACY_STREAM
+        spec.keep_full_on_short_memory = int(bool(keep_full_on_short_memory))
+        with self._operation(spec, table, sorted(layers.items()), seq_len) as result:
             document = json.loads(self._library.keepset_result_json(result))
             num_sets = self._library.keepset_result_num_sets(result)
             kept = [[self._indices(result, layer, number) for number in range(num_sets)]
                     for layer in range(model.num_layers)]
-            return Kept(kept, document.get("outside_mass"), document.get("predicted_miss_rate"),
-                        document)
-        finally:
-            if operation:
-                self._library.keepset_operation_destroy(operation)
-            self._library.keepset_table_destroy(handle)
+        return Kept(kept, document.get("outside_mass"), document.get("predicted_miss_rate"), document)
 
     def input_needs(self, *, model: ModelFingerprint, policy: str, table: bytes | None = None,
-                    parameters: Mapping[str, object] | None = None) -> dict:
-        """What a worker has to send for such an operation: layers with heads, rows, probe."""
+                    parameters: Mapping[str, object] | None = None) -> InputNeeds:
+        """What an operation of this policy and table reads: nothing else has to be handed over."""
         spec = self._spec(model, policy, parameters)
-        spec.kv_dtype = _F32
-        handle, report = _POINTER(), _POINTER()
-        try:
-            if table is not None:
-                handle = self._load(table)
-                spec.table = handle
-            self._check(self._library.keepset_input_needs(
-                self._engine, ctypes.byref(spec), ctypes.byref(report)))
-            return json.loads(self._library.keepset_report_json(report))
-        finally:
-            if report:
+        spec.kv_dtype = _abi.F32
+        report = _POINTER()
+        with self._table(table) as spec.table:
+            identity = None if table is None else self._identity(spec.table)
+            try:
+                self._check(self._library.keepset_input_needs(
+                    self._open_engine(), ctypes.byref(spec), ctypes.byref(report)))
+                document = json.loads(self._library.keepset_report_json(report))
+            finally:
                 self._library.keepset_report_destroy(report)
-            self._library.keepset_table_destroy(handle)
+        probe = document["probe"]
+        return InputNeeds(
+            tuple(LayerNeeds(one["layer"], one["queries"], one["keys"], one["values"],
+                             tuple(one["qo_heads"]), tuple(one["kv_heads"]), one["columns"])
+                  for one in document["layers"]),
+            tuple(document["rows"]), document["ppl"], (probe["name"], probe["text"]) if probe else None,
+            identity, document["max_rows"])
 
     def device_bytes(self, *, model: ModelFingerprint, policy: str, seq_len: int,
                      budget_tokens: int, num_rows: int, kv_dtype: str = "bfloat16",
@@ -296,63 +210,97 @@ class Engine:
         move "in_place" or "stay".
         """
         spec = self._spec(model, policy, parameters)
-        spec.seq_len, spec.num_rows, spec.softmax_scale = seq_len, num_rows, 1.0
-        spec.kv_dtype = _choice("kv_dtype", kv_dtype, _DTYPES)
-        spec.budget_kind, spec.budget, spec.ppl = _BUDGET_TOKENS, budget_tokens, 1.0
-        spec.scope = None if scope is None else scope.encode()
-        options = _DeviceBytesOptions(
-            ctypes.sizeof(_DeviceBytesOptions), _choice("handover", handover, _HANDOVERS),
-            _choice("row_move", row_move, _ROW_MOVES))
-        handle, found = _POINTER(), ctypes.c_int64()
+        self._shape(spec, seq_len, num_rows, budget_tokens, scope)
+        spec.kv_dtype = _abi.choice("kv_dtype", kv_dtype, _abi.DTYPES)
+        spec.softmax_scale, spec.ppl = 1.0, 1.0
+        options = _abi.DeviceBytesOptions(
+            ctypes.sizeof(_abi.DeviceBytesOptions), _abi.choice("handover", handover, _HANDOVERS),
+            _abi.choice("row_move", row_move, _ROW_MOVES))
+        found = ctypes.c_int64()
+        with self._table(table) as spec.table:
+            self._check(self._library.keepset_operation_device_bytes(
+                self._open_engine(), ctypes.byref(spec), ctypes.byref(options), ctypes.byref(found)))
+        return found.value
+
+    def _open_engine(self) -> ctypes.c_void_p:
+        if not self._engine:
+            raise EngineError("FAILED_PRECONDITION", "the engine is closed")
+        return self._engine
+
+    @staticmethod
+    def _spec(model: ModelFingerprint, policy: str,
+              parameters: Mapping[str, object] | None) -> _abi.OperationSpec:
+        listed = [(_abi.text(name, "parameter"), _abi.text(value, f"parameter {name}"))
+                  for name, value in (parameters or {}).items()]
+        return _abi.OperationSpec(
+            struct_size=ctypes.sizeof(_abi.OperationSpec),
+            model_json=json.dumps(model.to_json()).encode(), policy=_abi.text(policy, "policy"),
+            parameters=(_abi.Parameter * len(listed))(*listed), num_parameters=len(listed),
+            ppl=float("nan"))
+
+    @staticmethod
+    def _shape(spec: _abi.OperationSpec, seq_len: int, num_rows: int, budget_tokens: int,
+               scope: str | None, protect_sink: int = 0, protect_window: int = 0) -> None:
+        spec.seq_len = _abi.count("seq_len", seq_len)
+        spec.num_rows = _abi.count("num_rows", num_rows)
+        spec.budget_kind = _BUDGET_TOKENS
+        spec.budget = _abi.count("budget_tokens", budget_tokens)
+        spec.scope = None if scope is None else _abi.text(scope, "scope")
+        spec.protect_sink = _abi.count("protect_sink", protect_sink)
+        spec.protect_window = _abi.count("protect_window", protect_window)
+
+    @contextlib.contextmanager
+    def _operation(self, spec: _abi.OperationSpec, table: bytes | None,
+                   layers: Iterable[tuple[int, Layer]], seq_len: int) -> Iterator[ctypes.c_void_p]:
+        """The result of an operation that has seen `layers`; it lives inside the block."""
+        operation, result = _POINTER(), _POINTER()
+        with self._table(table) as spec.table:
+            try:
+                self._check(self._library.keepset_operation_begin(
+                    self._open_engine(), ctypes.byref(spec), ctypes.byref(operation)))
+                for index, layer in layers:
+                    observation = _abi.Observation(index, layer, seq_len)
+                    self._check(self._library.keepset_operation_observe(
+                        operation, _abi.count("layer", index), ctypes.byref(observation.structure)))
+                self._check(self._library.keepset_operation_finish(operation, ctypes.byref(result)))
+                yield result
+            finally:
+                self._library.keepset_operation_destroy(operation)
+
+    @contextlib.contextmanager
+    def _table(self, table: bytes | None) -> Iterator[ctypes.c_void_p]:
+        """The library takes tables from files only: every table passes the same strict reader."""
+        handle = _POINTER()
         try:
             if table is not None:
-                handle = self._load(table)
-                spec.table = handle
-            self._check(self._library.keepset_operation_device_bytes(
-                self._engine, ctypes.byref(spec), ctypes.byref(options), ctypes.byref(found)))
-            return found.value
+                with tempfile.NamedTemporaryFile(suffix=".safetensors", dir=_scratch()) as file:
+                    file.write(table)
+                    file.flush()
+                    self._check(self._library.keepset_table_load(
+                        file.name.encode(), ctypes.byref(handle)))
+            yield handle
         finally:
             self._library.keepset_table_destroy(handle)
 
-    def _spec(self, model: ModelFingerprint, policy: str,
-              parameters: Mapping[str, object] | None) -> _OperationSpec:
-        listed = [(str(k).encode(), str(v).encode()) for k, v in (parameters or {}).items()]
-        return _OperationSpec(
-            struct_size=ctypes.sizeof(_OperationSpec),
-            model_json=json.dumps(model.to_json()).encode(), policy=policy.encode(),
-            parameters=(_Parameter * len(listed))(*listed), num_parameters=len(listed),
-            ppl=float("nan"))
-
-    def _load(self, table: bytes) -> ctypes.c_void_p:
-        """The library takes tables from files only: every table passes the same strict reader."""
-        handle = _POINTER()
-        with tempfile.NamedTemporaryFile(suffix=".safetensors", dir=_scratch()) as file:
-            file.write(table)
-            file.flush()
-            self._check(self._library.keepset_table_load(file.name.encode(), ctypes.byref(handle)))
-        return handle
+    def _identity(self, table: ctypes.c_void_p) -> TableIdentity:
+        name, version, digest = (getattr(self._library, f"keepset_table_{what}")(table).decode()
+                                 for what in ("name", "version", "digest"))
+        document = json.loads(self._library.keepset_table_inspect(table))
+        return TableIdentity(name, version, digest, document["provenance"]["source"])
 
     def _indices(self, result: ctypes.c_void_p, layer: int, number: int) -> np.ndarray:
         indices, count = ctypes.POINTER(ctypes.c_int32)(), ctypes.c_int64()
         self._check(self._library.keepset_result_keep_indices(
             result, ctypes.c_int64(layer), ctypes.c_int64(number), ctypes.byref(indices),
             ctypes.byref(count)))
+        if not count.value:
+            return np.empty(0, np.int32)
         return np.ctypeslib.as_array(indices, (count.value,)).copy()
-
-    def _finish(self, operation: ctypes.c_void_p, num_layers: int) -> Decision:
-        result = _POINTER()
-        self._check(self._library.keepset_operation_finish(operation, ctypes.byref(result)))
-        document = json.loads(self._library.keepset_result_json(result))
-        keep_indices = [self._indices(result, layer, 0) for layer in range(num_layers)]
-        entropy = [layer.get("entropy") if layer.get("entropy") is not None
-                   else document["entropy"] for layer in document["layers"]]
-        return Decision(keep_indices, [layer["candidates"] for layer in document["layers"]],
-                        entropy, document["ppl"])
 
     def _check(self, status: int) -> None:
         if status != 0:
             raise EngineError(_CODES[status] if 0 < status < len(_CODES) else "UNKNOWN",
-                              self._library.keepset_last_error().decode())
+                              self._library.keepset_last_error().decode(errors="replace"))
 
     def _declare(self) -> None:
         for name in ("version", "last_error", "engine_backend", "engine_policies", "result_json"):
@@ -367,6 +315,9 @@ class Engine:
         self._library.keepset_input_needs.argtypes = [_POINTER, _POINTER, _POINTER]
         self._library.keepset_operation_device_bytes.argtypes = [
             _POINTER, _POINTER, _POINTER, _POINTER]
+        for name in ("name", "version", "digest", "inspect"):
+            function = getattr(self._library, f"keepset_table_{name}")
+            function.argtypes, function.restype = [_POINTER], ctypes.c_char_p
         for name in ("engine", "table", "operation", "report"):
             function = getattr(self._library, f"keepset_{name}_destroy")
             function.argtypes, function.restype = [_POINTER], None
@@ -382,27 +333,11 @@ def _scratch() -> str | None:
     return "/dev/shm" if os.access(pathlib.Path("/dev/shm"), os.W_OK) else None
 
 
-def _choice(name: str, value: str, numbers: Mapping[str, int]) -> int:
-    if value not in numbers:
-        raise ValueError(f"{name}={value!r}, want one of {', '.join(numbers)}")
-    return numbers[value]
-
-
-def _require_f32(array: np.ndarray) -> None:
-    if array.dtype != np.float32 or not array.flags.c_contiguous or array.ndim != 3:
-        raise ValueError(f"array {list(array.shape)} {array.dtype}, want contiguous float32 of 3 axes")
-
-
-def _rows_view(array: np.ndarray) -> _RowsView:
-    _require_f32(array)
-    heads, rows, last = array.shape
-    return _RowsView(data=array.ctypes.data, size_bytes=array.nbytes, dtype=_F32,
-                     num_qo_heads=heads, num_rows=rows, last_dim=last, head_stride=rows * last,
-                     row_stride=last)
-
-
-def _kv_view(array: np.ndarray) -> _KvView:
-    _require_f32(array)
-    heads, tokens, dim = array.shape
-    return _KvView(data=array.ctypes.data, size_bytes=array.nbytes, dtype=_F32, num_kv_heads=heads,
-                   seq_len=tokens, head_dim=dim, head_stride=tokens * dim, token_stride=dim)
+def _kv_dtype(layers: Mapping[int, Layer], name: str | None) -> int:
+    """keepset_dtype of the cache: what the first layer with K or V shows, else `name`."""
+    for index, layer in layers.items():
+        for field, kv in (("k", layer.k), ("v", layer.v)):
+            if kv is not None:
+                data, own = (kv.data, kv.dtype) if isinstance(kv, PagedKv) else (kv, None)
+                return _abi.dtype_of(data, own or layer.dtype, f"layer {index}: {field}")
+    return _abi.choice("kv_dtype", name or "float32", _abi.DTYPES)

@@ -14,10 +14,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from keepset import ModelFingerprint
+from keepset import Layer, ModelFingerprint
 from keepset.eval import constructed
 from keepset.eval.small_model import LayerObservation
-from keepset.in_process import QueryLayer
+
 
 # Values of tensor `rows` of an observation_heads table.
 LAST_ROW, MAX_ROWS, MEAN_ROWS, PROBE_MAX, PROBE_MEAN, KEY_NOVELTY = range(6)
@@ -57,7 +57,7 @@ class HeadPrompt:
     prompt_id: str
     model: ModelFingerprint
     softmax_scale: float
-    layers: tuple[QueryLayer, ...]
+    layers: tuple[Layer, ...]
     row_positions: npt.NDArray[np.int64]
     observe: tuple[int, int]
     needed: Callable[[], npt.NDArray[np.float32]]
@@ -216,7 +216,7 @@ class ConstructedTasks:
     def prompt(self, task: str, seed: int, seq_len: int) -> HeadPrompt:
         made = self.model.make_facts(seed, seq_len, seq_len // 64)
         prefill = self.model.prefill(made)
-        layers = tuple(QueryLayer(one.q_window, one.k, one.v) for one in prefill.layers)
+        layers = tuple(Layer(one.q_window, one.k, one.v) for one in prefill.layers)
 
         def needed() -> npt.NDArray[np.float32]:
             # What the questions attend to is known by construction: the values of the facts.

@@ -108,7 +108,7 @@ def keep(engine: Engine, prompt: HeadPrompt, table: bytes, budget: int,
     chosen: dict[str, object] = {**prompt.parameters(uses_probe), **(parameters or {})}
     needs = engine.input_needs(model=prompt.model, policy="observation_heads", table=table,
                                parameters=chosen)
-    read = {one["layer"]: prompt.layers[one["layer"]] for one in needs["layers"]}
+    read = {one.layer: prompt.layers[one.layer] for one in needs.layers}
     rows = np.asarray(prompt.row_positions)
     if not uses_probe and (rows >= prompt.seq_len).any():
         used = rows < prompt.seq_len

@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from keepset import ModelFingerprint
+from keepset import Layer, ModelFingerprint
 from keepset.calibrate.head_prompts import EXACT, HeadPrompt, Outcome, needed_mass
 from keepset.eval.small_model import LayerObservation
-from keepset.in_process import QueryLayer
+
 
 Ids = npt.NDArray[np.int32]
 # Continuations whose attention is counted as needed: each costs a pass.
@@ -88,7 +88,7 @@ class PromptBuilder:
             rows = np.arange(rows[0], len(ids))
         prefill = self.model.prefill(ids, row_positions=rows)
         layers = tuple(
-            QueryLayer(one.q_window, np.ascontiguousarray(one.k[:, :seq_len]),
+            Layer(one.q_window, np.ascontiguousarray(one.k[:, :seq_len]),
                        np.ascontiguousarray(one.v[:, :seq_len])) for one in prefill.layers)
         logprobs = prefill.token_logprobs[seq_len - self.window : seq_len]
         return HeadPrompt(
