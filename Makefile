@@ -30,7 +30,7 @@ test: build python
 
 # The optional extras `hf` and `ray`. torch, transformers and ray take 6 GB in an environment of their own.
 test-hf: configure
-	ninja -C $(BUILD) keepset keepset_shared
+	ninja -C $(BUILD) keepset keepset_shared keepsetd
 	@tools/venv $(VENV_HF) test,hf,ray,plots tools/hf-constraints.txt
 	KEEPSET_BUILD=$(CURDIR)/$(BUILD) $(VENV_HF)/bin/python -m pytest -q tests/python_hf
 

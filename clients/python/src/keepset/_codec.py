@@ -43,6 +43,13 @@ def dtype_of(array: np.ndarray, name: str | None) -> common_pb2.DType:
     return _DTYPES[array.dtype]
 
 
+def dtype_named(name: str) -> common_pb2.DType:
+    named = {types.BFLOAT16: common_pb2.DTYPE_BF16} | {one.name: wire for one, wire in _DTYPES.items()}
+    if name not in named:
+        raise TypeError(f"kv_dtype {name!r}, want one of {', '.join(named)}")
+    return named[name]
+
+
 def strides_of(array: np.ndarray, what: str) -> list[int]:
     """Element strides; the innermost must be 1."""
     strides = [stride // array.itemsize for stride in array.strides]

@@ -120,13 +120,18 @@ class Request:
             kv = layer.k if layer.k is not None else layer.v
             if kv is not None:
                 data = _array_of(kv)
-                name = (kv.dtype if isinstance(kv, types.PagedKv) else None) or layer.dtype
-                self.spec.kv_dtype = _codec.dtype_of(data, name or self._kv_dtype)
+                own = kv.dtype if isinstance(kv, types.PagedKv) else None
+                self.spec.kv_dtype = _codec.dtype_of(data, own or self._dtype(data, layer))
             else:
                 self.spec.kv_dtype = common_pb2.DTYPE_F32
         if self.spec.num_rows == 0:
             rows = layer.attn_tile if layer.attn_tile is not None else layer.q_window
             self.spec.num_rows = 0 if rows is None else rows.shape[1]
+
+    def complete(self) -> None:
+        """The spec of an operation that may have got no layer: its cache is of the dtype that was stated."""
+        if self.spec.kv_dtype == common_pb2.DTYPE_UNSPECIFIED and self._kv_dtype is not None:
+            self.spec.kv_dtype = _codec.dtype_named(self._kv_dtype)
 
     def layer_input(self, index: int, layer: types.Layer) -> compression_pb2.LayerInput:
         if not self._described:

@@ -290,6 +290,7 @@ class Client:
         listed = sorted(layers.items()) if isinstance(layers, Mapping) else enumerate(layers)
         # The first layer completes the spec, so the inputs are built before it.
         inputs = [operation.layer_input(index, layer) for index, layer in listed]
+        operation.complete()
         request = compression_pb2.CompressRequest(spec=operation.spec, layers=inputs)
         response = self._call(self.compression_stub.Compress, request)
         return operation.result(response.result)
@@ -307,6 +308,8 @@ class Client:
         move to the front of `k` and `v` themselves, arrays in a region that the server may write. After an
         error of code DATA_LOSS, and when a whole operation was sent and not answered, they are lost.
         shared_prefix_tokens: first positions whose blocks other sequences use; refused with "in_place".
+        kv_dtype: "float32", "float16" or "bfloat16", of the cache where no layer shows it and of uint16 arrays
+        that do not name theirs.
         layer_groups: how the decoder's layers attend; those not left out are the operation's layers.
         deadline_ms: past it the outcome is kept_full. request_id: for the log.
         """

@@ -266,6 +266,11 @@ class Result:
     layers_left_out: tuple[int, ...] = ()  # of the request's layer_groups, by index in the decoder
     _release: object = None
 
+    def sets(self) -> list:
+        """Per layer the shared set, or the list of sets per KV head."""
+        return [layer.sets[0].indices if len(layer.sets) == 1 else [one.indices for one in layer.sets]
+                for layer in self.layers]
+
     @property
     def compression_spec(self) -> str:
         """What a prefix cache adds to the key of a compacted block: the block's content no longer follows

@@ -6,5 +6,6 @@ through transformers' AttentionInterface; attention implementations eager and sd
 
 from keepset.adapters.hf.cache import HfCache
 from keepset.adapters.hf.model import HfModel, HfPrefill
+from keepset.adapters.hf.retention import EngineRetention, Retention, ServiceRetention
 
-__all__ = ["HfCache", "HfModel", "HfPrefill"]
+__all__ = ["EngineRetention", "HfCache", "HfModel", "HfPrefill", "Retention", "ServiceRetention"]

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import hashlib
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from keepset.adapters.hf.cache import (
 )
 from keepset.eval.kv_cache import FloatArray
 from keepset.eval.small_model import LayerObservation
+from keepset.types import BFLOAT16, InputNeeds, Layer
 
 # Continuations that are scored in one pass; each holds a copy of the cache.
 _BATCH = 8
@@ -36,15 +37,20 @@ _BATCH_TOKENS = 512
 
 @dataclasses.dataclass(frozen=True)
 class HfPrefill:
-    """Result of a prefill of T tokens. Layers are the model's full-attention layers, L of them."""
+    """Result of a prefill of T tokens. Layers are the model's full-attention layers, L of them.
+
+    needs: what of it was observed; None: every layer.
+    """
 
     input_ids: npt.NDArray[np.int32]  # [T]
-    row_positions: npt.NDArray[np.int64]  # [W], ascending
+    row_positions: npt.NDArray[np.int64]  # [W], ascending; from T on those of a probe
     token_logprobs: FloatArray  # [T], log p(token t | tokens before t); NaN where it was not computed
     logits_last: FloatArray  # [vocab_size], after the last token
     softmax_scale: float
     cache: HfCache  # holds every token
-    q_windows: tuple[torch.Tensor, ...]  # per layer [num_qo_heads, W, head_dim], after RoPE
+    # Per layer [heads, W, head_dim], after RoPE; None where the needs list no queries.
+    q_windows: tuple[torch.Tensor | None, ...]
+    needs: InputNeeds | None = None
 
     @property
     def seq_len(self) -> int:
@@ -54,8 +60,39 @@ class HfPrefill:
     def layers(self) -> tuple[LayerObservation, ...]:
         """What each of the L layers shows, fp32; shares the cache's memory where that is fp32 in
         ordinary memory."""
+        if self.needs is not None:
+            raise ValueError("layers: the prefill observed what its needs list, want a prefill without "
+                             "needs")
         return tuple(self._observation(index, q) for index, q in
                      zip(self.cache.compacted_layers, self.q_windows))
+
+    @property
+    def kv_dtype(self) -> str:
+        """Of `inputs`."""
+        dtype = self.cache.layers[self.cache.compacted_layers[0]].keys.dtype
+        return {torch.bfloat16: BFLOAT16, torch.float16: "float16"}.get(dtype, "float32")
+
+    def inputs(self, gather: bool = False) -> dict[int, Layer]:
+        """What an operation on this prompt brings, by layer, in the model's own type; shares the cache's
+        memory where that is ordinary memory.
+
+        The tensors that `needs` list; without needs queries, keys and values of every layer. gather: K
+        and V of every layer too, for a service that moves their rows; `compact` moves them here.
+        """
+        listed = None if self.needs is None else {one.layer: one for one in self.needs.layers}
+        found = {}
+        for index, (number, q) in enumerate(zip(self.cache.compacted_layers, self.q_windows)):
+            one = None if listed is None else listed.get(index)
+            if listed is not None and one is None and not gather:
+                continue
+            held = self.cache.layers[number]
+            keys = gather or one is None or one.keys
+            values = gather or one is None or one.values
+            found[index] = Layer(
+                q_window=None if q is None else _bits(q), k=_bits(held.keys[0]) if keys else None,
+                v=_bits(held.values[0]) if values else None, dtype=self.kv_dtype,
+                qo_heads=one.qo_heads or None if one is not None and q is not None else None)
+        return found
 
     def perplexity(self, window: int) -> float:
         """Returns exp(-mean log p) over the last `window` tokens."""
@@ -74,6 +111,17 @@ class HfPrefill:
     def _observation(self, layer_index: int, q: torch.Tensor) -> LayerObservation:
         layer = self.cache.layers[layer_index]
         return _observation(q, layer.keys[0], layer.values[0], self.row_positions, self.softmax_scale)
+
+
+def _bits(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """float32, float16, or uint16 bits of bfloat16; the last axis contiguous."""
+    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        tensor = tensor.float()
+    if tensor.stride(-1) != 1:
+        tensor = tensor.contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).cpu().numpy().view(np.uint16)
+    return tensor.cpu().numpy()
 
 
 class HfModel:
@@ -110,18 +158,20 @@ class HfModel:
 
     @torch.no_grad()
     def prefill(self, input_ids: npt.ArrayLike, window: int = 64,
-                row_positions: npt.ArrayLike | None = None) -> HfPrefill:
+                row_positions: npt.ArrayLike | None = None, needs: InputNeeds | None = None
+                ) -> HfPrefill:
         """Reads a prompt of ids [T] and observes its last min(window, T) rows, or the given rows.
 
         `row_positions` are ascending positions below T and win over `window`. Log-probabilities are
-        those of the last W tokens, W the number of observed rows.
+        those of the last W tokens, W the number of observed rows. needs: only the layers, heads and rows
+        that it lists are observed; rows of its probe are `with_probe`'s.
         """
         ids = np.asarray(input_ids, np.int32)
         if ids.ndim != 1 or not len(ids):
             raise ValueError(f"input_ids {list(ids.shape)}, want [T] with T >= 1")
-        rows = _rows(len(ids), window, row_positions)
+        rows = _rows_read(_rows(len(ids), window, row_positions), needs)
         cache = DynamicCache(config=self.model.config)
-        observer = _Observer(self.full_layers, torch.as_tensor(rows, device=self.model.device))
+        observer = self._observer(rows, needs)
         with self._running(observer):
             logits = self._forward(ids[None], cache, 0, observer, logits_to_keep=len(rows) + 1)[0]
         logprobs = np.full(len(ids), np.nan, np.float32)
@@ -129,7 +179,25 @@ class HfModel:
         known = torch.as_tensor(ids[len(ids) - len(told):], device=told.device).long()
         logprobs[len(ids) - len(told):] = told.gather(1, known[:, None])[:, 0].cpu().numpy()
         return HfPrefill(ids, rows, logprobs, logits[-1].cpu().numpy(), observer.softmax_scale(),
-                         HfCache.of_prefill(cache, len(ids)), observer.q_windows())
+                         HfCache.of_prefill(cache, len(ids)), observer.q_windows(), needs)
+
+    @torch.no_grad()
+    def with_probe(self, prefill: HfPrefill, probe_ids: npt.ArrayLike) -> HfPrefill:
+        """The prefill with the rows of a probe: what ids [n] after the prompt see of it.
+
+        They stand at T, T + 1, ...; their keys and values are dropped.
+        """
+        ids = np.asarray(probe_ids, np.int32).reshape(1, -1)
+        if not ids.size:
+            raise ValueError("probe_ids: none, want at least one")
+        with self._decoding(prefill.full_cache(), prefill.seq_len) as (fork, attention):
+            observer = self._observer(np.arange(ids.size), prefill.needs, attention)
+            self._forward(ids, fork, prefill.seq_len, observer, 1)
+        q_windows = tuple(
+            None if of_prompt is None or of_probe is None else torch.cat([of_prompt, of_probe], 1)
+            for of_prompt, of_probe in zip(prefill.q_windows, observer.q_windows()))
+        rows = np.concatenate([prefill.row_positions, prefill.seq_len + np.arange(ids.size)])
+        return dataclasses.replace(prefill, row_positions=rows, q_windows=q_windows)
 
     @torch.no_grad()
     def decode(self, cache: HfCache, input_ids: npt.ArrayLike, position: int,
@@ -205,9 +273,8 @@ class HfModel:
         dropped what is needed, which is refused.
         """
         ids = np.asarray(input_ids, np.int32).reshape(1, -1)
-        rows = torch.arange(ids.size, device=self.model.device)
         with self._decoding(prefill.full_cache().before(position), position) as (fork, attention):
-            observer = _Observer(self.full_layers, rows, attention)
+            observer = self._observer(np.arange(ids.size), None, attention)
             self._forward(ids, fork, position, observer, 1)
         positions = np.arange(position, position + ids.size)
         return tuple(
@@ -219,10 +286,21 @@ class HfModel:
     def queries(self, input_ids: npt.ArrayLike) -> list[FloatArray]:
         """Of every token of a prompt [T], per full-attention layer [num_qo_heads, T, head_dim], fp32."""
         ids = np.asarray(input_ids, np.int32).reshape(1, -1)
-        observer = _Observer(self.full_layers, torch.arange(ids.size, device=self.model.device))
+        observer = self._observer(np.arange(ids.size))
         with self._running(observer):
             self._forward(ids, DynamicCache(config=self.model.config), 0, observer, 1)
-        return [one.float().cpu().numpy() for one in observer.q_windows()]
+        return [one.float().cpu().numpy() for one in observer.q_windows() if one is not None]
+
+    def _observer(self, rows: npt.NDArray[np.int64], needs: InputNeeds | None = None,
+                  masks: Interposer | None = None) -> _Observer:
+        heads: dict[int, tuple[int, ...]] = dict.fromkeys(self.full_layers, ())
+        if needs is not None:
+            beyond = [one.layer for one in needs.layers if one.layer >= len(self.full_layers)]
+            if beyond:
+                raise ValueError(f"needs of layers {beyond}, want 0..{len(self.full_layers) - 1}: those of "
+                                 "another model")
+            heads = {self.full_layers[one.layer]: one.qo_heads for one in needs.layers if one.queries}
+        return _Observer(self.full_layers, heads, torch.as_tensor(rows, device=self.model.device), masks)
 
     @contextlib.contextmanager
     def _decoding(self, cache: HfCache, position: int, batch: int = 1
@@ -270,37 +348,46 @@ def _observation(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, row_position
 
 
 class _Observer:
-    """Keeps the queries of some rows of a pass, per full-attention layer; an Interposer.
+    """Keeps the queries of some rows of a pass; an Interposer.
 
+    layers: those with full attention. heads: which of each layer that is observed; empty: all.
     masks: who says what the rows see, None for the model itself.
     """
 
-    def __init__(self, layers: Sequence[int], rows: torch.Tensor, masks: Interposer | None = None):
+    def __init__(self, layers: Sequence[int], heads: Mapping[int, Sequence[int]], rows: torch.Tensor,
+                 masks: Interposer | None = None):
+        self._layers = tuple(layers)
+        self._heads = heads
         self._rows = rows
         self._masks = masks
-        self._found: dict[int, torch.Tensor | None] = dict.fromkeys(layers)
-        self._scales: set[float] = set()
+        self._found: dict[int, torch.Tensor] = {}
+        self._scales: dict[int, float] = {}
 
     def attend(self, layer_index: int, query: torch.Tensor, key: torch.Tensor,
                mask: torch.Tensor | None, scaling: float) -> torch.Tensor | None:
-        if layer_index in self._found:
-            self._found[layer_index] = query[0].index_select(1, self._rows)
-            self._scales.add(float(scaling))
+        if layer_index in self._layers:
+            self._scales[layer_index] = float(scaling)
+        if layer_index in self._heads:
+            heads = list(self._heads[layer_index])
+            q = query[0, heads] if heads else query[0]
+            self._found[layer_index] = q.index_select(1, self._rows)
         if self._masks is not None:
             return self._masks.attend(layer_index, query, key, mask, scaling)
         return mask
 
-    def q_windows(self) -> tuple[torch.Tensor, ...]:
-        unseen = [layer for layer, q in self._found.items() if q is None]
+    def q_windows(self) -> tuple[torch.Tensor | None, ...]:
+        """Of each layer; None where none was to be observed."""
+        unseen = [layer for layer in self._layers if layer not in self._scales]
         if unseen:
             raise ValueError(f"layers {unseen}: their attention does not go through transformers' "
                              "AttentionInterface")
-        return tuple(self._found.values())
+        return tuple(self._found.get(layer) for layer in self._layers)
 
     def softmax_scale(self) -> float:
-        if len(self._scales) != 1:
-            raise ValueError(f"softmax scales {sorted(self._scales)}, want one for all layers")
-        return next(iter(self._scales))
+        scales = set(self._scales.values())
+        if len(scales) != 1:
+            raise ValueError(f"softmax scales {sorted(scales)}, want one for all layers")
+        return scales.pop()
 
 
 def fingerprint_of(config: Any, revision: str) -> dict[str, Any]:
@@ -357,3 +444,12 @@ def _rows(seq_len: int, window: int, row_positions: npt.ArrayLike | None) -> npt
             rows[0] < 0 or rows[-1] >= seq_len):
         raise ValueError(f"row_positions: want ascending positions in 0..{seq_len - 1}")
     return rows
+
+
+def _rows_read(rows: npt.NDArray[np.int64], needs: InputNeeds | None) -> npt.NDArray[np.int64]:
+    """Those of the prompt's observed rows that an operation with these needs reads."""
+    if needs is None:
+        return rows
+    if "observed_rows" in needs.rows:
+        return rows[-needs.max_rows:]
+    return rows[-1:] if "last_row" in needs.rows else rows[:0]
