@@ -302,3 +302,38 @@ def test_stream_error_ends_the_operation_and_the_client_goes_on(client):
             operation.observe(layer)
         operation.finish()
     assert client.compress(layers=random_layers(), **spec()).outcome == "compressed"
+
+
+@pytest.mark.parametrize(("changes", "says"), [
+    ({"protect_sink": -1}, "protect_sink=-1, want an integer in 0.."),
+    ({"seq_len": 2**64}, f"seq_len={2**64}, want"),
+    ({"deadline_ms": 2**32}, f"deadline_ms={2**32}, want an integer in 0..{2**32 - 1}"),
+    ({"row_positions": [1, 2.5]}, r"row_positions\[1\]=2.5, want an integer"),
+    ({"budget": keepset.Budget.tokens(-3)}, "budget tokens=-3, want"),
+    ({"layers": {-1: keepset.Layer()}}, "layer=-1, want"),
+])
+def test_numbers_that_no_field_holds_are_refused_at_home(client, changes, says):
+    with pytest.raises(keepset.InvalidInput, match=says):
+        client.compress(**{"layers": random_layers(), **spec(**changes)})
+
+
+def test_queries_of_sixteen_bits_go_with_keys_of_thirty_two(client):
+    layers = random_layers()
+    for layer in layers:
+        layer.q_window = (layer.q_window.view(np.uint32) >> 16).astype(np.uint16)
+        layer.dtype = "bfloat16"
+    mixed = client.compress(layers=layers, **spec())
+    for layer in layers:
+        layer.q_window = (layer.q_window.astype(np.uint32) << 16).view(np.float32)
+        layer.dtype = None
+    assert sets_of(mixed) == sets_of(client.compress(layers=layers, **spec()))
+
+
+@pytest.mark.parametrize("policy", ["random", "streaming_llm"])
+def test_layers_of_which_nothing_is_read_may_be_left_out(client, policy):
+    """The cache's type is stated, since no layer shows it."""
+    asked = spec(policy=policy)
+    assert client.input_needs(model=MODEL, policy=policy).layers == ()
+    whole = client.compress(layers=random_layers(dtype=np.float16), **asked)
+    none = client.compress(layers={}, kv_dtype="float16", **asked)
+    assert sets_of(none) == sets_of(whole) and none.bytes_before == whole.bytes_before

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import operator
+
 import numpy as np
 
 from keepset import types
+from keepset.errors import InvalidInput
 from keepset.v1 import common_pb2, compression_pb2
 
 _DTYPES = {
@@ -30,6 +33,17 @@ _ATTENTION = {
     "linear": compression_pb2.ATTENTION_KIND_LINEAR,
 }
 _SCOPE_NAMES = {value: name for name, value in _SCOPES.items() if name}
+
+
+def unsigned(name: str, value: int, bits: int = 64) -> int:
+    """`value` as an unsigned field takes it; nothing is rounded."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 2**bits:
+        raise InvalidInput("INVALID_ARGUMENT", f"{name}={value}, want an integer in 0..{2**bits - 1}")
+    return number
 
 
 def dtype_of(array: np.ndarray, name: str | None) -> common_pb2.DType:
@@ -95,7 +109,7 @@ def kv_tensor(
             token_stride=strides[1],
             head_stride=strides[2],
             block_size=kv.data.shape[1],
-            block_table=[int(block) for block in kv.block_table],
+            block_table=[unsigned(f"{what}: block_table", block, 31) for block in kv.block_table],
         )
     if kv.ndim != 3:
         raise ValueError(f"{what}: {kv.ndim} dimensions, want 3 [num_kv_heads, seq_len, head_dim]")
@@ -119,11 +133,11 @@ def lse_base(name: str, what: str) -> compression_pb2.LseBase:
 
 def budget_message(budget: types.Budget) -> compression_pb2.Budget:
     if budget.num_tokens is not None:
-        return compression_pb2.Budget(tokens=budget.num_tokens)
+        return compression_pb2.Budget(tokens=unsigned("budget tokens", budget.num_tokens))
     if budget.kept_fraction is not None:
         return compression_pb2.Budget(kept_fraction=budget.kept_fraction)
     if budget.num_bytes is not None:
-        return compression_pb2.Budget(bytes=budget.num_bytes)
+        return compression_pb2.Budget(bytes=unsigned("budget bytes", budget.num_bytes))
     return compression_pb2.Budget()
 
 
@@ -137,10 +151,10 @@ def scope_value(scope: str | None) -> compression_pb2.Scope:
 def fingerprint_message(model: types.ModelFingerprint) -> common_pb2.ModelFingerprint:
     return common_pb2.ModelFingerprint(
         architecture=model.architecture,
-        num_layers=model.num_layers,
-        num_qo_heads=model.num_qo_heads,
-        num_kv_heads=model.num_kv_heads,
-        head_dim=model.head_dim,
+        num_layers=unsigned("model: num_layers", model.num_layers, 32),
+        num_qo_heads=unsigned("model: num_qo_heads", model.num_qo_heads, 32),
+        num_kv_heads=unsigned("model: num_kv_heads", model.num_kv_heads, 32),
+        head_dim=unsigned("model: head_dim", model.head_dim, 32),
         rope_json=model.rope_json(),
         revision=model.revision,
     )
@@ -150,7 +164,8 @@ def group_message(group: types.LayerGroup) -> compression_pb2.LayerGroup:
     if group.attention not in _ATTENTION:
         raise ValueError(f"attention {group.attention!r}, want one of {', '.join(_ATTENTION)}")
     return compression_pb2.LayerGroup(
-        layers=list(group.layers), attention=_ATTENTION[group.attention], window=group.window,
+        layers=[unsigned("layer_groups: layer", layer, 32) for layer in group.layers],
+        attention=_ATTENTION[group.attention], window=unsigned("layer_groups: window", group.window),
         left_out=group.left_out,
     )
 

@@ -62,6 +62,8 @@ class Request:
         self._outputs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._inputs: dict[int, types.Layer] = {}
         self._value_head_dim = value_head_dim or model.head_dim
+        positions = [_codec.unsigned(f"row_positions[{i}]", position)
+                     for i, position in enumerate(() if row_positions is None else row_positions)]
         gather_mode = compression_pb2.GATHER_NONE
         if self._in_place:
             if client.transport != "memfd":
@@ -79,21 +81,24 @@ class Request:
         self.spec = compression_pb2.OperationSpec(
             session_id=client.session_id,
             request_id=request_id,
-            request_generation=request_generation,
+            request_generation=_codec.unsigned("request_generation", request_generation),
             model=_codec.fingerprint_message(model),
-            seq_len=seq_len,
-            num_rows=num_rows or (len(row_positions) if row_positions is not None else 0),
-            row_positions=[int(p) for p in row_positions] if row_positions is not None else [],
+            seq_len=_codec.unsigned("seq_len", seq_len),
+            num_rows=_codec.unsigned("num_rows", num_rows or len(positions)),
+            row_positions=positions,
             softmax_scale=softmax_scale,
-            value_head_dim=value_head_dim,
+            value_head_dim=_codec.unsigned("value_head_dim", value_head_dim),
             policy=policy,
             parameters={name: str(value) for name, value in (parameters or {}).items()},
             budget=_codec.budget_message(budget),
             scope=_codec.scope_value(scope),
-            protect_sink=protect_sink,
-            protect_window=protect_window,
+            protect_sink=_codec.unsigned("protect_sink", protect_sink),
+            protect_window=_codec.unsigned("protect_window", protect_window),
             protect_spans=[
-                compression_pb2.Span(name=s.name, begin=s.begin, end=s.end) for s in protect_spans
+                compression_pb2.Span(
+                    name=s.name, begin=_codec.unsigned(f"protect_spans: {s.name}: begin", s.begin),
+                    end=_codec.unsigned(f"protect_spans: {s.name}: end", s.end))
+                for s in protect_spans
             ],
             ppl=ppl,
             window_logprobs=[float(p) for p in window_logprobs] if window_logprobs is not None else [],
@@ -101,8 +106,8 @@ class Request:
             shadow_table=_codec.pin_message(shadow_table) if shadow_table is not None else None,
             mode=compression_pb2.MODE_SHADOW if shadow else compression_pb2.MODE_DECIDE,
             gather=gather_mode,
-            deadline_ms=deadline_ms,
-            shared_prefix_tokens=shared_prefix_tokens,
+            deadline_ms=_codec.unsigned("deadline_ms", deadline_ms, 32),
+            shared_prefix_tokens=_codec.unsigned("shared_prefix_tokens", shared_prefix_tokens),
             layer_groups=[_codec.group_message(group) for group in layer_groups],
         )
 
@@ -137,10 +142,11 @@ class Request:
         if not self._described:
             self.describe(layer)
             self._described = True
-        message = compression_pb2.LayerInput(layer=index)
+        message = compression_pb2.LayerInput(layer=_codec.unsigned("layer", index, 32))
         where = f"layer {index}"
         if layer.qo_heads is not None:
-            message.qo_heads.extend(layer.qo_heads)
+            message.qo_heads.extend(
+                _codec.unsigned(f"{where}: qo_heads", head, 32) for head in layer.qo_heads)
         for field, array in (("q_window", layer.q_window), ("attn_tile", layer.attn_tile)):
             if array is not None:
                 tensor = _codec.rows_tensor(
