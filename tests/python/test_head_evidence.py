@@ -331,9 +331,9 @@ def test_novelty_alone_reads_keys_alone(build, engine, small, tmp_path):
         heads.write_record(small.prompt("later_number", seed, LENGTH), path)
     table, told = fit_novelty(build, records, tmp_path / "novelty", "few", 2, (40,), lambda _: None)
     needs = engine.input_needs(model=small.fingerprint, policy="observation_heads", table=table)
-    assert needs["rows"] == [] and needs["probe"] is None
-    assert not any(one["queries"] for one in needs["layers"])
-    assert sum(len(one["kv_heads"]) for one in needs["layers"]) == len(told["heads"]) == 2
+    assert needs.rows == () and needs.probe is None
+    assert not any(one.queries for one in needs.layers)
+    assert sum(len(one.kv_heads) for one in needs.layers) == len(told["heads"]) == 2
 
 
 def test_ways_are_compared_on_prompts_of_a_task_not_seen(engine, small, tmp_path):
