@@ -66,11 +66,16 @@ class EmulatedBlock : public FiberBlock {
     size_t left = states_.size();
     auto asleep = static_cast<uint32_t>(rng_());  // bit per warp
     const uint32_t rounds_asleep = (rng_() & 1u) != 0 ? kRoundsAsleep : 1;
+    // Lanes of a warp may be far apart, too: in half of the blocks a thread, often of the first
+    // warp, goes on only where nobody else can.
+    const size_t last_choices = (rng_() & 1u) != 0 ? kWarpLanes : states_.size();
+    const int last = (rng_() & 1u) != 0 ? static_cast<int>(rng_() % last_choices) : -1;
     bool has_moved = true;
     while (left > 0) {
       std::shuffle(order.begin(), order.end(), rng_);
       // Some warps sleep for a while, so that others run far ahead unless a barrier holds them.
       if (!has_moved || rng_() % rounds_asleep == 0) asleep = static_cast<uint32_t>(rng_());
+      const int waiting = has_moved ? last : -1;
       has_moved = false;
       bool can_move = false;
       for (const int i : order) {
@@ -80,7 +85,7 @@ class EmulatedBlock : public FiberBlock {
           continue;
         }
         can_move = true;
-        if (((asleep >> (i / kWarpLanes)) & 1u) != 0) continue;
+        if (i == waiting || ((asleep >> (i / kWarpLanes)) & 1u) != 0) continue;
         has_moved = true;
         state.waits_for = nullptr;
         RaceCheck::Enter(&races_, i, state.fiber->stack(), Fiber::kStackBytes);

@@ -112,6 +112,8 @@ void Load(const Thread& simt, std::byte* shared, const Keys& keys, std::byte* to
     simt.LoadBox(to, keys.map(), channel, token, head, BarrierOf(shared));
   }
   simt.WaitPhase(BarrierOf(shared), parity);
+  // Two phases later the parity is the same again.
+  simt.SyncBlock();
 }
 
 void LoadBoth(const Thread& simt, std::byte* shared, const Keys& keys) {

@@ -5,7 +5,8 @@
 //  program;
 //  - shared memory begins as NaN and is followed by an inaccessible page;
 //  - an asynchronous copy arrives at once, or only when its group is waited for, by chance;
-//  - the order of threads between two meeting points is shuffled, and warps sleep for a while.
+//  - the order of threads between two meeting points is shuffled, warps sleep for a while, and a
+//  thread may be the last to go on wherever it can be.
 // What is not emulated: rounding of tensor cores and of ex2.approx, and timing.
 #ifndef KEEPSET_TESTS_KERNELS_CUDA_SIMT_EMULATOR_H_
 #define KEEPSET_TESTS_KERNELS_CUDA_SIMT_EMULATOR_H_
