@@ -1,8 +1,8 @@
 // A Unix listen path that nobody can reach before it has its mode, and that is never taken from a
 // running server.
 //
-// gRPC binds in a private directory (0700) beside the path; Publish sets the mode and moves the
-// socket into place, over a stale file when there is one.
+// gRPC binds in a private directory (0700) beside the path; Publish sets the mode, moves the socket
+// into place and removes the directory.
 #ifndef KEEPSET_SERVICE_UNIX_LISTENER_H_
 #define KEEPSET_SERVICE_UNIX_LISTENER_H_
 
@@ -18,9 +18,8 @@ namespace keepset::service {
 
 class UnixListener {
  public:
-  // AlreadyExists: somebody listens on `path`. FailedPrecondition: something else lies there, or
-  // its directory cannot be used. InvalidArgument: no room in a socket address for the private
-  // directory.
+  // The errors of SocketPath::Claim (service/memory/socket_path.h), which it holds.
+  // InvalidArgument, too: no room in a socket address for the private directory.
   static absl::StatusOr<std::unique_ptr<UnixListener>> Prepare(const std::string& path,
                                                                mode_t mode);
   virtual ~UnixListener() = default;  // removes what it published

@@ -35,8 +35,8 @@ struct SideSocketOptions {
 
 class SideSocketServer {
  public:
-  // Binds, listens and starts the thread. A stale socket file is replaced; a live one, or a file
-  // that is no socket, is AlreadyExists. `sessions` must outlive the server.
+  // Binds, listens and starts the thread. A stale socket file is replaced; AlreadyExists: a
+  // live one; FailedPrecondition: a file that is no socket. `sessions` must outlive the server.
   static absl::StatusOr<std::unique_ptr<SideSocketServer>> Start(const SideSocketOptions& options,
                                                                  SessionManager& sessions);
   // Closes every connection, joins the thread, removes the socket file.

@@ -5,34 +5,32 @@
 #include <sys/types.h>
 
 #include <string>
+#include <utility>
 
 #include "absl/status/statusor.h"
 #include "service/memory/memory_transport.h"
+#include "service/memory/socket_path.h"
 
 namespace keepset::service {
 
-// Removes its socket file when it goes, unless another has taken the path meanwhile. Movable.
+// Removes its socket file when it goes. Movable.
 class SideSocketListener {
  public:
-  // InvalidArgument: path empty or too long. AlreadyExists: a live socket, or a file that is no
-  // socket, is there. Other codes: the system refused. A socket nobody answers on is replaced.
+  // The errors of SocketPath::Claim. Other codes: the system refused. A socket nobody answers on is
+  // replaced.
   static absl::StatusOr<SideSocketListener> Bind(const std::string& path, mode_t mode);
 
   SideSocketListener(SideSocketListener&&) = default;
   SideSocketListener& operator=(SideSocketListener&&) = delete;
-  ~SideSocketListener();
 
   // Non-blocking.
   int fd() const { return fd_.get(); }
 
  private:
-  SideSocketListener(UniqueFd fd, std::string path, dev_t device, ino_t inode)
-      : fd_(std::move(fd)), path_(std::move(path)), device_(device), inode_(inode) {}
+  SideSocketListener(SocketPath path, UniqueFd fd) : path_(std::move(path)), fd_(std::move(fd)) {}
 
+  SocketPath path_;
   UniqueFd fd_;
-  std::string path_;
-  dev_t device_;
-  ino_t inode_;
 };
 
 }  // namespace keepset::service

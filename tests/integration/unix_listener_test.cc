@@ -2,16 +2,22 @@
 
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/socket.h>
+#include <sys/un.h>
 
 #include <filesystem>
 #include <string>
+#include <vector>
 
+#include "service/memory/memory_transport.h"
 #include "tests/integration/server_fixture.h"
 
 namespace keepset::service {
 namespace {
 
 using ::testing::HasSubstr;
+using ::testing::IsEmpty;
+using ::testing::UnorderedElementsAre;
 
 TEST(UnixListener, DirectoryTooDeepForItsPrivateSocketIsNamed) {
   const integration::TempDir root;
@@ -40,6 +46,40 @@ TEST(UnixListener, RelativePathLiesInTheWorkingDirectory) {
     EXPECT_TRUE(listener.ok()) << listener.status();
   }
   std::filesystem::current_path(before);
+}
+
+// Both looked at a free path, and the second one took the socket of the first.
+TEST(UnixListener, PathOfAServerThatStartsIsInUse) {
+  const integration::TempDir root;
+  const auto first = UnixListener::Prepare(root.path() + "/k", 0600);
+  ASSERT_TRUE(first.ok()) << first.status();
+  const auto second = UnixListener::Prepare(root.path() + "/k", 0600);
+  EXPECT_EQ(second.status().code(), absl::StatusCode::kAlreadyExists);
+  EXPECT_THAT(second.status().message(), HasSubstr(root.path() + "/k.lock"));
+}
+
+std::vector<std::string> NamesIn(const std::string& directory) {
+  std::vector<std::string> names;
+  for (const auto& entry : std::filesystem::directory_iterator(directory)) {
+    names.push_back(entry.path().filename());
+  }
+  return names;
+}
+
+TEST(UnixListener, PublishedSocketLeavesNoPrivateDirectory) {
+  const integration::TempDir root;
+  auto listener = UnixListener::Prepare(root.path() + "/k", 0600);
+  ASSERT_TRUE(listener.ok()) << listener.status();
+  const UniqueFd socket(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  sockaddr_un address = {};
+  address.sun_family = AF_UNIX;
+  (*listener)->private_path().copy(address.sun_path, sizeof(address.sun_path) - 1);
+  ASSERT_EQ(::bind(socket.get(), reinterpret_cast<sockaddr*>(&address), sizeof(address)), 0);
+  const absl::Status published = (*listener)->Publish();
+  ASSERT_TRUE(published.ok()) << published;
+  EXPECT_THAT(NamesIn(root.path()), UnorderedElementsAre("k", "k.lock"));
+  listener->reset();
+  EXPECT_THAT(NamesIn(root.path()), IsEmpty());
 }
 
 }  // namespace

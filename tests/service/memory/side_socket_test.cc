@@ -146,7 +146,7 @@ TEST_F(SideSocketTest, LiveSocketIsNotReplaced) {
 TEST_F(SideSocketTest, FileThatIsNoSocketIsNotReplaced) {
   const UniqueFd file(::open(options_.path.c_str(), O_CREAT | O_WRONLY | O_CLOEXEC, 0600));
   EXPECT_EQ(SideSocketServer::Start(options_, *sessions_).status().code(),
-            absl::StatusCode::kAlreadyExists);
+            absl::StatusCode::kFailedPrecondition);
   struct stat info;
   EXPECT_EQ(::stat(options_.path.c_str(), &info), 0);
 }
