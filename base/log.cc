@@ -3,6 +3,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "absl/time/time.h"
+#include "base/text.h"
 
 namespace keepset {
 namespace {
@@ -66,13 +67,14 @@ void Logger::Write(LogSeverity severity, absl::string_view event, const LogField
         absl::StrCat("{\"time\":", Quoted(time), ",\"severity\":", Quoted(SeverityName(severity)),
                      ",\"event\":", Quoted(event));
     for (const auto& [key, value] : fields) {
-      absl::StrAppend(&line, ",", Quoted(key), ":", Quoted(value));
+      absl::StrAppend(&line, ",", Quoted(key), ":", Quoted(ToText(value)));
     }
     line += "}\n";
   } else {
     line = absl::StrCat(time, " ", SeverityName(severity), " ", event);
     for (const auto& [key, value] : fields) {
-      absl::StrAppend(&line, " ", key, "=", NeedsQuotes(value) ? Quoted(value) : value);
+      const std::string text = ToText(value);
+      absl::StrAppend(&line, " ", key, "=", NeedsQuotes(text) ? Quoted(text) : text);
     }
     line += "\n";
   }

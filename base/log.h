@@ -1,5 +1,5 @@
 // Structured log lines: one line per event on a sink, `key=value` fields, values quoted when
-// needed.
+// needed, bytes that are no UTF-8 escaped.
 //
 //   Logger log(&std::cerr, LogFormat::kText, SystemClock());
 //   log.Info("table_published", {{"name", name}, {"digest", digest}});

@@ -6,10 +6,15 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "base/text.h"
 #include "tables/table_file.h"
 
 namespace keepset::service {
 namespace {
+
+// Others' text in our log.
+constexpr size_t kMaxLoggedText = 128;
+constexpr size_t kMaxLoggedError = 2048;
 
 absl::string_view EndName(SessionEnd why) {
   switch (why) {
@@ -43,8 +48,8 @@ absl::string_view QuarantineEndName(QuarantineEnd until) {
 
 // Session ids open the session's regions, so that they stay out of the log.
 void ServerSessionObserver::OnSessionOpened(const OpenSessionArgs& args, const SessionInfo& info) {
-  log_.Info("session_opened", {{"engine", args.engine.substr(0, 128)},
-                               {"tenant", args.tenant.substr(0, 128)},
+  log_.Info("session_opened", {{"engine", ToText(args.engine, kMaxLoggedText)},
+                               {"tenant", ToText(args.tenant, kMaxLoggedText)},
                                {"pid_hint", absl::StrCat(args.pid_hint)},
                                {"generation", absl::StrCat(info.generation)},
                                {"lease_s", absl::StrCat(absl::ToInt64Seconds(info.lease))}});
@@ -67,7 +72,7 @@ void ServerSessionObserver::OnRegionRegistered(absl::string_view /*session_id*/,
 void ServerSessionObserver::OnRegionRefused(absl::string_view kind, const absl::Status& why) {
   metrics_.RecordImportFailure(kind);
   log_.Warning("region_refused",
-               {{"kind", std::string(kind)}, {"error", std::string(why.message())}});
+               {{"kind", std::string(kind)}, {"error", ToText(why.message(), kMaxLoggedError)}});
 }
 
 void ServerSessionObserver::OnRegionQuarantined(const RegionInfo& region, QuarantineEnd until) {
@@ -146,7 +151,7 @@ void ServerTableObserver::OnRefused(absl::string_view source, absl::string_view 
   metrics_.RecordReload(Metrics::Reload::kRefused);
   log_.Error("table_refused", {{"source", std::string(source)},
                                {"file", std::string(origin)},
-                               {"error", std::string(why.message())}});
+                               {"error", ToText(why.message(), kMaxLoggedError)}});
 }
 
 void ServerTableObserver::OnSourceHealth(absl::string_view source, const absl::Status& health) {
@@ -158,8 +163,8 @@ void ServerTableObserver::OnSourceHealth(absl::string_view source, const absl::S
     metrics_.RecordReload(Metrics::Reload::kRefused);
     metrics_.RecordSourceFailure(source);
   }
-  log_.Error("table_source_failed",
-             {{"source", std::string(source)}, {"error", std::string(health.message())}});
+  log_.Error("table_source_failed", {{"source", std::string(source)},
+                                     {"error", ToText(health.message(), kMaxLoggedError)}});
 }
 
 }  // namespace keepset::service

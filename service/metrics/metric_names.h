@@ -217,6 +217,8 @@ inline constexpr MetricInfo kAllMetrics[] = {kCompressOperationsTotal,
 // Metrics::New; those of `model`, `entropy_bin` and `ppl_bin` follow the active tables, up to the
 // limits below.
 inline constexpr absl::string_view kOtherValue = "other";
+// Policy of operations whose request names one that this build does not have.
+inline constexpr absl::string_view kUnknownPolicy = "unknown";
 
 struct OutcomeReason {
   absl::string_view outcome;

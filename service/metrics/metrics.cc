@@ -37,8 +37,6 @@ static_assert(std::size(kShadowValues) == static_cast<size_t>(ShadowSample::Resu
 static_assert(std::size(kStageValues) == kNumStages);
 static_assert(std::size(kRejectValues) == static_cast<size_t>(Reject::kFence) + 1);
 
-constexpr absl::string_view kUnknownPolicy = "unknown";
-
 class PrometheusMetrics : public Metrics {
  public:
   PrometheusMetrics(const BuildInfo& build, const LabelValues& values)

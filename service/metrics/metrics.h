@@ -32,7 +32,7 @@ struct OperationSample {
     bool operator==(const Table&) const = default;
   };
 
-  std::string policy;          // a known policy, else "unknown"
+  std::string policy;          // a policy of this build, else kUnknownPolicy
   std::string model;           // architecture the request states
   std::optional<Table> table;  // that decided, or was to
   std::string outcome;         // "compressed", "kept_full", "shadow", "error", "cancelled"

@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "absl/status/status.h"
+#include "base/text.h"
 #include "service/metrics/metric_names.h"
 
 namespace keepset::service {
@@ -31,7 +32,7 @@ void OperationTotals::ForgetSession(absl::string_view session_id) {
 }
 
 void OperationTotals::Record(const OperationSample& sample, absl::string_view session_id) {
-  Key key = {sample.model.substr(0, kMaxModelName), sample.policy};
+  Key key = {std::string(CutText(sample.model, kMaxModelName)), sample.policy};
   if (sample.table.has_value()) {
     key[2] = sample.table->name;
     key[3] = sample.table->version;

@@ -9,6 +9,8 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "base/status_macros.h"
+#include "base/text.h"
+#include "service/metrics/metric_names.h"
 #include "service/rpc/layer_groups.h"
 #include "service/rpc/result_codec.h"
 #include "service/rpc/wire_status.h"
@@ -66,7 +68,9 @@ OperationCall::OperationCall(const ServiceContext& context, const CallInfo& info
       correlation_id_(context.correlation_ids.Next()),
       snapshot_(context.tables.Snapshot()),
       leases_(context.sessions, spec.session_id()) {
-  sample_.policy = spec.policy();
+  // Kept with the totals: what a request may call a policy has no bound.
+  const bool is_known = context.policies.NativeScope(spec.policy()).ok();
+  sample_.policy = is_known ? spec.policy() : std::string(kUnknownPolicy);
   sample_.model = spec.model().architecture();
 }
 
@@ -395,8 +399,8 @@ void OperationCall::WriteLogLine(const absl::Status& status) {
   const auto stage = [this](Stage s) { return Milliseconds(sample_.stages[static_cast<int>(s)]); };
   LogFields fields = {
       {"method", info_.method},
-      {"request_id", wire_.request_id().substr(0, kMaxLoggedText)},
-      {"policy", sample_.policy.substr(0, kMaxLoggedText)},
+      {"request_id", ToText(wire_.request_id(), kMaxLoggedText)},
+      {"policy", ToText(wire_.policy(), kMaxLoggedText)},
       {"outcome", sample_.outcome},
       {"reason", sample_.reason},
       {"tokens_in", absl::StrCat(sample_.input_tokens)},
@@ -422,7 +426,7 @@ void OperationCall::WriteLogLine(const absl::Status& status) {
     fields.emplace_back("span_id", info_.trace->span_id);
   }
   if (!status.ok()) {
-    fields.emplace_back("error", std::string(status.message().substr(0, kMaxLoggedError)));
+    fields.emplace_back("error", ToText(status.message(), kMaxLoggedError));
   }
   const bool our_fault = absl::IsInternal(status) || absl::IsUnknown(status);
   context_.log.Write(our_fault ? LogSeverity::kError : LogSeverity::kInfo, "operation", fields);

@@ -8,12 +8,15 @@
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "base/status_macros.h"
+#include "base/text.h"
 #include "service/rpc/lease_stream_reactor.h"
 #include "service/rpc/wire_status.h"
 
 namespace keepset::service {
 namespace {
 
+// A peer's text in our log.
+constexpr size_t kMaxLoggedError = 2048;
 // How long a retire waits before the next one gets the thread.
 constexpr absl::Duration kRetireTurn = absl::Milliseconds(5);
 
@@ -263,7 +266,7 @@ class SessionServiceImpl final : public SessionService {
     LogFields fields = {{"method", std::string(method)},
                         {"code", absl::StatusCodeToString(status.code())},
                         {"correlation_id", correlation_id}};
-    if (!status.ok()) fields.emplace_back("error", std::string(status.message()));
+    if (!status.ok()) fields.emplace_back("error", ToText(status.message(), kMaxLoggedError));
     context_.log.Write(absl::IsInternal(status) ? LogSeverity::kError : LogSeverity::kInfo, "call",
                        fields);
   }

@@ -5,10 +5,13 @@
 #include <string>
 #include <utility>
 
+#include "base/text.h"
+
 namespace keepset::service {
 namespace {
 
 constexpr absl::Duration kLogPause = absl::Minutes(1);
+constexpr size_t kMaxLoggedError = 2048;
 
 // What libraries throw ends here: nobody waits for an answer.
 absl::StatusOr<engine::ShadowReport> Finish(engine::ShadowDecision& decision) {
@@ -61,7 +64,7 @@ void ShadowRunner::RecordFailed(const absl::Status& why) {
     last->second = now;
   }
   log_.Warning("shadow_failed", {{"code", absl::StatusCodeToString(why.code())},
-                                 {"error", std::string(why.message())}});
+                                 {"error", ToText(why.message(), kMaxLoggedError)}});
 }
 
 }  // namespace keepset::service

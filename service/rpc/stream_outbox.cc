@@ -4,11 +4,15 @@
 #include <string>
 #include <utility>
 
+#include "base/text.h"
+
 namespace keepset::service {
 namespace {
 
 // Answers that wait for a client to read them before the server stops reading from it.
 constexpr int64_t kMaxWaitingBytes = int64_t{4} << 20;
+// A message may quote what the client sent.
+constexpr size_t kMaxErrorBytes = 4096;
 
 int64_t BytesOf(const v1::StreamResponse& response) {
   return static_cast<int64_t>(response.ByteSizeLong() + sizeof(response));
@@ -25,7 +29,7 @@ ResponsePtr NewStreamResponse(uint64_t id) {
 ResponsePtr StreamErrorResponse(uint64_t id, const absl::Status& status) {
   auto response = NewStreamResponse(id);
   response->mutable_error()->set_code(static_cast<int32_t>(status.code()));
-  response->mutable_error()->set_message(std::string(status.message()));
+  response->mutable_error()->set_message(ToText(status.message(), kMaxErrorBytes));
   return response;
 }
 

@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/time.h"
+#include "base/text.h"
 
 namespace keepset::service {
 namespace {
@@ -65,9 +66,9 @@ void EncodeVersion(const TableVersionInfo& version, v1::TableVersion* wire) {
   wire->set_version(version.version);
   wire->set_digest(version.digest);
   wire->set_state(EncodeState(version.state));
-  wire->set_reason(version.reason);
+  wire->set_reason(ToText(version.reason));
   for (const std::string& source : version.sources) wire->add_sources(source);
-  wire->set_origin(version.origin);
+  wire->set_origin(ToText(version.origin));
   wire->set_loaded_ms(Millis(version.loaded));
   wire->set_state_since_ms(Millis(version.state_since));
   wire->set_durable(version.durable);
@@ -107,7 +108,7 @@ void EncodeLine(const LineView& line, v1::TableLine* wire) {
     activation->set_version(entry.target.version);
     activation->set_digest(entry.target.digest);
     activation->set_time_ms(Millis(entry.time));
-    activation->set_actor(entry.actor);
+    activation->set_actor(ToText(entry.actor));
     activation->set_cause(entry.cause);
     activation->set_undone(entry.undone);
   }
@@ -119,7 +120,7 @@ void EncodeLine(const LineView& line, v1::TableLine* wire) {
 void EncodeSource(const SourceView& source, v1::TableSourceState* wire) {
   wire->set_source(source.source);
   wire->set_healthy(source.health.ok());
-  wire->set_detail(std::string(source.health.message()));
+  wire->set_detail(ToText(source.health.message()));
   wire->set_since_ms(Millis(source.since));
 }
 

@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
+#include "base/text.h"
 #include "service/rpc/table_codec.h"
 
 namespace keepset::service {
@@ -15,18 +16,18 @@ class Findings {
   explicit Findings(v1::ValidateTableResponse* response) : response_(response) {
     response_->set_valid(true);
   }
-  void Error(std::string message) {
+  void Error(absl::string_view message) {
     response_->set_valid(false);
-    Add(v1::TableFinding::SEVERITY_ERROR, std::move(message));
+    Add(v1::TableFinding::SEVERITY_ERROR, message);
   }
-  void Warning(std::string message) { Add(v1::TableFinding::SEVERITY_WARNING, std::move(message)); }
-  void Note(std::string message) { Add(v1::TableFinding::SEVERITY_NOTE, std::move(message)); }
+  void Warning(absl::string_view message) { Add(v1::TableFinding::SEVERITY_WARNING, message); }
+  void Note(absl::string_view message) { Add(v1::TableFinding::SEVERITY_NOTE, message); }
 
  private:
-  void Add(v1::TableFinding::Severity severity, std::string message) {
+  void Add(v1::TableFinding::Severity severity, absl::string_view message) {
     v1::TableFinding* finding = response_->add_findings();
     finding->set_severity(severity);
-    finding->set_message(std::move(message));
+    finding->set_message(ToText(message));
   }
   v1::ValidateTableResponse* const response_;
 };
@@ -97,7 +98,7 @@ absl::Status FindFindings(const v1::ValidateTableRequest& request, const TableRe
   const absl::StatusOr<TablePtr> table =
       validator.LoadTable({request.content(), "content", request.signature()});
   if (!table.ok()) {
-    findings.Error(std::string(table.status().message()));
+    findings.Error(table.status().message());
     return absl::OkStatus();
   }
   TableVersionInfo version;

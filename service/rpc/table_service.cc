@@ -8,6 +8,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/time.h"
 #include "base/status_macros.h"
+#include "base/text.h"
 #include "service/registry/contained_read.h"
 #include "service/rpc/open_streams.h"
 #include "service/rpc/requirements.h"
@@ -36,7 +37,7 @@ std::string Named(const v1::TableRef& ref) {
   if (!ref.version().empty()) absl::StrAppend(&text, "@", ref.version());
   if (!ref.digest().empty()) absl::StrAppend(&text, " ", ref.digest());
   if (!ref.alias().empty()) absl::StrAppend(&text, " alias ", ref.alias());
-  return text.substr(0, 2 * kMaxActorBytes);
+  return ToText(text, 2 * kMaxActorBytes);
 }
 
 std::string TlsSubject(const grpc::CallbackServerContext& call) {
@@ -105,29 +106,29 @@ class TableServiceImpl final : public TableService {
   grpc::ServerUnaryReactor* Load(grpc::CallbackServerContext* call,
                                  const v1::LoadTableRequest* request,
                                  v1::LoadTableResponse* response) override {
-    return Write(
-        call, "Load", request->actor(), 0,
-        [this, request, response](const WriteContext& context, Audit& audit) {
-          audit.what = request->content_case() == v1::LoadTableRequest::kPath
-                           ? absl::StrCat("path ", request->path().substr(0, kMaxActorBytes))
-                           : absl::StrCat(request->inline_().size(), " bytes");
-          LoadArgs args;
-          KEEPSET_ASSIGN_OR_RETURN(args.bytes, ContentOf(*request));
-          args.origin =
-              request->content_case() == v1::LoadTableRequest::kPath ? request->path() : "upload";
-          args.expected_digest = request->expected_digest();
-          args.signature = request->signature();
-          KEEPSET_ASSIGN_OR_RETURN(const LoadReceipt receipt,
-                                   context_.authority.Load(args, context));
-          audit.what = absl::StrCat(receipt.version.name, "@", receipt.version.version);
-          audit.digest = receipt.version.digest;
-          audit.revision = receipt.revision;
-          EncodeVersion(receipt.version, response->mutable_version());
-          response->set_revision(receipt.revision);
-          response->set_durable(receipt.durable);
-          response->set_already_loaded(receipt.already_loaded);
-          return absl::OkStatus();
-        });
+    return Write(call, "Load", request->actor(), 0,
+                 [this, request, response](const WriteContext& context, Audit& audit) {
+                   audit.what = request->content_case() == v1::LoadTableRequest::kPath
+                                    ? absl::StrCat("path ", ToText(request->path(), kMaxActorBytes))
+                                    : absl::StrCat(request->inline_().size(), " bytes");
+                   LoadArgs args;
+                   KEEPSET_ASSIGN_OR_RETURN(args.bytes, ContentOf(*request));
+                   args.origin = request->content_case() == v1::LoadTableRequest::kPath
+                                     ? request->path()
+                                     : "upload";
+                   args.expected_digest = request->expected_digest();
+                   args.signature = request->signature();
+                   KEEPSET_ASSIGN_OR_RETURN(const LoadReceipt receipt,
+                                            context_.authority.Load(args, context));
+                   audit.what = absl::StrCat(receipt.version.name, "@", receipt.version.version);
+                   audit.digest = receipt.version.digest;
+                   audit.revision = receipt.revision;
+                   EncodeVersion(receipt.version, response->mutable_version());
+                   response->set_revision(receipt.revision);
+                   response->set_durable(receipt.durable);
+                   response->set_already_loaded(receipt.already_loaded);
+                   return absl::OkStatus();
+                 });
   }
 
   grpc::ServerUnaryReactor* Activate(grpc::CallbackServerContext* call,
@@ -148,7 +149,7 @@ class TableServiceImpl final : public TableService {
                                      const v1::RollbackTableRequest* request,
                                      v1::TableWriteResponse* response) override {
     return WriteLine(call, "Rollback", request->actor(), request->expected_revision(), response,
-                     request->name().substr(0, kMaxActorBytes),
+                     ToText(request->name(), kMaxActorBytes),
                      [this, request](const WriteContext& context) {
                        return context_.authority.Rollback(request->name(), context);
                      });
@@ -172,8 +173,8 @@ class TableServiceImpl final : public TableService {
                                      v1::TableWriteResponse* response) override {
     return WriteLine(
         call, "SetAlias", request->actor(), request->expected_revision(), response,
-        absl::StrCat(request->name().substr(0, kMaxActorBytes), " ",
-                     request->alias().substr(0, kMaxActorBytes), " -> ", Named(request->table())),
+        absl::StrCat(ToText(request->name(), kMaxActorBytes), " ",
+                     ToText(request->alias(), kMaxActorBytes), " -> ", Named(request->table())),
         [this, request](const WriteContext& context) {
           return context_.authority.SetAlias(request->name(), request->alias(),
                                              DecodeTableRef(request->table()), context);
@@ -260,7 +261,7 @@ class TableServiceImpl final : public TableService {
     return RunBlocking(call, [this, call, name = std::string(method), actor, expected_revision,
                               work = std::move(work)] {
       WriteContext context;
-      context.actor = actor.substr(0, kMaxActorBytes);
+      context.actor = ToText(actor, kMaxActorBytes);
       context.expected_revision = expected_revision;
       context.deadline = absl::FromChrono(call->deadline());
       Audit audit;
@@ -300,7 +301,7 @@ class TableServiceImpl final : public TableService {
       fields.emplace_back("revision", absl::StrCat(audit.revision));
       fields.emplace_back("digest", audit.digest);
     } else {
-      fields.emplace_back("error", std::string(status.message().substr(0, kMaxLoggedError)));
+      fields.emplace_back("error", ToText(status.message(), kMaxLoggedError));
     }
     context_.log.Write(status.ok() ? LogSeverity::kInfo : LogSeverity::kWarning, "table_write",
                        fields);
@@ -327,7 +328,7 @@ class TableServiceImpl final : public TableService {
     if (absl::IsInternal(status) || absl::IsUnknown(status)) {
       context_.log.Error("call", {{"method", "TableService"},
                                   {"correlation_id", correlation_id},
-                                  {"error", std::string(status.message())}});
+                                  {"error", ToText(status.message(), kMaxLoggedError)}});
     }
     return ToGrpcStatus(PublicStatus(status, correlation_id));
   }

@@ -3,6 +3,7 @@
 #ifndef KEEPSET_SERVICE_RPC_TOMBSTONES_H_
 #define KEEPSET_SERVICE_RPC_TOMBSTONES_H_
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <deque>
@@ -23,7 +24,9 @@ class Tombstones {
     order_.pop_front();
   }
   // The id is in use again.
-  void Remove(uint64_t id) { ids_.erase(id); }
+  void Remove(uint64_t id) {
+    if (ids_.erase(id) > 0) order_.erase(std::find(order_.begin(), order_.end(), id));
+  }
   bool Contains(uint64_t id) const { return ids_.contains(id); }
 
  private:

@@ -1,6 +1,9 @@
 #include "service/rpc/wire_status.h"
 
+#include <string>
+
 #include "absl/strings/str_cat.h"
+#include "base/text.h"
 
 namespace keepset::service {
 namespace {
@@ -20,8 +23,11 @@ absl::Status PublicStatus(const absl::Status& status, absl::string_view correlat
     default:
       break;
   }
-  if (status.message().size() <= kMaxMessageBytes) return status;
-  return {status.code(), absl::StrCat(status.message().substr(0, kMaxMessageBytes), "...")};
+  const absl::string_view message = status.message();
+  std::string text = ToText(message, kMaxMessageBytes);
+  if (text == message) return status;
+  if (message.size() > kMaxMessageBytes) text += "...";
+  return {status.code(), text};
 }
 
 grpc::Status ToGrpcStatus(const absl::Status& public_status) {

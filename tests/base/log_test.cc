@@ -40,5 +40,15 @@ TEST(Logger, WritesJson) {
             "\"k\":\"v\\\"w\"}\n");
 }
 
+TEST(Logger, WritesBytesThatAreNoTextAsText) {
+  FixedClock clock;
+  for (const LogFormat format : {LogFormat::kText, LogFormat::kJson}) {
+    std::ostringstream sink;
+    Logger log(&sink, format, clock);
+    log.Info("e", {{"file", "x\xff é"}});
+    EXPECT_NE(sink.str().find("\"x\\\\xff é\""), std::string::npos) << sink.str();
+  }
+}
+
 }  // namespace
 }  // namespace keepset

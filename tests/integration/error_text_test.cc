@@ -32,6 +32,50 @@ TEST(ErrorText, LongQuotesAreCutSoThatTheErrorArrives) {
   EXPECT_LT(status.error_message().size(), 4096u);
 }
 
+TEST(ErrorText, AStreamsErrorCutsNoCharacter) {
+  TestServer server;
+  const fakes::SyntheticPrompt prompt({});
+  WorkerStream stream(server);
+  // Wherever the cut falls, it is within a character for one of two policies.
+  for (const std::string first : {"", "p"}) {
+    std::string policy = first;
+    for (int i = 0; i < 2000; ++i) policy += "é";
+    stream.Begin(1, WireSpec(prompt, policy, kBudget));
+    const auto answer = stream.NextAnswer();
+    ASSERT_TRUE(answer.has_value());
+    EXPECT_EQ(answer->error().code(), grpc::StatusCode::NOT_FOUND);
+    EXPECT_THAT(answer->error().message(), HasSubstr(first + "éé"));
+  }
+}
+
+TEST(ErrorText, StatisticsHoldNoHalfCharacterOfAModelsName) {
+  TestServer server;
+  const fakes::SyntheticPrompt prompt({});
+  v1::CompressRequest request = WireRequest(prompt, "best", kBudget);
+  request.mutable_spec()->mutable_model()->set_architecture(std::string(127, 'a') + "é");
+  EXPECT_FALSE(Compress(server, request, nullptr).ok());
+  v1::GetStatisticsResponse response;
+  const grpc::Status status =
+      server.info()->GetStatistics(NewContext().get(), v1::GetStatisticsRequest(), &response);
+  ASSERT_TRUE(status.ok()) << status.error_message();
+  EXPECT_EQ(response.operations(0).model(), std::string(127, 'a'));
+}
+
+TEST(ErrorText, StatisticsCallAPolicyThatIsNoneUnknown) {
+  TestServer server;
+  const fakes::SyntheticPrompt prompt({});
+  for (const std::string policy : {"best", "better"}) {
+    EXPECT_FALSE(Compress(server, WireRequest(prompt, policy, kBudget), nullptr).ok());
+  }
+  v1::GetStatisticsResponse response;
+  const grpc::Status status =
+      server.info()->GetStatistics(NewContext().get(), v1::GetStatisticsRequest(), &response);
+  ASSERT_TRUE(status.ok()) << status.error_message();
+  ASSERT_EQ(response.operations_size(), 1);
+  EXPECT_EQ(response.operations(0).policy(), "unknown");
+  EXPECT_EQ(response.operations(0).outcomes(0).count(), 2u);
+}
+
 TEST(ErrorText, LongRequestIdIsRefused) {
   TestServer server;
   const fakes::SyntheticPrompt prompt({});

@@ -428,6 +428,34 @@ TEST(TableServiceRestart, RecoversWhatWasActiveFromItsStateDirectory) {
   EXPECT_EQ(result.table().version(), "1");
 }
 
+TEST_F(TableServiceTest, ALongActorIsCutBetweenTwoCharacters) {
+  Load("1");
+  v1::ActivateTableRequest request;
+  request.mutable_table()->set_name("a");
+  request.mutable_table()->set_version("1");
+  request.set_actor(std::string(127, 'a') + "é");
+  v1::TableWriteResponse response;
+  const grpc::Status status = tables_->Activate(NewContext().get(), request, &response);
+  ASSERT_TRUE(status.ok()) << status.error_message();
+  EXPECT_EQ(response.line().history(0).actor(), std::string(127, 'a'));
+}
+
+TEST(TableServiceDirectory, AFileNameThatIsNoTextIsListed) {
+  const fakes::SyntheticPrompt prompt({.num_layers = 2});
+  const fakes::ScratchDirectory directory;
+  fakes::WriteInPlace(directory / "x\xff.safetensors", TableFileFor(prompt, "a", "1", 0.9f));
+  fakes::WriteInPlace(directory / "y\xff.safetensors", "no table");
+  TestServer server(absl::StrCat("tables_directory: \"", directory.path(), "\""));
+  const auto tables = v1::TableService::NewStub(server.NewChannel());
+  v1::ListTablesResponse response;
+  const grpc::Status status = tables->List(NewContext().get(), v1::ListTablesRequest(), &response);
+  ASSERT_TRUE(status.ok()) << status.error_message();
+  ASSERT_EQ(response.lines_size(), 1);
+  EXPECT_EQ(response.lines(0).versions(0).origin(), "x\\xff.safetensors");
+  ASSERT_EQ(response.nameless_size(), 1);
+  EXPECT_THAT(response.nameless(0).reason(), HasSubstr("y\\xff.safetensors"));
+}
+
 TEST(TableServicePath, LoadsAFileOfTheTablesDirectoryAndNoOther) {
   const fakes::SyntheticPrompt prompt({.num_layers = 2});
   const fakes::ScratchDirectory directory;

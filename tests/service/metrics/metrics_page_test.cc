@@ -80,7 +80,8 @@ std::string WantedPage() {
       ValueRow("reason` of `keepset_rejected_total", kRejectValues),
       ValueRow("result` of `keepset_shadow_operations_total", kShadowValues),
       ValueRow("state` of `keepset_device_workspace_bytes", kWorkspaceValues),
-      "| `policy` | the policies of this build, `unknown`, `other` |\n",
+      "| `policy` | the policies of this build, `unknown` for any other that a request names, "
+      "`other` |\n",
       "| `kind` | the memory transports of this build, `other` |\n",
       "| `source` | the table sources of this build, `upload`, `other` |\n",
       absl::StrCat("| `model` | architectures of active tables (at most ", kMaxModelValues,

@@ -123,6 +123,12 @@ TEST(OperationTotals, NamesThatRequestsMakeUpDoNotGrowIt) {
   EXPECT_EQ(rows.back().policy, "other");
 }
 
+TEST(OperationTotals, CutsNoCharacterOfAModelsName) {
+  OperationTotals totals;
+  totals.Record(Sample(std::string(127, 'a') + "é"), "");
+  EXPECT_EQ(totals.All()[0].model, std::string(127, 'a'));
+}
+
 TEST(OperationTotals, ThreadsCountTogether) {
   OperationTotals totals;
   totals.OpenSession("a");

@@ -1,6 +1,7 @@
 #include "service/rpc/stream_outbox.h"
 
 #include <string>
+#include <utility>
 
 #include "gtest/gtest.h"
 
@@ -16,6 +17,17 @@ TEST(StreamOutbox, AnswersLeaveInTheOrderTheyCame) {
   EXPECT_EQ(second->operation_id(), 4u);
   EXPECT_EQ(second->error().message(), "gone");
   EXPECT_EQ(outbox.Pop(), nullptr);
+}
+
+TEST(StreamErrorResponse, HoldsTextOfBoundedLength) {
+  EXPECT_EQ(StreamErrorResponse(1, absl::NotFoundError("x\xff"))->error().message(), "x\\xff");
+  std::string text;
+  for (int i = 0; i < 10000; ++i) text += "é";
+  const std::string message =
+      StreamErrorResponse(1, absl::NotFoundError("a" + text))->error().message();
+  EXPECT_LE(message.size(), 4096u);
+  EXPECT_EQ(message, "a" + text.substr(0, message.size() - 1));
+  EXPECT_EQ(message.size() % 2, 1u);
 }
 
 TEST(StreamOutbox, StartGrantsAllCredit) {
@@ -63,7 +75,9 @@ TEST(StreamOutbox, ReturnedCreditIsGrantedByAQuarterAtATime) {
 
 TEST(StreamOutbox, IsFullUntilTheClientReads) {
   StreamOutbox outbox(1);
-  outbox.Push(StreamErrorResponse(1, absl::InternalError(std::string(5 << 20, 'x'))));
+  ResponsePtr large = NewStreamResponse(1);
+  large->mutable_result()->set_backend(std::string(5 << 20, 'x'));
+  outbox.Push(std::move(large));
   EXPECT_TRUE(outbox.full());
   outbox.Pop();
   EXPECT_FALSE(outbox.full());

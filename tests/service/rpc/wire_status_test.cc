@@ -2,6 +2,8 @@
 
 #include <gtest/gtest.h>
 
+#include <string>
+
 namespace keepset::service {
 namespace {
 
@@ -18,6 +20,16 @@ TEST(PublicStatus, HidesTheTextOfOurOwnFaults) {
 TEST(PublicStatus, KeepsWhatTheCallerCanMend) {
   const absl::Status status = absl::InvalidArgumentError("seq_len=0, want 1..8");
   EXPECT_EQ(PublicStatus(status, "00ff"), status);
+}
+
+TEST(PublicStatus, CutsNoCharacter) {
+  const std::string text(2047, 'a');
+  EXPECT_EQ(PublicStatus(absl::NotFoundError(text + "é"), "00ff").message(), text + "...");
+}
+
+TEST(PublicStatus, EscapesBytesThatAreNoText) {
+  EXPECT_EQ(PublicStatus(absl::NotFoundError("x\xff.safetensors"), "00ff").message(),
+            "x\\xff.safetensors");
 }
 
 TEST(ToGrpcStatus, KeepsCodeAndMessage) {
