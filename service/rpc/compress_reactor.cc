@@ -29,8 +29,13 @@ absl::Status CancelStatus(const grpc::CallbackServerContext& call) {
   return absl::CancelledError("the client cancelled the call");
 }
 
-absl::Status Prepare(OperationCall& operation, const v1::CompressRequest& request) {
+absl::Status Prepare(const ServiceContext& context, const v1::CompressRequest& request,
+                     OperationCall& operation) {
   KEEPSET_RETURN_IF_ERROR(operation.Admit());
+  if (request.layers_size() > context.codec.max_layers) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "layers has ", request.layers_size(), " entries, want at most ", context.codec.max_layers));
+  }
   for (const v1::LayerInput& layer : request.layers()) {
     KEEPSET_RETURN_IF_ERROR(operation.LeaseLayer(layer));
   }
@@ -38,9 +43,10 @@ absl::Status Prepare(OperationCall& operation, const v1::CompressRequest& reques
 }
 
 // The whole operation on the thread that received it.
-absl::Status RunHere(const grpc::CallbackServerContext& call, const v1::CompressRequest& request,
-                     OperationCall& operation, v1::OperationResult* out) {
-  KEEPSET_RETURN_IF_ERROR(Prepare(operation, request));
+absl::Status RunHere(const ServiceContext& context, const grpc::CallbackServerContext& call,
+                     const v1::CompressRequest& request, OperationCall& operation,
+                     v1::OperationResult* out) {
+  KEEPSET_RETURN_IF_ERROR(Prepare(context, request, operation));
   operation.OnDequeued();
   KEEPSET_RETURN_IF_ERROR(operation.Begin());
   std::vector<const v1::LayerInput*> layers;
@@ -64,7 +70,7 @@ class CompressReactor final : public grpc::ServerUnaryReactor {
 
   // Last act of the handler: the reactor may be gone when it returns.
   void Start() {
-    if (absl::Status status = Prepare(operation_, request_); !status.ok()) {
+    if (absl::Status status = Prepare(context_, request_, operation_); !status.ok()) {
       if (TakePhase()) Answer(status);
       return;
     }
@@ -157,7 +163,7 @@ grpc::ServerUnaryReactor* StartCompress(const ServiceContext& context,
     if (const std::optional<WorkQueue::Seat> seat = context.queue.TakeSeat()) {
       OperationCall operation(context, CallInfoOf("Compress", call), request.spec());
       const absl::Status seen =
-          operation.End(RunHere(call, request, operation, response.mutable_result()));
+          operation.End(RunHere(context, call, request, operation, response.mutable_result()));
       if (!seen.ok()) response.Clear();
       grpc::ServerUnaryReactor* const reactor = call.DefaultReactor();
       reactor->Finish(ToGrpcStatus(seen));

@@ -27,7 +27,9 @@ void AddExtents(const View& view, Role role, const char* name, size_t layer,
   if (!view.present()) return;
   const auto base = std::bit_cast<uintptr_t>(view.data);
   const int64_t element_bytes = kernels::DTypeBytes(view.dtype);
-  const int64_t tokens = view.block_size > 0 ? view.block_size : view.seq_len;
+  // No tensor is longer than its one block.
+  const int64_t tokens =
+      view.block_size > 0 ? std::min(view.block_size, view.seq_len) : view.seq_len;
   const int64_t last =
       (tokens - 1) * view.token_stride + (view.num_kv_heads - 1) * view.head_stride + view.head_dim;
   if (view.block_size == 0) {

@@ -34,6 +34,10 @@ absl::StatusOr<int64_t> Bounded(absl::string_view field, uint64_t value, uint64_
 
 absl::Status DecodeModel(const v1::ModelFingerprint& wire, const CodecLimits& limits,
                          tables::ModelFingerprint& out) {
+  if (wire.rope_json().size() > kMaxRopeJsonBytes) {
+    return absl::InvalidArgumentError(absl::StrCat("model.rope_json: ", wire.rope_json().size(),
+                                                   " bytes, want at most ", kMaxRopeJsonBytes));
+  }
   if (!wire.rope_json().empty()) {
     // Only "rope" is taken from this document; the counts are there because the parser wants them.
     KEEPSET_ASSIGN_OR_RETURN(
@@ -111,11 +115,25 @@ absl::Status DecodeScope(v1::Scope wire, std::optional<engine::Scope>& out) {
   }
 }
 
+absl::Status CheckCount(absl::string_view field, int count, int64_t max) {
+  if (count <= max) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat(field, " has ", count, " entries, want at most ", max));
+}
+
+absl::Status DecodePolicy(const v1::OperationSpec& wire, OperationSpec& out) {
+  KEEPSET_RETURN_IF_ERROR(CheckCount("parameters", wire.parameters_size(), kMaxParameters));
+  out.policy = wire.policy();
+  for (const auto& [name, value] : wire.parameters()) out.parameters.emplace(name, value);
+  return absl::OkStatus();
+}
+
 absl::Status DecodeProtection(const v1::OperationSpec& wire, OperationSpec& out) {
   KEEPSET_ASSIGN_OR_RETURN(out.protect_sink,
                            Bounded("protect_sink", wire.protect_sink(), 0, wire.seq_len()));
   KEEPSET_ASSIGN_OR_RETURN(out.protect_window,
                            Bounded("protect_window", wire.protect_window(), 0, wire.seq_len()));
+  KEEPSET_RETURN_IF_ERROR(CheckCount("protect_spans", wire.protect_spans_size(), kMaxProtectSpans));
   out.protect_spans.reserve(wire.protect_spans_size());
   for (int i = 0; i < wire.protect_spans_size(); ++i) {
     const v1::Span& span = wire.protect_spans(i);
@@ -186,13 +204,13 @@ absl::StatusOr<OperationSpec> DecodeSpec(const v1::OperationSpec& wire, const Co
   KEEPSET_ASSIGN_OR_RETURN(spec.value_head_dim,
                            Bounded("value_head_dim", wire.value_head_dim(), 0, kMaxHeadDim));
 
-  spec.policy = wire.policy();
-  for (const auto& [name, value] : wire.parameters()) spec.parameters.emplace(name, value);
+  KEEPSET_RETURN_IF_ERROR(DecodePolicy(wire, spec));
   KEEPSET_RETURN_IF_ERROR(DecodeBudget(wire.budget(), spec.budget));
   KEEPSET_RETURN_IF_ERROR(DecodeScope(wire.scope(), spec.scope));
   KEEPSET_RETURN_IF_ERROR(DecodeProtection(wire, spec));
 
   if (wire.has_ppl()) spec.ppl = wire.ppl();
+  KEEPSET_RETURN_IF_ERROR(CheckCount("window_logprobs", wire.window_logprobs_size(), spec.seq_len));
   spec.window_logprobs.assign(wire.window_logprobs().begin(), wire.window_logprobs().end());
   switch (wire.mode()) {
     case v1::MODE_DECIDE:
@@ -232,8 +250,7 @@ absl::StatusOr<OperationSpec> DecodeQuestion(const v1::OperationSpec& wire,
   OperationSpec spec;
   KEEPSET_RETURN_IF_ERROR(DecodeModel(wire.model(), limits, spec.model));
   KEEPSET_RETURN_IF_ERROR(LayersLeftOut(wire).status());
-  spec.policy = wire.policy();
-  for (const auto& [name, value] : wire.parameters()) spec.parameters.emplace(name, value);
+  KEEPSET_RETURN_IF_ERROR(DecodePolicy(wire, spec));
   return spec;
 }
 

@@ -5,6 +5,7 @@
 #ifndef KEEPSET_SERVICE_RPC_REQUEST_CODEC_H_
 #define KEEPSET_SERVICE_RPC_REQUEST_CODEC_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <string>
@@ -27,6 +28,11 @@ struct CodecLimits {
   int64_t max_seq_len = 1048576;
   int64_t max_layers = 1024;
 };
+
+// Entries that a request may list. Beyond them no prompt or policy is meant.
+inline constexpr int kMaxProtectSpans = 4096;
+inline constexpr int kMaxParameters = 256;
+inline constexpr size_t kMaxRopeJsonBytes = 65536;
 
 // The regions an operation holds leases on.
 class RegionSource {

@@ -1,6 +1,7 @@
 #include "service/rpc/short_operation.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 
 namespace keepset::service {
@@ -10,10 +11,20 @@ namespace {
 constexpr double kMaxMultiplyAdds = 4 << 20;
 // What is done with a score after its dot product counts as a head of this many channels at least.
 constexpr uint64_t kMinHeadDim = 64;
+// Entries of a list, and text to be parsed, that take no time beside it.
+constexpr int kMaxListed = 1024;
+constexpr size_t kMaxJsonBytes = 4096;
 
 // In floating point: the numbers are a client's and not checked yet.
 double Factor(uint64_t value, uint64_t at_least = 1) {
   return static_cast<double>(std::max(value, at_least));
+}
+
+// Whether nothing that a request lists is beyond what the sizes above bound.
+bool ListsLittle(const v1::OperationSpec& spec) {
+  return spec.protect_spans_size() <= kMaxListed && spec.parameters_size() <= kMaxListed &&
+         spec.window_logprobs_size() <= kMaxListed && spec.layer_groups_size() <= kMaxListed &&
+         spec.model().rope_json().size() <= kMaxJsonBytes;
 }
 
 // The scores of the observed rows, and one pass each over K and V: value norms, kept rows.
@@ -29,7 +40,8 @@ double MultiplyAdds(const v1::OperationSpec& spec) {
 
 bool IsShort(const v1::OperationSpec& spec, const kernels::DeviceInfo& device) {
   const bool computes_on_host = device.uuid.empty();
-  return computes_on_host && !spec.has_shadow_table() && MultiplyAdds(spec) <= kMaxMultiplyAdds;
+  return computes_on_host && !spec.has_shadow_table() && ListsLittle(spec) &&
+         MultiplyAdds(spec) <= kMaxMultiplyAdds;
 }
 
 }  // namespace keepset::service

@@ -10,7 +10,7 @@
 namespace keepset::service {
 namespace {
 
-// Elements. Keeps stride x dimension inside int64 for every dimension the codec lets through.
+// Elements: beyond any memory. Products with a count of tokens are checked.
 constexpr uint64_t kMaxStride = uint64_t{1} << 40;
 
 struct MutableBytes {
@@ -72,6 +72,15 @@ absl::Status CheckContiguousInline(const v1::TensorData& data, int64_t bytes, in
   return absl::OkStatus();
 }
 
+// The stride of heads that lie one behind the other.
+absl::StatusOr<int64_t> PackedHeadStride(int64_t tokens, int64_t token_stride,
+                                         absl::string_view where) {
+  int64_t stride = 0;
+  if (!__builtin_mul_overflow(tokens, token_stride, &stride)) return stride;
+  return absl::InvalidArgumentError(absl::StrCat(where, ": token_stride=", token_stride, " of ",
+                                                 tokens, " tokens, want it inside the tensor"));
+}
+
 // Addressing shared by KvView and MutableKvView.
 template <typename View>
 absl::Status DecodeLayout(const v1::KvTensor& wire, const KvShape& shape,
@@ -97,7 +106,10 @@ absl::Status DecodeLayout(const v1::KvTensor& wire, const KvShape& shape,
           where, ": head_stride=", view.head_stride, " token_stride=", view.token_stride,
           ", want both, or neither for a contiguous tensor"));
     }
-    if (view.head_stride == 0) view.head_stride = shape.tokens * view.token_stride;
+    if (view.head_stride == 0) {
+      KEEPSET_ASSIGN_OR_RETURN(view.head_stride,
+                               PackedHeadStride(shape.tokens, view.token_stride, where));
+    }
     return absl::OkStatus();
   }
   if (view.token_stride == 0 || view.head_stride == 0 || view.block_stride == 0) {

@@ -76,6 +76,16 @@ const BadRequest kBadRequests[] = {
     {"ProtectedSpanBeyondThePrompt",
      [](auto& r) { r.mutable_spec()->add_protect_spans()->set_end(97); },
      grpc::StatusCode::INVALID_ARGUMENT, "protect_spans[0]"},
+    {"MoreProtectedSpansThanTheLimit",
+     [](auto& r) {
+       for (int i = 0; i <= 4096; ++i) r.mutable_spec()->add_protect_spans()->set_end(1);
+     },
+     grpc::StatusCode::INVALID_ARGUMENT, "protect_spans has 4097 entries, want at most 4096"},
+    {"MoreLayersThanAModelHas",
+     [](auto& r) {
+       while (r.layers_size() <= 1024) r.add_layers();
+     },
+     grpc::StatusCode::INVALID_ARGUMENT, "layers has 1025 entries, want at most 1024"},
     {"MoreProtectedThanBudget", [](auto& r) { r.mutable_spec()->set_protect_sink(25); },
      grpc::StatusCode::INVALID_ARGUMENT, "protect"},
     {"KvDTypeMissing", [](auto& r) { r.mutable_spec()->clear_kv_dtype(); },

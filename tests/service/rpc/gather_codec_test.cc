@@ -85,6 +85,22 @@ TEST_F(CheckNoOverlapTest, FreshBlocksOfThePoolOfTheSourcePass) {
   EXPECT_FALSE(CheckNoOverlap(layers, v1::GATHER_DESTINATION).ok());
 }
 
+// Only the prompt's tokens of a block are addressed, however many more it has room for.
+TEST_F(CheckNoOverlapTest, BlocksAreNoLongerThanTheirTensor) {
+  const std::vector<int32_t> table = {0};
+  std::vector<DecodedLayer> layers(1);
+  layers[0].out_k = At<kernels::MutableKvView>(memory_.data(), 4);
+  layers[0].out_k.block_size = int64_t{1} << 40;
+  layers[0].out_k.token_stride = int64_t{1} << 22;
+  layers[0].out_k.seq_len = 1;
+  layers[0].out_k.block_stride = 8;
+  layers[0].out_k.block_table = table;
+  layers[0].out_v = layers[0].out_k;
+  EXPECT_EQ(CheckNoOverlap(layers, v1::GATHER_IN_PLACE).code(), absl::StatusCode::kInvalidArgument);
+  layers[0].out_v.data += 512;
+  EXPECT_TRUE(CheckNoOverlap(layers, v1::GATHER_IN_PLACE).ok());
+}
+
 TEST_F(CheckNoOverlapTest, TensorsInPlaceLieApart) {
   std::vector<DecodedLayer> layers(2);
   for (size_t l = 0; l < 2; ++l) {

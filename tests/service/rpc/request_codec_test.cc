@@ -6,6 +6,9 @@
 #include <gtest/gtest.h>
 
 #include <cstring>
+#include <string>
+
+#include "absl/strings/str_cat.h"
 
 namespace keepset::service {
 namespace {
@@ -165,6 +168,32 @@ TEST(DecodeSpec, AbsentPerplexityStaysAbsent) {
   v1::OperationSpec wire = SmallSpec();
   wire.set_ppl(0.0);
   EXPECT_TRUE(DecodeSpec(wire, {})->ppl.has_value());
+}
+
+TEST(DecodeSpec, ListsAreBounded) {
+  const auto refusal = [](const v1::OperationSpec& wire) {
+    return std::string(DecodeSpec(wire, {}).status().message());
+  };
+  v1::OperationSpec spans = SmallSpec();
+  for (int i = 0; i < kMaxProtectSpans; ++i) spans.add_protect_spans()->set_end(1);
+  EXPECT_EQ(refusal(spans), "");
+  spans.add_protect_spans()->set_end(1);
+  EXPECT_EQ(refusal(spans), "protect_spans has 4097 entries, want at most 4096");
+
+  v1::OperationSpec logprobs = SmallSpec();
+  for (int i = 0; i < 5; ++i) logprobs.add_window_logprobs(-1.0f);
+  EXPECT_EQ(refusal(logprobs), "window_logprobs has 5 entries, want at most 4");
+
+  v1::OperationSpec parameters = SmallSpec();
+  for (int i = 0; i <= kMaxParameters; ++i) {
+    (*parameters.mutable_parameters())[absl::StrCat("p", i)] = "1";
+  }
+  EXPECT_EQ(refusal(parameters), "parameters has 257 entries, want at most 256");
+  EXPECT_EQ(DecodeQuestion(parameters, {}).status().message(), refusal(parameters));
+
+  v1::OperationSpec rope = SmallSpec();
+  rope.mutable_model()->set_rope_json(std::string(kMaxRopeJsonBytes + 1, ' '));
+  EXPECT_EQ(refusal(rope), "model.rope_json: 65537 bytes, want at most 65536");
 }
 
 TEST(DecodeTableQuery, RelaxationsComeFromTheParameters) {

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <limits>
+#include <string>
 
 namespace keepset::service {
 namespace {
@@ -52,6 +53,15 @@ TEST(ShortOperation, WorkOfADeviceIsNeverShort) {
   kernels::DeviceInfo device;
   device.uuid = "GPU-1";
   EXPECT_FALSE(IsShort(Spec(256), device));
+}
+
+TEST(ShortOperation, LongListsAreNeverShort) {
+  v1::OperationSpec spans = Spec(256);
+  for (int i = 0; i < 1025; ++i) spans.add_protect_spans();
+  EXPECT_FALSE(IsShort(spans, kHost));
+  v1::OperationSpec rope = Spec(256);
+  rope.mutable_model()->set_rope_json(std::string(8192, ' '));
+  EXPECT_FALSE(IsShort(rope, kHost));
 }
 
 TEST(ShortOperation, AShadowTableIsNeverShort) {
