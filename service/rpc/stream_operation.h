@@ -36,7 +36,8 @@ struct StreamOperation {
   std::deque<RequestPtr> pending;
   bool scheduled = false;
   bool end_received = false;
-  absl::Status dropped;  // not OK: removed from the open operations, and why
+  int64_t refused_after_end = 0;  // messages that are answered behind the operation itself
+  absl::Status dropped;           // not OK: removed from the open operations, and why
 };
 using OperationPtr = std::shared_ptr<StreamOperation>;
 

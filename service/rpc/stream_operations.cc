@@ -16,6 +16,7 @@ StreamOperations::StreamOperations(const ServiceContext& context, CallInfo info,
 
 void StreamOperations::OnMessage(RequestPtr message) {
   const uint64_t id = message->operation_id();
+  if (RefusedAfterEnd(*message)) return;
   switch (message->step_case()) {
     case v1::StreamRequest::kBegin:
       OnBegin(std::move(message));
@@ -29,11 +30,26 @@ void StreamOperations::OnMessage(RequestPtr message) {
     case v1::StreamRequest::kCancel:
       OnCancel(id);
       return;
-    case v1::StreamRequest::STEP_NOT_SET:
-      SendError(id,
-                absl::InvalidArgumentError("step is missing, want begin, layer, end or cancel"));
+    case v1::StreamRequest::STEP_NOT_SET: {
+      const absl::Status refusal =
+          absl::InvalidArgumentError("step is missing, want begin, layer, end or cancel");
+      if (!Fail(id, refusal)) SendError(id, refusal);
       return;
+    }
   }
+}
+
+bool StreamOperations::RefusedAfterEnd(const v1::StreamRequest& message) {
+  if (message.has_cancel()) return false;
+  {
+    absl::MutexLock lock(&mutex_);
+    const OperationPtr operation = operations_.Find(message.operation_id());
+    if (operation == nullptr || !operation->end_received) return false;
+    // Layers and ends have no answer of their own.
+    if (!message.has_layer() && !message.has_end()) ++operation->refused_after_end;
+  }
+  if (message.has_layer() && peer_.TakeCredit()) peer_.ReturnCredit(1);
+  return true;
 }
 
 void StreamOperations::OnBegin(RequestPtr message) {
@@ -122,7 +138,7 @@ void StreamOperations::OnCancel(uint64_t id) {
       Take(id, absl::CancelledError("the client cancelled the operation"));
   if (operation == nullptr) return;
   EndIfIdle(operation);
-  peer_.Settle(nullptr);
+  Settle(*operation, nullptr);
 }
 
 OperationPtr StreamOperations::FindOrAnswer(uint64_t id) {
@@ -288,8 +304,27 @@ bool StreamOperations::Conclude(StreamOperation& operation, ResponsePtr response
     absl::MutexLock lock(&mutex_);
     if (!operations_.Conclude(operation)) return false;
   }
-  peer_.Settle(std::move(response));
+  Settle(operation, std::move(response));
   return true;
+}
+
+void StreamOperations::Settle(const StreamOperation& operation, ResponsePtr answer) {
+  int64_t refused = 0;
+  {
+    absl::MutexLock lock(&mutex_);
+    refused = operation.refused_after_end;
+  }
+  if (refused == 0) {
+    peer_.Settle(std::move(answer));
+    return;
+  }
+  if (answer != nullptr) peer_.Send(std::move(answer));
+  for (; refused > 0; --refused) {
+    SendError(operation.id, absl::InvalidArgumentError(absl::StrCat(
+                                "operation_id=", operation.id,
+                                " was open and had its end, want an id of no open operation")));
+  }
+  peer_.Settle(nullptr);
 }
 
 OperationPtr StreamOperations::Take(uint64_t id, const absl::Status& why) {

@@ -53,6 +53,9 @@ class StreamOperations {
   void DropAll(const absl::Status& why);
 
  private:
+  // Whether the message comes behind the end of an open operation. Refused alone: rows may be on
+  // the move, so that the operation is answered by what its end comes to.
+  bool RefusedAfterEnd(const v1::StreamRequest& message);
   void OnBegin(RequestPtr message);
   void RefuseBegin(const OperationPtr& operation, const absl::Status& status);
   void OnLayer(RequestPtr message);
@@ -74,9 +77,11 @@ class StreamOperations {
 
   // Answers an operation and forgets it; false when it was dropped meanwhile and nobody waits.
   bool Conclude(StreamOperation& operation, ResponsePtr response);
+  // The last answer of an operation that is open no more, nullptr for none, and those behind it.
+  void Settle(const StreamOperation& operation, ResponsePtr answer);
   // Removes an open operation; its strand stops at its next step. nullptr when it is not open.
   OperationPtr Take(uint64_t id, const absl::Status& why);
-  // Ends an open operation with an error; false when it is not open.
+  // Ends an open operation, whose end has not arrived, with an error; false when it is not open.
   bool Fail(uint64_t id, const absl::Status& status);
   // Ends a taken operation here, or leaves it to the worker that runs it.
   void EndIfIdle(const OperationPtr& operation);

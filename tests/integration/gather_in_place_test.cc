@@ -7,6 +7,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/synchronization/notification.h"
 #include "tests/integration/server_fixture.h"
 #include "tests/integration/worker.h"
 
@@ -121,6 +122,47 @@ TEST_F(GatherInPlace, OnAStream) {
   const auto answer = stream.NextAnswer();
   ASSERT_TRUE(answer.has_value() && answer->has_result());
   ExpectCompacted(request, answer->result());
+}
+
+// Whoever reads an error other than DATA_LOSS goes on with its cache: no message behind the end may
+// bring one while rows move.
+TEST_F(GatherInPlace, WhatComesBehindTheEndIsRefusedAlone) {
+  // Not short: a worker moves the rows, and the reader goes on.
+  prompt_ = fakes::SyntheticPrompt({.num_layers = 2, .seq_len = 1024});
+  const v1::CompressRequest request = InPlace();
+  absl::Notification moving;
+  absl::Notification go_on;
+  server_.gate().AnswerCompaction(2, [&] {
+    moving.Notify();
+    go_on.WaitForNotification();
+    return absl::OkStatus();
+  });
+  WorkerStream stream(server_);
+  stream.Begin(1, request.spec());
+  for (const v1::LayerInput& layer : request.layers()) stream.Layer(1, layer);
+  stream.End(1);
+  moving.WaitForNotification();
+  v1::LayerInput unleased = request.layers(0);
+  unleased.mutable_k()->mutable_data()->mutable_region()->set_region_id("no such region");
+  stream.Begin(1, request.spec());
+  stream.Layer(1, unleased);
+  stream.End(1);
+  // The reader has seen them once it answers what came after them.
+  stream.End(99);
+  auto answer = stream.NextAnswer();
+  ASSERT_TRUE(answer.has_value());
+  EXPECT_EQ(answer->operation_id(), 99) << answer->ShortDebugString();
+  go_on.Notify();
+  answer = stream.NextAnswer();
+  ASSERT_TRUE(answer.has_value() && answer->has_result());
+  EXPECT_EQ(answer->operation_id(), 1);
+  ExpectCompacted(request, answer->result());
+  answer = stream.NextAnswer();
+  ASSERT_TRUE(answer.has_value());
+  EXPECT_EQ(answer->operation_id(), 1);
+  EXPECT_EQ(answer->error().code(), grpc::StatusCode::INVALID_ARGUMENT);
+  EXPECT_THAT(answer->error().message(), HasSubstr("had its end"));
+  EXPECT_TRUE(stream.Finish().ok());
 }
 
 TEST_F(GatherInPlace, KeptFullMovesNothing) {
