@@ -18,6 +18,8 @@ namespace keepset::service {
 namespace {
 
 constexpr absl::Duration kMaxDrainWait = absl::Minutes(10);
+// How long a drain waits before the next one gets the thread.
+constexpr absl::Duration kDrainTurn = absl::Milliseconds(5);
 
 void EncodeTotal(const OperationTotal& total, v1::OperationStatistics& wire) {
   wire.set_model(total.model);
@@ -93,18 +95,32 @@ class ServerServiceImpl final : public v1::ServerService::CallbackService {
       return reactor;
     }
     options_.start_draining();
-    const absl::Duration timeout =
-        std::min(absl::Milliseconds(request->timeout_ms()), kMaxDrainWait);
-    const absl::Status queued = blocking_.Submit([this, reactor, response, timeout] {
-      context_.admission.WaitIdle(timeout);
-      response->set_operations_left(static_cast<uint32_t>(context_.admission.running()));
-      reactor->Finish(grpc::Status::OK);
-    });
+    const absl::Duration end = context_.clock.Monotonic() +
+                               std::min(absl::Milliseconds(request->timeout_ms()), kMaxDrainWait);
+    const absl::Status queued = blocking_.Submit(
+        [this, call, end, response, reactor] { AwaitIdle(*call, end, response, reactor); });
     if (!queued.ok()) reactor->Finish(ToGrpcStatus(queued));
     return reactor;
   }
 
  private:
+  // Waits a little and then goes to the end of the line: a drain that takes its time holds up
+  // nobody else's work.
+  void AwaitIdle(grpc::CallbackServerContext& call, absl::Duration end, v1::DrainResponse* response,
+                 grpc::ServerUnaryReactor* reactor) {
+    const absl::Duration left = std::max(absl::ZeroDuration(), end - context_.clock.Monotonic());
+    if (context_.admission.WaitIdle(std::min(left, kDrainTurn)) || left <= kDrainTurn) {
+      response->set_operations_left(static_cast<uint32_t>(context_.admission.running()));
+      reactor->Finish(grpc::Status::OK);
+    } else if (call.IsCancelled()) {
+      reactor->Finish(
+          {grpc::StatusCode::CANCELLED, "the client waits no longer, the server goes on draining"});
+    } else {
+      blocking_.Continue(
+          [this, &call, end, response, reactor] { AwaitIdle(call, end, response, reactor); });
+    }
+  }
+
   absl::Status FillStatistics(absl::string_view session_id,
                               v1::GetStatisticsResponse& response) const {
     std::vector<OperationTotal> totals;

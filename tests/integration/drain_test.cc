@@ -1,6 +1,9 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <memory>
+
+#include "absl/synchronization/notification.h"
 #include "tests/integration/server_fixture.h"
 #include "tests/integration/worker.h"
 
@@ -83,6 +86,38 @@ TEST(Drain, RpcDrainsAndCountsWhatIsLeft) {
   v1::GetServerInfoResponse info;
   ASSERT_TRUE(server.info()->GetServerInfo(NewContext().get(), {}, &info).ok());
   EXPECT_TRUE(info.draining());
+}
+
+TEST(Drain, ManyThatWaitHoldUpNobodyElse) {
+  TestServer server("enable_admin: true");
+  const fakes::SyntheticPrompt prompt({});
+  WorkerSession session(server);
+  WorkerStream stream(server);
+  stream.Begin(1, WireSpec(prompt, "tova", kBudget));
+  ASSERT_TRUE(Eventually([&] { return server.server().operations_running() == 1; }));
+  const auto stub = server.info();
+  v1::DrainRequest request;
+  request.set_timeout_ms(600000);
+  constexpr int kDrains = 8;
+  struct Call {
+    std::unique_ptr<grpc::ClientContext> context = NewContext();
+    v1::DrainResponse response;
+    absl::Notification over;
+  } calls[kDrains];
+  for (Call& call : calls) {
+    stub->async()->Drain(call.context.get(), &request, &call.response,
+                         [&call](const grpc::Status&) { call.over.Notify(); });
+  }
+  ASSERT_TRUE(Eventually([&] {
+    v1::GetServerInfoResponse info;
+    return server.info()->GetServerInfo(NewContext().get(), {}, &info).ok() && info.draining();
+  }));
+  EXPECT_EQ(session.Retire("no such region", 1).error_code(), grpc::StatusCode::NOT_FOUND);
+  for (int i = 0; i < kDrains / 2; ++i) calls[i].context->TryCancel();
+  for (int i = 0; i < kDrains / 2; ++i) calls[i].over.WaitForNotification();
+  EXPECT_EQ(session.Retire("no such region", 1).error_code(), grpc::StatusCode::NOT_FOUND);
+  stream.Cancel(1);
+  for (Call& call : calls) call.over.WaitForNotification();
 }
 
 TEST(Drain, OpenLeaseStreamsAreTold) {
