@@ -5,12 +5,16 @@
 #include <utility>
 #include <vector>
 
+#include "absl/strings/escaping.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "base/cuda_abi.h"
 
 namespace keepset::service {
 namespace {
+
+// A client's text in a message.
+constexpr size_t kMostEchoed = 64;
 
 class DeviceRegion final : public MappedRegion {
  public:
@@ -70,8 +74,9 @@ absl::StatusOr<CudaDevice> FindDevice(const CudaDriver& driver,
   for (const CudaDevice& device : driver.devices()) {
     if (cuda_abi::IsSameDevice(device.uuid, descriptor.device_uuid)) return device;
   }
-  std::string message = absl::StrCat("device_uuid \"", descriptor.device_uuid,
-                                     "\" is no device of this server, want one of: ", known());
+  std::string message = absl::StrCat(
+      "device_uuid \"", absl::CHexEscape(descriptor.device_uuid.substr(0, kMostEchoed)),
+      "\" is no device of this server, want one of: ", known());
   for (const CudaDevice& device : driver.devices()) {
     if (!device.sharing_note.empty()) absl::StrAppend(&message, "; ", device.sharing_note);
   }

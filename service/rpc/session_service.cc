@@ -76,7 +76,7 @@ class SessionServiceImpl final : public SessionService {
                                            const v1::RegisterRegionRequest* request,
                                            v1::RegisterRegionResponse* response) override {
     return RunOn(registration_, call, "RegisterRegion",
-                 [this, request, response] { return Register(*request, response); });
+                 [this, call, request, response] { return Register(*call, *request, response); });
   }
 
   grpc::ServerUnaryReactor* AllocateRegion(grpc::CallbackServerContext* call,
@@ -175,7 +175,8 @@ class SessionServiceImpl final : public SessionService {
     return tables::CheckTableExists(*context_.tables.Snapshot(), query);
   }
 
-  absl::Status Register(const v1::RegisterRegionRequest& request,
+  absl::Status Register(const grpc::CallbackServerContext& call,
+                        const v1::RegisterRegionRequest& request,
                         v1::RegisterRegionResponse* response) {
     RegionDescriptor descriptor;
     descriptor.kind = request.kind();
@@ -190,10 +191,17 @@ class SessionServiceImpl final : public SessionService {
     KEEPSET_ASSIGN_OR_RETURN(const RegionInfo info, context_.sessions.RegisterRegion(
                                                         request.session_id(), request.name(),
                                                         request.fd_token(), std::move(descriptor)));
+    if (call.IsCancelled()) return GiveBack(request.session_id(), info.region_id);
     response->set_region_id(info.region_id);
     response->set_path(info.kind);
     response->set_mapped_bytes(info.length);
     return absl::OkStatus();
+  }
+
+  // Nobody has heard of the region, so nobody would retire it.
+  absl::Status GiveBack(const std::string& session_id, const std::string& region_id) {
+    static_cast<void>(context_.sessions.RetireRegion(session_id, region_id, absl::ZeroDuration()));
+    return absl::CancelledError("the client waits no longer, the region is given back");
   }
 
   absl::Status Allocate(const grpc::CallbackServerContext& call,
@@ -203,12 +211,7 @@ class SessionServiceImpl final : public SessionService {
         const AllocatedRegion region,
         context_.sessions.AllocateRegion(request.session_id(), request.name(), request.kind(),
                                          request.length(), request.device_uuid()));
-    if (call.IsCancelled()) {
-      // Nobody has heard of it, so nobody would retire it.
-      static_cast<void>(context_.sessions.RetireRegion(request.session_id(), region.info.region_id,
-                                                       absl::ZeroDuration()));
-      return absl::CancelledError("the client waits no longer, the region is given back");
-    }
+    if (call.IsCancelled()) return GiveBack(request.session_id(), region.info.region_id);
     response->set_region_id(region.info.region_id);
     response->set_generation(region.info.generation);
     response->set_allocation_bytes(region.info.owned_bytes);

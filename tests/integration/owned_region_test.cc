@@ -1,12 +1,17 @@
 // Results in memory of the server's own: the typed client, one server in this process.
+#include <fcntl.h>
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
+#include <functional>
 #include <memory>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/str_cat.h"
@@ -181,12 +186,43 @@ class OwnedRegionByHand : public OwnedRegion {
   void AllocateAndGiveUp(WorkerSession& session, uint64_t length) {
     const v1::AllocateRegionRequest request = Request(session, length);
     v1::AllocateRegionResponse response;
+    GiveUpAt(session, absl::StrCat("region_allocated kind=memfd bytes=", length),
+             [&](grpc::ClientContext* context, std::function<void(grpc::Status)> over) {
+               session.stub().async()->AllocateRegion(context, &request, &response,
+                                                      std::move(over));
+             });
+  }
+  // The same of a region of the worker's own.
+  void RegisterAndGiveUp(WorkerSession& session, uint64_t length) {
+    const service::UniqueFd fd(::memfd_create("own", MFD_CLOEXEC | MFD_ALLOW_SEALING));
+    ASSERT_EQ(::ftruncate(fd.get(), static_cast<off_t>(length)), 0);
+    ASSERT_EQ(::fcntl(fd.get(), F_ADD_SEALS, F_SEAL_SHRINK), 0);
+    v1::RegisterRegionRequest request;
+    request.set_session_id(session.id());
+    request.set_name("own");
+    request.set_kind("memfd");
+    request.set_fd_token(session.PassFd(fd.get()));
+    request.set_allocation_bytes(length);
+    request.set_length(length);
+    request.set_access(v1::REGION_ACCESS_READ_ONLY);
+    v1::RegisterRegionResponse response;
+    GiveUpAt(session, absl::StrCat("region_registered kind=memfd bytes=", length),
+             [&](grpc::ClientContext* context, std::function<void(grpc::Status)> over) {
+               session.stub().async()->RegisterRegion(context, &request, &response,
+                                                      std::move(over));
+             });
+  }
+
+ private:
+  // Cancels the call that `start` begins while the server writes `line`.
+  void GiveUpAt(
+      WorkerSession& session, const std::string& line,
+      const std::function<void(grpc::ClientContext*, std::function<void(grpc::Status)>)>& start) {
     const auto context = NewContext();
     absl::Notification over;
-    server_.log().Hold(absl::StrCat("region_allocated kind=memfd bytes=", length));
-    session.stub().async()->AllocateRegion(context.get(), &request, &response,
-                                           [&](const grpc::Status&) { over.Notify(); });
-    EXPECT_TRUE(server_.log().AwaitLine({absl::StrCat("bytes=", length)}));
+    server_.log().Hold(line);
+    start(context.get(), [&over](const grpc::Status&) { over.Notify(); });
+    EXPECT_TRUE(server_.log().AwaitLine({line}));
     context->TryCancel();
     over.WaitForNotification();
     // By an answer that writes no log, time for the server to hear of it.
@@ -238,6 +274,18 @@ TEST_F(OwnedRegionByHand, AnAllocationWhoseCallerIsGoneIsGivenBack) {
   EXPECT_TRUE(Eventually([&] {
     length += 4096;
     AllocateAndGiveUp(session, length);
+    const v1::ListRegionsResponse left = session.List();
+    for (const v1::Region& region : left.regions()) session.Retire(region.region_id(), 30000);
+    return left.regions_size() == 0;
+  }));
+}
+
+TEST_F(OwnedRegionByHand, ARegistrationWhoseCallerIsGoneIsGivenBack) {
+  WorkerSession session(server_);
+  uint64_t length = 0;
+  EXPECT_TRUE(Eventually([&] {
+    length += 4096;
+    RegisterAndGiveUp(session, length);
     const v1::ListRegionsResponse left = session.List();
     for (const v1::Region& region : left.regions()) session.Retire(region.region_id(), 30000);
     return left.regions_size() == 0;

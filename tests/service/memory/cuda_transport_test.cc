@@ -130,6 +130,13 @@ TEST_F(CudaIpcTransportTest, UnknownDeviceDoesNotFit) {
   EXPECT_THAT(status.message(), HasSubstr(fakes::kFakeDeviceUuid));
 }
 
+TEST_F(CudaIpcTransportTest, AnUnknownDevicesNameIsQuotedInPart) {
+  RegionDescriptor descriptor = IpcRegion(exporter_, 0, 64);
+  descriptor.device_uuid = "\xff" + std::string(1000, 'x');
+  const absl::Status status = Refusal(std::move(descriptor));
+  EXPECT_THAT(status.message(), HasSubstr("device_uuid \"\\xff" + std::string(63, 'x') + "\""));
+}
+
 TEST_F(CudaIpcTransportTest, DeviceIsKnownByTheNameOfAMigInstance) {
   RegionDescriptor descriptor = IpcRegion(exporter_, 0, 64);
   descriptor.device_uuid.replace(0, 3, "MIG");
