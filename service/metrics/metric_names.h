@@ -267,7 +267,8 @@ inline constexpr absl::string_view kWorkspaceValues[] = {"reserved", "used", "pe
 inline constexpr absl::string_view kSessionEndValues[] = {"closed", "replaced", "hang_up",
                                                           "lease_expired", "shutdown"};
 inline constexpr absl::string_view kRejectValues[] = {
-    "queue_full", "inline_too_large", "draining", "invalid", "not_found", "precondition", "fence"};
+    "queue_full", "stream_full", "no_credit", "no_memory",    "inline_too_large",
+    "draining",   "invalid",     "not_found", "precondition", "fence"};
 
 // Models with series of their own; the first ones in alphabetical order when more are active.
 inline constexpr int kMaxModelValues = 64;

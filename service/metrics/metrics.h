@@ -90,6 +90,9 @@ struct DeviceWorkspaceSample {
 
 enum class Reject {
   kQueueFull,
+  kStreamFull,  // too many operations are open on the stream
+  kNoCredit,    // a layer beyond the stream's credit
+  kNoMemory,
   kInlineTooLarge,
   kDraining,
   kInvalid,

@@ -86,6 +86,7 @@ class CompressReactor final : public grpc::ServerUnaryReactor {
     if (context_.overload == OverloadAnswer::kShedToFull) {
       Answer(operation_.FinishShed(response_.mutable_result()));
     } else {
+      operation_.MarkReject(Reject::kQueueFull);
       call_.AddTrailingMetadata(
           "retry-after-ms", absl::StrCat(absl::ToInt64Milliseconds(context_.queue.RetryHint())));
       Answer(queued);

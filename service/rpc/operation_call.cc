@@ -386,7 +386,7 @@ void OperationCall::RecordReject(const absl::Status& status) {
         reject_ = Reject::kFence;
         break;
       case absl::StatusCode::kResourceExhausted:
-        reject_ = Reject::kQueueFull;
+        reject_ = Reject::kNoMemory;
         break;
       default:
         return;

@@ -90,6 +90,9 @@ class OperationCall {
   // Whether messages given to Observe are needed again by Finish.
   bool keeps_messages() const { return wire_.gather() != v1::GATHER_NONE; }
 
+  // What refuses the operation, where its status does not say. Any thread, before End.
+  void MarkReject(Reject why);
+
  private:
   static absl::Status Guarded(absl::FunctionRef<absl::Status()> work);
   absl::Status BeginOperation();
@@ -108,7 +111,6 @@ class OperationCall {
   void EncodeInto(const engine::OperationResult& result, v1::OperationResult* out);
   void FinishShadow(v1::OperationResult* out);
   void ReleaseResources();
-  void MarkReject(Reject why);
   void RecordReject(const absl::Status& status);
   // What a peer may read of it.
   std::string PublicText(const absl::Status& status) const;

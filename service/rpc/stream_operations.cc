@@ -81,6 +81,7 @@ void StreamOperations::OnBegin(RequestPtr message) {
     }
   }
   if (!room) {
+    operation->call.MarkReject(Reject::kStreamFull);
     RefuseBegin(operation, absl::ResourceExhaustedError(absl::StrCat(
                                context_.max_open_per_stream,
                                " operations are open on this stream, end one of them first")));
@@ -95,6 +96,8 @@ void StreamOperations::OnBegin(RequestPtr message) {
   if (context_.overload == OverloadAnswer::kShedToFull) {
     answer = NewStreamResponse(id);
     refusal = operation->call.FinishShed(answer->mutable_result());
+  } else {
+    operation->call.MarkReject(Reject::kQueueFull);
   }
   const absl::Status seen = operation->call.End(refusal);
   if (!refusal.ok()) answer = StreamErrorResponse(id, seen);
@@ -111,18 +114,17 @@ void StreamOperations::RefuseBegin(const OperationPtr& operation, const absl::St
 
 void StreamOperations::OnLayer(RequestPtr message) {
   const uint64_t id = message->operation_id();
-  if (!peer_.TakeCredit()) {
-    if (!Fail(id,
-              absl::ResourceExhaustedError(absl::StrCat(
-                  "layer ", message->layer().layer(),
-                  ": no credit left on this stream, wait for a Credit before sending layers")))) {
-      FindOrAnswer(id);
-    }
-    return;
-  }
+  const bool has_credit = peer_.TakeCredit();
   const OperationPtr operation = FindOrAnswer(id);
   if (operation == nullptr) {
-    peer_.ReturnCredit(1);
+    if (has_credit) peer_.ReturnCredit(1);
+    return;
+  }
+  if (!has_credit) {
+    operation->call.MarkReject(Reject::kNoCredit);
+    Fail(id, absl::ResourceExhaustedError(absl::StrCat(
+                 "layer ", message->layer().layer(),
+                 ": no credit left on this stream, wait for a Credit before sending layers")));
     return;
   }
   if (const absl::Status status = operation->call.LeaseLayer(message->layer()); !status.ok()) {

@@ -219,13 +219,15 @@ TEST(Metrics, KeepsOutcomeOfUnknownReason) {
 
 TEST(Metrics, CountsEveryRejectUnderItsOwnReason) {
   const auto metrics = NewTestMetrics();
-  const Reject all[] = {Reject::kQueueFull, Reject::kInlineTooLarge, Reject::kDraining,
+  const Reject all[] = {Reject::kQueueFull, Reject::kStreamFull,     Reject::kNoCredit,
+                        Reject::kNoMemory,  Reject::kInlineTooLarge, Reject::kDraining,
                         Reject::kInvalid,   Reject::kNotFound,       Reject::kPrecondition,
                         Reject::kFence};
   for (Reject why : all) metrics->RecordReject(why);
   const ExpositionPage page = ParsePage(metrics->Render());
-  for (const char* reason : {"queue_full", "inline_too_large", "draining", "invalid", "not_found",
-                             "precondition", "fence"}) {
+  for (const char* reason :
+       {"queue_full", "stream_full", "no_credit", "no_memory", "inline_too_large", "draining",
+        "invalid", "not_found", "precondition", "fence"}) {
     EXPECT_EQ(ValueOf(page, absl::StrCat("keepset_rejected_total{reason=\"", reason, "\"}")), 1);
   }
 }
