@@ -308,6 +308,11 @@ TEST(CompressStreamLimits, LayerWithoutCreditEndsItsOperation) {
   EXPECT_EQ(error.code(), static_cast<int>(absl::StatusCode::kResourceExhausted));
   EXPECT_THAT(error.message(), HasSubstr("credit"));
   server.gate().Open();
+  EXPECT_TRUE(Eventually([&] {
+    const std::string page = server.server().RenderMetrics();
+    return page.find("keepset_rejected_total{reason=\"no_credit\"} 1\n") != std::string::npos &&
+           page.find("keepset_rejected_total{reason=\"queue_full\"} 0\n") != std::string::npos;
+  }));
 }
 
 TEST(CompressStreamLimits, CreditIsOnTheMetricsPageWhileTheStreamIsOpen) {
