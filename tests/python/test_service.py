@@ -304,6 +304,24 @@ def test_stream_error_ends_the_operation_and_the_client_goes_on(client):
     assert client.compress(layers=random_layers(), **spec()).outcome == "compressed"
 
 
+def test_a_refused_operation_leaves_no_memory_behind(server):
+    broken = random_layers()
+    broken[2].k[0, 3, 2] = np.nan
+    with keepset.Client.connect(server.address, transport="memfd") as client:
+        held = []
+        for _ in range(3):
+            with pytest.raises(keepset.InvalidInput, match="layer 2: k"):
+                client.compress(layers=broken, gather=True, **spec())
+            operation = client.begin(gather=True, **spec())
+            operation.observe(broken[0])
+            operation.cancel()
+            with pytest.raises(ValueError, match="2 dimensions, want 3"):
+                client.compress(layers=[broken[0], keepset.Layer(k=broken[1].k[0])], **spec(policy="knorm"))
+            held.append(len(client._regions))
+            assert len(client._spare) == held[-1]
+        assert held[0] == held[-1] > 0
+
+
 @pytest.mark.parametrize(("changes", "says"), [
     ({"protect_sink": -1}, "protect_sink=-1, want an integer in 0.."),
     ({"seq_len": 2**64}, f"seq_len={2**64}, want"),

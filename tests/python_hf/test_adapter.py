@@ -250,6 +250,19 @@ def test_log_probabilities_of_a_prompt_no_longer_than_the_window():
     assert np.isfinite(prefill.token_logprobs).tolist() == [False, True, True, True, True]
 
 
+def test_what_is_no_whole_number_is_refused():
+    model = model_of("llama", "sdpa")
+    prefill = model.prefill(prompt(), OBSERVED)
+    for call, message in (
+            (lambda: model.prefill(prompt() + 0.5), "input_ids: float64, want integers"),
+            (lambda: model.prefill(prompt() + 2**32), f"input_ids: .*, want {-(2**31)}..{2**31 - 1}"),
+            (lambda: model.prefill(prompt(), row_positions=[1.5, 2.5]), "row_positions: float64"),
+            (lambda: prefill.compact([np.array([0.5, 1.5])] * 4), "layer 0: keep set: float64"),
+            (lambda: prefill.compact([[np.arange(3), np.array([True])]] * 4), "layer 0: keep set: bool")):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
 def test_given_rows_are_observed():
     model = model_of("qwen3", "sdpa")
     rows = [3, 40, 59]

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from keepset import _codec, types
-from keepset.errors import InvalidInput
+from keepset.errors import InvalidInput, KeepsetError, NotFound, Overloaded, Refused
 from keepset.memory import SharedRegion
 from keepset.v1 import common_pb2, compression_pb2
 
 if TYPE_CHECKING:
     from keepset.client import Client
+
+
+# Errors with which the server has let go of the operation, or never saw it.
+_ENDED = (InvalidInput, NotFound, Refused, Overloaded, ValueError, TypeError)
 
 
 class Request:
@@ -201,6 +206,21 @@ class Request:
         else:
             release()
         return result
+
+    def abandon(self, error: BaseException | None = None) -> None:
+        """Gives up the memory of an operation that has no result; `error`: why, None: it was cancelled.
+
+        What the server may still be using is not used again: it is retired.
+        """
+        regions, self._regions = self._regions, []
+        has_ended = isinstance(error, _ENDED)
+        for region in regions:
+            if has_ended:
+                self._client.give_spare(region)
+                continue
+            # A server that does not answer frees it with the session.
+            with contextlib.suppress(KeepsetError):
+                self._client.retire(region)
 
     def _dtype(self, array: np.ndarray, layer: types.Layer) -> str | None:
         return (layer.dtype or self._kv_dtype) if array.dtype == np.uint16 else None

@@ -289,10 +289,14 @@ class Client:
         operation = Request(self, **spec)
         listed = sorted(layers.items()) if isinstance(layers, Mapping) else enumerate(layers)
         # The first layer completes the spec, so the inputs are built before it.
-        inputs = [operation.layer_input(index, layer) for index, layer in listed]
-        operation.complete()
-        request = compression_pb2.CompressRequest(spec=operation.spec, layers=inputs)
-        response = self._call(self.compression_stub.Compress, request)
+        try:
+            inputs = [operation.layer_input(index, layer) for index, layer in listed]
+            operation.complete()
+            request = compression_pb2.CompressRequest(spec=operation.spec, layers=inputs)
+            response = self._call(self.compression_stub.Compress, request)
+        except BaseException as error:
+            operation.abandon(error)
+            raise
         return operation.result(response.result)
 
     def begin(self, **spec) -> Operation:

@@ -71,6 +71,8 @@ class Operation:
         self._outgoing.put(None)
         self._call.cancel()
         self._reader.join()
+        if self._result is None:
+            self._request.abandon(self._error)
 
     def _ended(self) -> bool:
         return self._result is not None or self._error is not None

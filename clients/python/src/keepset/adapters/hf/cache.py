@@ -207,12 +207,26 @@ class CompactedAttention:
         return mask_of(visible, query, self._own)
 
 
+def whole_numbers(values: npt.ArrayLike, dtype: type, what: str) -> npt.NDArray:
+    """An array of `dtype`; nothing is rounded or cut off."""
+    array = np.asarray(values)
+    if not array.size:
+        return array.astype(dtype)
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"{what}: {array.dtype}, want integers")
+    limits = np.iinfo(dtype)
+    if not limits.min <= int(array.min()) <= int(array.max()) <= limits.max:
+        raise ValueError(f"{what}: {int(array.min())}..{int(array.max())}, want "
+                         f"{limits.min}..{limits.max}")
+    return array.astype(dtype)
+
+
 def _per_head(layer: int, keep: KeepSet, num_kv_heads: int) -> list[Positions]:
     if isinstance(keep, np.ndarray) and keep.ndim == 1:
-        return [keep.astype(np.int64)] * num_kv_heads
+        return [whole_numbers(keep, np.int64, f"layer {layer}: keep set")] * num_kv_heads
     if len(keep) != num_kv_heads:
         raise ValueError(f"layer {layer}: keep set of {len(keep)} KV heads, want {num_kv_heads}")
-    return [np.asarray(head, np.int64) for head in keep]
+    return [whole_numbers(head, np.int64, f"layer {layer}: keep set") for head in keep]
 
 
 def _rows_of(layer: int, held: Positions, wanted: Positions) -> Positions:

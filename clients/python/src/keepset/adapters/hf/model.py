@@ -24,6 +24,7 @@ from keepset.adapters.hf.cache import (
     KeepSet,
     full_attention_layers,
     layer_groups,
+    whole_numbers,
 )
 from keepset.eval.kv_cache import FloatArray
 from keepset.eval.small_model import LayerObservation
@@ -166,7 +167,7 @@ class HfModel:
         those of the last W tokens, W the number of observed rows. needs: only the layers, heads and rows
         that it lists are observed; rows of its probe are `with_probe`'s.
         """
-        ids = np.asarray(input_ids, np.int32)
+        ids = whole_numbers(input_ids, np.int32, "input_ids")
         if ids.ndim != 1 or not len(ids):
             raise ValueError(f"input_ids {list(ids.shape)}, want [T] with T >= 1")
         rows = _rows_read(_rows(len(ids), window, row_positions), needs)
@@ -187,7 +188,7 @@ class HfModel:
 
         They stand at T, T + 1, ...; their keys and values are dropped.
         """
-        ids = np.asarray(probe_ids, np.int32).reshape(1, -1)
+        ids = whole_numbers(probe_ids, np.int32, "probe_ids").reshape(1, -1)
         if not ids.size:
             raise ValueError("probe_ids: none, want at least one")
         with self._decoding(prefill.full_cache(), prefill.seq_len) as (fork, attention):
@@ -207,7 +208,7 @@ class HfModel:
         `position` is counted in the original prompt (T after a prompt of T tokens), however few tokens
         the cache holds. Returns the `num_new_tokens` most likely ids, each fed back before the next.
         """
-        fed = np.asarray(input_ids, np.int32).reshape(1, -1)
+        fed = whole_numbers(input_ids, np.int32, "input_ids").reshape(1, -1)
         if not fed.size or num_new_tokens < 1:
             raise ValueError(f"{fed.size} input ids, num_new_tokens={num_new_tokens}, want at least 1 "
                              "each")
@@ -231,7 +232,7 @@ class HfModel:
 
         Row [i] of the result [num, n, vocab_size] is what `score` returns for ids [i].
         """
-        ids = np.asarray(input_ids, np.int32)
+        ids = whole_numbers(input_ids, np.int32, "input_ids")
         if ids.ndim != 2 or not ids.size:
             raise ValueError(f"input_ids {list(ids.shape)}, want [num, n] with both >= 1")
         out = []
@@ -250,7 +251,7 @@ class HfModel:
         The caches are of one prefill, compacted and cut (`HfCache.before`) alike; many go through the
         model together.
         """
-        ids = np.asarray(input_ids, np.int32)
+        ids = whole_numbers(input_ids, np.int32, "input_ids")
         if ids.ndim != 2 or not ids.size or not 1 <= last <= ids.shape[1]:
             raise ValueError(f"input_ids {list(ids.shape)}, last={last}, want [num, n] with both >= 1 "
                              "and last in 1..n")
@@ -272,7 +273,7 @@ class HfModel:
         Only the ids are computed. The prefill holds every token; a sliding-window layer may have
         dropped what is needed, which is refused.
         """
-        ids = np.asarray(input_ids, np.int32).reshape(1, -1)
+        ids = whole_numbers(input_ids, np.int32, "input_ids").reshape(1, -1)
         with self._decoding(prefill.full_cache().before(position), position) as (fork, attention):
             observer = self._observer(np.arange(ids.size), None, attention)
             self._forward(ids, fork, position, observer, 1)
@@ -285,7 +286,7 @@ class HfModel:
     @torch.no_grad()
     def queries(self, input_ids: npt.ArrayLike) -> list[FloatArray]:
         """Of every token of a prompt [T], per full-attention layer [num_qo_heads, T, head_dim], fp32."""
-        ids = np.asarray(input_ids, np.int32).reshape(1, -1)
+        ids = whole_numbers(input_ids, np.int32, "input_ids").reshape(1, -1)
         observer = self._observer(np.arange(ids.size))
         with self._running(observer):
             self._forward(ids, DynamicCache(config=self.model.config), 0, observer, 1)
@@ -439,7 +440,7 @@ def _rows(seq_len: int, window: int, row_positions: npt.ArrayLike | None) -> npt
         if window < 1:
             raise ValueError(f"window={window}, want at least 1")
         return np.arange(max(0, seq_len - window), seq_len)
-    rows = np.asarray(row_positions, np.int64)
+    rows = whole_numbers(row_positions, np.int64, "row_positions")
     if rows.ndim != 1 or not len(rows) or np.any(np.diff(rows) <= 0) or (
             rows[0] < 0 or rows[-1] >= seq_len):
         raise ValueError(f"row_positions: want ascending positions in 0..{seq_len - 1}")
