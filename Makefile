@@ -42,6 +42,25 @@ evidence: configure
 	$(VENV_EVIDENCE)/bin/python -m keepset.evidence --build $(BUILD) --out docs/results --work $(BUILD)/evidence
 	rm -r $(BUILD)/evidence
 
+# The same for observation_heads tables alone; raw outcomes stay in the build folder, an interrupted run goes
+# on there. With HF_MODEL=DIRECTORY a Hugging Face model too, for HF_MINUTES at a time (docs/observation-heads.md);
+# without, what the report says of one stays, with the command that measured it.
+HF_MINUTES ?= 60
+HF_FLAGS ?= --hf-lengths 1400 2048 4096 8192 --hf-prompts 12 6 3 2 --hf-fit-lengths 1400 --hf-compilerkv-prompts 1 \
+  --hf-budgets 64 128 192 256 384 512 --hf-calibration-prompts 8 --hf-risk-prompts 6 \
+  --hf-tasks number code quotation multi tracking few_shot summary later_number later_code later_quotation
+evidence-heads: configure
+	ninja -C $(BUILD) keepset keepset_shared
+ifdef HF_MODEL
+	@tools/venv $(VENV_HF) test,hf,ray,plots tools/hf-constraints.txt
+	$(VENV_HF)/bin/python -m keepset.evidence.observation_heads --build $(BUILD) --out docs/results \
+	  --work $(BUILD)/evidence-heads --hf-model $(HF_MODEL) $(HF_FLAGS) --hf-minutes $(HF_MINUTES)
+else
+	@tools/venv $(VENV_EVIDENCE) plots
+	$(VENV_EVIDENCE)/bin/python -m keepset.evidence.observation_heads --build $(BUILD) --out docs/results \
+	  --work $(BUILD)/evidence-heads
+endif
+
 # The table registry under load and at its start: docs/results/registry.md. A few minutes; nothing else may run beside it.
 evidence-registry: configure
 	ninja -C $(BUILD) keepsetd registry_bench registry_swap_bench
@@ -73,24 +92,6 @@ gpu-bundle: setup
 	cmake --preset release -DKEEPSET_CUDA=ON >/dev/null
 	ninja -C $(BUILD) cuda_device_test gpu_bench gpu_ipc_test keepsetd keepset
 	tools/gpu-bundle $(BUILD) out/gpu-bundle
-# The same for observation_heads tables alone; raw outcomes stay in the build folder, an interrupted run goes
-# on there. With HF_MODEL=DIRECTORY a Hugging Face model too, for HF_MINUTES at a time (docs/observation-heads.md);
-# without, what the report says of one stays, with the command that measured it.
-HF_MINUTES ?= 60
-HF_FLAGS ?= --hf-lengths 1400 2048 4096 8192 --hf-prompts 12 6 3 2 --hf-fit-lengths 1400 --hf-compilerkv-prompts 1 \
-  --hf-budgets 64 128 192 256 384 512 --hf-calibration-prompts 8 --hf-risk-prompts 6 \
-  --hf-tasks number code quotation multi tracking few_shot summary later_number later_code later_quotation
-evidence-heads: configure
-	ninja -C $(BUILD) keepset keepset_shared
-ifdef HF_MODEL
-	@tools/venv $(VENV_HF) test,hf,ray,plots tools/hf-constraints.txt
-	$(VENV_HF)/bin/python -m keepset.evidence.observation_heads --build $(BUILD) --out docs/results \
-	  --work $(BUILD)/evidence-heads --hf-model $(HF_MODEL) $(HF_FLAGS) --hf-minutes $(HF_MINUTES)
-else
-	@tools/venv $(VENV_EVIDENCE) plots
-	$(VENV_EVIDENCE)/bin/python -m keepset.evidence.observation_heads --build $(BUILD) --out docs/results \
-	  --work $(BUILD)/evidence-heads
-endif
 
 setup:
 	@tools/setup build test

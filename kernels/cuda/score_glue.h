@@ -1,6 +1,7 @@
 // Elementwise and row-wise ops on score buffers [rows, cols]. Every element is computed by one
 // thread with the roundings of the CPU backend, and sums follow the order of row_sums.h, so that
-// equal scores in give equal scores out on both.
+// equal scores in give equal scores out on both, except average pools wider than 32 (fp64 prefix
+// sums, which each backend adds in an order of its own) and the last place of the entropy.
 #ifndef KEEPSET_KERNELS_CUDA_SCORE_GLUE_H_
 #define KEEPSET_KERNELS_CUDA_SCORE_GLUE_H_
 
