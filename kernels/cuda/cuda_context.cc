@@ -12,6 +12,7 @@
 #include "kernels/cuda/current_device.h"
 #include "kernels/cuda/fault_code.h"
 #include "kernels/cuda/piece_bounds.h"
+#include "kernels/cuda/relaxed_capture.h"
 
 namespace keepset::kernels::cuda {
 namespace {
@@ -46,6 +47,7 @@ StreamState::~StreamState() {
     deferred_->Close();
     return;
   }
+  const RelaxedCapture capture(health_);
   health_.Check(cudaStreamSynchronize(stream()), "cudaStreamSynchronize").IgnoreError();
   deferred_->Close();
   health_.Check(cudaStreamDestroy(own_stream_), "cudaStreamDestroy").IgnoreError();

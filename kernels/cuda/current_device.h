@@ -1,5 +1,5 @@
 // The device that a thread's CUDA calls mean, set for a while: the thread may be an engine's, which
-// goes on with the one it had.
+// goes on with the one it had. Nor do the calls concern a graph that the engine captures.
 #ifndef KEEPSET_KERNELS_CUDA_CURRENT_DEVICE_H_
 #define KEEPSET_KERNELS_CUDA_CURRENT_DEVICE_H_
 
@@ -11,6 +11,7 @@
 #include "absl/status/statusor.h"
 #include "base/status_macros.h"
 #include "kernels/cuda/cuda_status.h"
+#include "kernels/cuda/relaxed_capture.h"
 
 namespace keepset::kernels::cuda {
 
@@ -28,16 +29,19 @@ class CurrentDevice {
   }
 
   CurrentDevice(CurrentDevice&& other) noexcept
-      : health_(other.health_), before_(std::exchange(other.before_, std::nullopt)) {}
+      : health_(other.health_),
+        capture_(std::move(other.capture_)),
+        before_(std::exchange(other.before_, std::nullopt)) {}
   CurrentDevice& operator=(CurrentDevice&&) = delete;
   ~CurrentDevice() {
     if (before_.has_value()) health_.Check(cudaSetDevice(*before_), "cudaSetDevice").IgnoreError();
   }
 
  private:
-  explicit CurrentDevice(DeviceHealth& health) : health_(health) {}
+  explicit CurrentDevice(DeviceHealth& health) : health_(health), capture_(health) {}
 
   DeviceHealth& health_;
+  RelaxedCapture capture_;
   std::optional<int> before_;  // nothing: it is current anyway
 };
 

@@ -11,6 +11,7 @@
 #include "base/status_macros.h"
 #include "kernels/cuda/current_device.h"
 #include "kernels/cuda/piece_bounds.h"
+#include "kernels/cuda/relaxed_capture.h"
 
 namespace keepset::kernels::cuda {
 namespace {
@@ -101,11 +102,14 @@ void DevicePool::Release(std::byte* data, int64_t bytes) {
       return;
     }
   }
+  const RelaxedCapture capture(health_);
   // Nobody can be told; a sticky error is remembered.
   health_.Check(cudaFree(data), "cudaFree").IgnoreError();
 }
 
 void DevicePool::FreeKept() {
+  if (kept_.empty()) return;
+  const RelaxedCapture capture(health_);
   for (const auto& [bytes, data] : kept_) {
     health_.Check(cudaFree(data), "cudaFree").IgnoreError();
   }
@@ -147,12 +151,15 @@ void DeferredBlocks::Leak() {
 }
 
 PinnedBuffer::~PinnedBuffer() {
-  if (data_ != nullptr) health_.Check(cudaFreeHost(data_), "cudaFreeHost").IgnoreError();
+  if (data_ == nullptr) return;
+  const RelaxedCapture capture(health_);
+  health_.Check(cudaFreeHost(data_), "cudaFreeHost").IgnoreError();
 }
 
 absl::Status PinnedBuffer::Reserve(int64_t bytes) {
   if (bytes <= bytes_) return absl::OkStatus();
   const int64_t size = std::max(bytes, 2 * bytes_);
+  const RelaxedCapture capture(health_);
   void* data = nullptr;
   const cudaError_t error = cudaHostAlloc(&data, static_cast<size_t>(size), cudaHostAllocDefault);
   if (error == cudaErrorMemoryAllocation) {

@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "base/status_macros.h"
 #include "kernels/cuda/piece_bounds.h"
+#include "kernels/cuda/relaxed_capture.h"
 
 namespace keepset::kernels::cuda {
 namespace {
@@ -62,6 +63,7 @@ absl::StatusOr<std::unique_ptr<DeviceRegion>> DeviceRegion::New(const BackendOpt
     KEEPSET_RETURN_IF_ERROR(CheckPlace(data + bytes - 1, device, health));
     return absl::WrapUnique(new DeviceRegion(data, bytes, Owner::kCaller, health));
   }
+  const RelaxedCapture capture(health);
   void* data = nullptr;
   const cudaError_t error = cudaMalloc(&data, static_cast<size_t>(bytes));
   if (error == cudaErrorMemoryAllocation) {
@@ -92,7 +94,9 @@ DeviceRegion::DeviceRegion(std::byte* data, int64_t bytes, Owner owner, DeviceHe
 
 DeviceRegion::~DeviceRegion() {
   OpenBytes(data_, pieces_.bytes());
-  if (owner_ == Owner::kUs) health_.Check(cudaFree(data_), "cudaFree").IgnoreError();
+  if (owner_ == Owner::kCaller) return;
+  const RelaxedCapture capture(health_);
+  health_.Check(cudaFree(data_), "cudaFree").IgnoreError();
 }
 
 absl::StatusOr<std::byte*> DeviceRegion::Take(int64_t bytes) {

@@ -15,8 +15,8 @@
 #include "base/check.h"
 #include "kernels/cuda/cuda_status.h"
 #include "kernels/cuda/launch.h"
+#include "tests/kernels/cuda/emulated_tensor_map.h"
 #include "tests/kernels/cuda/guarded_memory.h"
-#include "tests/kernels/cuda/hopper_emulator.h"
 
 struct CUstream_st {
   std::deque<std::function<void()>> work;
@@ -49,6 +49,8 @@ struct Device {
   int driver_version = 13000;
   int64_t failing_launch = 0;  // counted from 1
   cudaError_t launch_error = cudaSuccess;
+  std::atomic<int64_t> captures = 0;  // under way
+  std::atomic<bool> capture_is_spoiled = false;
   std::atomic<int64_t> launches = 0;
   std::atomic<int64_t> products[2] = {};
   std::atomic<int64_t> waits = 0;
@@ -61,6 +63,7 @@ struct Device {
 thread_local int current_device = 0;
 thread_local CUstream_st per_thread_stream;
 thread_local cudaError_t last_error = cudaSuccess;
+thread_local cudaStreamCaptureMode capture_mode = cudaStreamCaptureModeGlobal;
 
 Device& TheDevice() {
   static auto* const device = new Device;
@@ -114,53 +117,19 @@ cudaError_t Noted(cudaError_t error) {
 
 cudaError_t State() { return Noted(TheDevice().sticky); }
 
-// As the driver's manual wants them, of 16-bit elements.
-CUresult EncodeEmulatedTensorMap(CUtensorMap* map, CUtensorMapDataType type, cuuint32_t rank,
-                                 void* data, const cuuint64_t* dims, const cuuint64_t* stride_bytes,
-                                 const cuuint32_t* box, const cuuint32_t* element_strides,
-                                 CUtensorMapInterleave interleave, CUtensorMapSwizzle swizzle,
-                                 CUtensorMapL2promotion /*promotion*/,
-                                 CUtensorMapFloatOOBfill fill) {
-  constexpr cuuint64_t kDimLimit = cuuint64_t{1} << 32;
-  constexpr cuuint64_t kStrideLimit = cuuint64_t{1} << 40;
-  EmulatedTensorMap made;
-  bool is_good =
-      reinterpret_cast<uintptr_t>(map) % 64 == 0 && rank >= 3 && rank <= 4 &&
-      (type == CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 || type == CU_TENSOR_MAP_DATA_TYPE_FLOAT16) &&
-      reinterpret_cast<uintptr_t>(data) % 16 == 0 && interleave == CU_TENSOR_MAP_INTERLEAVE_NONE &&
-      fill == CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE;
-  switch (swizzle) {
-    case CU_TENSOR_MAP_SWIZZLE_32B:
-      made.swizzle_bytes = 32;
-      break;
-    case CU_TENSOR_MAP_SWIZZLE_64B:
-      made.swizzle_bytes = 64;
-      break;
-    case CU_TENSOR_MAP_SWIZZLE_128B:
-      made.swizzle_bytes = 128;
-      break;
-    default:
-      is_good = false;
-  }
-  if (!is_good) return CUDA_ERROR_INVALID_VALUE;
-  made.rank = static_cast<uint16_t>(rank);
-  made.data = static_cast<const std::byte*>(data);
-  cuuint64_t before = 2;
-  for (cuuint32_t i = 0; i < rank; ++i) {
-    made.dims[i] = dims[i];
-    made.stride_bytes[i] = i == 0 ? 2 : stride_bytes[i - 1];
-    made.box[i] = static_cast<uint16_t>(box[i]);
-    is_good = is_good && dims[i] >= 1 && dims[i] <= kDimLimit && box[i] >= 1 && box[i] <= 256 &&
-              element_strides[i] == 1 && made.stride_bytes[i] % before == 0 &&
-              made.stride_bytes[i] < kStrideLimit && (i == 0 || made.stride_bytes[i] % 16 == 0);
-    before = made.stride_bytes[i];
-  }
-  is_good = is_good && box[0] * 2 <= made.swizzle_bytes && box[0] * 2 % 16 == 0 &&
-            made.stride_bytes[1] >= 2 * dims[0];
-  if (!is_good) return CUDA_ERROR_INVALID_VALUE;
-  std::memcpy(map, &made, sizeof(made));
-  return CUDA_SUCCESS;
+// Of a call that no mode allows beside a capture.
+cudaError_t Conflicting(cudaError_t error = cudaErrorStreamCaptureUnsupported) {
+  if (TheDevice().captures == 0) return cudaSuccess;
+  TheDevice().capture_is_spoiled = true;
+  return Noted(error);
 }
+
+// Of a call that the manual calls potentially unsafe.
+cudaError_t Unsafe() {
+  return capture_mode == cudaStreamCaptureModeRelaxed ? cudaSuccess : Conflicting();
+}
+
+bool IsLegacy(cudaStream_t stream) { return stream == &TheDevice().legacy_stream; }
 
 }  // namespace
 
@@ -170,6 +139,10 @@ cudaError_t QueueEmulated(cudaStream_t stream, std::function<void()> work) {
   if (stream == nullptr || current_device != 0 || stream->device != 0) {
     return cudaErrorInvalidResourceHandle;
   }
+  if (IsLegacy(stream)) {
+    const cudaError_t error = Conflicting(cudaErrorStreamCaptureImplicit);
+    if (error != cudaSuccess) return error;
+  }
   // Into the graph, whatever it is.
   if (stream->is_captured) return cudaSuccess;
   stream->work.push_back(std::move(work));
@@ -177,8 +150,14 @@ cudaError_t QueueEmulated(cudaStream_t stream, std::function<void()> work) {
 }
 
 void SetEmulatedCapture(cudaStream_t stream, Capture capture) {
-  Find(stream)->is_captured = capture == Capture::kOn;
+  Device& device = TheDevice();
+  const bool is_on = capture == Capture::kOn;
+  const bool was_on = std::exchange(Find(stream)->is_captured, is_on);
+  if (is_on && device.captures == 0) device.capture_is_spoiled = false;
+  device.captures += static_cast<int64_t>(is_on) - static_cast<int64_t>(was_on);
 }
+
+bool IsEmulatedCaptureSpoiled() { return TheDevice().capture_is_spoiled; }
 
 void SetEmulatedDevice(EmulatedDevice device) { TheDevice().kind = device; }
 
@@ -247,12 +226,15 @@ int64_t NumDeviceAllocations() {
 
 }  // namespace keepset::kernels::cuda
 
+using keepset::kernels::cuda::Conflicting;
 using keepset::kernels::cuda::EmulatedDevice;
+using keepset::kernels::cuda::IsLegacy;
 using keepset::kernels::cuda::IsStickyError;
 using keepset::kernels::cuda::Noted;
 using keepset::kernels::cuda::QueueEmulated;
 using keepset::kernels::cuda::State;
 using keepset::kernels::cuda::TheDevice;
+using keepset::kernels::cuda::Unsafe;
 
 extern "C" {
 
@@ -357,6 +339,7 @@ cudaError_t cudaDeviceGetStreamPriorityRange(int* least, int* greatest) {
 
 cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned /*flags*/,
                                          int /*priority*/) {
+  if (const cudaError_t error = Unsafe(); error != cudaSuccess) return error;
   *stream = new CUstream_st;
   (*stream)->device = keepset::kernels::cuda::current_device;
   auto& device = TheDevice();
@@ -365,6 +348,7 @@ cudaError_t cudaStreamCreateWithPriority(cudaStream_t* stream, unsigned /*flags*
   return State();
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  if (const cudaError_t error = Unsafe(); error != cudaSuccess) return error;
   auto& device = TheDevice();
   const std::lock_guard<std::mutex> lock(device.mutex);
   if (device.streams.erase(stream) == 0) return cudaErrorInvalidResourceHandle;
@@ -381,6 +365,7 @@ cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* 
   stream = keepset::kernels::cuda::Find(stream);
   if (stream == nullptr) return cudaErrorInvalidResourceHandle;
   if (State() != cudaSuccess) return State();
+  if (IsLegacy(stream) && TheDevice().captures != 0) return Noted(cudaErrorStreamCaptureImplicit);
   *status = stream->is_captured ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
   return cudaSuccess;
 }
@@ -390,16 +375,25 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   if (State() != cudaSuccess) return State();
   stream = keepset::kernels::cuda::Find(stream);
   if (stream == nullptr) return cudaErrorInvalidResourceHandle;
+  const cudaError_t refusal = stream->is_captured || IsLegacy(stream) ? Conflicting() : Unsafe();
+  if (refusal != cudaSuccess) return refusal;
   keepset::kernels::cuda::RunQueued(stream);
   const cudaError_t error = std::exchange(device.next_wait, cudaSuccess);
   if (IsStickyError(error)) device.sticky = error;
   return error;
 }
 
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  *mode = std::exchange(keepset::kernels::cuda::capture_mode, *mode);
+  return cudaSuccess;
+}
+
 cudaError_t cudaStreamQuery(cudaStream_t stream) {
   if (State() != cudaSuccess) return State();
   stream = keepset::kernels::cuda::Find(stream);
   if (stream == nullptr) return Noted(cudaErrorInvalidResourceHandle);
+  const cudaError_t refusal = stream->is_captured || IsLegacy(stream) ? Conflicting() : Unsafe();
+  if (refusal != cudaSuccess) return refusal;
   return stream->work.empty() ? cudaSuccess : Noted(cudaErrorNotReady);
 }
 
@@ -412,6 +406,7 @@ cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* all_bytes) {
   return State();
 }
 cudaError_t cudaMalloc(void** data, size_t bytes) {
+  if (const cudaError_t error = Unsafe(); error != cudaSuccess) return error;
   ++TheDevice().allocations;
   const bool fails = std::exchange(TheDevice().next_allocation_fails, false);
   if (fails || bytes > TheDevice().largest_block) return Noted(cudaErrorMemoryAllocation);
@@ -420,6 +415,7 @@ cudaError_t cudaMalloc(void** data, size_t bytes) {
   return cudaSuccess;
 }
 cudaError_t cudaFree(void* data) {
+  if (const cudaError_t error = Unsafe(); error != cudaSuccess) return error;
   keepset::kernels::cuda::FinishUploads();
   auto& device = TheDevice();
   ++device.frees;
@@ -430,12 +426,14 @@ cudaError_t cudaFree(void* data) {
   return State();
 }
 cudaError_t cudaHostAlloc(void** data, size_t bytes, unsigned /*flags*/) {
+  if (const cudaError_t error = Unsafe(); error != cudaSuccess) return error;
   if (!TheDevice().has_host_memory) return cudaErrorMemoryAllocation;
   ++TheDevice().host_allocations;
   *data = keepset::kernels::cuda::Allocate(bytes, TheDevice().host_memory);
   return State();
 }
 cudaError_t cudaFreeHost(void* data) {
+  if (const cudaError_t error = Unsafe(); error != cudaSuccess) return error;
   auto& device = TheDevice();
   const std::lock_guard<std::mutex> lock(device.mutex);
   const auto found = device.host_memory.find(reinterpret_cast<uintptr_t>(data));
@@ -445,6 +443,7 @@ cudaError_t cudaFreeHost(void* data) {
 }
 
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+  if (const cudaError_t error = Conflicting(); error != cudaSuccess) return error;
   if (kind == cudaMemcpyHostToDevice) {
     const auto* const first = static_cast<const std::byte*>(from);
     auto& device = TheDevice();
@@ -459,6 +458,7 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind 
   return State();
 }
 cudaError_t cudaDeviceSynchronize() {
+  if (const cudaError_t error = Conflicting(); error != cudaSuccess) return error;
   keepset::kernels::cuda::FinishUploads();
   return State();
 }

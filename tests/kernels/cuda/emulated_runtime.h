@@ -28,9 +28,15 @@ int64_t EmulatedSharedLimit(const void* function);
 // Called once, by the next thread that has set such a limit and not launched yet.
 void AfterNextSharedLimit(std::function<void()> work);
 
-// Whether `stream`, which is not destroyed, is being captured into a graph.
+// Whether `stream`, which is not destroyed, is being captured into a graph, in the default mode,
+// which concerns all threads.
 enum class Capture { kOff, kOn };
 void SetEmulatedCapture(cudaStream_t stream, Capture capture);
+// Whether a call has spoiled the capture that is under way, or the last one: an allocation, a free,
+// or a stream that is made, ended or waited for by a thread whose mode is not
+// cudaStreamCaptureModeRelaxed; by any thread a use of the legacy stream (as if all captured
+// streams were blocking ones), a wait for a captured stream, or one for the device.
+bool IsEmulatedCaptureSpoiled();
 
 cudaError_t QueueEmulated(cudaStream_t stream, std::function<void()> work);
 
