@@ -49,18 +49,20 @@ inline constexpr Result kMpsMaxConnectionsReached = 809;
 inline constexpr Result kUnknown = 999;
 
 // Whether after this error nothing works any more in the context or the process, whatever is
-// called.
+// called: only a new process helps. Of a Result and of the runtime's cudaError_t, which has the
+// same values for these. kUnknown is not among them: an import says so of a process that has ended;
+// who calls nothing of the kind may count it.
 constexpr bool IsLost(Result result) {
   switch (result) {
-    case 3:    // not initialized
-    case 4:    // deinitialized
-    case 201:  // invalid context
-    case 214:  // uncorrectable memory error
-    case 220:  // uncorrectable NVLink error
-    case 226:  // contained error
-    case 700:  // illegal address
+    case 3:    // not initialized: the process is a fork of one that was, and never can be
+    case 4:    // deinitialized: the driver has ended, as it does with the process
+    case 201:  // invalid context: somebody has destroyed the one that everything of ours is in
+    case 214:  // uncorrectable memory error: the context's memory cannot be trusted
+    case 220:  // uncorrectable NVLink error: as 214, of what another device holds
+    case 226:  // contained memory error: the contexts that it reached have ended
+    case 700:  // illegal address: 700 to 721 are faults of a kernel, which end its context
     case 702:  // launch timeout
-    case 709:  // context is destroyed
+    case 709:  // context is destroyed: as 201, found by a call that was under way
     case 710:  // assert
     case 714:  // hardware stack error
     case 715:  // illegal instruction
@@ -69,6 +71,8 @@ constexpr bool IsLost(Result result) {
     case 718:  // invalid program counter
     case 719:  // launch failure
     case 721:  // tensor memory leak
+    case 810:  // MPS client terminated: the server has ended the process's contexts
+    case 911:  // external device: a fault of another device, which ends the context
       return true;
     default:
       return false;

@@ -1,6 +1,7 @@
 #include "kernels/cuda/callers_stream.h"
 
 #include "absl/strings/str_cat.h"
+#include "base/cuda_abi.h"
 #include "base/status_macros.h"
 
 namespace keepset::kernels::cuda {
@@ -10,7 +11,9 @@ namespace {
 // says nothing of the device's health. A destroyed stream can have taken its context along.
 absl::Status UnknownStream(cudaError_t error, DeviceHealth& health) {
   cudaGetLastError();
-  if (IsStickyError(error) && error != cudaErrorContextIsDestroyed) {
+  const bool is_of_context = error == cudaErrorContextIsDestroyed ||
+                             static_cast<cuda_abi::Result>(error) == cuda_abi::kInvalidContext;
+  if (IsStickyError(error) && !is_of_context) {
     return health.Check(error, "stream");
   }
   return absl::InvalidArgumentError(

@@ -3,32 +3,13 @@
 #include <string>
 
 #include "absl/strings/str_cat.h"
+#include "base/cuda_abi.h"
 
 namespace keepset::kernels::cuda {
 
 bool IsStickyError(cudaError_t error) {
-  switch (error) {
-    case cudaErrorIllegalAddress:
-    case cudaErrorLaunchFailure:
-    case cudaErrorLaunchTimeout:
-    case cudaErrorAssert:
-    case cudaErrorHardwareStackError:
-    case cudaErrorIllegalInstruction:
-    case cudaErrorMisalignedAddress:
-    case cudaErrorInvalidAddressSpace:
-    case cudaErrorInvalidPc:
-    case cudaErrorECCUncorrectable:
-    case cudaErrorNvlinkUncorrectable:
-    case cudaErrorExternalDevice:
-    case cudaErrorContained:
-    case cudaErrorTensorMemoryLeak:
-    case cudaErrorMpsClientTerminated:
-    case cudaErrorContextIsDestroyed:
-    case cudaErrorUnknown:
-      return true;
-    default:
-      return false;
-  }
+  // Kernels whose fault has no code of its own; nothing is imported here.
+  return error == cudaErrorUnknown || cuda_abi::IsLost(static_cast<cuda_abi::Result>(error));
 }
 
 absl::Status DeviceHealth::Check(cudaError_t error, absl::string_view call) {

@@ -12,7 +12,7 @@
 namespace keepset::kernels::cuda {
 
 // After such an error every later call of the process on the device fails, too: only a new process
-// helps.
+// helps. Those of cuda_abi::IsLost, and cudaErrorUnknown.
 bool IsStickyError(cudaError_t error);
 
 // Remembers the first sticky error of a device. Thread-safe.

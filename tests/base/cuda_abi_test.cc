@@ -30,6 +30,41 @@ TEST(CudaAbi, ErrorsHaveTheDriversNameWhereItHasOne) {
   EXPECT_EQ(ErrorText(api, 7), "error 7");
 }
 
+TEST(CudaAbi, FaultsForksAndDestroyedContextsAreLost) {
+  for (const Result result : {3, 4, 201, 214, 220, 226, 700, 702, 709, 710, 714, 715, 716, 717, 718,
+                              719, 721, 810, 911}) {
+    EXPECT_TRUE(IsLost(result)) << result;
+  }
+}
+
+TEST(CudaAbi, RefusalsAreNotLost) {
+  // 600 not ready, 701 too many registers, 900 to 906 of captures.
+  for (const Result result : {kSuccess,
+                              kInvalidValue,
+                              kOutOfMemory,
+                              kDeviceUnavailable,
+                              kNoDevice,
+                              kInvalidDevice,
+                              kMapFailed,
+                              kAlreadyMapped,
+                              kPeerAccessUnsupported,
+                              kOperatingSystem,
+                              kInvalidHandle,
+                              kNotFound,
+                              600,
+                              701,
+                              kTooManyPeers,
+                              kNotPermitted,
+                              kNotSupported,
+                              kMpsServerNotReady,
+                              900,
+                              901,
+                              906,
+                              kUnknown}) {
+    EXPECT_FALSE(IsLost(result)) << result;
+  }
+}
+
 TEST(CudaAbi, UuidsAreWrittenAsTheVendorsToolsDo) {
   EXPECT_EQ(UuidText({{0x01, 0x23, 0x45, 0x67, 0x89, 0xab, 0xcd, 0xef, 0, 1, 2, 3, 4, 5, 6, 0xff}}),
             "GPU-01234567-89ab-cdef-0001-0203040506ff");

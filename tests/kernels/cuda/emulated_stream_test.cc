@@ -146,6 +146,44 @@ TEST(EmulatedStreamFault, FaultOfTheCallersKernelsIsTheDevices) {
       ::testing::ExitedWithCode(0), "");
 }
 
+// As of a worker that was forked from a process with a device, and of a context that is gone.
+TEST(EmulatedStreamFault, ProcessThatLostItsDriverHasNoHealthyDevice) {
+  for (const int error : {3, 4, 201, 999}) {
+    EXPECT_EXIT(
+        {
+          auto backend = *NewCudaBackend({});
+          auto context = *backend->NewContext();
+          cuda::FaultNow(static_cast<cudaError_t>(error));
+          const absl::Status status = backend->Wait(*context);
+          const bool answers =
+              status.code() == absl::StatusCode::kInternal && !backend->Health().ok();
+          context.reset();
+          backend.reset();
+          std::exit(answers ? 0 : 1);
+        },
+        ::testing::ExitedWithCode(0), "")
+        << error;
+  }
+}
+
+// Of a stream the runtime also says so when the stream had a context of its own.
+TEST(EmulatedStreamFault, ContextThatAStreamTookAlongIsNotTheDevices) {
+  for (const int error : {201, 709}) {
+    EXPECT_EXIT(
+        {
+          auto backend = *NewCudaBackend({});
+          const cudaStream_t stream = NewStream();
+          cuda::FaultNow(static_cast<cudaError_t>(error));
+          const absl::Status status = backend->NewContext({stream}).status();
+          const bool answers =
+              status.code() == absl::StatusCode::kInvalidArgument && backend->Health().ok();
+          std::exit(answers ? 0 : 1);
+        },
+        ::testing::ExitedWithCode(0), "")
+        << error;
+  }
+}
+
 // Blocks of the device may be larger than they were asked for, page-locked ones are not.
 TEST(EmulatedUpload, FitsTheSmallerOfBothCopies) {
   cuda::DeviceTraits traits;
