@@ -73,6 +73,10 @@ KEEPSET_HD inline Sum PartOfSquares(const std::byte* row, const DeviceRows& rows
   return sum;
 }
 
+// Whether a sum of squares is right in fp32: it is finite, and squares below the normal numbers do
+// not matter beside it, with the CPU's bound. Squares of a row of zeros are taken for lost ones.
+KEEPSET_HD inline bool HoldsSquares(float sum) { return sum >= 0x1p-90f && IsFiniteValue(sum); }
+
 // out[i] = norm of row (head, begin + i), i in [0, count), by one warp with all its lanes.
 // first_place: place of the first row in a fault.
 template <typename Simt>
@@ -93,7 +97,8 @@ KEEPSET_KERNEL_BODY inline void WarpRowNorms(const Simt& simt, const DeviceRows&
     for (int mask = lanes_per_row / 2; mask > 0; mask /= 2) sum += simt.ShuffleXor(sum, mask);
     float norm = simt.Sqrt(sum);
     // Squares that do not fit fp32 are summed again in fp64. The whole warp takes part.
-    if (simt.Ballot(!IsFiniteValue(norm)) != 0) {
+    const bool is_careful = row != nullptr && !HoldsSquares(sum);
+    if (simt.Ballot(is_careful) != 0) {
       double careful = 0.0;
       if (row != nullptr) {
         careful = PartOfSquares<double>(row, rows, is_aligned, sub, lanes_per_row);
@@ -101,7 +106,7 @@ KEEPSET_KERNEL_BODY inline void WarpRowNorms(const Simt& simt, const DeviceRows&
       for (int mask = lanes_per_row / 2; mask > 0; mask /= 2) {
         careful += simt.ShuffleXor(careful, mask);
       }
-      if (row != nullptr && sub == 0 && !IsFiniteValue(norm)) {
+      if (is_careful && sub == 0) {
         norm = static_cast<float>(simt.Sqrt(careful));
         if (!IsFiniteValue(norm)) {
           // Squares of fp32 values sum to a finite fp64 number.

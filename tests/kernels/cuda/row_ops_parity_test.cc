@@ -108,6 +108,30 @@ TEST_F(RowOpsParity, SquaresBeyondFp32AreSummedCarefully) {
   EXPECT_FLOAT_EQ(norms[53 + 20], 5e30f);
 }
 
+// Beside rows of ordinary values, in the same warp, and of zeros.
+TEST_F(RowOpsParity, SquaresBelowFp32AreSummedCarefully) {
+  for (const DType dtype : {DType::kF32, DType::kBF16}) {
+    KvTensor tensor = RandomKv(dtype, Layout::kNhd, 16, 8);
+    for (int64_t c = 0; c < 16; ++c) {
+      tensor.Set(0, 7, c, 0.0f);
+      tensor.Set(1, 20, c, 1e-23f * static_cast<float>(c + 1));
+      tensor.Set(1, 22, c, 1e-18f);
+      tensor.Set(2, 52, c, 1e-37f);
+    }
+    std::vector<float> norms;
+    ASSERT_TRUE(Norms(DeviceKv(tensor).view(), &norms).ok());
+    for (int64_t g = 0; g < 3; ++g) {
+      for (int64_t t = 0; t < 53; ++t) {
+        double sum = 0.0;
+        for (int64_t c = 0; c < 16; ++c) sum += std::pow(tensor.At(g, t, c), 2);
+        const double want = std::sqrt(sum);
+        ASSERT_NEAR(norms[g * 53 + t], want, 1e-6 * want)
+            << DTypeName(dtype) << " head " << g << " position " << t;
+      }
+    }
+  }
+}
+
 TEST_F(RowOpsParity, NormBeyondFp32IsRefused) {
   KvTensor tensor = RandomKv(DType::kF32, Layout::kNhd, 16, 8);
   for (int64_t c = 0; c < 16; ++c) tensor.Set(2, 52, c, 3e38f);
