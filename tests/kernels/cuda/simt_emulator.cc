@@ -1,6 +1,7 @@
 #include "tests/kernels/cuda/simt_emulator.h"
 
 #include <algorithm>
+#include <atomic>
 #include <numeric>
 #include <random>
 
@@ -12,7 +13,7 @@
 namespace keepset::kernels::cuda {
 namespace {
 
-uint32_t g_seed = 1;
+std::atomic<uint32_t> g_seed = 1;  // of the next launch
 
 }  // namespace
 
@@ -118,7 +119,8 @@ void EmulatedThread::Multiply(float* c, const uint32_t* a, uint32_t b0, uint32_t
 
 void EmulateGrid(const LaunchShape& shape,
                  const std::function<void(const EmulatedThread& thread)>& body) {
-  std::mt19937 rng(g_seed);
+  constexpr uint32_t kStep = 0x9e3779b9;  // seeds that tests set side by side stay apart
+  std::mt19937 rng(g_seed.fetch_add(kStep));
   thread_local FiberPool fibers;
   constexpr size_t kSharedAlignment = 16;
   const GuardedMemory shared(static_cast<size_t>(shape.shared_bytes), kSharedAlignment);

@@ -127,7 +127,7 @@ class EmulatedThread {
 void EmulateGrid(const LaunchShape& shape,
                  const std::function<void(const EmulatedThread& thread)>& body);
 
-// For the launches that follow in this process.
+// For the launches that follow in this process, each of which has an order of its own.
 void SetEmulationSeed(uint32_t seed);
 
 }  // namespace keepset::kernels::cuda
