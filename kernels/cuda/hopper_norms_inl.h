@@ -68,7 +68,8 @@ class NormStream {
   }
 
   // How many rows, counted through this warp's tiles, have their norms stored: as far as they can
-  // pass through shared memory, and up to the first batch with a norm that is not finite.
+  // pass through shared memory, and up to the first batch with squares that fp32 does not hold, a
+  // row of zeros among them.
   template <typename Simt>
   KEEPSET_KERNEL_BODY int StreamTiles(const Simt& simt, int tiles) const {
     if (v_.dtype != kType || !HasAlignedRows(v_)) return 0;
@@ -119,9 +120,9 @@ class NormStream {
       // Into the place that has just been read.
       copy(batch + kNormDepth);
       const float sum = Join<kPieces>(simt, sums);
-      if (simt.Ballot(!IsFiniteValue(sum)) != 0) break;
-      const float norm = simt.Sqrt(sum);
       const int row = token_of(batch) + held;
+      if (simt.Ballot(row < v_.num_tokens && !HoldsSquares(sum)) != 0) break;
+      const float norm = simt.Sqrt(sum);
       if (row < v_.num_tokens && lane_piece % kLanesPerSum == 0)
         simt.StoreGlobal(norms_ + row, norm);
     }

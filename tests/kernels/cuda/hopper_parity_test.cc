@@ -1,5 +1,6 @@
 // Window scores by Hopper's kernels against plain fp64 loops, and which shapes they take: on the
 // emulator in every run, on an sm_90 where there is one.
+#include <cmath>
 #include <cstdint>
 #include <limits>
 #include <memory>
@@ -170,6 +171,25 @@ TEST_F(HopperParity, NormsWhoseSquaresDoNotFitFp32AreRight) {
   WindowTensors tensors = RandomWindow(shape, 5);
   tensors.v.Set(1, 201, 3, 1e25f);
   ExpectNormsNearCpu(shape, tensors);
+}
+
+TEST_F(HopperParity, NormsWhoseSquaresAreBelowFp32AreRight) {
+  for (const int64_t head_dim : {64, 128, 256}) {
+    const WindowCase shape = {
+        .num_kv_heads = 2, .num_rows = 2, .seq_len = 270, .head_dim = head_dim};
+    WindowTensors tensors = RandomWindow(shape, 5);
+    for (int64_t c = 0; c < head_dim; ++c) {
+      tensors.v.Set(0, 100, c, 0.0f);
+      tensors.v.Set(1, 201, c, 1e-23f);
+      tensors.v.Set(1, 269, c, 1e-18f);
+    }
+    std::vector<float> norms;
+    ASSERT_TRUE(Columns(shape, tensors, nullptr, &norms).ok());
+    const double root = std::sqrt(static_cast<double>(head_dim));
+    EXPECT_EQ(norms[100], 0.0f);
+    EXPECT_NEAR(norms[270 + 201] / (root * tensors.v.At(1, 201, 0)), 1.0, 1e-6) << head_dim;
+    EXPECT_NEAR(norms[270 + 269] / (root * tensors.v.At(1, 269, 0)), 1.0, 1e-6) << head_dim;
+  }
 }
 
 // Rows up to the batch with the large value are streamed, others are not.
