@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
@@ -62,6 +63,29 @@ absl::StatusOr<TableHandle> HeadsTable(const std::string& model_json, const Benc
   return LoadTable(path);
 }
 
+// Multiply-adds of one layer's Q K^T of the heads and rows that the policy of `spec` reads, summed
+// over the layers, in units of 1e9 operations; 0 for a policy that reads no queries.
+absl::StatusOr<double> LogitsGflop(keepset_engine* engine, const keepset_operation_spec& spec,
+                                   const BenchShape& shape) {
+  keepset_report* raw = nullptr;
+  KEEPSET_RETURN_IF_ERROR(FromEngine(keepset_input_needs(engine, &spec, &raw)));
+  const std::unique_ptr<keepset_report, CDeleter<keepset_report_destroy>> report(raw);
+  const Json needs = Json::parse(keepset_report_json(report.get()), nullptr, false);
+  if (!needs.is_object() || !needs.contains("layers")) {
+    return absl::InternalError("input needs: not a JSON object with layers");
+  }
+  const int64_t max_rows = needs.value("max_rows", int64_t{0});
+  const int64_t rows = max_rows == 0 ? shape.window : std::min(max_rows, shape.window);
+  int64_t heads = 0;
+  for (const Json& layer : needs["layers"]) {
+    if (!layer.value("queries", false)) continue;
+    const auto listed = static_cast<int64_t>(layer.value("qo_heads", Json::array()).size());
+    heads += listed == 0 ? shape.num_qo_heads : listed;
+  }
+  return 2e-9 * static_cast<double>(heads * rows) * static_cast<double>(shape.seq_len) *
+         static_cast<double>(shape.head_dim);
+}
+
 // num_heads: of the table of policy observation_heads.
 absl::StatusOr<Json> Measure(keepset_engine* engine, const EngineBenchOptions& options,
                              int64_t tokens, int64_t num_heads, Progress& progress) {
@@ -90,12 +114,14 @@ absl::StatusOr<Json> Measure(keepset_engine* engine, const EngineBenchOptions& o
   std::vector<double> total;
   std::vector<double> score;
   std::vector<double> select;
+  std::string outcome;
   for (int64_t repeat = 0; repeat < options.repeats; ++repeat) {
     progress.Show(absl::StrCat("engine, ", tokens, " tokens: ", repeat + 1, "/", options.repeats));
     KEEPSET_ASSIGN_OR_RETURN(const TimedOperation timed, TimeInProcess(engine, spec, workload));
     total.push_back(timed.total_seconds);
     score.push_back(timed.score_seconds);
     select.push_back(timed.select_seconds);
+    outcome = timed.outcome;
   }
   double peak_after = 0.0;
   KEEPSET_RETURN_IF_ERROR(FromEngine(keepset_engine_measure_peak(engine, &peak_after)));
@@ -104,13 +130,8 @@ absl::StatusOr<Json> Measure(keepset_engine* engine, const EngineBenchOptions& o
 
   // One multiply-add per element of Q K^T: the least any exact method does. The score stage also
   // holds exponentials, row sums and value norms, so its rate understates the logits part.
-  const int64_t query_heads =
-      options.policy == kHeadsPolicy ? num_heads : shape.num_layers * shape.num_qo_heads;
-  const double logits_gflop = 2e-9 * static_cast<double>(query_heads) *
-                              static_cast<double>(shape.window) * static_cast<double>(tokens) *
-                              static_cast<double>(shape.head_dim);
+  KEEPSET_ASSIGN_OR_RETURN(const double logits_gflop, LogitsGflop(engine, spec, shape));
   const double score_p50 = Quantile(score, 0.5);
-  const double floor_seconds = logits_gflop / peak_gflops;
   const double token_heads = static_cast<double>(tokens * shape.num_kv_heads * shape.num_layers);
   Json line{{"bench", "engine"},
             {"policy", options.policy},
@@ -123,16 +144,24 @@ absl::StatusOr<Json> Measure(keepset_engine* engine, const EngineBenchOptions& o
             {"dtype", "bf16"},
             {"tokens", tokens},
             {"repeats", options.repeats},
+            {"outcome", outcome},
             {"seconds_p50", Quantile(total, 0.5)},
             {"seconds_p99", Quantile(total, 0.99)},
             {"score_seconds_p50", score_p50},
             {"select_seconds_p50", Quantile(select, 0.5)},
             {"ns_per_token_kv_head", 1e9 * Quantile(total, 0.5) / token_heads},
-            {"logits_gflops", logits_gflop / score_p50},
+            {"logits_gflops", nullptr},
             {"peak_gflops", peak_gflops},
-            {"share_of_peak", logits_gflop / score_p50 / peak_gflops},
-            {"floor_seconds", floor_seconds},
-            {"ratio_to_floor", score_p50 / floor_seconds}};
+            {"share_of_peak", nullptr},
+            {"floor_seconds", nullptr},
+            {"ratio_to_floor", nullptr}};
+  if (logits_gflop > 0.0) {
+    const double floor_seconds = logits_gflop / peak_gflops;
+    line["logits_gflops"] = logits_gflop / score_p50;
+    line["share_of_peak"] = logits_gflop / score_p50 / peak_gflops;
+    line["floor_seconds"] = floor_seconds;
+    line["ratio_to_floor"] = score_p50 / floor_seconds;
+  }
   if (options.policy == kHeadsPolicy) line["heads"] = num_heads;
   return line;
 }
@@ -167,7 +196,8 @@ absl::Status RunBenchEngine(absl::Span<const std::string> arguments, Console& co
   FlagParser parser("bench engine", "bench engine [--policy NAME] [--tokens N] [--repeats N]",
                     "Times one prompt of the 8B shape (32 layers, 32/8 heads, head_dim 128, window "
                     "64, bf16)\nat 1k, 4k and 8k tokens. floor_seconds is the logits' "
-                    "multiply-adds at the measured peak;\nns_per_token_kv_head is per layer.");
+                    "multiply-adds at the measured peak (null where no "
+                    "queries\nare read); ns_per_token_kv_head is per layer.");
   parser.Text("--policy", "NAME", "default compilerkv, with a uniform table", &policy)
       .Int("--tokens", "N", "this length only", &tokens)
       .Int("--repeats", "N", "timed repeats, default 5", &repeats)
@@ -200,9 +230,10 @@ absl::Status RunBenchEngine(absl::Span<const std::string> arguments, Console& co
     return RefusedError(absl::StrCat("--repeats=", options.repeats, ", want 1..", kMaxRepeats));
   }
   for (int64_t length : options.tokens) {
-    if (length < BenchShape().window || length > (int64_t{1} << 20)) {
-      return RefusedError(
-          absl::StrCat("--tokens=", length, ", want ", BenchShape().window, "..1048576"));
+    // A prompt within the budget is kept whole, and there is nothing to time.
+    if (length <= kBudgetTokens || length > (int64_t{1} << 20)) {
+      return RefusedError(absl::StrCat("--tokens=", length, ", want ", kBudgetTokens + 1,
+                                       "..1048576, more than the budget"));
     }
   }
   KEEPSET_ASSIGN_OR_RETURN(const EngineHandle engine, NewEngine(threads.value_or(0)));

@@ -92,6 +92,7 @@ absl::StatusOr<TimedOperation> TimeInProcess(keepset_engine* engine,
   out.total_seconds = absl::ToDoubleSeconds(absl::Now() - start);
   out.score_seconds = keepset_result_stage_seconds(result, "score");
   out.select_seconds = keepset_result_stage_seconds(result, "select");
+  out.outcome = keepset_result_outcome(result);
   return out;
 }
 

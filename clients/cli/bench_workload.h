@@ -52,6 +52,7 @@ struct TimedOperation {
   double total_seconds = 0.0;
   double score_seconds = 0.0;
   double select_seconds = 0.0;
+  std::string outcome;  // "compressed", "kept_full"
 };
 absl::StatusOr<TimedOperation> TimeInProcess(keepset_engine* engine,
                                              const keepset_operation_spec& spec,

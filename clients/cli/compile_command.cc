@@ -190,7 +190,7 @@ absl::Status RunTablesCompile(absl::Span<const std::string> arguments, Console& 
   }
   KEEPSET_ASSIGN_OR_RETURN(const std::vector<std::string> paths,
                            parser.Parse(arguments, 1, kMostRecordFiles));
-  KEEPSET_RETURN_IF_ERROR(flags.Check());
+  KEEPSET_RETURN_IF_ERROR(flags.Check(RecordInputs(paths)));
   if (kind.has_value() && *kind != "compilerkv") {
     return UsageError(absl::StrCat("--kind=", *kind, ", want compilerkv or observation_heads"));
   }

@@ -101,7 +101,7 @@ absl::Status RunCompileHeads(absl::Span<const std::string> arguments, Console& c
   }
   KEEPSET_ASSIGN_OR_RETURN(const std::vector<std::string> paths,
                            parser.Parse(arguments, 1, kMostRecordFiles));
-  KEEPSET_RETURN_IF_ERROR(table.Check());
+  KEEPSET_RETURN_IF_ERROR(table.Check(RecordInputs(paths)));
   KEEPSET_RETURN_IF_ERROR(fit.Check());
   KEEPSET_RETURN_IF_ERROR(threads.Check());
   if (budget_texts.empty()) return UsageError("--budget is missing");

@@ -167,7 +167,9 @@ absl::Status RunCompress(absl::Span<const std::string> arguments, Console& conso
     return absl::OkStatus();
   }
   KEEPSET_ASSIGN_OR_RETURN(const CompressOptions options, ParseCompressOptions(arguments));
-  KEEPSET_RETURN_IF_ERROR(CheckParentExists("--out", options.out));
+  std::vector<InputFile> inputs = {{"capture", options.capture}};
+  if (options.table.has_value()) inputs.push_back({"table", *options.table});
+  KEEPSET_RETURN_IF_ERROR(CheckOutput("--out", options.out, inputs));
   if (options.table.has_value()) {
     KEEPSET_RETURN_IF_ERROR(CheckFileExists("table", *options.table));
   }

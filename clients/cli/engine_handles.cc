@@ -15,7 +15,8 @@ namespace keepset::cli {
 
 absl::StatusOr<EngineHandle> NewEngine(int64_t num_threads) {
   if (num_threads < 0 || num_threads > INT32_MAX) {
-    return RefusedError(absl::StrCat("--threads=", num_threads, ", want 0 or more (0: all cores)"));
+    return RefusedError(
+        absl::StrCat("--threads=", num_threads, ", want 0..", INT32_MAX, " (0: all cores)"));
   }
   keepset_engine_options options = {};
   options.struct_size = sizeof(options);
@@ -36,7 +37,8 @@ absl::Status CheckFileExists(const std::string& what, const std::string& path) {
   return absl::OkStatus();
 }
 
-absl::Status CheckParentExists(const std::string& what, const std::string& path) {
+absl::Status CheckOutput(const std::string& what, const std::string& path,
+                         absl::Span<const InputFile> inputs) {
   if (path.empty()) return UsageError(absl::StrCat(what, " is empty, want a file name"));
   std::filesystem::path parent = std::filesystem::path(path).parent_path();
   if (parent.empty()) parent = ".";
@@ -46,6 +48,16 @@ absl::Status CheckParentExists(const std::string& what, const std::string& path)
   }
   if (std::filesystem::is_directory(path, error)) {
     return UsageError(absl::StrCat(what, " ", path, ": is a directory, want a file name"));
+  }
+  // A file is written beside its name and renamed, which would put a file in a device's place.
+  if (std::filesystem::exists(path, error) && !std::filesystem::is_regular_file(path, error)) {
+    return UsageError(absl::StrCat(what, " ", path, ": is no regular file, want a file name"));
+  }
+  for (const InputFile& input : inputs) {
+    if (std::filesystem::equivalent(path, input.path, error)) {
+      return UsageError(absl::StrCat(what, " ", path, ": is the same file as the ", input.what, " ",
+                                     input.path, ", want another file name"));
+    }
   }
   return absl::OkStatus();
 }

@@ -8,6 +8,7 @@
 
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
+#include "absl/types/span.h"
 #include "engine/keepset.h"
 
 namespace keepset::cli {
@@ -36,8 +37,16 @@ absl::StatusOr<EngineHandle> NewEngine(int64_t num_threads);
 
 // Usage error for a path that leads to no file.
 absl::Status CheckFileExists(const std::string& what, const std::string& path);
-// Usage error when the directory a file shall be written to is missing.
-absl::Status CheckParentExists(const std::string& what, const std::string& path);
+
+// A file that a command reads: what it is to the command, and where it lies.
+struct InputFile {
+  std::string what;
+  std::string path;
+};
+// Usage error for a file that cannot be written so: its directory is missing, something other than
+// a regular file has its name, or it is one of the `inputs`, be it by another path or link.
+absl::Status CheckOutput(const std::string& what, const std::string& path,
+                         absl::Span<const InputFile> inputs);
 
 absl::StatusOr<CaptureHandle> OpenCapture(const std::string& path);
 absl::StatusOr<TableHandle> LoadTable(const std::string& path);

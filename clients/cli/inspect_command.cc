@@ -100,7 +100,7 @@ absl::Status RunTablesInspect(Arguments arguments, Console& console) {
     if (files.size() > 1) {
       return UsageError(absl::StrCat("--png with ", files.size(), " tables, want 1"));
     }
-    KEEPSET_RETURN_IF_ERROR(CheckParentExists("--png", *png));
+    KEEPSET_RETURN_IF_ERROR(CheckOutput("--png", *png, {{"table", files[0]}}));
   }
   for (const std::string& file : files) {
     KEEPSET_ASSIGN_OR_RETURN(const TableHandle table, LoadTable(file));

@@ -22,14 +22,16 @@ void NewTableFlags::AddTo(FlagParser& parser) {
       .Alias("-o", "--out");
 }
 
-absl::Status NewTableFlags::Check() const {
+absl::Status NewTableFlags::Check(std::vector<InputFile> inputs) const {
   for (const auto& [flag, value] :
        {std::pair{"--name", &name}, std::pair{"--version", &version}, std::pair{"--out", &out}}) {
     if (!value->has_value() || (*value)->empty()) {
       return UsageError(absl::StrCat(flag, " is missing"));
     }
   }
-  return CheckParentExists("--out", *out);
+  if (model.file.has_value()) inputs.push_back({"--model-json", *model.file});
+  if (model.like.has_value()) inputs.push_back({"--like", *model.like});
+  return CheckOutput("--out", *out, inputs);
 }
 
 absl::Status NewTableFlags::Report(Console& console, const std::string& report_json) const {

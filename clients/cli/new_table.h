@@ -4,10 +4,12 @@
 
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "absl/status/status.h"
 #include "absl/types/span.h"
 #include "clients/cli/console.h"
+#include "clients/cli/engine_handles.h"
 #include "clients/cli/flag_parser.h"
 #include "clients/cli/model_source.h"
 
@@ -22,7 +24,8 @@ struct NewTableFlags {
   bool json = false;
 
   void AddTo(FlagParser& parser);
-  absl::Status Check() const;
+  // `inputs` are what the command reads beside the model.
+  absl::Status Check(std::vector<InputFile> inputs) const;
   // Reads the new file back, so that a reported digest is one of a valid table. `report_json`, when
   // not empty, is a JSON document that becomes the key "report".
   absl::Status Report(Console& console, const std::string& report_json = "") const;

@@ -21,6 +21,12 @@ absl::StatusOr<std::vector<const char*>> RecordPaths(const std::vector<std::stri
   return pointers;
 }
 
+std::vector<InputFile> RecordInputs(const std::vector<std::string>& paths) {
+  std::vector<InputFile> inputs;
+  for (const std::string& path : paths) inputs.push_back({"records", path});
+  return inputs;
+}
+
 void ThreadsFlag::AddTo(FlagParser& parser) {
   parser.Int("--threads", "N", "default: all cores", &threads);
 }

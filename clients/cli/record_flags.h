@@ -28,6 +28,9 @@ absl::Status CheckAtLeast(absl::string_view flag, const std::optional<int64_t>& 
 // Refuses a path that leads to no file. The pointers are into `paths`.
 absl::StatusOr<std::vector<const char*>> RecordPaths(const std::vector<std::string>& paths);
 
+// The same files for CheckOutput.
+std::vector<InputFile> RecordInputs(const std::vector<std::string>& paths);
+
 struct ThreadsFlag {
   std::optional<int64_t> threads;
 

@@ -33,9 +33,10 @@ absl::Status RunTablesSign(absl::Span<const std::string> arguments, Console& con
   KEEPSET_RETURN_IF_ERROR(CheckFileExists("key", *key));
   for (const std::string& file : files) {
     KEEPSET_RETURN_IF_ERROR(CheckFileExists("table", file));
+    const std::string signature = absl::StrCat(file, ".sig");
+    KEEPSET_RETURN_IF_ERROR(CheckOutput("signature", signature, {{"key", *key}, {"table", file}}));
     KEEPSET_RETURN_IF_ERROR(
         WriteStatus(FromEngine(keepset_table_sign(file.c_str(), key->c_str()))));
-    const std::string signature = absl::StrCat(file, ".sig");
     if (json) {
       const nlohmann::ordered_json line = {{"file", file}, {"signature", signature}};
       console.out << line.dump(-1, ' ', false, nlohmann::ordered_json::error_handler_t::replace)

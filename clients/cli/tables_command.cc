@@ -1,7 +1,9 @@
 // keepset tables: inspect | validate | sign | diff | records | compile | import | uniform.
+#include <fstream>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "absl/strings/numbers.h"
@@ -119,7 +121,7 @@ absl::Status Uniform(Arguments arguments, Console& console) {
     return absl::OkStatus();
   }
   KEEPSET_RETURN_IF_ERROR(parser.Parse(arguments, 0, 0).status());
-  KEEPSET_RETURN_IF_ERROR(flags.Check());
+  KEEPSET_RETURN_IF_ERROR(flags.Check({}));
   KEEPSET_ASSIGN_OR_RETURN(const std::vector<int64_t> budgets, ParseBudgets(budgets_text));
   KEEPSET_ASSIGN_OR_RETURN(const std::string model, ReadModelJson(flags.model));
   KEEPSET_RETURN_IF_ERROR(WriteStatus(FromEngine(keepset_table_write_uniform(
@@ -128,6 +130,22 @@ absl::Status Uniform(Arguments arguments, Console& console) {
       static_cast<float>(gate.value_or(kMostPermissiveGate)),
       budgets.empty() ? nullptr : budgets.data(), budgets.size()))));
   return flags.Report(console);
+}
+
+// The files of a reference directory. Arrays that a damaged manifest does not name are none; the
+// import refuses it.
+std::vector<InputFile> ReferenceFiles(const std::string& directory) {
+  std::vector<InputFile> files = {{"manifest", directory + "/manifest.json"}};
+  std::ifstream stream(files[0].path, std::ios::binary);
+  const Json manifest = Json::parse(stream, nullptr, /*allow_exceptions=*/false);
+  for (const auto& [key, fallback] :
+       {std::pair{"head_table", "W_head.npy"}, std::pair{"gate_table", "T_gate.npy"}}) {
+    const auto stated = manifest.is_object() ? manifest.find(key) : manifest.end();
+    const bool named = stated != manifest.end() && stated->is_string();
+    files.push_back(
+        {key, absl::StrCat(directory, "/", named ? stated->get<std::string>() : fallback)});
+  }
+  return files;
 }
 
 absl::Status Import(Arguments arguments, Console& console) {
@@ -146,7 +164,7 @@ absl::Status Import(Arguments arguments, Console& console) {
   }
   KEEPSET_ASSIGN_OR_RETURN(const std::vector<std::string> directories,
                            parser.Parse(arguments, 1, 1));
-  KEEPSET_RETURN_IF_ERROR(flags.Check());
+  KEEPSET_RETURN_IF_ERROR(flags.Check(ReferenceFiles(directories[0])));
   KEEPSET_RETURN_IF_ERROR(CheckFileExists("manifest", directories[0] + "/manifest.json"));
   if (budget.has_value() && *budget < 1) {
     return RefusedError(absl::StrCat("--budget=", *budget, ", want 1 or more"));

@@ -1,3 +1,4 @@
+#include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -82,6 +83,27 @@ TEST_F(TablesCompile, ABadRecordIsRefusedAndLeavesNoTable) {
   EXPECT_TRUE(IsOneLine(run.err)) << run.err;
   EXPECT_THAT(run.err, AllOf(HasSubstr("line 3"), HasSubstr("prompt_id")));
   EXPECT_THAT(Files(), ::testing::ElementsAre("records"));
+}
+
+TEST_F(TablesCompile, OutOfARecordFileIsUsageAndLeavesItAsItIs) {
+  const std::string records = Records({kHead, kGate});
+  const auto size = std::filesystem::file_size(records);
+  const CliRun run =
+      RunBinary({"tables", "compile", records, "--like", Golden("cli_capture.safetensors"),
+                 "--name", "n", "--version", "1", "-o", records});
+  EXPECT_EQ(run.exit_code, 2);
+  EXPECT_THAT(run.err, HasSubstr("is the same file as the records " + records));
+  EXPECT_EQ(std::filesystem::file_size(records), size);
+}
+
+TEST_F(TablesCompile, OutOfAnObservationRecordIsUsage) {
+  const std::string record = Golden("cli_capture.safetensors");
+  std::filesystem::create_symlink(record, Path("table"));
+  const CliRun run =
+      RunBinary({"tables", "compile", "--kind", "observation_heads", record, record, "--budget",
+                 "2", "--name", "n", "--version", "1", "-o", Path("table")});
+  EXPECT_EQ(run.exit_code, 2);
+  EXPECT_THAT(run.err, HasSubstr("is the same file as the records"));
 }
 
 TEST_F(TablesCompile, AMissingRecordFileIsUsage) {

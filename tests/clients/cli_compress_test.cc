@@ -348,6 +348,44 @@ TEST_F(CompressCommand, OutOfADirectoryIsUsage) {
   EXPECT_THAT(run.err, HasSubstr("is a directory, want a file name"));
 }
 
+TEST_F(CompressCommand, OutOfTheCaptureIsUsageAndLeavesItAsItIs) {
+  const std::string capture = Path("capture");
+  std::filesystem::copy_file(Golden("cli_capture.safetensors"), capture);
+  std::filesystem::create_symlink(capture, Path("link"));
+  std::filesystem::create_hard_link(capture, Path("other"));
+  const auto size = std::filesystem::file_size(capture);
+  for (const char* out : {"capture", "link", "other"}) {
+    const CliRun run =
+        RunBinary({"compress", capture, "--policy", "tova", "--budget", "2", "--out", Path(out)});
+    EXPECT_EQ(run.exit_code, 2) << out;
+    EXPECT_THAT(run.err,
+                HasSubstr("--out " + Path(out) + ": is the same file as the capture " + capture));
+  }
+  EXPECT_EQ(std::filesystem::file_size(capture), size);
+  EXPECT_TRUE(std::filesystem::is_symlink(Path("link")));
+}
+
+TEST_F(CompressCommand, OutOfTheTableIsUsage) {
+  std::filesystem::copy_file(Golden("cli_table.safetensors"), Path("result"));
+  const CliRun run = Compress(
+      {"--policy", "compilerkv", "--budget", "2", "--ppl", "7", "--table", Path("result")});
+  EXPECT_EQ(run.exit_code, 2);
+  EXPECT_THAT(run.err, HasSubstr("is the same file as the table"));
+}
+
+TEST_F(CompressCommand, ADeviceAsOutIsUsage) {
+  const CliRun run = RunBinary({"compress", Golden("cli_capture.safetensors"), "--policy", "tova",
+                                "--budget", "2", "--out", "/dev/null"});
+  EXPECT_EQ(run.exit_code, 2);
+  EXPECT_THAT(run.err, HasSubstr("/dev/null: is no regular file, want a file name"));
+}
+
+TEST_F(CompressCommand, TooManyThreadsNamesTheRange) {
+  const CliRun run = Compress({"--policy", "tova", "--budget", "2", "--threads", "99999999999"});
+  EXPECT_EQ(run.exit_code, 3);
+  EXPECT_THAT(run.err, HasSubstr("--threads=99999999999, want 0..2147483647"));
+}
+
 TEST_F(CompressCommand, FullDiskFailsAndLeavesNoFile) {
   // A limit on file size stands for the full disk: write() fails the same way.
   rlimit old_limit = {};

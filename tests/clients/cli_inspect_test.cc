@@ -144,6 +144,14 @@ TEST_F(TablesInspect, APictureThatCannotBeWrittenIsAFailure) {
   EXPECT_THAT(Files(), testing::UnorderedElementsAre("a", "b"));
 }
 
+TEST_F(TablesInspect, TheTableAsAPictureIsUsageAndLeavesItAsItIs) {
+  const auto size = std::filesystem::file_size(Path("a"));
+  const CliRun run = RunBinary({"tables", "inspect", Path("a"), "--png", Path("a")});
+  EXPECT_EQ(run.exit_code, 2);
+  EXPECT_THAT(run.err, testing::HasSubstr("is the same file as the table " + Path("a")));
+  EXPECT_EQ(std::filesystem::file_size(Path("a")), size);
+}
+
 TEST_F(TablesInspect, ADirectoryAsAPictureIsUsage) {
   std::filesystem::create_directory(Path("a.png"));
   EXPECT_EQ(RunBinary({"tables", "inspect", Path("a"), "--png", Path("a.png")}).exit_code, 2);

@@ -96,6 +96,35 @@ TEST_F(TablesCommand, UniformNeedsOneModelSource) {
   EXPECT_THAT(run.err, AllOf(HasSubstr("--model-json"), HasSubstr("--like")));
 }
 
+TEST_F(TablesCommand, OutOfTheModelsFileIsUsageAndLeavesItAsItIs) {
+  std::ofstream(Path("m.json")) << "{}";
+  const CliRun run = RunBinary({"tables", "uniform", "--model-json", Path("m.json"), "--name", "n",
+                                "--version", "1", "--out", Path("m.json")});
+  EXPECT_EQ(run.exit_code, 2);
+  EXPECT_THAT(run.err, HasSubstr("is the same file as the --model-json " + Path("m.json")));
+  EXPECT_EQ(std::filesystem::file_size(Path("m.json")), 2u);
+}
+
+TEST_F(TablesCommand, OutOfTheTableTheModelIsOfIsUsage) {
+  std::filesystem::copy_file(Golden("cli_table.safetensors"), Path("t"));
+  const CliRun run = RunBinary({"tables", "uniform", "--like", Path("t"), "--name", "n",
+                                "--version", "1", "--out", Path("t")});
+  EXPECT_EQ(run.exit_code, 2);
+  EXPECT_THAT(run.err, HasSubstr("is the same file as the --like"));
+}
+
+TEST_F(TablesCommand, OutOfAnImportedFileIsUsage) {
+  std::ofstream(Path("manifest.json")) << R"({"gate_table": "gates"})";
+  for (const char* name : {"manifest.json", "W_head.npy", "gates"}) {
+    std::ofstream(Path(name), std::ios::app).flush();
+    const CliRun run =
+        RunBinary({"tables", "import", Path(""), "--like", Golden("cli_capture.safetensors"),
+                   "--name", "n", "--version", "1", "--out", Path(name)});
+    EXPECT_EQ(run.exit_code, 2) << name;
+    EXPECT_THAT(run.err, HasSubstr("is the same file as the")) << name;
+  }
+}
+
 TEST_F(TablesCommand, ImportOfADirectoryWithoutManifestIsUsage) {
   std::ofstream(Path("model.json")) << R"({"architecture":"llama","num_layers":1,)"
                                        R"("num_qo_heads":2,"num_kv_heads":1,"head_dim":4})";

@@ -145,6 +145,41 @@ TEST(KeepsetUsage, BenchEngineQuickPrintsOneJsonLine) {
   EXPECT_THAT(run.out, HasSubstr("\"ratio_to_floor\""));
 }
 
+TEST(KeepsetUsage, BenchEngineLeavesOutLogitsThatNoPolicyReads) {
+  for (const char* policy : {"streaming_llm", "knorm"}) {
+    const CliRun run = RunBinary({"bench", "engine", "--quick", "--policy", policy});
+    ASSERT_EQ(run.exit_code, 0) << run.err;
+    const auto line = nlohmann::json::parse(run.out);
+    for (const char* field :
+         {"logits_gflops", "share_of_peak", "floor_seconds", "ratio_to_floor"}) {
+      EXPECT_TRUE(line[field].is_null()) << policy << " " << line;
+    }
+    EXPECT_EQ(line["outcome"], "compressed");
+  }
+}
+
+TEST(KeepsetUsage, BenchEngineCountsTheRowsThatThePolicyReads) {
+  const auto gflop = [](const std::vector<std::string>& policy) {
+    std::vector<std::string> words = {"bench", "engine", "--quick", "--policy"};
+    words.insert(words.end(), policy.begin(), policy.end());
+    const CliRun run = RunBinary(words);
+    EXPECT_EQ(run.exit_code, 0) << run.err;
+    const auto line = nlohmann::json::parse(run.out);
+    return line["floor_seconds"].get<double>() * line["peak_gflops"].get<double>();
+  };
+  // 2 layers of 1024 tokens, head_dim 128; a multiply-add is two operations.
+  const double row_of_a_head = 2e-9 * 1024 * 128;
+  EXPECT_NEAR(gflop({"snapkv"}), row_of_a_head * 2 * 32 * 64, 1e-9);
+  EXPECT_NEAR(gflop({"tova"}), row_of_a_head * 2 * 32 * 1, 1e-9);
+  EXPECT_NEAR(gflop({"observation_heads", "--heads", "3"}), row_of_a_head * 3 * 64, 1e-9);
+}
+
+TEST(KeepsetUsage, BenchEngineRefusesPromptsThatAreKeptWhole) {
+  const CliRun run = RunBinary({"bench", "engine", "--tokens", "512", "--policy", "snapkv"});
+  EXPECT_EQ(run.exit_code, 3);
+  EXPECT_THAT(run.err, HasSubstr("--tokens=512, want 513..1048576"));
+}
+
 TEST(KeepsetUsage, BenchEngineComparesTablesOfSeveralNumbersOfHeads) {
   const CliRun run = RunBinary({"bench", "engine", "--quick", "--policy", "observation_heads",
                                 "--against", "snapkv", "--heads", "1,4,16"});

@@ -57,6 +57,16 @@ TEST_F(SignCommand, ValidateRefusesATableChangedAfterwards) {
   EXPECT_EQ(Validate(key_.public_path).exit_code, 3);
 }
 
+TEST_F(SignCommand, AKeyInTheSignaturesPlaceIsUsageAndStays) {
+  std::filesystem::copy_file(key_.private_path, Path("t.safetensors.sig"));
+  const CliRun run =
+      RunBinary({"tables", "sign", "--key", Path("t.safetensors.sig"), Path("t.safetensors")});
+  EXPECT_EQ(run.exit_code, 2);
+  EXPECT_THAT(run.err, HasSubstr("is the same file as the key"));
+  EXPECT_EQ(std::filesystem::file_size(Path("t.safetensors.sig")),
+            std::filesystem::file_size(key_.private_path));
+}
+
 TEST_F(SignCommand, WithoutAKeyIsUsage) {
   EXPECT_EQ(RunBinary({"tables", "sign", Path("t.safetensors")}).exit_code, 2);
   EXPECT_EQ(RunBinary({"tables", "sign", "--key", Path("none"), Path("t.safetensors")}).exit_code,
