@@ -28,6 +28,27 @@ size_t CharacterBytes(absl::string_view text) {
   return length;
 }
 
+// Of one UTF-8 character.
+bool IsPrintable(absl::string_view character) {
+  const auto byte = [character](size_t i) { return static_cast<unsigned char>(character[i]); };
+  switch (character.size()) {
+    case 1:
+      return byte(0) >= 0x20 && byte(0) != 0x7f;
+    case 2:  // U+0080..U+009F, U+061C
+      return !(byte(0) == 0xc2 && byte(1) < 0xa0) && character != "\xd8\x9c";
+    case 3: {
+      const bool marks = character == "\xe2\x80\x8e" || character == "\xe2\x80\x8f";
+      // U+2028..U+202E, U+2066..U+2069
+      const bool lines = byte(0) == 0xe2 && byte(1) == 0x80 && byte(2) >= 0xa8 && byte(2) <= 0xae;
+      const bool isolates =
+          byte(0) == 0xe2 && byte(1) == 0x81 && byte(2) >= 0xa6 && byte(2) <= 0xa9;
+      return !marks && !lines && !isolates;
+    }
+    default:
+      return true;
+  }
+}
+
 }  // namespace
 
 absl::string_view CutText(absl::string_view text, size_t max_bytes) {
@@ -59,6 +80,24 @@ std::string ToText(absl::string_view bytes, size_t max_bytes) {
   std::string text = ToText(CutText(bytes, max_bytes));
   text.resize(CutText(text, max_bytes).size());
   return text;
+}
+
+std::string ToPrintable(absl::string_view bytes) {
+  std::string out;
+  out.reserve(bytes.size());
+  while (!bytes.empty()) {
+    const size_t length = CharacterBytes(bytes);
+    const absl::string_view character = bytes.substr(0, length == 0 ? 1 : length);
+    if (length > 0 && IsPrintable(character)) {
+      out.append(character.data(), character.size());
+    } else {
+      for (const char c : character) {
+        absl::StrAppendFormat(&out, "\\x%02x", static_cast<unsigned char>(c));
+      }
+    }
+    bytes.remove_prefix(character.size());
+  }
+  return out;
 }
 
 }  // namespace keepset

@@ -18,6 +18,11 @@ std::string ToText(absl::string_view bytes);
 // At most `max_bytes` of that.
 std::string ToText(absl::string_view bytes, size_t max_bytes);
 
+// ToText for a line on a terminal: also what ends a line, moves the cursor or turns the direction
+// of writing (control characters, U+2028, U+2029, bidirectional controls) is written as \xNN, byte
+// by byte.
+std::string ToPrintable(absl::string_view bytes);
+
 }  // namespace keepset
 
 #endif  // KEEPSET_BASE_TEXT_H_

@@ -58,6 +58,20 @@ absl::Status CheckOptions(const ObservationCompileOptions& options) {
   return absl::OkStatus();
 }
 
+// Whether any need lies outside protected positions, which are no choice of a policy's. Sums and
+// differences of what is protected would leave their rounding.
+bool NeedsUnprotected(const ObservationRecord& record) {
+  int64_t begin = 0;
+  const auto is_needed = [](float value) { return value > 0.0f; };
+  for (const LayerGroup& range : record.protected_ranges) {
+    if (std::any_of(record.need.begin() + begin, record.need.begin() + range.begin, is_needed)) {
+      return true;
+    }
+    begin = range.end;
+  }
+  return std::any_of(record.need.begin() + begin, record.need.end(), is_needed);
+}
+
 // Ordered by task and prompt, so that the order of the files is no input.
 absl::StatusOr<std::vector<ObservationRecord>> ReadRecords(const std::vector<std::string>& paths) {
   std::vector<ObservationRecord> records;
@@ -74,12 +88,7 @@ absl::StatusOr<std::vector<ObservationRecord>> ReadRecords(const std::vector<std
             absl::StrCat(path, ": candidates or probe differ from those of ", paths.front()));
       }
     }
-    double total = 0.0;
-    for (const float value : record.need) total += value;
-    for (const LayerGroup& range : record.protected_ranges) {
-      for (int64_t t = range.begin; t < range.end; ++t) total -= record.need[t];
-    }
-    if (!(total > 0.0)) {
+    if (!NeedsUnprotected(record)) {
       return absl::InvalidArgumentError(
           absl::StrCat(path, ": no needed mass outside protected positions"));
     }

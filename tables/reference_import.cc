@@ -1,5 +1,6 @@
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <utility>
 
 #include "absl/strings/escaping.h"
@@ -153,15 +154,23 @@ absl::StatusOr<std::string> ProvenanceJson(const Json& manifest, const std::stri
 }
 
 // The range of the action grid a manifest states, for tables compiled on another grid than the
-// usual one.
-std::optional<std::pair<float, float>> ActionRange(const Json& manifest, const char* key) {
+// usual one, with room for the value of states without records; nothing where none is stated.
+absl::StatusOr<std::optional<std::pair<float, float>>> ActionRange(const Json& manifest,
+                                                                   const char* key,
+                                                                   float unsupported,
+                                                                   const std::string& where) {
   const auto actions = manifest.find(key);
   if (actions == manifest.end() || !actions->is_array() || actions->empty()) return std::nullopt;
-  std::pair<float, float> range = {INFINITY, -INFINITY};
-  for (const Json& action : *actions) {
-    if (!action.is_number()) return std::nullopt;
-    range.first = std::min(range.first, action.get<float>());
-    range.second = std::max(range.second, action.get<float>());
+  std::pair<float, float> range = {unsupported, unsupported};
+  for (size_t i = 0; i < actions->size(); ++i) {
+    const Json& action = (*actions)[i];
+    const double value = action.is_number() ? action.get<double>() : NAN;
+    if (!(std::abs(value) <= std::numeric_limits<float>::max())) {
+      return FieldError(where, absl::StrCat(key, "[", i, "]"), PreviewJson(action),
+                        "a finite number of 32 bits");
+    }
+    range.first = std::min(range.first, static_cast<float>(value));
+    range.second = std::max(range.second, static_cast<float>(value));
   }
   return range;
 }
@@ -214,8 +223,10 @@ absl::StatusOr<CompilerKvTableContent> ImportReferenceDirectory(const std::strin
   content.gate_thresholds = std::move(gates.values);
   content.algorithm_json = AlgorithmJson(manifest);
   KEEPSET_ASSIGN_OR_RETURN(content.provenance_json, ProvenanceJson(manifest, where));
-  content.head_grid = ActionRange(manifest, "head_actions");
-  content.gate_grid = ActionRange(manifest, "gate_actions");
+  KEEPSET_ASSIGN_OR_RETURN(content.head_grid,
+                           ActionRange(manifest, "head_actions", kUnsupportedHeadWeight, where));
+  KEEPSET_ASSIGN_OR_RETURN(content.gate_grid,
+                           ActionRange(manifest, "gate_actions", kUnsupportedGate, where));
   KEEPSET_RETURN_IF_ERROR(SerializeTable(content).status());
   return content;
 }

@@ -13,8 +13,6 @@
 namespace keepset::tables {
 namespace {
 
-constexpr float kUnsupportedHeadWeight = 1.0f;
-constexpr float kUnsupportedGate = 0.8f;
 constexpr int64_t kMaxBins = 1024;
 constexpr int64_t kMaxCells = int64_t{1} << 20;
 constexpr int64_t kMaxTableValues = int64_t{1} << 26;

@@ -4,6 +4,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "base/text.h"
 #include "tables/observation_heads_table.h"
 #include "tables/strict_json.h"
 #include "tables/table_file.h"
@@ -36,7 +37,7 @@ void DiffJson(const std::string& path, const Json* a, const Json* b,
       return;
     }
   }
-  lines.push_back(absl::StrCat(path, ": ", ValueText(a), " -> ", ValueText(b)));
+  lines.push_back(absl::StrCat(ToPrintable(path), ": ", ValueText(a), " -> ", ValueText(b)));
 }
 
 template <typename T>

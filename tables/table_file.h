@@ -59,6 +59,10 @@ struct CompilerKvTableContent {
 // The file's bytes; validated by parsing them back.
 absl::StatusOr<std::string> SerializeTable(const CompilerKvTableContent& content);
 
+// Values of states without records, in a compiled table and in one made elsewhere.
+inline constexpr float kUnsupportedHeadWeight = 1.0f;
+inline constexpr float kUnsupportedGate = 0.8f;
+
 // Neutral table for `model`: every head weight and every gate the same; provenance source
 // "uniform".
 CompilerKvTableContent UniformTable(const ModelFingerprint& model, float head_weight, float gate);

@@ -3,8 +3,10 @@
 
 #include "absl/strings/ascii.h"
 #include "absl/strings/escaping.h"
+#include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "absl/strings/str_split.h"
 #include "base/status_macros.h"
 #include "tables/strict_json.h"
 #include "tables/table_file.h"
@@ -24,21 +26,40 @@ constexpr absl::string_view kCommonKeys[] = {"format",    "format_version", "kin
 constexpr absl::string_view kSources[] = {"offline-calibration", "offline-independent-ablation",
                                           "uniform", "hand-written"};
 
-// Names and versions become metric labels, log fields and file names.
+// Names and versions become metric labels, log fields and file names, and requests address tables
+// as NAME, NAME@VERSION, NAME@sha256:HEX or NAME:ALIAS.
+constexpr absl::string_view kNamePunctuation = "._-+/=";
+constexpr absl::string_view kVersionPunctuation = "._-+/=:@";
+constexpr absl::string_view kDigestPrefix = "sha256:";
+
+std::string Spaced(absl::string_view characters) {
+  return absl::StrJoin(absl::StrSplit(characters, absl::ByLength(1)), " ");
+}
+
 absl::StatusOr<std::string> LabelField(const Json& document, absl::string_view key,
-                                       absl::string_view where) {
+                                       absl::string_view punctuation, absl::string_view where) {
   KEEPSET_ASSIGN_OR_RETURN(std::string value, StringField(document, key, where));
-  const bool known = std::all_of(value.begin(), value.end(), [](char c) {
-    return absl::ascii_isalnum(c) || absl::string_view("._-+:@/=").find(c) != std::string::npos;
+  const bool known = std::all_of(value.begin(), value.end(), [punctuation](char c) {
+    return absl::ascii_isalnum(c) || absl::StrContains(punctuation, c);
   });
   if (value.empty() || value.size() > kMaxNameBytes || !known ||
       !absl::ascii_isalnum(value.front())) {
     return FieldError(where, key, PreviewJson(document[std::string(key)]),
-                      absl::StrCat("1..", kMaxNameBytes,
-                                   " characters of A-Z a-z 0-9 . _ - + : @ / = with a letter or "
-                                   "digit first"));
+                      absl::StrCat("1..", kMaxNameBytes, " characters of A-Z a-z 0-9 ",
+                                   Spaced(punctuation), " with a letter or digit first"));
   }
   return value;
+}
+
+absl::StatusOr<std::string> VersionField(const Json& document, absl::string_view where) {
+  KEEPSET_ASSIGN_OR_RETURN(std::string version,
+                           LabelField(document, "version", kVersionPunctuation, where));
+  if (absl::StartsWith(version, kDigestPrefix)) {
+    return FieldError(
+        where, "version", PreviewJson(version),
+        absl::StrCat("a version without ", kDigestPrefix, " in front, which is how digests begin"));
+  }
+  return version;
 }
 
 // The order of versions is a convenience; a file without a readable time is as good as any other.
@@ -138,8 +159,9 @@ absl::StatusOr<std::shared_ptr<const DecisionTable>> TableOf(
   const Json& document = header.document;
   KEEPSET_RETURN_IF_ERROR(CheckFormat(document, where));
   KEEPSET_ASSIGN_OR_RETURN(const TableKind kind, FindKind(document, where));
-  KEEPSET_ASSIGN_OR_RETURN(header.identity.name, LabelField(document, "name", where));
-  KEEPSET_ASSIGN_OR_RETURN(header.identity.version, LabelField(document, "version", where));
+  KEEPSET_ASSIGN_OR_RETURN(header.identity.name,
+                           LabelField(document, "name", kNamePunctuation, where));
+  KEEPSET_ASSIGN_OR_RETURN(header.identity.version, VersionField(document, where));
   KEEPSET_ASSIGN_OR_RETURN(const Json provenance, ObjectField(document, "provenance", where));
   KEEPSET_ASSIGN_OR_RETURN(header.provenance_source, ProvenanceSource(provenance, where));
   header.created = CreatedAt(provenance);

@@ -19,6 +19,16 @@ absl::StatusOr<std::string> ModelOf(const std::string& path, const std::string& 
   return model != json.end() && model->is_object() ? model->dump() : json.dump();
 }
 
+// With the counts that the capture states beside its model.
+absl::StatusOr<std::string> ModelOfCapture(const std::string& path,
+                                           const keepset_capture* capture) {
+  keepset_operation_spec spec = {};
+  spec.struct_size = sizeof(spec);
+  const absl::Status filled = FromEngine(keepset_capture_fill_spec(capture, &spec));
+  if (!filled.ok()) return WithPrefix(path, filled);
+  return ModelOf(path, spec.model_json);
+}
+
 }  // namespace
 
 absl::StatusOr<std::string> ReadModelJson(const ModelSource& source) {
@@ -33,7 +43,7 @@ absl::StatusOr<std::string> ReadModelJson(const ModelSource& source) {
     return ModelOf(*source.file, text);
   }
   const absl::StatusOr<CaptureHandle> capture = OpenCapture(*source.like);
-  if (capture.ok()) return ModelOf(*source.like, keepset_capture_json(capture->get()));
+  if (capture.ok()) return ModelOfCapture(*source.like, capture->get());
   const absl::StatusOr<TableHandle> table = LoadTable(*source.like);
   if (table.ok()) return ModelOf(*source.like, keepset_table_inspect(table->get()));
   if (ExitCodeOf(capture.status()) == ExitCode::kUsage) return capture.status();

@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
+#include "base/text.h"
 
 namespace keepset::cli {
 namespace {
@@ -24,9 +25,10 @@ void Flatten(const std::string& prefix, const Json& value, Lines& lines) {
     }
     return;
   }
-  lines.emplace_back(prefix, value.is_string()
-                                 ? value.get<std::string>()
-                                 : value.dump(-1, ' ', false, Json::error_handler_t::replace));
+  lines.emplace_back(
+      ToPrintable(prefix),
+      ToPrintable(value.is_string() ? value.get<std::string>()
+                                    : value.dump(-1, ' ', false, Json::error_handler_t::replace)));
 }
 
 }  // namespace

@@ -60,5 +60,31 @@ TEST(ToText, StaysWithinTheLimit) {
   EXPECT_EQ(ToText(std::string(10, '\xff'), 9), "\\xff\\xff\\");
 }
 
+TEST(ToPrintable, LettersOfAllScriptsStay) {
+  for (const char* text : {"", "plain ~", "Grüße", "日本語", "\U0001F600", "\u00a0\u2027\u2030"}) {
+    EXPECT_EQ(ToPrintable(text), text);
+  }
+}
+
+TEST(ToPrintable, WhatMovesTheCursorOrEndsALineIsEscaped) {
+  EXPECT_EQ(ToPrintable("a\x1b[2J\nb\x7f"), "a\\x1b[2J\\x0ab\\x7f");
+  EXPECT_EQ(ToPrintable(absl::string_view("\0", 1)), "\\x00");
+  EXPECT_EQ(ToPrintable("\u009b"), "\\xc2\\x9b");  // begins an escape sequence
+  EXPECT_EQ(ToPrintable("\u2028"), "\\xe2\\x80\\xa8");
+}
+
+TEST(ToPrintable, WhatTurnsTheDirectionIsEscaped) {
+  EXPECT_EQ(ToPrintable("\u202e"), "\\xe2\\x80\\xae");
+  EXPECT_EQ(ToPrintable("\u2066"), "\\xe2\\x81\\xa6");
+  EXPECT_EQ(ToPrintable("\u200f"), "\\xe2\\x80\\x8f");
+  EXPECT_EQ(ToPrintable("\u061c"), "\\xd8\\x9c");
+}
+
+TEST(ToPrintable, BytesThatAreNoTextAreEscaped) {
+  EXPECT_EQ(ToPrintable("\xff"
+                        "é\xc3"),
+            "\\xffé\\xc3");
+}
+
 }  // namespace
 }  // namespace keepset

@@ -12,6 +12,7 @@
 #include "clients/cli/command_list.h"
 #include "clients/cli/heat_map.h"
 #include "clients/cli/heat_map_image.h"
+#include "clients/cli/table_text.h"
 #include "gmock/gmock.h"
 #include "gtest/gtest.h"
 #include "tests/clients/cli_runner.h"
@@ -184,6 +185,18 @@ TEST_F(TablesInspect, DiffOfADamagedTableIsRefused) {
 
 TEST_F(TablesInspect, DiffOfAMissingTableIsUsage) {
   EXPECT_EQ(RunBinary({"tables", "diff", Path("a"), Path("nowhere")}).exit_code, 2);
+}
+
+TEST(TableText, AForeignTextEndsNoLineAndReachesNoTerminal) {
+  const std::string text = TableText(
+      "f", R"({"provenance":{"note":"a\n  provenance.source  x\u001b[2J\u007f","k\u001b\n":1},)"
+           R"("evaluation":{"maß":["grün\u009b"]}})");
+  EXPECT_EQ(std::count(text.begin(), text.end(), '\n'), 4) << text;
+  EXPECT_EQ(text.find('\x1b'), std::string::npos);
+  EXPECT_EQ(text.find('\x7f'), std::string::npos);
+  EXPECT_THAT(
+      text, AllOf(HasSubstr("a\\x0a  provenance.source  x\\x1b[2J\\x7f"), HasSubstr("k\\x1b\\x0a"),
+                  HasSubstr("grün\\xc2\\x9b"), HasSubstr("evaluation.maß")));
 }
 
 TEST(HeatMapText, FewColumnsAreNumbers) {

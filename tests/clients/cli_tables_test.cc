@@ -1,3 +1,4 @@
+#include <cstdint>
 #include <filesystem>
 #include <fstream>
 #include <nlohmann/json.hpp>
@@ -80,6 +81,35 @@ TEST_F(TablesCommand, UniformIsNamedAsSuchAndServesItsCapture) {
   EXPECT_EQ(Json::parse(inspect.out)["provenance"]["source"], "uniform");
   EXPECT_EQ(
       Compress({"--policy", "compilerkv", "--budget", "9", "--table", Path("table")}).exit_code, 0);
+}
+
+// The golden capture, its counts beside its model only.
+void WriteCaptureWithoutModelCounts(const std::string& from, const std::string& to) {
+  std::ifstream in(from, std::ios::binary);
+  uint64_t header_bytes = 0;
+  in.read(reinterpret_cast<char*>(&header_bytes), sizeof(header_bytes));
+  std::string header(header_bytes, ' ');
+  in.read(header.data(), static_cast<std::streamsize>(header_bytes));
+  Json json = Json::parse(header);
+  Json document = Json::parse(json["__metadata__"]["keepset"].get<std::string>());
+  for (const char* count : {"num_layers", "num_qo_heads", "num_kv_heads", "head_dim"}) {
+    document["model"].erase(count);
+  }
+  json["__metadata__"]["keepset"] = document.dump();
+  header = json.dump();
+  header_bytes = header.size();
+  std::ofstream out(to, std::ios::binary);
+  out.write(reinterpret_cast<const char*>(&header_bytes), sizeof(header_bytes));
+  out << header << in.rdbuf();
+}
+
+TEST_F(TablesCommand, LikeTakesTheCountsThatTheCaptureStatesBesideItsModel) {
+  WriteCaptureWithoutModelCounts(Golden("cli_capture.safetensors"), Path("capture"));
+  const CliRun run = RunBinary({"tables", "uniform", "--like", Path("capture"), "--name", "n",
+                                "--version", "1", "--out", Path("t")});
+  ASSERT_EQ(run.exit_code, 0) << run.err;
+  const CliRun inspect = RunBinary({"tables", "inspect", Path("t"), "--json"});
+  EXPECT_EQ(Json::parse(inspect.out)["model"]["num_layers"], 3);
 }
 
 TEST_F(TablesCommand, UniformRefusesAGateOffItsRange) {

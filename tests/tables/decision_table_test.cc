@@ -14,6 +14,7 @@ namespace {
 using ::testing::ElementsAre;
 using ::testing::HasSubstr;
 using ::testing::IsEmpty;
+using ::testing::UnorderedElementsAre;
 
 constexpr auto kInvalid = absl::StatusCode::kInvalidArgument;
 constexpr auto kUnfit = absl::StatusCode::kFailedPrecondition;
@@ -84,6 +85,28 @@ TEST(TableReader, RefusesNamesUnfitForLabels) {
     table.document["version"] = name;
     ExpectRefused(table, kInvalid, "version=");
   }
+}
+
+TEST(TableReader, RefusesNamesThatNoRequestCanAddress) {
+  for (const char* name : {"line:stable", "line@2"}) {
+    LooseTable table;
+    table.document["name"] = name;
+    ExpectRefused(table, kInvalid, "A-Z a-z 0-9 . _ - + / = with a letter or digit first");
+  }
+}
+
+TEST(TableReader, RefusesVersionsThatReadLikeDigests) {
+  LooseTable table;
+  table.document["version"] = "sha256:1";
+  ExpectRefused(table, kInvalid, "version=\"sha256:1\", want a version without sha256: in front");
+  table.document["version"] = "2026-11-22T10:00@a";
+  EXPECT_TRUE(table.Parse().ok()) << table.Parse().status();
+}
+
+TEST(TableWriter, RefusesNamesThatNoRequestCanAddress) {
+  CompilerKvTableContent content = SmallTable();
+  content.name = "line:stable";
+  EXPECT_EQ(SerializeTable(content).status().code(), kInvalid);
 }
 
 TEST(TableReader, RefusesSimulatedAndSyntheticProvenance) {
@@ -440,6 +463,16 @@ TEST(InspectTable, DescribesIdentityTensorsBudgetsAndBins) {
 
 TEST(DiffTables, SameContentHasNoLines) {
   EXPECT_THAT(DiffTables(*Parsed(SmallTable()), *Parsed(SmallTable())), IsEmpty());
+}
+
+TEST(DiffTables, AKeyEndsNoLineAndReachesNoTerminal) {
+  LooseTable a;
+  LooseTable b;
+  b.document["x\n\u001b[2Jprovenance.source"] = 1;
+  b.document["größe"] = 1;
+  EXPECT_THAT(
+      DiffTables(**a.Parse(), **b.Parse()),
+      UnorderedElementsAre("x\\x0a\\x1b[2Jprovenance.source: (none) -> 1", "größe: (none) -> 1"));
 }
 
 TEST(DiffTables, NamesEveryDifference) {

@@ -337,6 +337,24 @@ TEST_F(ObservationCompiler, ARecordWithoutNeedIsRefused) {
   ExpectRefused(sample, "no needed mass");
 }
 
+TEST_F(ObservationCompiler, ARecordWhoseNeedIsAllProtectedIsRefusedHoweverItRounds) {
+  Sample sample("a", 91);
+  std::fill(sample.need.begin(), sample.need.end(), 0.0f);
+  // In double, 1e9 + 2e-7 - 1e9 is more than 2e-7.
+  sample.need[0] = 1e9f;
+  sample.need[1] = 2e-7f;
+  ExpectRefused(sample, "no needed mass outside protected positions");
+}
+
+TEST_F(ObservationCompiler, LittleNeedBesideMuchThatIsProtectedCounts) {
+  Sample sample("a", 92);
+  std::fill(sample.need.begin() + 4, sample.need.end(), 0.0f);
+  sample.need[0] = 1e20f;
+  sample.need[4] = 1.0f;
+  Add(sample);
+  EXPECT_TRUE(Compile().ok()) << Compile().status();
+}
+
 TEST_F(ObservationCompiler, OptionsOutOfRangeAreRefused) {
   const ObservationCompileOptions good = options_;
   const auto refused = [&](auto change) {

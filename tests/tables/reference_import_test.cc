@@ -217,6 +217,27 @@ TEST_F(ReferenceImport, TakesTheRangeOfAStatedActionGrid) {
   EXPECT_TRUE(Import().ok()) << Import().status();
 }
 
+TEST_F(ReferenceImport, AStatedActionGridHasRoomForStatesWithoutRecords) {
+  for (float& weight : heads_) weight = 1.5f;
+  for (float& gate : gates_) gate = 0.9f;
+  heads_[0] = 1.0f;
+  gates_[0] = 0.8f;
+  manifest_["head_actions"] = {1.25, 1.5};
+  manifest_["gate_actions"] = {0.85, 0.9, 1.0};
+  const auto content = Import();
+  ASSERT_TRUE(content.ok()) << content.status();
+  EXPECT_EQ(content->head_grid, std::pair(1.0f, 1.5f));
+  EXPECT_EQ(content->gate_grid, std::pair(0.8f, 1.0f));
+}
+
+TEST_F(ReferenceImport, RefusesActionsThatAreNoNumberOf32Bits) {
+  manifest_["head_actions"] = {0.8, 1e39};
+  ExpectRefused(kInvalid, "head_actions[1]=1e+39, want a finite number");
+  manifest_.erase("head_actions");
+  manifest_["gate_actions"] = {"0.8"};
+  ExpectRefused(kInvalid, "gate_actions[0]=\"0.8\", want a finite number");
+}
+
 TEST_F(ReferenceImport, RefusesNamesThatLeadOutOfTheDirectory) {
   manifest_["head_table"] = "../W_head.npy";
   ExpectRefused(kInvalid, "head_table=");
