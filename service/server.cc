@@ -10,6 +10,7 @@
 #include <limits>
 #include <utility>
 
+#include "absl/functional/any_invocable.h"
 #include "absl/strings/match.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
@@ -154,7 +155,9 @@ class ServerImpl final : public Server {
          .max_owned_bytes_per_session = config_.memory().max_owned_bytes_per_session(),
          .owned_device_uuid = backend_->Device().uuid,
          .quarantine = absl::Seconds(config_.memory().quarantine_seconds())},
-        std::move(transports), clock_, session_observer_.get());
+        std::move(transports), clock_, session_observer_.get(),
+        // Whoever hangs up or lets a lease run out does so while the queue is there.
+        [this](absl::AnyInvocable<void()> unmap) { retirement_->Continue(std::move(unmap)); });
     KEEPSET_ASSIGN_OR_RETURN(
         server_tables_, ServerTables::Start(config_, tables_, clock_, *metrics_, *table_observer_));
     StartServices();

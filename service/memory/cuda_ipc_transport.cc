@@ -107,15 +107,20 @@ class CudaIpcTransport final : public MemoryTransport {
   };
 
   absl::StatusOr<std::shared_ptr<Opened>> Driver() {
-    absl::MutexLock lock(&mutex_);
-    if (opened_ != nullptr) return opened_;
+    absl::MutexLock loading(&loading_mutex_);
+    {
+      absl::MutexLock lock(&mutex_);
+      if (opened_ != nullptr) return opened_;
+    }
     KEEPSET_ASSIGN_OR_RETURN(std::shared_ptr<CudaDriver> driver, source_());
     auto allocations = std::make_shared<IpcAllocations>(driver);
+    absl::MutexLock lock(&mutex_);
     opened_ = std::make_shared<Opened>(Opened{std::move(driver), std::move(allocations)});
     return opened_;
   }
 
   const CudaDriverSource source_;
+  absl::Mutex loading_mutex_;  // held while a driver is loaded; before mutex_
   mutable absl::Mutex mutex_;
   std::shared_ptr<Opened> opened_ ABSL_GUARDED_BY(mutex_);
 };

@@ -5,6 +5,11 @@
 #include "base/status_macros.h"
 
 namespace keepset::service {
+namespace {
+
+uint64_t BytesOf(const DeviceRange& range) { return range.bytes_before + range.bytes; }
+
+}  // namespace
 
 absl::StatusOr<std::unique_ptr<IpcAllocations::Use>> IpcAllocations::Open(int device,
                                                                           const std::string& handle,
@@ -21,6 +26,7 @@ absl::StatusOr<std::unique_ptr<IpcAllocations::Use>> IpcAllocations::Open(int de
   if (found == entries_.end()) {
     KEEPSET_ASSIGN_OR_RETURN(const DeviceRange range, driver_->OpenIpc(device, handle));
     entries_[handle] = {device, range, generation, 0};
+    mapped_bytes_ += BytesOf(range);
   } else if (found->second.device != device) {
     // The driver would answer the mapping that is there, and its close would end both.
     return absl::InvalidArgumentError("device_uuid: this handle is of another device's memory");
@@ -38,21 +44,8 @@ void IpcAllocations::Drop(const std::string& handle) {
   if (--found->second.users > 0) return;
   // A driver that refuses has lost the mapping already (the device failed): nothing is left to do.
   static_cast<void>(driver_->CloseIpc(found->second.device, found->second.range.base));
+  mapped_bytes_ -= BytesOf(found->second.range);
   entries_.erase(found);
-}
-
-int64_t IpcAllocations::mapped() const {
-  absl::MutexLock lock(&mutex_);
-  return static_cast<int64_t>(entries_.size());
-}
-
-uint64_t IpcAllocations::mapped_bytes() const {
-  absl::MutexLock lock(&mutex_);
-  uint64_t bytes = 0;
-  for (const auto& [handle, entry] : entries_) {
-    bytes += entry.range.bytes_before + entry.range.bytes;
-  }
-  return bytes;
 }
 
 }  // namespace keepset::service

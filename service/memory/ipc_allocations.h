@@ -3,6 +3,7 @@
 #ifndef KEEPSET_SERVICE_MEMORY_IPC_ALLOCATIONS_H_
 #define KEEPSET_SERVICE_MEMORY_IPC_ALLOCATIONS_H_
 
+#include <atomic>
 #include <cstdint>
 #include <map>
 #include <memory>
@@ -49,8 +50,8 @@ class IpcAllocations : public std::enable_shared_from_this<IpcAllocations> {
   absl::StatusOr<std::unique_ptr<Use>> Open(int device, const std::string& handle,
                                             uint64_t generation, SeenGenerations* seen);
 
-  int64_t mapped() const;
-  uint64_t mapped_bytes() const;
+  // Does not wait for an open or a close that is under way.
+  uint64_t mapped_bytes() const { return mapped_bytes_; }
 
  private:
   struct Entry {
@@ -62,8 +63,9 @@ class IpcAllocations : public std::enable_shared_from_this<IpcAllocations> {
   void Drop(const std::string& handle);
 
   const std::shared_ptr<CudaDriver> driver_;
-  mutable absl::Mutex mutex_;
+  absl::Mutex mutex_;  // held over calls of the driver, which may take seconds
   std::map<std::string, Entry> entries_ ABSL_GUARDED_BY(mutex_);  // by handle
+  std::atomic<uint64_t> mapped_bytes_ = 0;
 };
 
 }  // namespace keepset::service

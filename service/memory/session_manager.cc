@@ -7,6 +7,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/functional/any_invocable.h"
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/mutex.h"
 #include "base/status_macros.h"
@@ -63,15 +64,28 @@ DetachedSession SessionManagerImpl::Detach(absl::string_view session_id) {
   return ended;
 }
 
-void SessionManagerImpl::End(DetachedSession ended, SessionEnd why) {
+void SessionManagerImpl::End(DetachedSession ended, SessionEnd why, Unmapping unmapping) {
   if (ended.session == nullptr) return;
-  for (const auto& slot : ended.to_retire) slot->Retire();
-  ended.session->pending_fds.clear();
+  const std::string session_id = ended.session->info.session_id;
+  const std::vector<DetachedSession::Quarantined> quarantined = std::move(ended.quarantined);
+  const int64_t regions = ended.regions;
+  absl::AnyInvocable<void()> unmap = [session = std::move(ended.session),
+                                      slots = std::move(ended.to_retire)]() mutable {
+    for (const auto& slot : slots) slot->Retire();
+    slots.clear();
+    // With its descriptors, the last of which may free their memory.
+    session.reset();
+  };
+  if (unmapping == Unmapping::kLater && later_) {
+    later_(std::move(unmap));
+  } else {
+    unmap();
+  }
   if (observer_ == nullptr) return;
-  for (const DetachedSession::Quarantined& region : ended.quarantined) {
+  for (const DetachedSession::Quarantined& region : quarantined) {
     observer_->OnRegionQuarantined(region.info, region.until);
   }
-  observer_->OnSessionEnded(ended.session->info.session_id, why, ended.regions);
+  observer_->OnSessionEnded(session_id, why, regions);
 }
 
 uint64_t SessionManagerImpl::NextGeneration() {
@@ -116,7 +130,7 @@ absl::StatusOr<SessionInfo> SessionManagerImpl::OpenSession(const OpenSessionArg
     ids_by_uuid_[args.client_uuid] = opened.session_id;
     sessions_[opened.session_id] = std::move(session);
   }
-  End(std::move(replaced), SessionEnd::kReplaced);
+  End(std::move(replaced), SessionEnd::kReplaced, Unmapping::kHere);
   if (observer_ != nullptr) observer_->OnSessionOpened(args, opened);
   return opened;
 }
@@ -133,7 +147,7 @@ absl::Status SessionManagerImpl::CloseSession(absl::string_view session_id) {
     session = Detach(session_id);
   }
   if (session.session == nullptr) return UnknownSession();
-  End(std::move(session), SessionEnd::kClosed);
+  End(std::move(session), SessionEnd::kClosed, Unmapping::kHere);
   return absl::OkStatus();
 }
 
@@ -165,7 +179,7 @@ void SessionManagerImpl::OnHangUp(absl::string_view session_id) {
     absl::MutexLock lock(&mutex_);
     session = Detach(session_id);
   }
-  End(std::move(session), SessionEnd::kHangUp);
+  End(std::move(session), SessionEnd::kHangUp, Unmapping::kLater);
 }
 
 int64_t SessionManagerImpl::ReapExpired() {
@@ -183,7 +197,8 @@ int64_t SessionManagerImpl::ReapExpired() {
     for (const std::string& id : ids) expired.push_back(Detach(id));
   }
   const int64_t count = static_cast<int64_t>(expired.size());
-  for (DetachedSession& session : expired) End(std::move(session), SessionEnd::kLeaseExpired);
+  for (DetachedSession& session : expired)
+    End(std::move(session), SessionEnd::kLeaseExpired, Unmapping::kLater);
   return count;
 }
 
@@ -205,13 +220,15 @@ void SessionManagerImpl::Shutdown() {
     shut_down_ = true;
     while (!sessions_.empty()) sessions.push_back(Detach(std::string(sessions_.begin()->first)));
   }
-  for (DetachedSession& session : sessions) End(std::move(session), SessionEnd::kShutdown);
+  for (DetachedSession& session : sessions)
+    End(std::move(session), SessionEnd::kShutdown, Unmapping::kHere);
 }
 
 std::unique_ptr<SessionManager> SessionManager::New(
     const SessionLimits& limits, std::vector<std::unique_ptr<MemoryTransport>> transports,
-    const Clock& clock, SessionObserver* observer) {
-  return std::make_unique<SessionManagerImpl>(limits, std::move(transports), clock, observer);
+    const Clock& clock, SessionObserver* observer, UnmapLater later) {
+  return std::make_unique<SessionManagerImpl>(limits, std::move(transports), clock, observer,
+                                              std::move(later));
 }
 
 }  // namespace keepset::service

@@ -3,9 +3,11 @@
 // A session with a side-socket connection lives as long as that; one without ends when its lease
 // runs out. CloseSession, hang-up, expiry, replacement and Shutdown run the same code: no new
 // leases, and a region is unmapped with the last lease that operations hold on it (none: at once).
-// None of them blocks; RetireRegion does. Memory of the server's own (AllocateRegion) that was not
-// retired is quarantined instead (quarantine.h). Region and session ids are random and mean nothing
-// outside their session. Thread-safe.
+// Unmapping may wait for a device: OnHangUp and ReapExpired hand it on (UnmapLater) and never
+// block, nor do Beat, Lease, CheckSession and Counts; whatever registers, retires or closes may.
+// Memory of the server's own (AllocateRegion) that was not retired is quarantined instead
+// (quarantine.h). Region and session ids are random and mean nothing outside their session.
+// Thread-safe.
 #ifndef KEEPSET_SERVICE_MEMORY_SESSION_MANAGER_H_
 #define KEEPSET_SERVICE_MEMORY_SESSION_MANAGER_H_
 
@@ -17,6 +19,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/functional/any_invocable.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/strings/string_view.h"
@@ -126,12 +129,16 @@ class SessionObserver {
   virtual void OnRegionQuarantined(const RegionInfo& /*region*/, QuarantineEnd /*until*/) {}
 };
 
+// Runs what it is given once, soon, on a thread that may wait for devices.
+using UnmapLater = std::function<void(absl::AnyInvocable<void()> unmap)>;
+
 class SessionManager {
  public:
-  // `transports`, `clock` and `observer` must outlive the manager; observer may be nullptr.
+  // `transports`, `clock` and `observer` must outlive the manager; observer may be nullptr. later:
+  // what it is given must have run before the manager's end. Empty: on the caller's thread.
   static std::unique_ptr<SessionManager> New(
       const SessionLimits& limits, std::vector<std::unique_ptr<MemoryTransport>> transports,
-      const Clock& clock, SessionObserver* observer);
+      const Clock& clock, SessionObserver* observer, UnmapLater later = {});
   virtual ~SessionManager() = default;
 
   // The same client_uuid again replaces the session: the old one ends, generation grows.

@@ -63,11 +63,12 @@ class SessionManagerImpl : public SessionManager {
  public:
   SessionManagerImpl(const SessionLimits& limits,
                      std::vector<std::unique_ptr<MemoryTransport>> transports, const Clock& clock,
-                     SessionObserver* observer)
+                     SessionObserver* observer, UnmapLater later)
       : limits_(limits),
         transports_(std::move(transports)),
         clock_(clock),
         observer_(observer),
+        later_(std::move(later)),
         owned_(std::make_shared<OwnedBudget>(limits.max_owned_bytes)),
         quarantine_(limits.quarantine) {}
   ~SessionManagerImpl() override { Shutdown(); }
@@ -107,7 +108,8 @@ class SessionManagerImpl : public SessionManager {
   // lease from it, and no retire misses a region on its way.
   DetachedSession Detach(absl::string_view session_id) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // The one way a session ends; none: nothing to do. Unmapping may take long.
-  void End(DetachedSession ended, SessionEnd why) ABSL_LOCKS_EXCLUDED(mutex_);
+  enum class Unmapping { kHere, kLater };
+  void End(DetachedSession ended, SessionEnd why, Unmapping unmapping) ABSL_LOCKS_EXCLUDED(mutex_);
 
   // Grows over a restart of the server, too.
   uint64_t NextGeneration() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
@@ -122,6 +124,7 @@ class SessionManagerImpl : public SessionManager {
   const TransportSet transports_;
   const Clock& clock_;
   SessionObserver* const observer_;
+  const UnmapLater later_;
   const std::shared_ptr<OwnedBudget> owned_;
   Quarantine quarantine_;
 
