@@ -9,7 +9,6 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
-#include <iterator>
 #include <utility>
 #include <vector>
 
@@ -93,7 +92,7 @@ std::string StateDirectory::FileOf(absl::string_view digest) const {
                       kFileSuffix);
 }
 
-absl::StatusOr<RegistryDocument> StateDirectory::ReadDocument() const {
+absl::StatusOr<RegistryDocument> StateDirectory::ReadDocument() {
   const std::string path = absl::StrCat(path_, "/", kDocument);
   struct stat info;
   if (stat(path.c_str(), &info) != 0) return tables::FileError(errno, "read", path);
@@ -103,16 +102,35 @@ absl::StatusOr<RegistryDocument> StateDirectory::ReadDocument() const {
   }
   errno = 0;
   std::ifstream file(path, std::ios::binary);
-  const std::string text((std::istreambuf_iterator<char>(file)), std::istreambuf_iterator<char>());
+  // Not by iterators: they throw where reading fails.
+  std::string text;
+  char buffer[4096];
+  while (file.read(buffer, sizeof(buffer)), file.gcount() > 0) text.append(buffer, file.gcount());
   if (!file.is_open() || file.bad()) {
     return tables::FileError(errno == 0 ? EIO : errno, "read", path);
   }
-  return ParseRegistryDocument(text, path);
+  KEEPSET_ASSIGN_OR_RETURN(RegistryDocument document, ParseRegistryDocument(text, path));
+  absl::MutexLock lock(&mutex_);
+  Name(document);
+  return document;
+}
+
+void StateDirectory::Name(const RegistryDocument& document) {
+  for (const StoredTable& table : document.tables) named_.insert(table.target.digest);
 }
 
 absl::Status StateDirectory::WriteDocument(const RegistryDocument& document) {
-  return tables::WriteFileAtomically(absl::StrCat(path_, "/", kDocument),
-                                     SerializeRegistryDocument(document));
+  {
+    // Either may be there if this fails.
+    absl::MutexLock lock(&mutex_);
+    Name(document);
+  }
+  KEEPSET_RETURN_IF_ERROR(tables::WriteFileAtomically(absl::StrCat(path_, "/", kDocument),
+                                                      SerializeRegistryDocument(document)));
+  absl::MutexLock lock(&mutex_);
+  named_.clear();
+  Name(document);
+  return absl::OkStatus();
 }
 
 bool StateDirectory::Has(absl::string_view digest) const {
@@ -177,6 +195,15 @@ absl::StatusOr<TablePtr> StateDirectory::Map(absl::string_view digest) const {
 
 void StateDirectory::Remove(absl::string_view digest) {
   absl::MutexLock lock(&mutex_);
+  RemoveLocked(digest);
+}
+
+void StateDirectory::RemoveUnnamed(absl::string_view digest) {
+  absl::MutexLock lock(&mutex_);
+  if (!named_.contains(digest)) RemoveLocked(digest);
+}
+
+void StateDirectory::RemoveLocked(absl::string_view digest) {
   unlink(FileOf(digest).c_str());
   unlink(tables::SignaturePath(FileOf(digest)).c_str());
   if (const auto it = unwritten_signatures_.find(digest); it != unwritten_signatures_.end()) {

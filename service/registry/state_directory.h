@@ -36,7 +36,7 @@ class StateDirectory {
   const std::string& path() const { return path_; }
 
   // NotFound: nothing was saved yet. Otherwise as ParseRegistryDocument.
-  absl::StatusOr<RegistryDocument> ReadDocument() const;
+  absl::StatusOr<RegistryDocument> ReadDocument();
   // Atomically and synced; the tables it names must be synced before.
   absl::Status WriteDocument(const RegistryDocument& document);
 
@@ -55,6 +55,8 @@ class StateDirectory {
   // says; otherwise as MapTable.
   absl::StatusOr<TablePtr> Map(absl::string_view digest) const;
   void Remove(absl::string_view digest);
+  // Unless the document that was read or written last names it.
+  void RemoveUnnamed(absl::string_view digest);
   // Removes every table file but those of `digests`.
   void RemoveOthers(const std::set<std::string>& digests);
 
@@ -62,12 +64,15 @@ class StateDirectory {
   StateDirectory(std::string path, int lock_fd) : path_(std::move(path)), lock_fd_(lock_fd) {}
   std::string FileOf(absl::string_view digest) const;
   absl::Status WriteSignature(absl::string_view digest) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void Name(const RegistryDocument& document) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void RemoveLocked(absl::string_view digest) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
 
   const std::string path_;
   const int lock_fd_;
   mutable absl::Mutex mutex_;
   std::set<std::string, std::less<>> kept_ ABSL_GUARDED_BY(mutex_);
   std::set<std::string, std::less<>> synced_ ABSL_GUARDED_BY(mutex_);
+  std::set<std::string, std::less<>> named_ ABSL_GUARDED_BY(mutex_);  // by the document
   std::map<std::string, std::string, std::less<>> unwritten_signatures_ ABSL_GUARDED_BY(mutex_);
 };
 

@@ -34,7 +34,9 @@ std::unique_ptr<TableLoader> NewTableLoader();
 
 // Validates, copies the file and the signature it came with into `state` and serves the table from
 // a private mapping of that copy: page cache instead of memory. The same content is one table,
-// whoever brings it. `state` outlives the loader.
+// whoever brings it. With the last reference to a table its copy goes, unless the state's document
+// names it: what a registry refused does not stay. `state` outlives the loader; tables may outlive
+// both.
 std::unique_ptr<TableLoader> NewMappingTableLoader(StateDirectory& state);
 
 }  // namespace keepset::service

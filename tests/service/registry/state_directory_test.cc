@@ -271,6 +271,55 @@ TEST_F(StateDirectoryTest, ARefusedUploadLeavesNoFile) {
   EXPECT_EQ(CountTableFiles(), 1);
 }
 
+// As an authority's load that etcd refuses, and a table whose name is not its key's.
+TEST_F(StateDirectoryTest, ATableThatNobodyTookLeavesNoFile) {
+  const auto server = Start();
+  auto table = server->loader->LoadTable({fakes::TableBytes("a", "1"), "etcd", ""});
+  ASSERT_TRUE(table.ok()) << table.status();
+  EXPECT_EQ(CountTableFiles(), 1);
+  table = absl::CancelledError("");
+  EXPECT_EQ(CountTableFiles(), 0);
+}
+
+TEST_F(StateDirectoryTest, AContentOfTheSourceThatTheRegistryRefusesLeavesNoFile) {
+  const auto server = Start();
+  ASSERT_TRUE(Upload(*server, "1").ok());
+  {
+    SourceSet set;
+    auto table = server->loader->LoadTable({fakes::TableBytes("a", "1", 1.25f), "file", ""});
+    ASSERT_TRUE(table.ok()) << table.status();
+    EXPECT_EQ(CountTableFiles(), 2);
+    set.tables.push_back({*std::move(table), "file"});
+    server->registry->Sync("directory", std::move(set));
+  }
+  EXPECT_EQ(CountTableFiles(), 1);
+}
+
+TEST_F(StateDirectoryTest, ContentThatTheRegistryHoldsStaysWhoeverLetsGoOfIt) {
+  const auto server = Start();
+  ASSERT_TRUE(Upload(*server, "1").ok());
+  { const auto again = server->loader->LoadTable({fakes::TableBytes("a", "1"), "file", ""}); }
+  EXPECT_EQ(CountTableFiles(), 1);
+}
+
+TEST_F(StateDirectoryTest, FilesOfHeldTablesSurviveTheServer) {
+  {
+    const auto server = Start();
+    ASSERT_TRUE(Upload(*server, "1").ok());
+  }
+  EXPECT_EQ(CountTableFiles(), 1);
+}
+
+// /proc/self/mem is a file whose beginning cannot be read.
+TEST_F(StateDirectoryTest, ADocumentThatCannotBeReadIsAnError) {
+  const auto state = StateDirectory::Open(path_);
+  ASSERT_TRUE(state.ok()) << state.status();
+  fs::create_symlink("/proc/self/mem", path_ + "/registry.json");
+  absl::Status status;
+  EXPECT_NO_THROW(status = (*state)->ReadDocument().status());
+  EXPECT_THAT(std::string(status.message()), HasSubstr("registry.json"));
+}
+
 TEST_F(StateDirectoryTest, UploadsAreDurableAndTheSameContentIsOneTable) {
   const auto server = Start();
   const absl::StatusOr<LoadReceipt> first = Upload(*server, "1");
