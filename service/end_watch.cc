@@ -22,8 +22,8 @@ EndWatch::~EndWatch() {
     const absl::MutexLock lock(&mutex_);
     is_over_ = true;
   }
-  // To that thread and nobody else.
-  pthread_kill(thread_.native_handle(), SIGTERM);
+  // To that thread alone, which takes it by sigwait.
+  pthread_kill(thread_.native_handle(), SIGINT);
   thread_.join();
 }
 

@@ -23,6 +23,7 @@ absl::StatusOr<std::vector<const char*>> RecordPaths(const std::vector<std::stri
 
 std::vector<InputFile> RecordInputs(const std::vector<std::string>& paths) {
   std::vector<InputFile> inputs;
+  inputs.reserve(paths.size());
   for (const std::string& path : paths) inputs.push_back({"records", path});
   return inputs;
 }

@@ -68,7 +68,7 @@ absl::Status ServiceRegion::Retire() {
   }
   KEEPSET_RETURN_IF_ERROR(unmapped_);
   if (is_told_) return absl::OkStatus();
-  const absl::Status told = tell_server_();
+  absl::Status told = tell_server_();
   is_told_ = told.ok() || absl::IsNotFound(told);
   return told;
 }

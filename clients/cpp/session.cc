@@ -132,7 +132,7 @@ absl::Status Session::RetireRegion(const std::string& name) {
     found->second.is_retiring = true;
   }
   request.set_session_id(id_);
-  const absl::Status retired = Retire(stub_, request, call_timeout_);
+  absl::Status retired = Retire(stub_, request, call_timeout_);
   if (retired.ok() || absl::IsNotFound(retired)) Forget(name, request.region_id());
   return retired;
 }
