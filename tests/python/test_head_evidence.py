@@ -21,7 +21,7 @@ from keepset.calibrate.head_prompts import (
 from keepset.calibrate.small_head_tasks import SmallModelTasks
 from keepset.evidence import head_baselines
 from keepset.evidence import observation_heads as evidence_command
-from keepset.evidence.earlier_run import keep_earlier
+from keepset.evidence.earlier_run import keep_earlier, read_results
 from keepset.evidence.head_measure import measure, risk_of, summarize, summarize_risk
 from keepset.evidence.head_methods import (
     NOVELTY,
@@ -411,4 +411,5 @@ def test_the_command_keeps_the_earlier_model(build, tmp_path, monkeypatch):
     assert evidence_command.main() == 0
     report = (tmp_path / "observation_heads.md").read_text()
     assert "kept from an earlier one, `with a model`, with libkeepset 0.0.9" in report
-    assert json.loads((tmp_path / "observation_heads.json").read_text())["hf_model"]["revision"] == "r"
+    assert read_results(tmp_path)["hf_model"]["revision"] == "r"
+    assert "hf_model" not in json.loads((tmp_path / "observation_heads.json").read_text())

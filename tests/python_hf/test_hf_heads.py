@@ -16,6 +16,7 @@ from keepset.calibrate.head_prompts import KL, candidate_scores
 from keepset.calibrate.hf_head_tasks import HfTasks
 from keepset.calibrate.prompt_builder import Continuation, Script
 from keepset.eval import vocabulary
+from keepset.evidence.earlier_run import read_results
 from keepset.evidence.head_methods import agnostic_methods, plain_methods
 from keepset.evidence.observation_heads import main
 from keepset.in_process import Engine
@@ -180,7 +181,7 @@ def evidence(build, directory, tmp_path, monkeypatch, capsys):
 def test_the_evidence_says_what_a_model_cannot_do_and_goes_on(evidence, tmp_path):
     said = evidence()
     assert "record " in said
-    found = json.loads((tmp_path / "out" / "observation_heads.json").read_text())["hf_model"]
+    found = read_results(tmp_path / "out")["hf_model"]
     number = found["columns"]["needles"]["tasks"]["number"]
     summary = found["columns"]["inside"]["tasks"]["summary"]
     assert number["full"] == 0 and number["value"] == summary["value"] == "kl"
@@ -190,7 +191,7 @@ def test_the_evidence_says_what_a_model_cannot_do_and_goes_on(evidence, tmp_path
     raw = json.loads(next((tmp_path / "work").rglob("number-600-1000.json")).read_text())
     assert raw["full"]["predicted"] and "predicted" in raw["methods"]["snapkv"]["200"]
     assert "record " not in evidence()
-    again = json.loads((tmp_path / "out" / "observation_heads.json").read_text())["hf_model"]
+    again = read_results(tmp_path / "out")["hf_model"]
     assert again["columns"]["inside"]["tasks"] == found["columns"]["inside"]["tasks"]
 
 

@@ -2,7 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import pathlib
+
 PARTS = ("constructed", "small_model", "hf_model")
+# The Hugging Face model's part has a file of its own.
+RESULTS = "observation_heads.json"
+HF_RESULTS = "observation_heads_hf_model.json"
+
+
+def read_results(folder: pathlib.Path) -> dict | None:
+    """What `write_results` left in the folder, None without it."""
+    if not (folder / RESULTS).exists():
+        return None
+    return {key: value for name in (RESULTS, HF_RESULTS) if (folder / name).exists()
+            for key, value in json.loads((folder / name).read_text()).items()}
+
+
+def write_results(folder: pathlib.Path, found: dict) -> list[str]:
+    """Writes `found`; the names of its files."""
+    parts = {RESULTS: {key: value for key, value in found.items() if key != "hf_model"}}
+    if "hf_model" in found:
+        parts[HF_RESULTS] = {"hf_model": found["hf_model"]}
+    for name, part in parts.items():
+        (folder / name).write_text(json.dumps(part, separators=(",", ":")) + "\n")
+    return list(parts)
 
 
 def keep_earlier(found: dict, earlier: dict) -> dict:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import importlib.util
-import json
 import math
 import os
 import pathlib
@@ -31,7 +30,7 @@ from keepset.calibrate.small_head_tasks import SmallModelTasks
 from keepset.eval import constructed, vocabulary
 from keepset.eval.small_model import SmallModel
 from keepset.evidence import head_baselines
-from keepset.evidence.earlier_run import keep_earlier
+from keepset.evidence.earlier_run import keep_earlier, read_results, write_results
 from keepset.evidence.head_compilerkv import CompilerKvSettings
 from keepset.evidence.head_measure import measure, summarize
 from keepset.evidence.head_methods import OURS, SHUFFLED, HeadsRun, all_heads, engine_run, shuffled
@@ -236,20 +235,18 @@ def main() -> int:
                     "cpu_seconds": round(_cpu_seconds() - cpu_before, 1),
                     "cores": len(os.sched_getaffinity(0)), "resumed": resumed}
     options.out.mkdir(parents=True, exist_ok=True)
-    data = options.out / "observation_heads.json"
-    if data.exists():
-        found = keep_earlier(found, json.loads(data.read_text()))
+    if (earlier := read_results(options.out)) is not None:
+        found = keep_earlier(found, earlier)
         for name in found.get("kept", {}):
-            say(f"{name}: not measured by this run, kept from {data}")
-    data.write_text(json.dumps(found, separators=(",", ":")) + "\n")
+            say(f"{name}: not measured by this run, kept from {options.out}")
+    files = write_results(options.out, found)
     pictures = []
     if importlib.util.find_spec("matplotlib") is not None:
         from keepset.evidence.head_plots import draw
 
         pictures = draw(found, options.out)
     (options.out / "observation_heads.md").write_text(markdown(found, pictures))
-    say(f"wrote {', '.join(['observation_heads.json', 'observation_heads.md', *pictures])} in "
-        f"{options.out}")
+    say(f"wrote {', '.join([*files, 'observation_heads.md', *pictures])} in {options.out}")
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
+from keepset.evidence.earlier_run import HF_RESULTS, RESULTS
 from keepset.evidence.head_compilerkv import COMPILED
 from keepset.evidence.head_measure import FEWEST
 from keepset.evidence.head_methods import (
@@ -61,7 +62,7 @@ def markdown(found: dict, pictures: Sequence[str]) -> str:
         "",
         f"Written by `{found['command']}` (`make evidence-heads`) with libkeepset "
         f"{found['versions']['keepset']}, backend {found['versions']['backend']}, numpy "
-        f"{found['versions']['numpy']}. Raw predictions: `observation_heads.json`, "
+        f"{found['versions']['numpy']}. Raw predictions: `{RESULTS}` and, of the Hugging Face model, `{HF_RESULTS}`, "
         "null where they are the full cache's, which stand beside them as `full_of_prompts`. What a table of this "
         "kind is: [docs/observation-heads.md](../observation-heads.md).",
         "",
